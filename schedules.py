@@ -1,0 +1,225 @@
+"""Learning-rate and momentum schedules: pure functions of the step, chosen by SPEC.
+
+    python schedules.py wsd cosine:warmup=0.1 --out schedules.png       draw them (needs matplotlib)
+    build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
+
+Every schedule has `warmup` (linear from 0) and `final` (the multiplier approached at the end). Lengths are in steps
+when >= 1 and a fraction of the run when < 1. With t = step - W, T = steps - W, p = t / T, the last step still moves
+(p < 1), so `final` is approached, not reached: the step at p = 1 would be wasted at learning rate 0.
+Formulas and the settings others use: warm-up and cosine as in GPT-3 (arXiv 2005.14165), WSD and its 1-sqrt cool-down
+(arXiv 2405.18392), linear to zero (arXiv 2502.15938), inverse sqrt (arXiv 1706.03762), restarts (arXiv 1608.03983).
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spec import UsageError, parse
+
+
+def length(value: float, steps: int) -> float:
+    """Steps when value >= 1, a fraction of the run when below."""
+    return value if value >= 1 else value * steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, then `shape(progress)`; subclasses give the shape."""
+
+    warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
+    final: float = 0.0  # multiplier at the end of the run
+
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise UsageError(f"schedule key warmup must not be negative, got {self.warmup}")
+
+    def multiplier(self, step: int, steps: int) -> float:
+        """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
+        warmup = length(self.warmup, steps)
+        if step < warmup:
+            return (step + 1) / warmup if warmup > 1 else 1.0
+        return self.shape(step - warmup, max(steps - warmup, 1))
+
+    def shape(self, t: float, total: float) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """1."""
+
+    def shape(self, t, total):
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """1 -> final in a straight line."""
+
+    def shape(self, t, total):
+        return 1 + (self.final - 1) * t / total
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """final + (1 - final) (1 + cos(pi p)) / 2."""
+
+    def shape(self, t, total):
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * t / total)) / 2
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """final^p: the same factor every step."""
+
+    final: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.final <= 0:
+            raise UsageError("schedule exponential needs final > 0: it multiplies by the same factor every step")
+
+    def shape(self, t, total):
+        return self.final ** (t / total)
+
+
+@dataclass(frozen=True)
+class WSD(Schedule):
+    """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
+    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down).
+    """
+
+    cooldown: float = 0.4  # steps or fraction of the whole run
+    form: str = "linear"
+
+    FORMS = {
+        "linear": lambda q: 1 - q,
+        "sqrt": lambda q: 1 - math.sqrt(q),
+        "exponential": lambda q: (0.01**q - 0.01) / 0.99,
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.form not in self.FORMS:
+            raise UsageError(f"schedule wsd has no form {self.form!r}: known: {', '.join(self.FORMS)}")
+        if self.cooldown <= 0:
+            raise UsageError("schedule wsd needs cooldown > 0: use 'constant' for none")
+
+    def multiplier(self, step, steps):
+        decay = length(self.cooldown, steps) if self.cooldown != 1 else steps
+        q = max(0.0, (step - (steps - decay)) / decay)
+        down = self.final + (1 - self.final) * self.FORMS[self.form](q)
+        return min(down, super().multiplier(step, steps))
+
+    def shape(self, t, total):
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cyclic(Schedule):
+    """Cosine with warm restarts: `cycles` equal cosines, each peak `decay` times the one before."""
+
+    cycles: int = 4
+    decay: float = 1.0
+
+    def shape(self, t, total):
+        cycle, within = divmod(t * self.cycles / total, 1)
+        return self.decay**cycle * (self.final + (1 - self.final) * (1 + math.cos(math.pi * within)) / 2)
+
+
+@dataclass(frozen=True)
+class InverseSqrt(Schedule):
+    """sqrt(W / step) after a warm-up of W steps."""
+
+    warmup: float = 0.05
+
+    def multiplier(self, step, steps):
+        warmup = max(length(self.warmup, steps), 1.0)
+        return min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Momentum stays as the optimizer has it."""
+
+    def value(self, step: int, steps: int) -> float | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Momentum start -> peak over `warmup`, stays, peak -> end over the last `cooldown`
+    (speedrun record 9: 0.85 -> 0.95 over 300 steps; record 39 adds the way down)."""
+
+    start: float = 0.85
+    peak: float = 0.95
+    end: float = 0.85
+    warmup: float = 300.0  # steps or fraction of the run
+    cooldown: float = 0.0  # steps or fraction of the run; 0: none
+
+    def value(self, step: int, steps: int) -> float | None:
+        warmup, cooldown = length(self.warmup, steps), length(self.cooldown, steps)
+        up = min(1.0, step / warmup) if warmup else 1.0
+        down = max(0.0, (step - (steps - cooldown)) / cooldown) if cooldown else 0.0
+        return self.start + (self.peak - self.start) * up + (self.end - self.peak) * down
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "wsd": WSD,
+    "exponential": Exponential,
+    "cyclic": Cyclic,
+    "inverse_sqrt": InverseSqrt,
+}
+MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
+
+
+def build(spec: str, steps: int) -> Callable[[int], float]:
+    """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate.
+
+    Raises:
+        UsageError: unknown schedule or key, or a value out of range.
+    """
+    cls, settings = parse(spec, SCHEDULES, "schedule")
+    schedule = cls(**settings)
+    return lambda step: schedule.multiplier(step, steps)
+
+
+def build_momentum(spec: str, steps: int) -> Callable[[int], float | None]:
+    """Momentum schedule: step (0-based) -> momentum, or None to leave the optimizer's own."""
+    cls, settings = parse(spec, MOMENTUM_SCHEDULES, "momentum schedule")
+    schedule = cls(**settings)
+    return lambda step: schedule.value(step, steps)
+
+
+def main() -> None:
+    """Draw the named schedules into one picture."""
+    parser = argparse.ArgumentParser(description="Draw learning-rate schedules.")
+    parser.add_argument("specs", nargs="*", default=list(SCHEDULES), help="schedule SPECs (default: all)")
+    parser.add_argument("--steps", type=int, default=1000, help="length of the run, steps")
+    parser.add_argument("--out", default="schedules.png", help="picture to write (.png or .svg)")
+    options = parser.parse_args()
+    built = [(spec, build(spec, options.steps)) for spec in options.specs]
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError("drawing needs matplotlib: pip install matplotlib") from None
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for spec, schedule in built:
+        axes.plot([schedule(step) for step in range(options.steps)], label=spec)
+    axes.set(xlabel="step", ylabel="multiple of the peak learning rate", ylim=(-0.02, 1.05))
+    axes.legend()
+    figure.savefig(options.out, dpi=150)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"schedules.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,146 @@
+"""SPEC strings: how an optimizer or a schedule is chosen and set on the command line.
+
+    muon                                   a registered name
+    muon:lr=0.02,weight_decay=0.01         with settings; keys and types come from the registered class
+    my/optimizer.py:Mine:lr=0.1            one's own class from a file
+    package.module:Mine:lr=0.1             or from an importable module
+
+Also the one exception that means "the user's words are wrong": every verb turns it into one line and exit code 2.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Bad input from the user. Verbs print it as one line and exit with code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Half a sentence that names the known word closest to `name`, or all of them if none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def plain_type(annotation: Any) -> type:
+    """The one scalar type behind an annotation: `float | None` -> float. Without an annotation: str."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation if annotation in (int, float, bool, str) else str
+
+
+def convert(text: str, annotation: Any, what: str) -> Any:
+    """Parse `text` as the annotated type. `none` is accepted where None is.
+
+    Raises:
+        UsageError: the text is not of that type.
+    """
+    kind = plain_type(annotation)
+    if type(None) in typing.get_args(annotation) and text.lower() == "none":
+        return None
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise UsageError(f"{what} takes true or false, not {text!r}")
+    try:
+        if kind is int and "e" in text.lower():  # 1e6 tokens is how people write it
+            number = float(text)
+            if not number.is_integer():
+                raise ValueError
+            return int(number)
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{what} takes a value of type {kind.__name__}, not {text!r}") from None
+
+
+def split(spec: str) -> tuple[str, dict[str, str]]:
+    """`name:key=value,key=value` -> (name, {key: value text}); the name may be `file.py:Class` or `module.path:Class`."""
+    parts = spec.split(":")
+    words = 2 if len(parts) > 1 and "=" not in parts[1] else 1
+    name, rest = ":".join(parts[:words]), ":".join(parts[words:])
+    settings: dict[str, str] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"{spec!r}: expected key=value after the name, got {pair!r}")
+        settings[key.strip().replace("-", "_")] = value.strip()
+    return name.strip(), settings
+
+
+def typed_keys(cls: type) -> dict[str, Any]:
+    """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor.
+
+    A parameter without annotation takes the type of its default.
+    """
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    keys = {}
+    for p in inspect.signature(cls).parameters.values():
+        if p.default is not p.empty or p.kind is p.KEYWORD_ONLY:
+            keys[p.name] = p.annotation if p.annotation is not p.empty else type(p.default)
+    return keys
+
+
+def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[str, Any]]:
+    """Look `spec` up in `registry` (or import it) and convert its settings.
+
+    Args:
+        spec: a SPEC string, see the module's docstring.
+        registry: name -> class.
+        what: "optimizer" or "schedule", for messages.
+    Returns:
+        the class and its typed keyword arguments.
+    Raises:
+        UsageError: unknown name or key, wrong type, or a file that does not import.
+    """
+    name, texts = split(spec)
+    cls = load(name, what) if ":" in name else registry.get(name)
+    if cls is None:
+        raise UsageError(f"unknown {what} {name!r}: {nearest(name, registry)}")
+    keys = typed_keys(cls)
+    settings = {}
+    for key, text in texts.items():
+        if key not in keys:
+            raise UsageError(f"{what} {name!r} has no key {key!r}: {nearest(key, keys)}")
+        settings[key] = convert(text, keys[key], f"{what} key {name}:{key}")
+    return cls, settings
+
+
+def load(name: str, what: str) -> type:
+    """Import `path/to/file.py:Class` or `package.module:Class`.
+
+    Raises:
+        UsageError: no such file, it does not import, or it has no such class.
+    """
+    place, _, attribute = name.partition(":")
+    try:
+        if place.endswith(".py"):
+            path = Path(place)
+            if not path.is_file():
+                raise UsageError(f"{what} {name!r}: no file {place}")
+            module_spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the user's file raises is the user's to read, on one line
+        raise UsageError(f"{what} {name!r}: {place} does not import ({type(error).__name__}: {error})") from error
+    found = getattr(module, attribute, None)
+    if not isinstance(found, type):
+        classes = [k for k, v in vars(module).items() if isinstance(v, type)]
+        raise UsageError(f"{what} {name!r}: {place} has no class {attribute!r}: {nearest(attribute, classes)}")
+    return found
