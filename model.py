@@ -1,0 +1,405 @@
+"""GPT-2, faithful by default; every architecture trick is one field of ModelConfig.
+
+    GPT(ModelConfig())                         GPT-2 124M as published
+    GPT(ModelConfig(**PRESETS["1.5B"]))        its largest size
+    GPT.from_huggingface(GPT2LMHeadModel(...)) the same logits as Hugging Face's
+
+Published GPT-2 (Radford et al. 2019, github.com/openai/gpt-2): learned positions, pre-LayerNorm with bias, biases in
+every linear layer, tanh-GELU, head tied to the token embedding, weights N(0, 0.02), positions N(0, 0.01), residual
+projections scaled by 1/sqrt(2 * layers), dropout. The other forms and where they come from stand beside their fields.
+
+Weights are kept in fp32. `compute_dtype` (set by the trainer) is the type of activations and of the matrix products:
+the residual stream itself is in bf16 then, as in modded-nanogpt since record 10, which halves the memory traffic that
+autocast would leave in fp32. The loss is computed in fp32.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def setting(default, help: str, choices: tuple[str, ...] | None = None):
+    """A config field with the words that `--help` prints."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and form of the model. Raises ValueError when the fields contradict each other."""
+
+    vocab_size: int = setting(50257, "tokens in the vocabulary")
+    sequence_length: int = setting(1024, "context, tokens")
+    layers: int = setting(12, "transformer blocks")
+    heads: int = setting(12, "attention heads per block")
+    width: int = setting(768, "residual width, channels")
+    mlp_ratio: int = setting(4, "hidden width of the MLP over residual width")
+    dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches")
+    bias: bool = setting(True, "biases in linear layers and LayerNorms (speedruns drop them: modded-nanogpt #2)")
+    norm: str = setting("layernorm", "normalisation (RMSNorm: arXiv 1910.07467)", ("layernorm", "rmsnorm"))
+    norm_gains: bool = setting(True, "learned gains in the normalisation layers")
+    positions: str = setting(
+        "learned",
+        "position encoding; rotary: arXiv 2104.09864; half_rotary: only half of each head turns, modded-nanogpt #17",
+        ("learned", "rotary", "half_rotary"),
+    )
+    rotary_base: float = setting(10000.0, "slowest rotary wavelength over 2 pi, tokens (modded-nanogpt: 1024)")
+    qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
+    attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
+    activation: str = setting("gelu", "MLP activation; relu2 = ReLU(x)^2, arXiv 2109.08668", ("gelu", "relu2"))
+    zero_init_projections: bool = setting(
+        False, "projections into the residual stream, and an untied head, start at zero (modded-nanogpt #5)"
+    )
+    tied_head: bool = setting(True, "head shares its weight with the token embedding (untied: modded-nanogpt #8)")
+    embed_norm: bool = setting(False, "normalise right after the embedding (modded-nanogpt #8)")
+    logit_softcap: float = setting(0.0, "bound on the logits, nats; 0 is off (Gemma 2: 30, modded-nanogpt #18: 15)")
+    softcap_form: str = setting(
+        "rational", "rational: c x / sqrt(x^2 + c^2) (modded-nanogpt); tanh: c tanh(x / c)", ("rational", "tanh")
+    )
+    vocab_multiple: int = setting(1, "pad embedding and head rows to a multiple of this; logits of padding are cut off")
+    ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
+    ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
+    attention: str = setting(
+        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", "sdpa", "plain", "chunked")
+    )
+
+    def __post_init__(self):
+        for name in ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_ratio", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.positions != "learned" and self.head_width % 4:
+            raise ValueError(f"rotary positions need a head width divisible by 4, got {self.head_width}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
+        if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
+            raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+
+# The four published sizes (GPT-2 paper, table 2; sizes as counted since its correction).
+PRESETS: dict[str, dict[str, int]] = {
+    "124M": dict(layers=12, heads=12, width=768),
+    "350M": dict(layers=24, heads=16, width=1024),
+    "774M": dict(layers=36, heads=20, width=1280),
+    "1.5B": dict(layers=48, heads=25, width=1600),
+}
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose fp32 weight is cast to the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension."""
+
+    def __init__(self, config: ModelConfig, width: int):
+        super().__init__()
+        self.rms = config.norm == "rmsnorm"
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_gains else None
+        self.bias = nn.Parameter(torch.zeros(width)) if config.bias and config.norm_gains and not self.rms else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        if self.rms:
+            return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+        return F.layer_norm(x, x.shape[-1:], weight, None if self.bias is None else self.bias.to(x.dtype), 1e-5)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [sequence_length, head_width / 2], fp32.
+
+    Full: frequencies base^(-i / (D/2)), i < D/2. Half: D/4 frequencies from 1 to 1/base inclusive, the other D/4
+    stand still, so that half of each head carries no position (modded-nanogpt record 17).
+    """
+    half = config.head_width // 2
+    if config.positions == "half_rotary":
+        turning = (1 / config.rotary_base) ** torch.linspace(0, 1, half // 2)
+        frequencies = torch.cat([turning, torch.zeros(half // 2)])
+    else:
+        frequencies = (1 / config.rotary_base) ** (torch.arange(half) / half)
+    angles = torch.outer(torch.arange(config.sequence_length).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, H, D] by the angle of their position."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """softmax(scale q k^T + causal mask) v, written out: the reference for the others. All [B, H, T, D]."""
+    T = q.size(-2)
+    scores = (q @ k.transpose(-2, -1)).float() * scale
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, chunk: int = 128) -> Tensor:
+    """Plain attention one block of queries at a time, each against the keys up to its own end: skips the scores that
+    the mask would throw away. On CPUs with bf16 matrix units this beats PyTorch's flash attention, which spends its
+    time outside the matrix units (benchmarks/README.md). All [B, H, T, D]."""
+    T = q.size(-2)
+    future = torch.full((chunk, chunk), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    q, k = q * scale, k.transpose(-2, -1)
+    outputs = []
+    for start in range(0, T, chunk):
+        end = min(start + chunk, T)
+        scores = q[..., start:end, :] @ k[..., :end]
+        scores[..., start:] += future[: end - start, : end - start]  # only the last block touches the diagonal
+        outputs.append(F.dropout(scores.softmax(-1), dropout) @ v[..., :end, :])
+    return torch.cat(outputs, dim=-2)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """PyTorch's fused attention. All [B, H, T, D]."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+
+
+ATTENTION = {"plain": plain_attention, "chunked": chunked_attention, "sdpa": sdpa_attention}
+
+
+class Attention(nn.Module):
+    """Causal self-attention, [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
+        self.projection = Linear(config.width, config.width, bias=config.bias)
+        self.scale = config.attention_scale or config.head_width**-0.5
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, C = x.shape
+        config = self.config
+        q, k, v = self.qkv(x).view(B, T, 3, config.heads, config.head_width).unbind(2)
+        if config.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rotary is not None:
+            cos, sin = (table[:T, None].to(x.dtype) for table in rotary)  # [T, 1, D/2]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        backend = config.attention
+        if backend == "auto":
+            backend = "chunked" if x.device.type == "cpu" else "sdpa"
+        dropout = config.dropout if self.training else 0.0
+        y = ATTENTION[backend](*(z.transpose(1, 2) for z in (q, k, v)), self.scale, dropout)
+        return self.projection(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers with the activation between, [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.relu2 = config.activation == "relu2"
+        self.up = Linear(config.width, config.mlp_ratio * config.width, bias=config.bias)
+        self.projection = Linear(config.mlp_ratio * config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        x = F.relu(x).square() if self.relu2 else F.gelu(x, approximate="tanh")
+        return self.projection(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm1 = Norm(config, config.width)
+        self.attention = Attention(config)
+        self.norm2 = Norm(config, config.width)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), rotary))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class NgramEmbedding(nn.Module):
+    """Adds, for each order n, a learned vector for the last n tokens, looked up by hash. Starts at zero.
+
+    modded-nanogpt record 62 (bigrams, after DeepSeek's Engram); on bytes, where one token says little, longer n-grams
+    pay too. Collisions are left to training. Positions before the start of the sequence count as token 0.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.orders = [int(n) for n in config.ngram_orders.split(",")]
+        self.buckets = config.ngram_buckets
+        self.tables = nn.ModuleList(nn.Embedding(self.buckets, config.width) for _ in self.orders)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] int64 -> [B, T, C] fp32."""
+        total = 0
+        for n, table in zip(self.orders, self.tables, strict=True):
+            digest = torch.full_like(tokens, n)
+            for back in range(n):  # multiply-and-add hash over the last n tokens, oldest last
+                past = F.pad(tokens, (back, 0))[:, : tokens.size(1)]
+                digest = (digest * 1000003 + past + 1) % 2147483647
+            total = total + table(digest % self.buckets)
+        return total
+
+
+class GPT(nn.Module):
+    """tokens -> logits or loss."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embedding = nn.Embedding(config.padded_vocab, config.width)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.sequence_length, config.width) if learned else None
+        self.ngrams = NgramEmbedding(config) if config.ngram_buckets else None
+        self.embed_norm = Norm(config, config.width) if config.embed_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = Norm(config, config.width)
+        self.head = Linear(config.width, config.padded_vocab, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+        if not learned:
+            cos, sin = rotary_tables(config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """GPT-2's initialisation; zeros where `zero_init_projections` asks for them."""
+        config = self.config
+        for name, p in self.named_parameters():
+            if name.startswith("ngrams"):
+                nn.init.zeros_(p)
+            elif name.endswith("projection.weight"):
+                # residual projections: GPT-2 scales by the square root of the number of residual branches
+                std = 0.0 if config.zero_init_projections else 0.02 / math.sqrt(2 * config.layers)
+                nn.init.normal_(p, std=std)
+            elif name == "head.weight" and config.zero_init_projections:  # only listed when it is untied
+                nn.init.zeros_(p)
+            elif name == "positions.weight":
+                nn.init.normal_(p, std=0.01)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Next-token prediction.
+
+        Args:
+            tokens: [B, T] int64, T at most sequence_length.
+            targets: [B, T] int64, the tokens one position later.
+        Returns:
+            logits [B, T, vocab_size] fp32, or the mean cross-entropy in nats when targets are given.
+        """
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight[: tokens.size(1)]
+        if self.ngrams is not None:
+            x = x + self.ngrams(tokens)
+        x = self.dropout(x.to(self.compute_dtype))
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        rotary = None if self.positions is not None else (self.cos, self.sin)
+        for block in self.blocks:
+            x = block(x, rotary)
+        logits = self.head(self.norm(x))[..., : self.config.vocab_size].float()
+        cap = self.config.logit_softcap
+        if cap:
+            logits = cap * (
+                torch.tanh(logits / cap) if self.config.softcap_form == "tanh" else logits * (logits**2 + cap**2).rsqrt()
+            )
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @classmethod
+    def from_huggingface(cls, hf: nn.Module) -> "GPT":
+        """Copy the weights of a transformers GPT2LMHeadModel (its Conv1D stores weights transposed)."""
+        c = hf.config
+        gpt = cls(ModelConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, dropout=c.resid_pdrop))
+        names = {"wte": "embedding", "wpe": "positions", "ln_f": "norm", "h": "blocks", "ln_1": "norm1", "ln_2": "norm2",
+                 "attn": "attention", "c_attn": "qkv", "c_fc": "up", "c_proj": "projection"}  # fmt: skip
+        transposed = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+        state = {}
+        for name, value in hf.transformer.state_dict().items():
+            ours = ".".join(names.get(part, part) for part in name.split("."))
+            if ours in gpt.state_dict():  # older releases also store the causal mask
+                state[ours] = value.t() if name.endswith(transposed) else value
+        state["head.weight"] = state["embedding.weight"]
+        gpt.load_state_dict(state)
+        return gpt
+
+
+def roles(gpt: nn.Module) -> dict[str, str]:
+    """Parameter name -> what it is for: the only thing optimizers may route by.
+
+    matrix: hidden weights inside blocks; embedding: token, position and n-gram tables (and a head tied to one);
+    head: an untied output matrix; vector: gains and biases; scalar: single numbers.
+    """
+    found = {}
+    for name, p in gpt.named_parameters():
+        if p.dim() == 0 or p.numel() == 1:
+            found[name] = "scalar"
+        elif p.dim() == 1:
+            found[name] = "vector"
+        elif name.startswith(("embedding.", "positions.", "ngrams.")):
+            found[name] = "embedding"
+        elif name == "head.weight":
+            found[name] = "head"
+        else:
+            found[name] = "matrix"
+    return found
+
+
+def splits(gpt: nn.Module) -> dict[str, int]:
+    """Parameter name -> number of matrices fused in it along its first dimension (queries, keys and values: 3).
+
+    Matrix optimizers take them apart first, or their scale is wrong (microsoft/dion #111).
+    """
+    return {name: 3 for name, _ in gpt.named_parameters() if name.endswith("qkv.weight")}
+
+
+def parameter_counts(gpt: nn.Module) -> dict[str, int]:
+    """`total`, and `non_embedding` = total without embedding tables and head (the N of scaling laws)."""
+    sizes = {name: p.numel() for name, p in gpt.named_parameters()}
+    kinds = roles(gpt)
+    return {
+        "total": sum(sizes.values()),
+        "non_embedding": sum(size for name, size in sizes.items() if kinds[name] not in ("embedding", "head")),
+    }
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add.
+
+    6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys,
+    once for q.k and once for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer.
+    nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors, softmax,
+    norms, embeddings and the optimizer are left out.
+    """
+    C = config.width
+    weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C
+    return 6 * weights + 6 * config.layers * config.sequence_length * C
