@@ -39,7 +39,7 @@ class Schedule:
         """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
         warmup = length(self.warmup, steps)
         if step < warmup:
-            return (step + 1) / warmup if warmup > 1 else 1.0
+            return min(1.0, (step + 1) / warmup)  # a warm-up need not be whole: 0.05 of 50 steps is 2.5
         return self.shape(step - warmup, max(steps - warmup, 1))
 
     def shape(self, t: float, total: float) -> float:

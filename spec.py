@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -130,8 +131,9 @@ def load(name: str, what: str) -> type:
             path = Path(place)
             if not path.is_file():
                 raise UsageError(f"{what} {name!r}: no file {place}")
-            module_spec = importlib.util.spec_from_file_location(path.stem, path)
+            module_spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
             module = importlib.util.module_from_spec(module_spec)
+            sys.modules[module_spec.name] = module  # where dataclasses and type hints look their module up
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)

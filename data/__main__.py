@@ -1,0 +1,80 @@
+"""Prepare and check corpora.
+
+    python -m data list                                    what there is
+    python -m data prepare sotu                            the default corpus as bytes, seconds
+    python -m data prepare sotu --tokenizer gpt2
+    python -m data prepare fineweb10B --tokenizer gpt2 --for gpt2-small:record     only the shards that this recipe needs
+    python -m data prepare mine --files a.txt b.jsonl      one's own text
+    python -m data verify                                  every shard of every prepared corpus
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import tricks
+from data import corpora, shards, tokenizers
+from spec import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(prog="data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    verbs = made.add_subparsers(dest="verb", required=True, parser_class=Parser)
+    verbs.add_parser("list", help="the corpora and tokenizers")
+    prepare = verbs.add_parser("prepare", help="download, tokenize and write shards")
+    prepare.add_argument("corpus", help="a corpus, or a name for --files")
+    prepare.add_argument("--tokenizer", default="bytes", help="bytes or gpt2 (default: bytes)")
+    prepare.add_argument("--files", type=Path, nargs="+", default=[], help="your own .txt, .jsonl or .parquet files")
+    prepare.add_argument("--shards", type=int, default=1, help="fineweb10B: training shards of 100M tokens (default: 1)")
+    prepare.add_argument("--for", dest="recipe", help="fineweb10B: as many shards as TRACK:TRICKS needs")
+    prepare.add_argument("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard written")
+    prepare.add_argument("--data-root", type=Path, default=Path("corpora"), help="folder of all corpora")
+    verify = verbs.add_parser("verify", help="check shards against their headers and sha256")
+    verify.add_argument("folders", type=Path, nargs="*", help="dataset folders (default: all)")
+    verify.add_argument("--data-root", type=Path, default=Path("corpora"), help="folder of all corpora")
+    return made
+
+
+def shards_for(recipe: str) -> int:
+    """Training shards that `TRACK:TRICKS` reads without repeating data."""
+    track, _, words = recipe.partition(":")
+    settings, _ = tricks.apply(track, words)
+    return max(1, math.ceil((settings["steps"] * settings["batch_tokens"] + 1) / shards.SHARD_TOKENS))
+
+
+def main(argv: list[str]) -> int:
+    try:
+        options = parser().parse_args(argv)
+        if options.verb == "list":
+            for name, corpus in corpora.CORPORA.items():
+                print(f"{name:12s}{corpus.summary}; {corpus.source}")
+            print(f"tokenizers: {', '.join(tokenizers.TOKENIZERS)}")
+        elif options.verb == "prepare":
+            count = shards_for(options.recipe) if options.recipe else options.shards
+            folder = corpora.prepare(
+                options.corpus, options.tokenizer, options.data_root, files=options.files, shard_count=count,
+                shard_tokens=options.shard_tokens,
+            )  # fmt: skip
+            counts = {split: len(shards.Dataset(folder, split)) for split in ("train", "val")}
+            print(f"{folder}: {counts['train']:,} training and {counts['val']:,} validation tokens")
+        else:
+            folders = options.folders or sorted(p for p in options.data_root.glob("*-*") if p.is_dir())
+            if not folders:
+                raise UsageError(f"nothing prepared in {options.data_root}; run: ./run.sh data prepare sotu")
+            problems = [problem for folder in folders for problem in shards.verify(folder)]
+            print("\n".join(problems) or f"{len(folders)} corpora, every shard as it should be")
+            return 1 if problems else 0
+        return 0
+    except UsageError as error:
+        print(f"data: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

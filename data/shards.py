@@ -1,0 +1,319 @@
+"""Token shards on disk and the loader that reads them: all of `data` that training needs.
+
+Format, as the speedrun community has it (llm.c, modded-nanogpt): 256 little-endian int32 header words (magic 20240520,
+version 1, token count), then little-endian uint16 tokens; an end-of-text token *before* each document. Beside the
+shards dataset.json: corpus, tokenizer, vocabulary size, source, and file, tokens and sha256 of every shard.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spec import UsageError
+
+MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_WORDS
+SHARD_TOKENS = 100_000_000  # as the published FineWeb shards
+TOKEN = np.dtype("<u2")
+
+
+def dataset_folder(data_root: str | Path, corpus: str, tokenizer: str) -> Path:
+    return Path(data_root) / f"{corpus}-{tokenizer}"
+
+
+def repair(folder: Path) -> str:
+    """The command that makes a dataset folder whole again."""
+    corpus, _, tokenizer = Path(folder).name.rpartition("-")
+    return f"run: ./run.sh data prepare {corpus} --tokenizer {tokenizer}"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_atomically(path: Path, parts: Iterable[bytes]) -> str:
+    """Write `parts` to a temporary name, sync, rename: nobody ever sees half a file. Returns its sha256.
+
+    Raises:
+        UsageError: the disk is full; the temporary file is removed.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    digest = hashlib.sha256()
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"no space left in {path.parent} while writing {path.name}; finished shards are kept") from None
+        raise
+    return digest.hexdigest()
+
+
+def header(tokens: int) -> bytes:
+    words = np.zeros(HEADER_WORDS, dtype="<i4")
+    words[:3] = MAGIC, VERSION, tokens
+    return words.tobytes()
+
+
+def chunks(documents: Iterable[np.ndarray], eot: int, size: int) -> Iterator[np.ndarray]:
+    """The token stream, end-of-text before each document, in pieces of `size` tokens; the last may be shorter."""
+    held, count = [], 0
+    mark = np.array([eot], dtype=TOKEN)
+    for document in documents:
+        for piece in (mark, np.asarray(document, dtype=TOKEN)):
+            while count + len(piece) >= size:
+                yield np.concatenate([*held, piece[: size - count]])
+                piece, held, count = piece[size - count :], [], 0
+            held.append(piece)
+            count += len(piece)
+    if count:
+        yield np.concatenate(held)
+
+
+def write(
+    folder: Path, corpus: str, split: str, documents: Iterable[np.ndarray], eot: int, shard_tokens: int = SHARD_TOKENS
+) -> list[dict[str, Any]]:
+    """Write one split ("train" or "val") as shards `<corpus>_<split>_<index>.bin`.
+
+    Resumable: a shard that is there and equal is left alone, so an interrupted preparation repeats only the tokenizing.
+
+    Args:
+        documents: token arrays, each below 65,536, without end-of-text marks.
+    Returns:
+        the split's entries for dataset.json.
+    Raises:
+        UsageError: the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index, tokens in enumerate(chunks(documents, eot, shard_tokens)):
+        path = folder / f"{corpus}_{split}_{index:06d}.bin"
+        parts = [header(len(tokens)), tokens.tobytes()]
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()
+        if not (path.exists() and path.stat().st_size == sum(map(len, parts)) and file_hash(path) == digest):
+            write_atomically(path, parts)
+        entries.append({"file": path.name, "tokens": len(tokens), "sha256": digest})
+    return entries
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """dataset.json, written last: its presence says that the preparation ended."""
+    write_atomically(folder / "dataset.json", [json.dumps(manifest, indent=1).encode()])
+
+
+# ---------------------------------------------------------------- reading
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read(path: Path) -> np.ndarray:
+    """Tokens of one shard, memory-mapped uint16.
+
+    Raises:
+        UsageError: missing, not a shard, or not as long as its header says; names the shard and the repair.
+    """
+    if not path.is_file():
+        raise UsageError(f"shard {path} is missing; {repair(path.parent)}")
+    size = path.stat().st_size
+    words = np.fromfile(path, dtype="<i4", count=HEADER_WORDS) if size >= HEADER_BYTES else np.zeros(HEADER_WORDS)
+    if words[0] != MAGIC or words[1] != VERSION:
+        raise UsageError(f"shard {path} is damaged: its header is not that of a version {VERSION} shard; {repair(path.parent)}")
+    tokens = int(words[2])
+    if size != HEADER_BYTES + tokens * TOKEN.itemsize:
+        there = (size - HEADER_BYTES) // TOKEN.itemsize
+        raise UsageError(f"shard {path} is truncated or damaged: {there} tokens of {tokens}; {repair(path.parent)}")
+    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(tokens,)) if tokens else np.zeros(0, TOKEN)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """dataset.json, or None when there is none (shards that somebody else made)."""
+    try:
+        return json.loads((folder / "dataset.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UsageError(f"{folder / 'dataset.json'} is damaged; {repair(folder)}") from None
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in order.
+
+    Raises:
+        UsageError: there are none.
+    """
+    manifest = read_manifest(folder)
+    listed = manifest["splits"].get(split, []) if manifest else []
+    paths = [folder / entry["file"] for entry in listed] or sorted(folder.glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise UsageError(f"no {split} shards in {folder}; {repair(folder)}")
+    return paths
+
+
+def verify(folder: Path) -> list[str]:
+    """Problems found in a dataset folder, one line each; hashes are checked where dataset.json has them."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        paths = sorted(folder.glob("*.bin"))
+        if not paths:
+            return [f"no shards in {folder}; {repair(folder)}"]
+        entries = [{"file": path.name} for path in paths]
+    else:
+        entries = [entry for split in manifest["splits"].values() for entry in split]
+    problems = []
+    for entry in entries:
+        path = folder / entry["file"]
+        try:
+            read(path)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        if "sha256" in entry and file_hash(path) != entry["sha256"]:
+            problems.append(f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(folder)}")
+    return problems
+
+
+class Dataset:
+    """All shards of one split as a single stream of `len(self)` tokens."""
+
+    def __init__(self, folder: Path | str, split: str):
+        self.folder, self.split = Path(folder), split
+        self.shards = [read(path) for path in split_files(self.folder, split)]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        manifest = read_manifest(self.folder)
+        entries = manifest["splits"][split] if manifest else [{"tokens": len(shard)} for shard in self.shards]
+        # the same on every machine that holds the same data: no paths, no times
+        self.fingerprint = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length), across shard borders: [length] uint16."""
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        offset = start - (int(self.ends[shard - 1]) if shard else 0)
+        pieces = []
+        while length:
+            piece = self.shards[shard][offset : offset + length]
+            pieces.append(piece)
+            length -= len(piece)
+            shard, offset = shard + 1, 0
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def batch(self, starts: Iterable[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the sequences at `starts`: two [sequences, length] int64, targets one token later."""
+        windows = torch.from_numpy(np.stack([self.window(int(s), length + 1) for s in starts]).astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, spread: bool) -> list[int]:
+    """Where the fixed validation sequences begin.
+
+    Args:
+        tokens: how many to predict.
+        spread: evenly over the whole split (a corpus in the order of its years would else be judged by its oldest);
+            otherwise its first `tokens` tokens, as the speedrun's rule for FineWeb.
+    Raises:
+        UsageError: the split has too few tokens, or not a single sequence is asked for.
+    """
+    wanted, available = tokens // sequence_length, (len(dataset) - 1) // sequence_length
+    if not 0 < wanted <= available:
+        raise UsageError(
+            f"--val-tokens {tokens} must give between 1 and {available} sequences of {sequence_length} from the "
+            f"{len(dataset)} validation tokens in {dataset.folder}"
+        )
+    return [sequence_length * (i * available // wanted if spread else i) for i in range(wanted)]
+
+
+# ---------------------------------------------------------------- order and loader
+
+
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """A pseudo-random permutation of range(size), evaluated at `indices` only: [n] int64 -> [n] int64.
+
+    A balanced Feistel network over the next even number of bits, walked until it lands below `size` (cycle walking,
+    Black and Rogaway 2002). A shuffled list of all sequences would cost memory and time at every start and epoch;
+    this gives any position of any epoch in O(1), so that a run can begin at any step.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = np.random.SeedSequence([key, size]).generate_state(4, np.uint64)
+    result = indices.astype(np.uint64)
+    pending = np.ones(len(result), dtype=bool)
+    while pending.any():
+        left, right = result[pending] >> np.uint64(half), result[pending] & mask
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing; its high bits are the mixed ones
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(29))) >> np.uint64(32) & mask)
+        result[pending] = left << np.uint64(half) | right
+        pending = result >= size
+    return result.astype(np.int64)
+
+
+class Loader:
+    """Batches of sequences whose content depends on (seed, position) alone, whatever the number of ranks.
+
+    The stream of N x T + 1 tokens is N sequences of T inputs. Position p of a run is sequence p mod N of epoch p div N,
+    in an order shuffled anew each epoch. Step s takes positions s B ... (s + 1) B - 1, and each rank its own part.
+    """
+
+    def __init__(
+        self, dataset: Dataset, sequence_length: int, batch_sequences: int, *, seed: int = 0, shuffle: bool = True,
+        rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.dataset, self.sequence_length, self.batch_sequences = dataset, sequence_length, batch_sequences
+        self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
+        self.share = batch_sequences // world_size
+        self.first = rank * self.share
+        self.sequences = (len(dataset) - 1) // sequence_length
+        if self.sequences < 1:
+            raise UsageError(f"{dataset.folder} has too few {dataset.split} tokens for a sequence of {sequence_length}")
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.ahead: tuple[int, Future] | None = None
+
+    def starts(self, positions: np.ndarray) -> np.ndarray:
+        """First token of the sequences at these positions of the run: [n] int64."""
+        epochs, within = np.divmod(positions, self.sequences)
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                within[here] = permute(within[here], self.sequences, self.seed * 100_003 + int(epoch))
+        return within * self.sequence_length
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the corpus after `steps` steps."""
+        return steps * self.batch_sequences / self.sequences
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's inputs and targets at `step`: two [batch_sequences / world_size, T] int64, on the CPU. Pure."""
+        first = step * self.batch_sequences + self.first
+        return self.dataset.batch(self.starts(np.arange(first, first + self.share)), self.sequence_length)
+
+    def _fetch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self.batch(step)
+        return tuple(t.pin_memory() for t in batch) if self.device.type == "cuda" else batch
+
+    def next(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`batch(step)` on the device; step + 1 is gathered in the background meanwhile."""
+        held = self.ahead[1] if self.ahead and self.ahead[0] == step else self.worker.submit(self._fetch, step)
+        batch = held.result()
+        self.ahead = step + 1, self.worker.submit(self._fetch, step + 1)
+        return tuple(t.to(self.device, non_blocking=True) for t in batch)

