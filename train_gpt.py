@@ -38,7 +38,7 @@ import hardware
 import optimizers
 import schedules
 import tricks
-from data.shards import Dataset, Loader, dataset_folder, validation_windows
+from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, setting
 from spec import UsageError, convert, nearest
 
@@ -70,7 +70,9 @@ class Config:
     stop_at_target: bool = setting(False, "stop at the first validation that meets the target")
     out: str = setting("", "run folder; empty: runs/<track>/<recipe>-s<seed>-<hash>")
     resume: str = setting(
-        "auto", "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint", ("auto", "never", "must")
+        "auto",
+        "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint",
+        ("auto", "never", "must"),
     )
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
     device: str = setting("auto", "auto, cpu, cuda or mps")
@@ -378,18 +380,15 @@ def shares(config: Config, model_config: ModelConfig, world: World) -> tuple[int
 
 
 @torch.no_grad()
-def validate(
-    model: torch.nn.Module, dataset: Dataset, starts: list[int], length: int, micro: int, world: World
-) -> float:
+def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length: int, micro: int, world: World) -> float:
     """Mean loss in nats per token over the fixed validation sequences, shared over the ranks."""
     model.eval()
     mine = starts[world.rank :: world.size]
     total = torch.zeros(2, dtype=torch.float64)
     for i in range(0, len(mine), micro):
-        windows = torch.stack([torch.from_numpy(dataset.window(s, length + 1).astype("int64")) for s in mine[i : i + micro]])
-        windows = windows.to(world.device)
-        loss = model(windows[:, :-1], windows[:, 1:])
-        total += torch.tensor([loss.item() * len(windows), len(windows)], dtype=torch.float64)
+        tokens, targets = dataset.batch(mine[i : i + micro], length)
+        loss = model(tokens.to(world.device), targets.to(world.device))
+        total += torch.tensor([loss.item() * len(tokens), len(tokens)], dtype=torch.float64)
     model.train()
     total = world.sum(total if world.device.type == "mps" else total.to(world.device))  # MPS has no fp64
     return (total[0] / total[1]).item()
@@ -417,15 +416,15 @@ class Training:
         torch.use_deterministic_algorithms(config.deterministic)
         # data
         self.sequences, self.micro = shares(config, model_config, world)
-        folder = dataset_folder(config.data_root, config.corpus, config.tokenizer)
         T = model_config.sequence_length
+        folder = dataset_folder(config.data_root, config.corpus, config.tokenizer)
         self.loader = Loader(
-            folder, "train", self.sequences * world.size, T, seed=config.seed, rank=world.rank, world_size=world.size,
-            shuffle=config.shuffle, device=world.device,
+            Dataset(folder, "train"), T, self.sequences * world.size, seed=config.seed, shuffle=config.shuffle,
+            rank=world.rank, world_size=world.size, device=world.device,
         )  # fmt: skip
         self.val = Dataset(folder, "val")
-        self.val_starts = validation_windows(self.val, T, config.val_tokens, config.val_spread)
-        self.fingerprint = self.loader.dataset.fingerprint
+        self.val_starts = validation_starts(self.val, T, config.val_tokens, config.val_spread)
+        self.fingerprint = f"{self.loader.dataset.fingerprint}-{self.val.fingerprint}"
         # model: the same weights on every rank, then each rank its own stream for dropout
         torch.manual_seed(config.seed)
         self.gpt = GPT(model_config).to(world.device)
@@ -447,6 +446,7 @@ class Training:
         settings = vars(config) | vars(model_config) | {"recipe": recipe}
         out = config.out or default_folder(settings, recipe)
         self.run_folder = Run(Path(out), settings, config.resume)
+        world.gather(None)  # nobody writes into the folder before everybody has looked at it
 
     def environment(self) -> dict[str, Any]:
         commit = git("rev-parse", "HEAD")
@@ -552,9 +552,10 @@ class Training:
         self.model.train()
         self.optimizer.train()
         while self.steps_done < config.steps:
-            if self.loader.epoch(self.steps_done) > self.loader.epoch(max(self.steps_done - 1, 0)) and main:
-                self.run_folder.event("epoch", step=self.steps_done, epoch=self.loader.epoch(self.steps_done))
-                self.display.note(f"step {self.steps_done}: the training data repeats from here")
+            epoch = math.floor(self.loader.epochs(self.steps_done))
+            if main and self.steps_done and epoch > math.floor(self.loader.epochs(self.steps_done - 1)):
+                self.run_folder.event("epoch", step=self.steps_done, epoch=epoch)
+                self.display.note(f"step {self.steps_done}: all data seen {epoch} times, it repeats from here")
             done = self.step()
             if done is None:
                 status = "diverged"
@@ -585,7 +586,7 @@ class Training:
 
     def greeting(self) -> str:
         counts = parameter_counts(self.gpt)
-        epochs = self.config.steps * self.config.batch_tokens / self.loader.tokens_per_epoch
+        epochs = self.loader.epochs(self.config.steps)
         return (
             f"{self.run_folder.folder}\n"
             f"{counts['total'] / 1e6:.1f}M parameters on {self.world.size} x {self.world.device.type}, "
@@ -642,7 +643,9 @@ def default_folder(settings: dict[str, Any], recipe: str) -> str:
 def describe_result(result: dict[str, Any], folder: Path) -> str:
     loss = "not finite" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
     target = f" (target {result['target_loss']:g})" if result["target_loss"] else ""
-    return f"{result['status']}: validation loss {loss}{target}, {result['steps']} steps, {result['train_time']:.1f} s: {folder}"
+    return (
+        f"{result['status']}: validation loss {loss}{target}, {result['steps']} steps, {result['train_time']:.1f} s: {folder}"
+    )
 
 
 def main(argv: list[str]) -> int:

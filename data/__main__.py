@@ -1,11 +1,11 @@
 """Prepare and check corpora.
 
-    python -m data list                                    what there is
-    python -m data prepare sotu                            the default corpus as bytes, seconds
-    python -m data prepare sotu --tokenizer gpt2
-    python -m data prepare fineweb10B --tokenizer gpt2 --for gpt2-small:record     only the shards that this recipe needs
-    python -m data prepare mine --files a.txt b.jsonl      one's own text
-    python -m data verify                                  every shard of every prepared corpus
+python -m data list                                    what there is
+python -m data prepare sotu                            the default corpus as bytes, seconds
+python -m data prepare sotu --tokenizer gpt2
+python -m data prepare fineweb10B --tokenizer gpt2 --for gpt2-small:record     only the shards that this recipe needs
+python -m data prepare mine --files a.txt b.jsonl      one's own text
+python -m data verify                                  every shard of every prepared corpus
 """
 
 import argparse

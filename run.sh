@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Set up what is missing, then run a verb:
+#   ./run.sh                      the main job: train to the target, print a summary and a sample
+#   ./run.sh test [pytest args]   the tests
+#   ./run.sh train|data|sample|records|schedules ...    the tools, with their own --help
+set -euo pipefail
+cd "$(dirname "$0")"
+
+say() { printf '%s\n' "$*" >&2; }
+
+find_python() { # the newest Python >= 3.10, preferring one that has torch 2.13 already
+  local candidates=(python3 python3.13 python3.12 python3.11 python3.10 python) found=""
+  for p in "${candidates[@]}"; do
+    "$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
+    [ -n "$found" ] || found=$p
+    if "$p" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null; then
+      found=$p && break
+    fi
+  done
+  [ -n "$found" ] || { say "run.sh: Python 3.10 or newer is needed and none was found"; exit 2; }
+  echo "$found"
+}
+
+install() { # install FILE once per content: a stamp in .venv remembers its hash
+  local stamp=".venv/.$(basename "$(dirname "$1")")-$(basename "$1").$(cksum <"$1" | tr -d ' ')"
+  [ -f "$stamp" ] && return
+  say "installing $1"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || {
+    say "run.sh: could not install $1; check the network and run this again"
+    exit 2
+  }
+  touch "$stamp"
+}
+
+setup() {
+  if [ ! -x .venv/bin/python ]; then
+    local python
+    python=$(find_python)
+    say "making .venv with $($python --version)"
+    # an installed torch of the pinned release is seen through --system-site-packages, so pip leaves it alone
+    local flags=()
+    "$python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null && flags+=(--system-site-packages)
+    "$python" -m venv ${flags[@]+"${flags[@]}"} .venv || {
+      rm -rf .venv
+      say "run.sh: $python cannot make a virtual environment; on Debian: apt install python3-venv"
+      exit 2
+    }
+  fi
+  install requirements.txt
+}
+
+main_job() {
+  local gpus track
+  gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+  if [ "$gpus" -gt 0 ]; then
+    install data/requirements.txt
+    track=gpt2-small
+    .venv/bin/python -m data prepare fineweb10B --tokenizer gpt2 --for "$track:record"
+    .venv/bin/torchrun --standalone --nproc_per_node="$gpus" train_gpt.py --track "$track" --tricks record --compile \
+      --resume never --out "runs/$track/main" "$@"
+  else
+    track=cpu
+    [ -f corpora/sotu-bytes/dataset.json ] || .venv/bin/python -m data prepare sotu
+    .venv/bin/python train_gpt.py --track "$track" --tricks record --resume never --out "runs/$track/main" "$@"
+  fi
+  echo
+  .venv/bin/python -m lab.records summary "runs/$track/main"
+  echo
+  .venv/bin/python sample.py --run "runs/$track/main" --prompt "My fellow citizens, " --tokens 300
+}
+
+verb=${1:-main}
+[ $# -gt 0 ] && shift
+case "$verb" in
+  main) setup && main_job "$@" ;;
+  test) setup && install requirements-test.txt && exec .venv/bin/python -m pytest "$@" ;;
+  train) setup && exec .venv/bin/python train_gpt.py "$@" ;;
+  data) setup && exec .venv/bin/python -m data "$@" ;;
+  sample) setup && exec .venv/bin/python sample.py "$@" ;;
+  records) setup && exec .venv/bin/python -m lab.records "$@" ;;
+  schedules) setup && exec .venv/bin/python schedules.py "$@" ;;
+  *)
+    say "run.sh: unknown verb '$verb': main (or nothing), test, train, data, sample, records, schedules"
+    exit 2
+    ;;
+esac

@@ -1,0 +1,81 @@
+"""Text from a trained model.
+
+python sample.py --run runs/cpu/record-s0-1a2b3c4d --prompt "The state of the union" --tokens 300
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from data import tokenizers
+from model import GPT, ModelConfig
+from spec import UsageError
+
+
+def load_model(run: Path) -> tuple[GPT, dict]:
+    """The trained model of a run folder, in eval mode on the CPU, and the run's config.
+
+    Raises:
+        UsageError: no such run, or it has no checkpoint yet.
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+        state = torch.load(run / "checkpoints" / "latest.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{run} holds no trained model; runs are listed by: ls runs/*") from None
+    fields = {f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}
+    gpt = GPT(ModelConfig(**fields))
+    gpt.load_state_dict(state["model"])
+    return gpt.eval(), config
+
+
+@torch.no_grad()
+def generate(gpt: GPT, tokens: list[int], count: int, temperature: float, top_k: int, seed: int) -> list[int]:
+    """`tokens` continued by `count` sampled ones; the context is the last `sequence_length` of them.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_k: sample among this many likeliest; 0: all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(tokens)
+    for _ in range(count):
+        context = torch.tensor([tokens[-gpt.config.sequence_length :]])
+        logits = gpt(context)[0, -1]
+        if temperature == 0:
+            tokens.append(int(logits.argmax()))
+            continue
+        if top_k:
+            floor = logits.topk(min(top_k, len(logits))).values[-1]
+            logits = logits.masked_fill(logits < floor, float("-inf"))
+        tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+    return tokens
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run folder of the trained model")
+    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    parser.add_argument("--tokens", type=int, default=300, help="tokens to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    try:
+        gpt, config = load_model(options.run)
+        tokenizer = tokenizers.get(config["tokenizer"], config["data_root"])
+        start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
+        tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed)
+        print(tokenizer.decode(tokens[1:]))
+        return 0
+    except UsageError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
