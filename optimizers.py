@@ -1,7 +1,7 @@
 """Every optimizer, one registry, one way in: `build(spec, gpt)` gives one torch.optim.Optimizer.
 
     build("adamw:lr=3e-3", gpt)                      a registered method, its settings by key
-    build("my_optimizer.py:Mine:lr=0.1", gpt)        one's own class: a torch Optimizer, or a dataclass with `build(gpt)`
+    build("my_optimizer.py:Mine:lr=0.1", gpt)        one's own: a torch Optimizer, or a dataclass with `build(gpt)`
 
 To add a method: write its torch.optim.Optimizer (or use torch's), a frozen dataclass of its settings whose docstring
 is the update rule, and one line in OPTIMIZERS. Notation: w weight, g gradient, m and v averages, all after t steps.
@@ -47,7 +47,7 @@ class Settings:
 
 
 def groups(gpt: nn.Module, wanted: tuple[str, ...], by_split: bool = False, **options) -> list[dict]:
-    """gpt's trainable parameters of the `wanted` roles as one param group with `options`; an empty list if there are none.
+    """gpt's trainable parameters of the `wanted` roles as one param group with `options`; an empty list if it has none.
 
     by_split: one group per number of fused matrices instead, which the group states as `split`.
     """
@@ -235,7 +235,7 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtyp
 
 
 def orthogonalize_shared(matrices: list[Tensor], *how) -> Tensor:
-    """`orthogonalize` of a list of [m, n] matrices, shared between the ranks; every rank gets all: [len(matrices), m, n].
+    """`orthogonalize` of equal-shaped [m, n] matrices, shared between the ranks; all get all: [len(matrices), m, n].
 
     Gradients, hence matrices, are equal on all ranks under DDP. One rank is the same path with everything as its share.
     """
@@ -356,10 +356,8 @@ class MuonSettings(Settings):
     state_per_parameter = 4.0
 
     def build(self, gpt):
-        muon = Muon(
-            groups(gpt, self.roles, by_split=True), self.lr, self.momentum, self.nesterov, self.weight_decay, self.steps,
-            self.coefficients, self.scale, self.dtype,
-        )  # fmt: skip
+        keys = ("lr", "momentum", "nesterov", "weight_decay", "steps", "coefficients", "scale", "dtype")
+        muon = Muon(groups(gpt, self.roles, by_split=True), **{key: getattr(self, key) for key in keys})
         decay = self.adamw_weight_decay
         rest = groups(gpt, ("embedding",), lr=self.embedding_lr or self.adamw_lr, weight_decay=decay)
         rest += groups(gpt, ("head",), lr=self.head_lr or self.adamw_lr, weight_decay=decay)

@@ -107,6 +107,9 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
         UsageError: unknown name or key, wrong type, or a file that does not import.
     """
     name, texts = split(spec)
+    registered, colon, word = name.partition(":")
+    if colon and registered in registry:
+        raise UsageError(f"{spec!r}: expected key=value after the name, got {word!r}")
     cls = load(name, what) if ":" in name else registry.get(name)
     if cls is None:
         raise UsageError(f"unknown {what} {name!r}: {nearest(name, registry)}")

@@ -261,8 +261,9 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     while pending.any():
         left, right = result[pending] >> np.uint64(half), result[pending] & mask
         for k in keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing; its high bits are the mixed ones
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(29))) >> np.uint64(32) & mask)
+            mixed = (right + k) * np.uint64(0xBF58476D1CE4E5B9)  # the mixing steps of splitmix64
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed >> np.uint64(31)) & mask)
         result[pending] = left << np.uint64(half) | right
         pending = result >= size
     return result.astype(np.int64)

@@ -24,7 +24,7 @@ class Bytes:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
+        return bytes(int(t) for t in tokens).decode(errors="replace")
 
 
 class GPT2:

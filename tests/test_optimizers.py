@@ -21,6 +21,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 EVERY = list(OPTIMIZERS)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small lose more to threads than they win, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny(vocab_size: int = 61, **fields) -> GPT:
     torch.manual_seed(0)
     fields = dict(sequence_length=16, layers=2, heads=2, width=32) | fields
@@ -132,9 +141,7 @@ def test_muon_agrees_with_the_plain_loop(scale, nesterov, coefficients):
     split = [1, 1, 1, 3, 3, 2, 1]
     weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
-    groups = [
-        dict(params=[w for w, own in zip(weights, split, strict=True) if own == n], split=n) for n in sorted(set(split))
-    ]
+    groups = [dict(params=[w for w, own in zip(weights, split, strict=True) if own == n], split=n) for n in sorted(set(split))]
     muon = Muon(groups, 0.05, 0.9, nesterov, 0.1, 5, coefficients, scale, "fp32")
     table = COEFFICIENTS[coefficients]
     expected = plain_muon(
@@ -406,9 +413,7 @@ def test_state_bytes_are_those_the_registry_states(name):
     assert state_bytes(optimizer) == 0
     train(gpt, optimizer, 1)
     own, role = OPTIMIZERS[name], roles(gpt)
-    expected = sum(
-        p.numel() * (own.state_per_parameter if role[n] in own.roles else 8.0) for n, p in gpt.named_parameters()
-    )
+    expected = sum(p.numel() * (own.state_per_parameter if role[n] in own.roles else 8.0) for n, p in gpt.named_parameters())
     counters = 4 * len(list(gpt.parameters()))  # AdamW's step count, one float per tensor
     assert expected <= state_bytes(optimizer) <= expected + counters
 
@@ -446,7 +451,7 @@ def test_chain_survives_deepcopy():
 @pytest.mark.parametrize("name", EVERY)
 def test_the_loss_falls(name):
     gpt = tiny()
-    losses = train(gpt, build(name, gpt), 30)
+    losses = train(gpt, build(name, gpt), 20)
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -533,7 +538,7 @@ def test_a_class_of_an_installed_package():
         ("muon:lr=nan", "lr"),
         ("muon:scale=kelle", "did you mean 'keller'"),
         ("muon:coefficients=quintik", "did you mean 'quintic'"),
-        ("muon:dtype=fp16", "did you mean 'fp32'|known"),
+        ("muon:dtype=bf61", "did you mean 'bf16'"),
         ("adamw:lr=-1", "learning rate"),
         ("sgd:momentum=-1", "momentum"),
         ("nowhere.py:Mine", "no file"),

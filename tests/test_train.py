@@ -1,0 +1,368 @@
+"""The trainer's invariances: what must not change the numbers does not, and what goes wrong is said in one line.
+
+The golden curve of `tiny` is written anew, after a change that is meant to change it, by: python tests/test_train.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA_ROOT, ROOT, events, losses, result
+
+import train_gpt
+from data.shards import write, write_manifest
+from optimizers import OPTIMIZERS
+from tricks import TRACKS, TRICKS
+
+GOLDEN = Path(__file__).with_name("golden_tiny.json")
+GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record")
+OWN_OPTIMIZER = """
+import torch
+
+class SignDescent(torch.optim.Optimizer):
+    def __init__(self, params, lr: float = 1e-3):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad.sign()
+"""
+
+
+def close(a: list[float], b: list[float], relative: float) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=relative) for x, y in zip(a, b))
+
+
+def torchrun(ranks: int, folder: Path, *flags: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_gpt.py"]
+    command += ["--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- what must not change the numbers
+
+
+def test_golden_curve(train):
+    """fp32 losses of a stored run. Machines round differently, hence not to the last digit."""
+    folder = train(*GOLDEN_FLAGS)
+    golden = json.loads(GOLDEN.read_text())
+    assert close(losses(folder), golden["train"], 1e-3)
+    assert close(losses(folder, "val"), golden["val"], 1e-3)
+
+
+def test_first_loss_is_ln_vocabulary(train):
+    assert losses(train("--steps", "1", out="gpt2"))[0] == pytest.approx(math.log(256), abs=0.1)
+    assert losses(train("--steps", "1", "--tricks", "record", out="modern"))[0] == pytest.approx(math.log(256), abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_accumulation_equals_one_big_batch(train, optimizer):
+    flags = ("--steps", "6", "--optimizer", optimizer)
+    big = train(*flags, out="big")
+    small = train(*flags, "--micro-batch-tokens", "128", out="small")
+    assert close(losses(big), losses(small), 1e-5)
+    assert close(losses(big, "val"), losses(small, "val"), 1e-5)
+
+
+def test_ranks_do_not_change_the_run(train, tmp_path):
+    flags = ("--steps", "8", "--tricks", "modern,muon", "--micro-batch-tokens", "128", "--clip", "0.5")
+    one = train(*flags)
+    for ranks in (2, 4):
+        folder = tmp_path / f"ranks{ranks}"
+        torchrun(ranks, folder, *flags)
+        for kind in ("train", "val"):
+            assert close(losses(one, kind), losses(folder, kind), 1e-5)
+        assert [e["grad_norm"] for e in events(one, "train")] == pytest.approx(
+            [e["grad_norm"] for e in events(folder, "train")], rel=1e-4
+        )
+        assert result(folder)["tokens"] == result(one)["tokens"] == 8 * 1024
+        assert json.loads((folder / "env.json").read_text())["world_size"] == ranks
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_equals_uninterrupted(train, monkeypatch, optimizer):
+    """Stopped after a checkpoint and started again with the same command: the same losses and weights, bit by bit."""
+    flags = ("--steps", "12", "--optimizer", optimizer, "--dropout", "0.1", "--checkpoint-every", "5", "--deterministic")
+    whole = train(*flags, out="whole")
+
+    def stop_at_8(self, *args, log_step=train_gpt.Training.log_step):
+        log_step(self, *args)
+        if self.steps_done == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt.Training, "log_step", stop_at_8)
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags, out="cut")
+    cut = train(*flags, out="cut")
+    assert [e["step"] for e in events(cut, "resume")] == [5]
+    assert losses(cut) == losses(whole) and losses(cut, "val") == losses(whole, "val")
+    load = lambda folder: torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]  # noqa: E731
+    assert all(torch.equal(a, b) for a, b in zip(load(whole).values(), load(cut).values()))
+    assert result(cut)["train_time"] == pytest.approx(events(cut, "train")[-1]["train_time"])
+
+
+def test_compiled_equals_eager(train):
+    flags = ("--steps", "4", "--layers", "1", "--tricks", "record")
+    eager, compiled = train(*flags, out="eager"), train(*flags, "--compile", out="compiled")
+    assert close(losses(eager), losses(compiled), 1e-4)
+
+
+def test_warm_up_leaves_no_trace(sotu):
+    """Weights, gradients, optimizer state and RNG before and after the compile warm-up."""
+    config, model_config, recipe = train_gpt.resolve(["--track", "tiny", "--dropout", "0.2", "--data-root", str(DATA_ROOT)])
+    training = train_gpt.Training(config, model_config, recipe, train_gpt.World("cpu"))
+    before = {name: p.clone() for name, p in training.gpt.named_parameters()}
+    rng = torch.get_rng_state()
+    train_gpt.warm_up(training.model, training.micro, model_config, training.world.device)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in training.gpt.named_parameters())
+    assert not training.optimizer.state and training.loader.ahead is None
+
+
+# ---------------------------------------------------------------- clock, log, result
+
+
+def test_clock_excludes_what_it_says(train, monkeypatch):
+    """Half a second in each of set-up, validation, checkpoint and log is not training time; in the optimizer it is."""
+    monkeypatch.chdir(ROOT)
+
+    def slow(target, name, seconds=0.5):
+        original = getattr(target, name)
+
+        def slowed(*args, **kwargs):
+            time.sleep(seconds)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, slowed)
+
+    flags = ("--steps", "4", "--val-every", "2", "--checkpoint-every", "2")
+    for target, name in (
+        (train_gpt.Training, "validate"), (train_gpt.Training, "save"), (train_gpt.Training, "log_step"), (train_gpt, "GPT"),
+    ):  # fmt: skip
+        slow(target, name)
+    off = result(train(*flags, out="off"))
+    assert off["train_time"] < 0.45
+    slow(torch.optim.AdamW, "step", 0.2)
+    on = result(train(*flags, out="on"))
+    assert 0.8 < on["train_time"] < 0.8 + 0.45
+    assert on["robust_train_time"] == pytest.approx(on["train_time"], abs=0.3)
+    assert on["process_time"] < on["train_time"] + 0.45 * torch.get_num_threads()  # sleeping costs no CPU time
+
+
+def test_log_and_result_agree(train):
+    folder = train("--steps", "10", "--target-loss", "4.6", "--val-every", "2")
+    steps, vals, end = events(folder, "train"), events(folder, "val"), result(folder)
+    assert [e["step"] for e in steps] == list(range(1, 11)) and [e["step"] for e in vals] == [2, 4, 6, 8, 10]
+    assert end["train_time"] == pytest.approx(sum(e["step_time"] for e in steps))
+    assert end["tokens"] == steps[-1]["tokens"] == 10 * 1024
+    assert end["tokens_per_second"] == pytest.approx(end["tokens"] / end["train_time"])
+    env = json.loads((folder / "env.json").read_text())
+    assert end["mfu"] == pytest.approx(end["tokens_per_second"] * end["flops_per_token"] / env["peak_flops"])
+    assert end["val_loss"] == vals[-1]["loss"]
+    first = next(e for e in vals if e["loss"] <= 4.6)
+    assert end["target_reached"] and end["steps_to_target"] == first["step"]
+    assert end["time_to_target"] == pytest.approx(first["train_time"])
+    assert sum(e["event"] == "end" for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines())) == 1
+    assert end["optimizer_state_bytes"] >= 8 * end["parameters"]["total"]
+    assert end["peak_memory"] > 50e6
+
+
+def test_stop_at_target(train):
+    end = result(train("--steps", "30", "--target-loss", "5", "--val-every", "2", "--stop-at-target"))
+    assert end["status"] == "stopped" and end["steps"] == end["steps_to_target"] < 30
+    never = result(train("--steps", "3", "--target-loss", "0.1", out="never"))
+    assert never["status"] == "ok" and never["time_to_target"] is None and not never["target_reached"]
+
+
+def test_divergence_stops_before_the_update(train):
+    folder = train("--steps", "10", "--optimizer", "sgd:lr=1e30", "--clip", "0", "--schedule", "constant", code=3)
+    end = result(folder)
+    assert end["status"] == "diverged" and not end["target_reached"] and end["val_loss"] is None
+    (event,) = events(folder, "nonfinite")
+    assert event["step"] == end["steps"] + 1 == len(losses(folder)) + 1
+    assert all(math.isfinite(loss) for loss in losses(folder))
+
+
+def test_finished_run_is_not_trained_again(train, capsys):
+    folder = train("--steps", "3")
+    before = (folder / "log.jsonl").read_bytes()
+    train("--steps", "3")
+    assert "--resume never" in capsys.readouterr().out and (folder / "log.jsonl").read_bytes() == before
+    train("--steps", "3", "--resume", "never")
+    assert [e["loss"] for e in events(folder, "train")] == losses(folder)
+    assert len(losses(folder)) == 3
+
+
+def test_run_folders_differ_by_what_is_computed():
+    def folder(*flags):
+        config, model_config, recipe = train_gpt.resolve(["--track", "tiny", *flags])
+        return train_gpt.default_folder(vars(config) | vars(model_config), recipe)
+
+    plain = folder()
+    assert plain == folder("--wandb") == folder("--resume", "never") and plain.startswith("runs/tiny/baseline-s0-")
+    others = [
+        folder("--seed", "1"),
+        folder("--width", "128"),
+        folder("--optimizer", "adamw:lr=1"),
+        folder("--tricks", "qk_norm"),
+    ]
+    assert len({plain, *others}) == 5
+
+
+def test_repeating_data_is_said(train, capsys, tmp_path):
+    """A corpus of 40 sequences and steps of 16: the third step begins to repeat."""
+    root = tmp_path / "data"
+    document = torch.randint(1, 256, (40 * 64,)).numpy().astype("uint16")
+    splits = {s: write(root / "mine-bytes", "mine", s, [document], 0) for s in ("train", "val")}
+    write_manifest(root / "mine-bytes", {"corpus": "mine", "tokenizer": "bytes", "splits": splits})
+    folder = train("--corpus", "mine", "--data-root", str(root), "--val-tokens", "640", "--steps", "6")
+    assert [(e["step"], e["epoch"]) for e in events(folder, "epoch")] == [(3, 1), (5, 2)]
+    assert "all data seen 1 times" in capsys.readouterr().out
+
+
+def test_own_optimizer(train, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN_OPTIMIZER)
+    folder = train("--steps", "20", "--optimizer", f"{tmp_path / 'mine.py'}:SignDescent:lr=0.002")
+    assert losses(folder)[-1] < losses(folder)[0] - 0.5
+
+
+def test_sampling(train, capsys):
+    import sample
+
+    folder = train("--steps", "3")
+    capsys.readouterr()
+    assert sample.main(["--run", str(folder), "--prompt", "Abc", "--tokens", "5", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("Abc")
+    assert sample.main(["--run", str(folder / "nowhere")]) == 2
+
+
+def test_records_keep_and_summary(train, monkeypatch, tmp_path, capsys):
+    from lab import records
+
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+    run = train("--steps", "3")
+    assert records.main(["summary", str(run)]) == 0 and "baseline: none stored" in capsys.readouterr().out
+    assert records.main(["keep", "baseline", str(run)]) == 0
+    assert records.results("tiny", "baseline") == [result(run)]
+    capsys.readouterr()
+    assert records.main(["summary", str(run)]) == 0
+    loss = f"{result(run)['val_loss']:.4f} nats"
+    assert capsys.readouterr().out.count(loss) == 2
+    assert records.main(["keep", "baseline", str(run), str(run)]) == 2
+    assert records.main(["summary", str(tmp_path)]) == 2
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trik", "muon"], "unknown flag --trik: did you mean '--tricks'?"),
+        (["--track", "cpuu"], "unknown track 'cpuu': did you mean 'cpu'?"),
+        (["--tricks", "muno"], "unknown trick 'muno': did you mean 'muon'?"),
+        (["--optimizer", "adamv"], "unknown optimizer 'adamv': did you mean 'adamw'?"),
+        (["--optimizer", "muon:learning=1"], "no key 'learning'"),
+        (["--optimizer", "muon:lr=fast"], "takes a value of type float"),
+        (["--optimizer", "muon:scale=big"], "scale"),
+        (["--optimizer", "nowhere.py:Mine"], "no file nowhere.py"),
+        (["--schedule", "cosin"], "did you mean 'cosine'?"),
+        (["--steps", "many"], "--steps takes a value of type int"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps"], "--steps"),
+        (["--dtype", "fp8"], "--dtype takes auto, bf16, fp32"),
+        (["--width", "65"], "width 65 is not divisible by heads 2"),
+        (["--batch-tokens", "1000"], "the nearest that is: 1024"),
+        (["--micro-batch-tokens", "96"], "must be a multiple of the sequence length"),
+        (["--corpus", "novels"], "run: ./run.sh data prepare novels --tokenizer bytes"),
+        (["--val-tokens", "9000000"], "--val-tokens 9000000"),
+        (["--sequence-length", "20000000", "--batch-tokens", "20000000"], "too few train tokens"),
+        (["--resume", "must"], "no checkpoint"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(sotu, tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert train_gpt.main(["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(out), *flags]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert not out.exists()
+
+
+def test_optimizer_file_that_does_not_import(sotu, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("import nothing_like_this\n")
+    flags = ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
+    assert train_gpt.main([*flags, "--optimizer", f"{tmp_path / 'broken.py'}:Mine"]) == 2
+    printed = capsys.readouterr().err
+    assert "does not import (ModuleNotFoundError" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_device_and_dtype_that_are_absent(sotu, tmp_path, capsys, monkeypatch):
+    flags = ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_gpt.main([*flags, "--device", "cuda"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(train_gpt.hardware, "has_native_bf16", lambda device: False)
+    assert train_gpt.main([*flags, "--dtype", "bf16"]) == 2
+    assert "no native bf16" in capsys.readouterr().err
+    assert train_gpt.hardware.pick_dtype("auto", torch.device("cpu"))[0] == torch.float32
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_another_run_is_left_alone(train, capsys):
+    folder = train("--steps", "3")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    train("--steps", "4", code=2)
+    assert "other settings (steps)" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    folder.with_name("full").mkdir()
+    (folder.with_name("full") / "thesis.txt").write_text("mine")
+    train("--steps", "3", out="full", code=2)
+    assert "holds no run" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- tracks, tricks and the README
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_every_recipe_and_trick_resolves(track):
+    for words in (*TRACKS[track].recipes, *TRICKS):
+        config, model_config, _ = train_gpt.resolve(["--track", track, "--tricks", words])
+        assert train_gpt.schedules.build(config.schedule, config.steps)(0) >= 0
+        with torch.device("meta"):
+            gpt = train_gpt.GPT(model_config)
+            assert train_gpt.optimizers.build(config.optimizer, gpt).param_groups
+
+
+def test_tricks_are_ordered_and_flags_win():
+    config, model_config, recipe = train_gpt.resolve(
+        ["--track", "cpu", "--tricks", "modern,rope", "--steps", "7", "--no-qk-norm", "--optimizer", "sgd"]
+    )
+    assert model_config.positions == "rotary" and model_config.activation == "relu2" and not model_config.qk_norm
+    assert (config.steps, config.optimizer, recipe) == (7, "sgd", "modern+rope")
+
+
+def test_wrong_verb_and_help():
+    done = subprocess.run(["./run.sh", "trian"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "trian" in done.stderr
+    help = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert help.returncode == 0 and "--ngram-buckets" in help.stdout and "default: 4096" in help.stdout
+
+
+if __name__ == "__main__":
+    out = ROOT / "runs" / "golden"
+    common = ["--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(out), "--resume", "never"]
+    assert train_gpt.main([*common, *GOLDEN_FLAGS]) == 0
+    GOLDEN.write_text(json.dumps({kind: losses(out, kind) for kind in ("train", "val")}, indent=1) + "\n")
+    print(f"wrote {GOLDEN}")
