@@ -1,0 +1,50 @@
+"""What the README shows exists: its tables are those of the registries, its commands parse."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import train_gpt
+from data import __main__ as data_command
+from lab import readme
+from spec import UsageError
+
+TEXT = readme.README.read_text()
+BLOCKS = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = [shlex.split(line, comments=True) for line in BLOCKS.splitlines() if "run.sh" in line or "train_gpt.py" in line]
+
+
+def test_tables_are_generated():
+    assert readme.filled(TEXT) == TEXT, "run: .venv/bin/python -m lab.readme"
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) > 12
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_command_parses(words):
+    if "train_gpt.py" in words:
+        train_gpt.resolve(words[words.index("train_gpt.py") + 1 :])
+        return
+    assert words[0] == "./run.sh"
+    verb, rest = (words[1], words[2:]) if len(words) > 1 else ("main", [])
+    assert re.search(rf"^  {verb}\)", (ROOT / "run.sh").read_text(), re.MULTILINE), verb
+    if verb == "train" and "--help" not in rest and not any("mine.py" in word for word in rest):
+        train_gpt.resolve(rest)
+    if verb == "data":
+        options = data_command.parser().parse_args(rest)
+        assert options.verb in ("list", "prepare", "verify")
+
+
+def test_wrong_command_would_not_parse():
+    """The check above can fail."""
+    with pytest.raises(UsageError):
+        train_gpt.resolve(["--trikcs", "record"])
+
+
+def test_linked_files_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
