@@ -2,7 +2,10 @@
 
 import os
 import platform
+import shutil
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 
@@ -66,6 +69,14 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")
         return torch.bfloat16, "asked for"
     return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: on CPU a C++ compiler and Python's headers."""
+    if device.type != "cpu":
+        return True
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

@@ -56,7 +56,7 @@ main_job() {
     install data/requirements.txt
     track=gpt2-small
     .venv/bin/python -m data prepare fineweb10B --tokenizer gpt2 --for "$track:record"
-    .venv/bin/torchrun --standalone --nproc_per_node="$gpus" train_gpt.py --track "$track" --tricks record --compile \
+    .venv/bin/torchrun --standalone --nproc_per_node="$gpus" train_gpt.py --track "$track" --tricks record \
       --resume never --out "runs/$track/main" "$@"
   else
     track=cpu

@@ -430,7 +430,8 @@ class Training:
         self.gpt = GPT(model_config).to(world.device)
         self.gpt.compute_dtype = self.dtype
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
-        self.model = torch.compile(self.gpt) if config.compile else self.gpt
+        self.compiled = config.compile and hardware.can_compile(world.device)
+        self.model = torch.compile(self.gpt) if self.compiled else self.gpt
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
@@ -457,7 +458,7 @@ class Training:
             "data_fingerprint": self.fingerprint,
             "world_size": self.world.size,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "compile": self.config.compile,
+            "compile": self.compiled,
             "peak_flops": self.peak,
             "peak_source": self.peak_source,
         }
@@ -540,7 +541,7 @@ class Training:
         if self.run_folder.continued:
             self.restore()
         first = self.steps_done
-        if config.compile:
+        if self.compiled:
             warm_up(self.model, self.micro, self.model_config, self.world.device)
         if main:
             self.run_folder.open(self.environment(), first)
@@ -587,8 +588,9 @@ class Training:
     def greeting(self) -> str:
         counts = parameter_counts(self.gpt)
         epochs = self.loader.epochs(self.config.steps)
+        without = "" if self.compiled == self.config.compile else "\nno C++ compiler with Python headers here: not compiled"
         return (
-            f"{self.run_folder.folder}\n"
+            f"{self.run_folder.folder}{without}\n"
             f"{counts['total'] / 1e6:.1f}M parameters on {self.world.size} x {self.world.device.type}, "
             f"{str(self.dtype).removeprefix('torch.')} ({self.dtype_reason}), {self.config.steps:,} steps of "
             f"{self.config.batch_tokens:,} tokens ({epochs:.2f} epochs of {self.config.corpus})"

@@ -12,7 +12,8 @@ from lab import readme
 from spec import UsageError
 
 TEXT = readme.README.read_text()
-BLOCKS = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+FENCED = re.findall(r"^```(\w*)\n(.*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
+BLOCKS = "\n".join(text for language, text in FENCED if language != "python").replace("\\\n", " ")
 COMMANDS = [shlex.split(line, comments=True) for line in BLOCKS.splitlines() if "run.sh" in line or "train_gpt.py" in line]
 
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import DATA_ROOT, ROOT, events, losses, result
 
+import spec
 import train_gpt
+import tricks
 from data.shards import write, write_manifest
 from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
@@ -351,6 +353,15 @@ def test_tricks_are_ordered_and_flags_win():
     )
     assert model_config.positions == "rotary" and model_config.activation == "relu2" and not model_config.qk_norm
     assert (config.steps, config.optimizer, recipe) == (7, "sgd", "modern+rope")
+
+
+def test_tricks_on_one_optimizer_add_their_keys():
+    optimizer = lambda words: spec.split(tricks.apply("gpt2-small", words)[0]["optimizer"])  # noqa: E731
+    name, keys = optimizer("muon")
+    assert name == "muon" and keys["coefficients"] == "cubic"
+    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express"})
+    assert optimizer("polar_express,muon") == ("muon", keys)  # the later one wins
+    assert optimizer("polar_express") == ("muon", {"coefficients": "polar_express"})  # nothing of the track's AdamW
 
 
 def test_wrong_verb_and_help():
