@@ -51,7 +51,10 @@ setup() {
 
 main_job() {
   local gpus track
-  gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+  gpus=0 # importing torch only to count takes seconds: first ask the driver
+  if command -v nvidia-smi >/dev/null; then
+    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+  fi
   if [ "$gpus" -gt 0 ]; then
     install data/requirements.txt
     track=gpt2-small
