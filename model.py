@@ -126,7 +126,7 @@ class Norm(nn.Module):
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotate`, each [sequence_length, head_width], fp32.
+    """cos and sin, each [sequence_length, head_width / 2], fp32.
 
     Full: frequencies base^(-i / (D/2)), i < D/2. Half: D/4 frequencies from 1 to 1/base inclusive, the other D/4
     stand still, so that half of each head carries no position (modded-nanogpt record 17).
@@ -138,16 +138,16 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     else:
         frequencies = (1 / config.rotary_base) ** (torch.arange(half) / half)
     angles = torch.outer(torch.arange(config.sequence_length).float(), frequencies)
-    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin(), -angles.sin()], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D] by the angle of their position.
 
-    cos, sin: broadcastable to x; cos is [c, c] and sin [s, -s] along D, so that a pair becomes
-    (first c + second s, second c - first s) in two products instead of four on half-width slices.
+    cos, sin: broadcastable to [B, T, ..., D/2].
     """
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
@@ -164,13 +164,12 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: fl
     the mask would throw away. On CPUs with bf16 matrix units this beats PyTorch's flash attention, which spends its
     time outside the matrix units (benchmarks/README.md). All [B, H, T, D]."""
     T = q.size(-2)
-    future = torch.full((chunk, chunk), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     q, k = q * scale, k.transpose(-2, -1)
     outputs = []
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
-        scores = q[..., start:end, :] @ k[..., :end]
-        scores[..., start:] += future[: end - start, : end - start]  # only the last block touches the diagonal
+        scores = q[..., start:end, :] @ k[..., :end] + future[start:end, :end]
         outputs.append(F.dropout(scores.softmax(-1), dropout) @ v[..., :end, :])
     return torch.cat(outputs, dim=-2)
 
@@ -200,7 +199,7 @@ class Attention(nn.Module):
         if config.qk_norm:  # queries and keys go through norm and rotation together: half as many small operations
             qk = rms_norm(qk)
         if rotary is not None:
-            cos, sin = (table[:T, None, None].to(x.dtype) for table in rotary)  # [T, 1, 1, D]
+            cos, sin = (table[:T, None, None].to(x.dtype) for table in rotary)  # [T, 1, 1, D/2]
             qk = rotate(qk, cos, sin)
         backend = config.attention
         if backend == "auto":
