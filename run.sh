@@ -50,7 +50,7 @@ setup() {
 }
 
 main_job() {
-  local gpus track
+  local gpus track run
   gpus=0 # importing torch only to count takes seconds: first ask the driver
   if command -v nvidia-smi >/dev/null; then
     gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
@@ -60,16 +60,17 @@ main_job() {
     track=gpt2-small
     .venv/bin/python -m data prepare fineweb10B --tokenizer gpt2 --for "$track:record"
     .venv/bin/torchrun --standalone --nproc_per_node="$gpus" train_gpt.py --track "$track" --tricks record \
-      --resume never --out "runs/$track/main" "$@"
+      --resume never "$@"
   else
     track=cpu
     [ -f corpora/sotu-bytes/dataset.json ] || .venv/bin/python -m data prepare sotu
-    .venv/bin/python train_gpt.py --track "$track" --tricks record --resume never --out "runs/$track/main" "$@"
+    .venv/bin/python train_gpt.py --track "$track" --tricks record --resume never "$@"
   fi
+  run=$(ls -td "runs/$track"/*/ | head -n 1) # the newest: the one just trained
   echo
-  .venv/bin/python -m lab.records summary "runs/$track/main"
+  .venv/bin/python -m lab.records summary "$run"
   echo
-  .venv/bin/python sample.py --run "runs/$track/main" --prompt "My fellow citizens, " --tokens 300
+  .venv/bin/python sample.py --run "$run" --prompt "My fellow citizens, " --tokens 300
 }
 
 verb=${1:-main}

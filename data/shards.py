@@ -200,6 +200,7 @@ class Dataset:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         manifest = read_manifest(self.folder)
         entries = manifest["splits"][split] if manifest else [{"tokens": len(shard)} for shard in self.shards]
+        self.vocab_size = manifest and manifest.get("vocab_size")  # None where nobody wrote it down
         # the same on every machine that holds the same data: no paths, no times
         self.fingerprint = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 

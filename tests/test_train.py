@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import DATA_ROOT, ROOT, events, losses, result
 
+import run_folder
 import spec
 import train_gpt
 import tricks
@@ -208,7 +209,7 @@ def test_finished_run_is_not_trained_again(train, capsys):
 def test_run_folders_differ_by_what_is_computed():
     def folder(*flags):
         config, model_config, recipe = train_gpt.resolve(["--track", "tiny", *flags])
-        return train_gpt.default_folder(vars(config) | vars(model_config), recipe)
+        return run_folder.default_folder(vars(config) | vars(model_config), recipe)
 
     plain = folder()
     assert plain == folder("--wandb") == folder("--resume", "never") and plain.startswith("runs/tiny/baseline-s0-")
@@ -290,6 +291,7 @@ def test_records_keep_and_summary(train, monkeypatch, tmp_path, capsys):
         (["--val-tokens", "9000000"], "--val-tokens 9000000"),
         (["--sequence-length", "20000000", "--batch-tokens", "20000000"], "too few train tokens"),
         (["--resume", "must"], "no checkpoint"),
+        (["--vocab-size", "100"], "add --vocab-size 256"),
         (["--device", "tpu"], "unknown device 'tpu'"),
     ],
 )

@@ -1,0 +1,163 @@
+"""What a run writes: its folder (config.json, env.json, log.jsonl, checkpoints/, result.json) and its display.
+
+Only rank 0 writes. The contract of the files stands in README.md, "Where results go".
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spec import UsageError
+
+# Settings that do not change what is computed: left out of the run's hash.
+PRESENTATION = ("out", "resume", "data_root", "checkpoint_every", "wandb", "tensorboard")
+
+
+def default_folder(settings: dict[str, Any], recipe: str) -> str:
+    """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>."""
+    kept = {k: v for k, v in settings.items() if k not in PRESENTATION}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return str(Path("runs") / settings["track"] / f"{recipe}-s{settings['seed']}-{digest}")
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """A reader sees the old file or the whole new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def git(*words: str) -> str | None:
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def source_hash() -> str:
+    """sha256 over the code that a run executes."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *here.glob("data/*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Run:
+    """The run folder and everything that is written to it."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], resume: str):
+        self.folder, self.config = folder, config
+        self.checkpoint = folder / "checkpoints" / "latest.pt"
+        comparable = {k: v for k, v in config.items() if k not in PRESENTATION}
+        if (folder / "config.json").exists():
+            there = json.loads((folder / "config.json").read_text())
+            different = sorted(k for k in comparable if there.get(k, comparable[k]) != comparable[k])
+            if different:
+                raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
+        elif folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
+        if resume == "must" and not self.checkpoint.exists():
+            raise UsageError(f"--resume must: no checkpoint in {folder / 'checkpoints'}; use --resume auto to start one")
+        self.finished = resume != "never" and (folder / "result.json").exists()
+        self.continued = resume != "never" and self.checkpoint.exists()
+
+    def open(self, env: dict[str, Any], step: int) -> None:
+        """Write what is known before the first step. A continued log keeps its events up to `step`."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        log = self.folder / "log.jsonl"
+        if step and log.exists():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        (self.folder / "result.json").unlink(missing_ok=True)
+        atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
+        atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
+        atomic_write(log, "".join(line + "\n" for line in kept))
+        self.log = log.open("a")
+
+    def event(self, event: str, **values: Any) -> None:
+        # JSON has no NaN: a non-finite number is logged as null and named by its event
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.log.write(json.dumps({"event": event, **values}) + "\n")
+        if event != "train":
+            self.log.flush()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Checkpoint: written beside the old one, synced, then renamed over it."""
+        temporary = self.checkpoint.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.checkpoint)
+
+    def close(self, result: dict[str, Any]) -> None:
+        self.event("end", status=result["status"], step=result["steps"])
+        self.log.close()
+        atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere, and the optional loggers. `config` is the trainer's."""
+
+    def __init__(self, config: Any, folder: Path, flops: int, peak: float | None, first: int):
+        self.config, self.flops, self.peak, self.val = config, flops, peak, None
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=config.steps, initial=first, disable=not self.terminal, unit="step", dynamic_ncols=True)
+        self.every = max(1, config.steps // 20)
+        self.wandb = self.writer = None
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="nanogpt-speedrun", name=folder.name, dir=folder, config=vars(config))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder / "tensorboard")
+
+    def scalars(self, step: int, **values: float) -> None:
+        if self.wandb:
+            self.wandb.log(values, step=step)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def step(self, step: int, loss: float, lr: float, step_time: float, train_time: float) -> None:
+        config = self.config
+        rate = config.batch_tokens / step_time
+        mfu = f"{rate * self.flops / self.peak:.0%}" if self.peak else "n/a"
+        target = f"/{config.target_loss:g}" if config.target_loss else ""
+        val = f"{self.val:.4f}{target}" if self.val is not None else f"-{target}"
+        self.scalars(step, **{"train/loss": loss, "train/lr": lr, "train/step_time": step_time})
+        self.bar.set_postfix_str(f"loss {loss:.3f}, val {val}, {rate:,.0f} tok/s, MFU {mfu}", refresh=False)
+        self.bar.update()
+        if not self.terminal and (step % self.every == 0 or step == 1):
+            eta = train_time / step * (config.steps - step)
+            print(
+                f"step {step}/{config.steps}  loss {loss:.4f}  val {val}  {train_time:.1f} s  {rate:,.0f} tok/s  "
+                f"MFU {mfu}  ETA {eta:.0f} s",
+                flush=True,
+            )
+
+    def validated(self, step: int, loss: float) -> None:
+        self.val = loss
+        self.scalars(step, **{"val/loss": loss})
+        self.note(f"step {step}: validation loss {loss:.4f}")
+
+    def note(self, text: str) -> None:
+        self.bar.write(text) if self.terminal else print(text, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.writer:
+            self.writer.close()
