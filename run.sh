@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up what is missing, then run a verb:
-#   ./run.sh                      the main job: train to the target, print a summary and a sample
+#   ./run.sh [trainer flags]      the main job: train to the target, print a summary and a sample
 #   ./run.sh test [pytest args]   the tests
 #   ./run.sh train|data|sample|records|schedules ...    the tools, with their own --help
 set -euo pipefail
@@ -74,7 +74,10 @@ main_job() {
 }
 
 verb=${1:-main}
-[ $# -gt 0 ] && shift
+case "$verb" in
+  -*) verb=main ;; # ./run.sh --seed 1: flags for the main job
+  *) [ $# -eq 0 ] || shift ;;
+esac
 case "$verb" in
   main) setup && main_job "$@" ;;
   test) setup && install requirements-test.txt && exec .venv/bin/python -m pytest "$@" ;;
