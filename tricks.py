@@ -175,9 +175,12 @@ TRACKS: dict[str, Track] = {
         ),
         target_loss=1.13,
         target_source="see records/README.md",
-        recipes={"baseline": (), "record": ("modern", "muon", "ngram_embedding", "compile")},
-        recipe_settings={"record": dict(steps=400)},
-        tuning={"muon": dict(optimizer="muon:lr=0.05,adamw_lr=0.01", schedule="wsd:cooldown=0.7")},
+        recipes={"baseline": (), "record": ("modern", "no_bias", "muon", "ngram_embedding", "compile")},
+        recipe_settings={"record": dict(heads=2, steps=280)},
+        tuning={
+            "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
+            "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
+        },
     ),
     "gpt2-small": Track(
         summary="124M on FineWeb to 3.28: modded-nanogpt's track 1",
