@@ -44,6 +44,7 @@ def keep(name: str, runs: list[Path]) -> list[Path]:
         if target in kept:
             raise UsageError(f"{run}: seed {config['seed']} was given twice")
         files = {file: load(run, file) for file in ("config.json", "env.json", "result.json")}
+        files["config.json"]["out"] = ""  # where the run stood is no part of the record
         target.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
             (target / file).write_text(json.dumps(content, indent=1) + "\n")
