@@ -2,7 +2,7 @@
 # Set up what is missing, then run a verb:
 #   ./run.sh [trainer flags]      the main job: train to the target, print a summary and a sample
 #   ./run.sh test [pytest args]   the tests
-#   ./run.sh train|data|sample|records|schedules ...    the tools, with their own --help
+#   ./run.sh train|data|sample|records|schedules|optimizers ...    the tools, with their own --help
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -86,8 +86,9 @@ case "$verb" in
   sample) setup && exec .venv/bin/python sample.py "$@" ;;
   records) setup && exec .venv/bin/python -m lab.records "$@" ;;
   schedules) setup && exec .venv/bin/python schedules.py "$@" ;;
+  optimizers) setup && exec .venv/bin/python -m optimizers "$@" ;;
   *)
-    say "run.sh: unknown verb '$verb': main (or nothing), test, train, data, sample, records, schedules"
+    say "run.sh: unknown verb '$verb': main (or nothing), test, train, data, sample, records, schedules, optimizers"
     exit 2
     ;;
 esac

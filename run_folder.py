@@ -46,7 +46,7 @@ def source_hash() -> str:
     """sha256 over the code that a run executes."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), *here.glob("data/*.py")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("data/*.py"), *here.glob("optimizers/*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -40,11 +40,13 @@ def plain_type(annotation: Any) -> type:
 
 
 def convert(text: str, annotation: Any, what: str) -> Any:
-    """Parse `text` as the annotated type. `none` is accepted where None is.
+    """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95.
 
     Raises:
         UsageError: the text is not of that type.
     """
+    if tuple in (annotation, typing.get_origin(annotation)):
+        return tuple(convert(part, float, what) for part in text.split("/"))
     kind = plain_type(annotation)
     if type(None) in typing.get_args(annotation) and text.lower() == "none":
         return None
@@ -82,7 +84,7 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 def typed_keys(cls: type) -> dict[str, Any]:
     """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor.
 
-    A parameter without annotation takes the type of its default.
+    A parameter whose annotation is absent or no plain type takes the type of its default.
     """
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
@@ -90,7 +92,8 @@ def typed_keys(cls: type) -> dict[str, Any]:
     keys = {}
     for p in inspect.signature(cls).parameters.values():
         if p.default is not p.empty or p.kind is p.KEYWORD_ONLY:
-            keys[p.name] = p.annotation if p.annotation is not p.empty else type(p.default)
+            clear = {int, float, bool, str} & {p.annotation, *typing.get_args(p.annotation)}
+            keys[p.name] = p.annotation if clear or p.default in (p.empty, None) else type(p.default)
     return keys
 
 

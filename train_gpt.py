@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hardware
@@ -50,6 +51,7 @@ class Config:
     track: str = setting("cpu", "corpus, model size and target: " + ", ".join(tricks.TRACKS))
     tricks: str = setting("baseline", "comma-separated tricks or a recipe (baseline, record); README lists them")
     optimizer: str = setting("adamw", "optimizer SPEC, name or name:key=value,...; or path/to/file.py:Class")
+    average: str = setting("none", "average of the weights to evaluate at, SPEC: " + ", ".join(optimizers.AVERAGES))
     schedule: str = setting("constant", "learning-rate schedule SPEC")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
     steps: int = setting(1000, "optimizer updates")
@@ -289,12 +291,18 @@ class Training:
         self.gpt.compute_dtype = self.dtype
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
         self.compiled = config.compile and hardware.can_compile(world.device)
-        self.model = torch.compile(self.gpt) if self.compiled else self.gpt
+        self.model = self.alone = torch.compile(self.gpt) if self.compiled else self.gpt
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            # the only buffers are constant tables: nothing to broadcast before each forward pass
+            self.model = DistributedDataParallel(
+                self.alone, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         # optimizer and schedules
-        self.optimizer = optimizers.build(config.optimizer, self.gpt)
+        self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average)
+        if optimizers.schedule_free(self.optimizer) and config.schedule != "constant":
+            name = config.optimizer.split(":")[0]
+            raise UsageError(f"{name} brings its own schedule and warm-up: add --schedule constant, not {config.schedule}")
         self.multiplier = schedules.build(config.schedule, config.steps)
         self.momentum = schedules.build_momentum(config.momentum_schedule, config.steps)
         # clock and log
@@ -334,40 +342,54 @@ class Training:
 
     def save(self) -> None:
         rng = self.world.gather(torch.get_rng_state())
-        self.optimizer.eval()  # Schedule-Free methods keep two sets of weights: store the averaged one
+        self.optimizer.eval()  # methods that evaluate other weights than they train: store those as the model
+        state = optimizers.full_state_dict(self.optimizer)
         if self.world.main:
             self.run_folder.save(
                 {
-                    "model": self.gpt.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": rng,
+                    "model": self.gpt.state_dict(), "optimizer": state, "rng": rng,
                     "step": self.steps_done, "last_val": self.last_val, "reached": self.reached,
                     "stages": self.clock.stages, "process_time": self.clock.process_time,
                 }
             )  # fmt: skip
         self.optimizer.train()
 
+    def backward(self, x: torch.Tensor, y: torch.Tensor | None) -> tuple[float, float]:
+        """Gradients of the mean loss over the global batch; that loss and their norm.
+
+        y: targets; None draws them from the model's own predictions (the curvature estimate of Sophia).
+        """
+        loss = torch.zeros((), device=self.world.device)
+        parts = range(0, len(x), self.micro)
+        for i in parts:
+            tokens = x[i : i + self.micro]
+            # DDP averages gradients over ranks once per step: no_sync must cover forward and backward of the others
+            with self.model.no_sync() if self.world.size > 1 and i != parts[-1] else contextlib.nullcontext():
+                if y is None:
+                    logits = self.model(tokens).flatten(0, 1)
+                    drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
+                    part = F.cross_entropy(logits, drawn) / len(parts)
+                else:
+                    part = self.model(tokens, y[i : i + self.micro]) / len(parts)
+                part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.gpt.parameters() if p.grad is not None])
+        # the only transfer of a step: a loss or gradient that is not finite must be seen before the update
+        loss_now, norm_now = (self.world.sum(torch.stack([loss, norm])) / self.world.size).tolist()
+        return loss_now, norm_now
+
     def step(self) -> tuple[float, float, float] | None:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite."""
         config, step = self.config, self.steps_done
         self.clock.start()
         x, y = self.loader.next(step)
-        micro_batches = list(zip(x.split(self.micro), y.split(self.micro), strict=True))
-        loss = torch.zeros((), device=self.world.device)
-        for i, (tokens, targets) in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            # DDP averages gradients over ranks once per step: no_sync must cover forward and backward of the others
-            with self.model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext():
-                part = self.model(tokens, targets) / len(micro_batches)
-                part.backward()
-            loss += part.detach()
-        gradients = [p.grad for p in self.gpt.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if config.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.gpt.parameters(), config.clip, norm)
-        # the only transfer of a step: a loss or gradient that is not finite must be seen before the update
-        loss_now, norm_now = (self.world.sum(torch.stack([loss, norm])) / self.world.size).tolist()
+        loss_now, norm_now = self.backward(x, y)
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
             self.clock.stop("nonfinite")
             return None
+        if config.clip:
+            norm = torch.tensor(norm_now, device=self.world.device)
+            torch.nn.utils.clip_grads_with_norm_(self.gpt.parameters(), config.clip, norm)
         multiplier, momentum = self.multiplier(step), self.momentum(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
@@ -375,12 +397,20 @@ class Training:
                 group["momentum"] = momentum
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for part in optimizers.parts(self.optimizer):
+            if getattr(part, "wants_curvature", bool)():
+                if not math.isfinite(self.backward(x, None)[1]):
+                    self.clock.stop("nonfinite")
+                    return None
+                part.curvature(config.batch_tokens)
+                self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return loss_now, norm_now, self.clock.stop(str(config.batch_tokens))
 
     def validate(self) -> None:
         self.optimizer.eval()
-        loss = validate(self.model, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
+        # without DDP round it, whose forward pass may wait for ranks that have fewer sequences to validate
+        loss = validate(self.alone, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
         self.optimizer.train()
         self.last_val = loss
         config, step, now = self.config, self.steps_done, self.clock.train_time
@@ -466,7 +496,7 @@ class Training:
 
             unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        everyone = self.world.gather((clock.process_time, memory))
+        everyone = self.world.gather((clock.process_time, memory, optimizers.state_bytes(self.optimizer)))
         result = {
             "status": status,
             "steps": self.steps_done,
@@ -479,12 +509,12 @@ class Training:
             "train_time": seconds,
             "robust_train_time": clock.robust_train_time,
             "stalled": seconds > 1.1 * clock.robust_train_time,
-            "process_time": sum(p for p, _ in everyone),
+            "process_time": sum(p for p, _, _ in everyone),
             "tokens_per_second": rate,
             "flops_per_token": self.flops,
             "mfu": rate * self.flops / (self.peak * self.world.size) if self.peak else None,
-            "peak_memory": max(m for _, m in everyone),
-            "optimizer_state_bytes": optimizers.state_bytes(self.optimizer),
+            "peak_memory": max(m for _, m, _ in everyone),
+            "optimizer_state_bytes": max(b for _, _, b in everyone),
             "parameters": parameter_counts(self.gpt),
         }
         if self.world.main:

@@ -112,7 +112,7 @@ def trainer(launch: list[str], threads: int, *flags: str) -> tuple[dict, float]:
             "--tricks",
             "record",
             "--val-tokens",
-            "256",
+            "512",
             "--out",
             str(out),
             *flags,

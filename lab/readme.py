@@ -1,9 +1,10 @@
-"""The tables of README.md, generated from the registries, so that they cannot drift.
+"""The tables of README.md and benchmarks/README.md, generated from the registries and from benchmarks/optimizers.json.
 
 python -m lab.readme          rewrite them between their markers
 """
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import schedules
 import tricks
 from data.corpora import CORPORA
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "benchmarks" / "optimizers.json"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -29,8 +31,59 @@ def first_line(cls: type) -> str:
     return " ".join(cls.__doc__.split("\n\n")[0].split())
 
 
+def source(cls: type) -> str:
+    """What the docstring of a registered class says after `Source:`, up to the end of that sentence."""
+    text = " ".join(cls.__doc__.split("Source: ")[1].split())
+    return re.split(r"(?<!et al)[.;](?= |$)", text)[0]
+
+
+def measured(part: str) -> dict:
+    """What benchmarks/optimizers.py left; empty before its first run."""
+    return json.loads(MEASURED.read_text())[part] if MEASURED.exists() else {}
+
+
+def optimizer_rows() -> list[tuple[str, ...]]:
+    rows = []
+    for name, cls in optimizers.OPTIMIZERS.items():
+        ours = next((row for row in measured("step").get(name, []) if row["what"] == "ours"), None)
+        ratio = f"{ours['ratio']:.2g}" if ours else "-"
+        state = f"{cls.state_per_parameter:g}" if cls.state_per_parameter else "< 0.1"
+        rows.append((f"`{name}`", first_line(cls), state, ratio, source(cls)))
+    return rows
+
+
+def measured_tables() -> dict[str, str]:
+    """Marker name -> table of benchmarks/README.md."""
+    steps, runs, pass_ = measured("step"), measured("cpu_track"), measured("share")
+    rows = [
+        (
+            f"`{row['name']}`" if row["what"] == "ours" else "", row["what"], f"{row['milliseconds']:,.0f}",
+            f"{row['ratio']:.2f} ({row['smallest']:.2f}-{row['largest']:.2f})", f"{row['state_per_parameter']:.1f}",
+        )
+        for group in steps.values() for row in group
+    ]  # fmt: skip
+    shares = []
+    if pass_:
+        for name, group in steps.items():
+            ours = group[0]
+            layers = 6 if optimizers.OPTIMIZERS[name].roles == ("matrix",) else 1  # measured on two of twelve layers
+            step = ours["milliseconds"] / 1e3 * layers
+            parts = [step / (step + pass_["seconds"] * n) for n in (8, 64, 512)]
+            shares.append((f"`{name}`", f"{step:.2f}", *(f"{p:.1%}" for p in parts)))
+    losses = [
+        (f"`{name}`", f"{row['val_loss']:.3f}" if row["val_loss"] else row["status"], f"{row['step_time'] * 1e3:.0f}",
+         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`")
+        for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
+    ]  # fmt: skip
+    return {
+        "step": table(("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight"), rows),
+        "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
+        "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule"), losses),
+    }
+
+
 def tables() -> dict[str, str]:
-    """Marker name -> Markdown table."""
+    """Marker name -> table of README.md."""
     return {
         "tracks": table(
             ("track", "what", "target, nats per token", "where the target is from"),
@@ -49,8 +102,12 @@ def tables() -> dict[str, str]:
             [(f"`{n}`", t.kind, t.source, t.claim) for n, t in tricks.TRICKS.items()],
         ),
         "optimizers": table(
-            ("optimizer", "rule", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in optimizers.OPTIMIZERS.items()],
+            ("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"),
+            optimizer_rows(),
+        ),
+        "averages": table(
+            ("average", "what", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in optimizers.AVERAGES.items()],
         ),
         "schedules": table(
             ("schedule", "shape", "settings and defaults"),
@@ -67,16 +124,21 @@ def tables() -> dict[str, str]:
     }
 
 
-def filled(text: str) -> str:
-    """README text with every table between `<!-- name -->` and `<!-- /name -->` as the registries have it."""
-    for name, content in tables().items():
+DOCUMENTS = {ROOT / "README.md": tables, ROOT / "benchmarks" / "README.md": measured_tables}
+
+
+def filled(path: Path) -> str:
+    """Its text with every table between `<!-- name -->` and `<!-- /name -->` as the registries and results have it."""
+    text = path.read_text()
+    for name, content in DOCUMENTS[path]().items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no markers for the table {name!r}")
+            raise ValueError(f"{path} has no markers for the table {name!r}")
         text = pattern.sub(lambda m, content=content: m[1] + content + "\n" + m[2], text)
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
-    print(f"wrote {README.name}")
+    for path in DOCUMENTS:
+        path.write_text(filled(path))
+        print(f"wrote {path.relative_to(ROOT)}")

@@ -1,4 +1,4 @@
-"""What the README shows exists: its tables are those of the registries, its commands parse."""
+"""What the README shows exists: its tables are those of the registries and results, its commands parse."""
 
 import re
 import shlex
@@ -9,16 +9,18 @@ from conftest import ROOT
 import train_gpt
 from data import __main__ as data_command
 from lab import readme
+from optimizers.__main__ import show
 from spec import UsageError
 
-TEXT = readme.README.read_text()
+TEXT = (ROOT / "README.md").read_text()
 FENCED = re.findall(r"^```(\w*)\n(.*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
 BLOCKS = "\n".join(text for language, text in FENCED if language != "python").replace("\\\n", " ")
 COMMANDS = [shlex.split(line, comments=True) for line in BLOCKS.splitlines() if "run.sh" in line or "train_gpt.py" in line]
 
 
-def test_tables_are_generated():
-    assert readme.filled(TEXT) == TEXT, "run: .venv/bin/python -m lab.readme"
+@pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_generated(path):
+    assert readme.filled(path) == path.read_text(), "run: .venv/bin/python -m lab.readme"
 
 
 def test_commands_were_found():
@@ -35,6 +37,8 @@ def test_command_parses(words):
     assert re.search(rf"^  {verb}\)", (ROOT / "run.sh").read_text(), re.MULTILINE), verb
     if verb == "train" and "--help" not in rest and not any("mine.py" in word for word in rest):
         train_gpt.resolve(rest)
+    if verb == "optimizers":
+        assert all(show(name) for name in rest)
     if verb == "data":
         options = data_command.parser().parse_args(rest)
         assert options.verb in ("list", "prepare", "verify")

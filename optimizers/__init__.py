@@ -1,0 +1,224 @@
+"""Every optimizer, one registry, one way in: `build(spec, gpt)` gives one torch.optim.Optimizer.
+
+    build("adamw:lr=3e-3", gpt)                      a registered method, its settings by key
+    build("my_optimizer.py:Mine:lr=0.1", gpt)        one's own: a torch Optimizer, or a dataclass with `build(gpt)`
+    build("heavyball.ForeachSOAP:lr=1e-3", gpt)      a class of a public collection, where that package is installed
+
+    base.py            settings, groups, base classes        elementwise.py  the classics, Adam and its relatives
+    schedule_free.py   methods without a schedule            matrix.py       Muon, Shampoo, CASPR, SOAP, Kron
+    average.py         averages of the weights               this file       the registry and the way in
+
+To add a method: in its family's file a frozen dataclass of its settings, whose docstring is the update rule and its
+source, and a class that states that rule once (or torch's own); here, one line in OPTIMIZERS.
+
+Parameters are routed by `model.roles`, never by shape: a small embedding is 2-D too and must not be orthogonalised.
+Weight decay acts on matrices, embeddings and the head; never on vectors (gains, biases) and scalars: nanoGPT's rule.
+"""
+
+import importlib
+import inspect
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import roles as roles_of
+from optimizers.average import AVERAGES, Averaged, build_average
+from optimizers.base import ROLES, Chain, Settings, decay_groups, groups, moved, parts
+from optimizers.elementwise import (
+    AdadeltaSettings,
+    AdafactorSettings,
+    AdagradSettings,
+    AdamSettings,
+    AdamWSettings,
+    AdEMAMixSettings,
+    ADOPTSettings,
+    AmosSettings,
+    GeneralizedAdamSettings,
+    LionSettings,
+    MARSSettings,
+    NAdamPSettings,
+    NAdamWSettings,
+    RMSpropSettings,
+    SGDSettings,
+    SignumSettings,
+    SophiaSettings,
+)  # fmt: skip
+from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings, world
+from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
+from spec import UsageError, nearest, parse
+
+__all__ = ["AVERAGES", "OPTIMIZERS", "build", "full_state_dict", "parts", "schedule_free", "state_bytes"]
+
+OPTIMIZERS: dict[str, type[Settings]] = {
+    "sgd": SGDSettings,
+    "signum": SignumSettings,
+    "adagrad": AdagradSettings,
+    "rmsprop": RMSpropSettings,
+    "adadelta": AdadeltaSettings,
+    "adam": AdamSettings,
+    "adamw": AdamWSettings,
+    "nadamw": NAdamWSettings,
+    "nadamp": NAdamPSettings,
+    "generalized_adam": GeneralizedAdamSettings,
+    "amos": AmosSettings,
+    "adafactor": AdafactorSettings,
+    "lion": LionSettings,
+    "ademamix": AdEMAMixSettings,
+    "adopt": ADOPTSettings,
+    "mars": MARSSettings,
+    "sophia": SophiaSettings,
+    "schedule_free_adamw": ScheduleFreeSettings,
+    "schedule_free_sgd": ScheduleFreeSGDSettings,
+    "prodigy": ProdigySettings,
+    "schedule_free_prodigy": ScheduleFreeProdigySettings,
+    "muon": MuonSettings,
+    "shampoo": ShampooSettings,
+    "caspr": CASPRSettings,
+    "soap": SOAPSettings,
+    "kron": KronSettings,
+}
+COLLECTIONS = ("pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
+
+
+def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none") -> torch.optim.Optimizer:
+    """The optimizer that `spec` names, over all trainable parameters of `gpt`.
+
+    Args:
+        spec: see the top of this file.
+        gpt: the model; wrapped in DistributedDataParallel or compiled is fine.
+        steps: length of the run, for settings that are a fraction of it.
+        average: SPEC of an average of the weights to evaluate at (AVERAGES), or none.
+
+    Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label).
+    `train()` and `eval()` exist on the result: call eval() before validation and checkpoints, train() after.
+
+    Raises:
+        UsageError: unknown name or key, value out of range, a class that is no optimizer or misses parameters.
+    """
+    cls, settings = parse(of_collection(spec), OPTIMIZERS, "optimizer")
+    gpt = unwrapped(gpt)
+    try:
+        if issubclass(cls, torch.optim.Optimizer):
+            optimizer = build_own(cls, settings, gpt)
+        elif issubclass(cls, Settings):
+            optimizer = cls(**settings).build(gpt, steps)
+        elif hasattr(cls, "build"):
+            optimizer = cls(**settings).build(gpt)
+        else:
+            raise UsageError(f"optimizer {spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {spec!r}: {error}") from error
+    check_every_parameter_once(spec, optimizer, gpt)
+    if average != "none":
+        optimizer = Averaged(optimizer, build_average(average, steps))
+    role = {p: roles_of(gpt)[name] for name, p in gpt.named_parameters()}
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group.setdefault("weight_decay", 0.0)
+        group.setdefault("roles", "+".join(sorted({role[p] for p in group["params"]}, key=ROLES.index)))
+    for name in ("train", "eval"):
+        if not hasattr(optimizer, name):
+            setattr(optimizer, name, lambda: None)
+    return optimizer
+
+
+def of_collection(spec: str) -> str:
+    """`heavyball.soap:lr=1e-3` as `heavyball:SOAP:lr=1e-3`: the class of that name, letter case and underscores aside.
+
+    Raises:
+        UsageError: the package is not installed, or has no optimizer of that name.
+    """
+    name, colon, keys = spec.partition(":")
+    package, dot, word = name.partition(".")
+    if package not in COLLECTIONS or not dot or "." in word:
+        return spec
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        raise UsageError(f"optimizer {name!r} needs the package {package}: pip install {package}") from None
+    plain = lambda text: text.replace("_", "").lower()  # noqa: E731
+    found = {}
+    for attribute, value in vars(module).items():
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer):
+            found[plain(attribute)] = attribute
+    if plain(word) not in found:
+        raise UsageError(f"{package} has no optimizer {word!r}: {nearest(word, found.values())}")
+    return f"{package}:{found[plain(word)]}{colon}{keys}"
+
+
+def build_own(cls: type[torch.optim.Optimizer], settings: dict, gpt: nn.Module) -> torch.optim.Optimizer:
+    """An outside torch Optimizer over decay and no-decay groups. Its class attribute `roles`, if any, names what it
+    takes; AdamW at its defaults takes the rest, and the groups state `split` (see `groups`)."""
+    own = getattr(cls, "roles", ROLES)
+    if unknown := set(own) - set(ROLES):
+        raise UsageError(f"optimizer {cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
+    decay = settings.get("weight_decay", default_of(cls, "weight_decay", 0.0))
+    optimizer = cls(decay_groups(gpt, decay, own, by_split=set(own) < set(ROLES)), **settings)
+    rest = tuple(r for r in ROLES if r not in own)
+    return Chain(optimizer, AdamWSettings().build(gpt, 0, rest)) if groups(gpt, rest) else optimizer
+
+
+def default_of(cls: type, key: str, otherwise):
+    """Default of a constructor's keyword, `otherwise` where it has none."""
+    parameter = inspect.signature(cls).parameters.get(key)
+    return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def unwrapped(gpt: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile, whose prefixes would hide the parameters' roles."""
+    while (inner := getattr(gpt, "_orig_mod", getattr(gpt, "module", None))) is not None:
+        gpt = inner
+    return gpt
+
+
+def check_every_parameter_once(spec: str, optimizer: torch.optim.Optimizer, gpt: nn.Module) -> None:
+    """A parameter in no group would silently not train; one in two groups would be updated twice.
+
+    Raises:
+        UsageError: with the name of the first such parameter.
+    """
+    times = Counter(p for group in optimizer.param_groups for p in group["params"])
+    for name, p in gpt.named_parameters():
+        if p.requires_grad and times[p] != 1:
+            raise UsageError(f"optimizer {spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
+
+
+def schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Does it bring its own schedule? It must be run at a constant learning rate then."""
+    return any(getattr(part, "schedule_free", False) for part in parts(optimizer))
+
+
+def full_state_dict(optimizer: torch.optim.Optimizer) -> dict:
+    """optimizer.state_dict() with the blocks that other ranks hold: what a checkpoint needs.
+
+    Every rank must call it; the result is complete on rank 0. `load_state_dict` takes it on any number of ranks: each
+    keeps what it owns.
+    """
+    packed, (rank, ranks) = optimizer.state_dict(), world()
+    if ranks == 1:
+        return packed
+    mine = {i: moved(s["blocks"], torch.device("cpu")) for i, s in packed["state"].items() if "blocks" in s}
+    everyone = [None] * ranks if rank == 0 else None
+    dist.gather_object(mine, everyone)
+    if rank == 0:
+        for i in mine:
+            blocks = {id: block for own in everyone for id, block in own[i].items()}
+            packed["state"][i] = packed["state"][i] | {"blocks": blocks}
+    return packed
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of optimizer state held on this rank; 0 before the first step, since state is made when first needed."""
+
+    def size(value) -> int:
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
+
+    return size(dict(optimizer.state)) + size(getattr(optimizer, "kept", {}))

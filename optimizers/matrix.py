@@ -1,0 +1,699 @@
+"""Methods that treat a weight as a matrix: Muon, Shampoo, CASPR, SOAP, Kron.
+
+They own the hidden matrices; AdamW takes the rest. First what they share: blocks of weights in batches of one shape,
+each block owned by one rank.
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hardware import has_native_bf16
+from optimizers.base import Chain, Optimizer, Settings, decay, evaluate, groups, hyper, rest
+
+
+@dataclass(frozen=True)
+class MatrixSettings(Settings):
+    """Settings that every matrix method shares: of AdamW, which takes embeddings, head, vectors and scalars."""
+
+    adamw_lr: float = rest(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"))
+    embedding_lr: float | None = rest(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"))
+    head_lr: float | None = rest(None, "peak rate of an untied head; none or 0: adamw_lr", (3e-4, 3e-2, "log"))
+    adamw_beta1: float = rest(0.9, "AdamW's average of gradients", (0.7, 0.95, "linear"))
+    adamw_beta2: float = rest(0.95, "AdamW's average of squares", (0.9, 0.999, "linear"))
+    adamw_eps: float = rest(1e-10, "floor of AdamW's denominator")
+    adamw_weight_decay: float = rest(0.0, "wd of embeddings and head", (1e-3, 0.3, "log"))
+
+    roles = ("matrix",)
+
+    def build(self, gpt, steps):
+        method = self.method(groups(gpt, self.roles, by_split=True), **self.own(steps))
+        decay = self.adamw_weight_decay
+        others = groups(gpt, ("embedding",), lr=self.embedding_lr or self.adamw_lr, weight_decay=decay)
+        others += groups(gpt, ("head",), lr=self.head_lr or self.adamw_lr, weight_decay=decay)
+        others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
+        betas = (self.adamw_beta1, self.adamw_beta2)
+        return Chain(method, torch.optim.AdamW(others, lr=self.adamw_lr, betas=betas, eps=self.adamw_eps, fused=True))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One matrix of the work: a fused part of weight `p`, or a tile of one."""
+
+    p: Tensor
+    id: int  # among all blocks of the optimizer
+    split: int
+    part: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its view [m, n] in a contiguous tensor of p's shape; dimensions after the first are flattened."""
+        return tensor.view(self.split, -1, tensor[0].numel())[self.part, slice(*self.rows), slice(*self.columns)]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+
+@dataclass
+class Bucket:
+    """Blocks of one shape in one param group, which go through the arithmetic as one batch."""
+
+    group: int
+    blocks: list[Block]  # ordered by owner
+    owners: list[int]  # rank of each
+    state: dict[str, Tensor]  # this rank's blocks stacked: [own, ...]
+
+    def of_rank(self, rank: int) -> list[Block]:
+        return [b for b, owner in zip(self.blocks, self.owners, strict=True) if owner == rank]
+
+
+def tiles(size: int, block: int) -> list[tuple[int, int]]:
+    """[0, size) in as few near-equal pieces as have at most `block` elements; 0: one piece."""
+    n = -(-size // block) if block else 1
+    return [(size * i // n, size * (i + 1) // n) for i in range(n)]
+
+
+def balance(costs: list[float], ranks: int) -> list[int]:
+    """The rank of each piece of work: dearest first to the least loaded rank (Graham 1969: at most 4/3 of the best)."""
+    load, owner = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner[i] = min(range(ranks), key=load.__getitem__)
+        load[owner[i]] += costs[i]
+    return owner
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class MatrixMethod(Optimizer):
+    """Base of methods that treat a weight as a matrix [rows, columns] (further dimensions are flattened into columns).
+
+    A weight is cut into blocks: its `split` fused matrices (a param group says how many), each in tiles of at most
+    `block` rows and columns. Blocks of one shape are one batch. Under torch.distributed each block has one owner, the
+    ranks share the cost evenly, state lives with the owner alone, and updates are gathered while the next batch is being
+    computed; one rank is the same path with everything as its share. Gradients must be equal on all ranks, as DDP
+    leaves them. Checkpoints: `full_state_dict`.
+
+    A subclass says how a batch of blocks starts (`initial`), what it costs and how it is updated.
+    """
+
+    _linked: dict | None = None  # the state dict that the buckets below belong to
+    _buckets: list[Bucket]
+
+    def __init__(self, params, lr: float | None = None, **given):
+        super().__init__(params, lr, **given)
+        self._linked = None
+
+    def add_param_group(self, param_group: dict) -> None:
+        param_group.setdefault("split", 1)
+        param_group.setdefault("t", 0)  # steps taken by this group
+        super().add_param_group(param_group)
+        for p in param_group["params"]:
+            if p.dim() < 2 or p.size(0) % param_group["split"]:
+                name = type(self).__name__
+                raise ValueError(f"{name} with split {param_group['split']} got a weight of shape {tuple(p.shape)}")
+        self._linked = None
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._linked = None
+
+    # what a subclass defines
+
+    def initial(self, group: dict, count: int, m: int, n: int) -> dict[str, Tensor]:
+        """State of `count` blocks [m, n]: fp32 tensors whose first dimension is the block."""
+        raise NotImplementedError
+
+    def cost(self, m: int, n: int) -> float:
+        """Operations for one block, up to a factor."""
+        raise NotImplementedError
+
+    def update(self, group: dict, state: dict[str, Tensor], G: Tensor, ids: list[int]) -> Tensor:
+        """Advance the state of a batch by its gradients G [k, m, n] (fp32, its own to overwrite); what lr multiplies."""
+        raise NotImplementedError
+
+    def update_dtype(self, group: dict, device: torch.device) -> torch.dtype:
+        return torch.float32
+
+    # the work
+
+    def _link(self) -> None:
+        """Cut, share out, and (re)connect the buckets with what `self.state` holds, dropping what others own."""
+        rank, ranks = world()
+        alike: dict[tuple, list[Block]] = defaultdict(list)
+        count = 0
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                split, block = group["split"], group.get("block", 0)
+                for part in range(split):
+                    for rows in tiles(p.size(0) // split, block):
+                        for columns in tiles(p[0].numel(), block):
+                            piece = Block(p, count, split, part, rows, columns)
+                            alike[i, piece.shape, p.device].append(piece)
+                            count += 1
+        batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
+        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], ranks))
+        self._buckets = []
+        loaded = {b.p: self.state[b.p].get("blocks", {}) for _, blocks in batches for b in blocks}
+        for p in loaded:
+            self.state[p]["blocks"] = {}
+        for (i, (m, n), device), blocks in batches:
+            ranked = sorted(zip((next(owners) for _ in blocks), blocks, strict=True), key=lambda pair: pair[0])
+            bucket = Bucket(i, [b for _, b in ranked], [owner for owner, _ in ranked], {})
+            mine = bucket.of_rank(rank)
+            with torch.device(device):
+                bucket.state = self.initial(self.param_groups[i], len(mine), m, n)
+            for k, b in enumerate(mine):
+                views = {name: stacked[k] for name, stacked in bucket.state.items()}
+                for name, value in loaded[b.p].get(b.id, {}).items():
+                    views[name].copy_(value)
+                self.state[b.p]["blocks"][b.id] = views
+            self._buckets.append(bucket)
+        self._linked = self.state
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = evaluate(closure)
+        if self._linked is not self.state:
+            self._link()
+        for group in self.param_groups:
+            group["t"] += 1
+        shared = [self._share(bucket, self._own(bucket)) for bucket in self._buckets]
+        for bucket, finish in zip(self._buckets, shared, strict=True):
+            self._apply(bucket, finish())
+        return loss
+
+    def _own(self, bucket: Bucket) -> Tensor:
+        """Updates [own, m, n] of this rank's blocks; zeros where there is no gradient."""
+        group, mine = self.param_groups[bucket.group], bucket.of_rank(world()[0])
+        active = [k for k, b in enumerate(mine) if b.p.grad is not None]
+        device = bucket.blocks[0].p.device
+        if not active:
+            return torch.zeros(len(mine), *bucket.blocks[0].shape, dtype=self.update_dtype(group, device), device=device)
+        G = torch.stack([mine[k].of(mine[k].p.grad.contiguous()) for k in active]).float()
+        ids = [mine[k].id for k in active]
+        if len(active) == len(mine):
+            return self.update(group, bucket.state, G, ids)
+        some = {name: value[active] for name, value in bucket.state.items()}
+        updates = self.update(group, some, G, ids)
+        for name, value in some.items():
+            bucket.state[name][active] = value
+        full = updates.new_zeros(len(mine), *updates.shape[1:])
+        full[active] = updates
+        return full
+
+    def _share(self, bucket: Bucket, updates: Tensor) -> Callable[[], Tensor]:
+        """Start gathering the updates of all ranks; the function returned waits and gives [blocks, m, n]."""
+        _, ranks = world()
+        if ranks == 1:
+            return lambda: updates
+        counts = [bucket.owners.count(r) for r in range(ranks)]
+        most = max(counts)  # the gather wants equal shares
+        padded = updates.new_zeros(most, *updates.shape[1:])
+        padded[: len(updates)] = updates
+        everyone = updates.new_empty(ranks * most, *updates.shape[1:])
+        handle = dist.all_gather_into_tensor(everyone, padded, async_op=True)
+
+        def finish() -> Tensor:
+            handle.wait()
+            return torch.cat([everyone[r * most : r * most + count] for r, count in enumerate(counts)])
+
+        return finish
+
+    def _apply(self, bucket: Bucket, updates: Tensor) -> None:
+        """w <- (1 - lr wd) w - lr update, for the blocks of weights that have a gradient."""
+        group = self.param_groups[bucket.group]
+        active = [k for k, b in enumerate(bucket.blocks) if b.p.grad is not None]
+        if not active:
+            return
+        weights = [bucket.blocks[k].of(bucket.blocks[k].p.detach()) for k in active]
+        directions = [updates[k].to(weights[0].dtype) for k in active]
+        if group["weight_decay"] and group.get("cautious"):  # decay only what the update shrinks already
+            for w, u in zip(weights, directions, strict=True):
+                w.mul_(1 - group["lr"] * group["weight_decay"] * (w * u >= 0))
+        else:
+            decay(group, weights)
+        torch._foreach_add_(weights, directions, alpha=-group["lr"])
+
+
+# ---------------------------------------------------------------- matrix methods: Muon
+
+# (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T, one per step; the last one repeats.
+COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    # Keller Jordan: steepest at 0, so 5 steps suffice, but singular values end anywhere within about 0.68-1.2.
+    "quintic": ((3.4445, -4.775, 2.0315),),
+    # Polar Express (arXiv 2505.16932), each step optimal for what the one before leaves; as tabulated by nanochat.
+    "polar_express": (
+        (8.1566, -22.4833, 15.8788),
+        (4.0429, -2.8089, 0.5000),
+        (3.8917, -2.7725, 0.5061),
+        (3.2858, -2.3681, 0.4645),
+        (2.3465, -1.7098, 0.4232),
+    ),
+    # Converges exactly, to second order at 1: 12 steps in modded-nanogpt's optimizer track.
+    "cubic": ((2.0, -1.5, 0.5),),
+}
+
+# Factor on the update of a matrix that maps `columns` inputs to `rows` outputs. Learning rates do not carry over.
+SCALES = {
+    "keller": lambda rows, columns: max(1.0, rows / columns) ** 0.5,  # github.com/KellerJordan/Muon
+    "moonlight": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,  # arXiv 2502.16982: AdamW's update size
+    "mup": lambda rows, columns: (rows / columns) ** 0.5,  # arXiv 2310.17813: spectral norm
+    "none": lambda rows, columns: 1.0,
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@lru_cache
+def iteration_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where matrix products in it are native (the iteration tolerates it), else fp32."""
+    return DTYPES.get(name) or (torch.bfloat16 if has_native_bf16(device) else torch.float32)
+
+
+def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtype: str = "auto") -> Tensor:
+    """U V^T, nearly, of G = U S V^T by Newton-Schulz iteration: every singular value is driven towards 1.
+
+    Args:
+        G: [..., m, n]; leading dimensions are a batch of independent matrices.
+        steps: iterations.
+        coefficients: a key of COEFFICIENTS.
+        dtype: of the iteration: "auto", "fp32" or "bf16".
+    Returns:
+        [..., m, n] in the iteration's dtype.
+    """
+    if G.size(-2) > G.size(-1):  # the products below are the cheaper the fewer rows there are
+        return orthogonalize(G.mT, steps, coefficients, dtype).mT
+    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)  # Frobenius: at least the largest singular value
+    X = (G / (norm + 1e-7)).to(iteration_dtype(dtype, G.device)).reshape(-1, *G.shape[-2:])
+    table = COEFFICIENTS[coefficients]
+    for i in range(steps):
+        a, b, c = table[min(i, len(table) - 1)]
+        A = torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.view(G.shape)
+
+
+@dataclass(frozen=True)
+class MuonSettings(MatrixSettings):
+    """m <- mu m + (1 - mu) g;  u = (1 - mu) g + mu m (Nesterov) or m;  w <- (1 - lr wd) w - lr scale orthogonalize(u).
+
+    Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon`
+    (arXiv 2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the
+    norm of o.
+    """
+
+    lr: float = hyper(0.02, "peak learning rate of the hidden matrices", (3e-3, 1e-1, "log"))
+    momentum: float = hyper(0.95, "mu", (0.85, 0.99, "linear"))
+    nesterov: bool = hyper(True, "look one step ahead")
+    weight_decay: float = hyper(0.01, "wd of the hidden matrices", (1e-3, 0.3, "log"))
+    cautious: bool = hyper(False, "decay only weights that the update shrinks (nanochat)")
+    steps: int = hyper(5, "orthogonalisation iterations", least=1)
+    coefficients: str = hyper(
+        "quintic", f"of the iteration: {', '.join(COEFFICIENTS)} (cubic wants 12 steps)", choices=COEFFICIENTS
+    )
+    scale: str = hyper("keller", f"factor by shape: {', '.join(SCALES)}; learning rates do not carry over", choices=SCALES)
+    normuon: bool = hyper(False, "even out the rows of the update by their second moment")
+    normuon_beta2: float = hyper(0.95, "normuon's average of squares", (0.9, 0.99, "linear"))
+    dtype: str = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
+
+    state_per_parameter = 4.0
+
+
+class Muon(MatrixMethod):
+    """See MuonSettings. For hidden weight matrices only."""
+
+    settings = MuonSettings
+
+    def initial(self, group, count, m, n):
+        state = {"momentum": torch.zeros(count, m, n)}
+        return state | ({"rows": torch.zeros(count, m, 1)} if group["normuon"] else {})
+
+    def cost(self, m, n):
+        return min(m, n) ** 2 * (2 * max(m, n) + min(m, n))
+
+    def update_dtype(self, group, device):
+        return torch.float32 if group["normuon"] else iteration_dtype(group["dtype"], device)
+
+    def update(self, group, state, G, ids):
+        momentum = state["momentum"].lerp_(G, 1 - group["momentum"])
+        u = G.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+        o = orthogonalize(u, group["steps"], group["coefficients"], group["dtype"])
+        if group["normuon"]:
+            o = o.float()
+            rows = state["rows"].lerp_(o.square().mean(-1, keepdim=True), 1 - group["normuon_beta2"])
+            even = o / (rows.sqrt() + 1e-8)
+            norm = torch.linalg.vector_norm
+            o = even * (norm(o, dim=(-2, -1), keepdim=True) / (norm(even, dim=(-2, -1), keepdim=True) + 1e-8))
+        return o * SCALES[group["scale"]](*G.shape[-2:])
+
+
+# ---------------------------------------------------------------- matrix methods: Kronecker factors
+
+
+def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: bool = False) -> Tensor:
+    """(A + eps I)^-exponent of symmetric positive semi-definite [k, n, n], in fp64 inside; `old` where that fails.
+
+    relative: eps counts in largest eigenvalues.
+
+    The factors of a gradient with fewer columns than rows are singular: eigenvalues that rounding made negative are
+    lifted to 0 before eps is added, as in distributed_shampoo.
+    """
+    A = A.double()
+    try:
+        values, vectors = torch.linalg.eigh(A)
+    except torch.linalg.LinAlgError:  # one matrix of the batch did not converge: find it
+        found = [eigh_or_none(a) for a in A]
+        n = A.size(-1)
+        values = torch.stack([A.new_full((n,), math.nan) if f is None else f[0] for f in found])
+        vectors = torch.stack([A.new_full((n, n), math.nan) if f is None else f[1] for f in found])
+    values = values - values[:, :1].clamp(max=0)
+    values = values + eps * (values[:, -1:].clamp(min=1e-30) if relative else 1)
+    root = ((vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT).to(old.dtype)
+    return torch.where(root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), root, old)
+
+
+def eigh_or_none(A: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and vectors of one matrix; a second try with a little on its diagonal; None when that fails too."""
+    for jitter in (0.0, 1e-10):
+        try:
+            return torch.linalg.eigh(A + jitter * A.diagonal().abs().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device))
+        except torch.linalg.LinAlgError:
+            pass
+    return None
+
+
+def at_norm(u: Tensor, graft: Tensor) -> Tensor:
+    """Grafting (arXiv 2002.11803): each u [k, m, n] at the norm of its graft; the graft itself where u is zero."""
+    norm = lambda x: torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # noqa: E731
+    size = norm(u)
+    return torch.where(size > 0, u * (norm(graft) / size.clamp(min=1e-30)), graft)
+
+
+@dataclass(frozen=True)
+class ShampooSettings(MatrixSettings):
+    """L <- b2 L + (1 - b2) g g^T;  R <- b2 R + (1 - b2) g^T g;  u = L^^-e m^ R^^-e, at the norm of Adam's update of the same
+    block;  w <- (1 - lr wd) w - lr u.
+
+    Source: arXiv 1802.09568; grafting, blocks and averages as in distributed_shampoo (arXiv 2309.06497,
+    github.com/facebookresearch/optimizers). Roots are renewed every `every` steps; before `start` the update is Adam's.
+    e = 1/4 is the paper's; 1/2 makes each side K-FAC-like. `one_sided` preconditions the shorter side alone, with 2 e.
+    """
+
+    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
+    beta1: float = hyper(0.9, "average of gradients; 0: none", (0.8, 0.98, "linear"))
+    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "linear"))
+    eps: float = hyper(1e-12, "added to the factors' eigenvalues (above 1e-8 it hurts)", (1e-15, 1e-8, "log"))
+    weight_decay: float = hyper(0.05, "wd of the hidden matrices", (1e-2, 1.0, "log"))
+    exponent: float = hyper(0.25, "e, of each side", (0.125, 0.5, "linear"))
+    one_sided: bool = hyper(False, "precondition the shorter side only")
+    every: int = hyper(10, "steps between renewals of the roots", least=1)
+    start: float = hyper(10, "first step that is preconditioned; below 1: fraction of the run")
+    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
+    grafting: str = hyper("adam", "size of the update: adam, or none for its own", choices=("adam", "none"))
+    graft_eps: float = hyper(1e-8, "floor of Adam's denominator in grafting")
+
+    state_per_parameter = 24.0
+
+
+class Shampoo(MatrixMethod):
+    """See ShampooSettings."""
+
+    settings = ShampooSettings
+
+    def initial(self, group, count, m, n):
+        state = {"average": torch.zeros(count, m, n)} if group["beta1"] else {}
+        if group["grafting"] == "adam":
+            state["squares"] = torch.zeros(count, m, n)
+        for side, size in self.sides(group, m, n):
+            state[side] = torch.zeros(count, size, size)
+            state[side + "_root"] = torch.eye(size).repeat(count, 1, 1)
+        return state
+
+    def sides(self, group, m, n) -> list[tuple[str, int]]:
+        """Name and size of each factor."""
+        both = [("left", m), ("right", n)]
+        return [min(both, key=lambda side: side[1])] if group.get("one_sided") else both
+
+    def cost(self, m, n):
+        return m * n * (m + n) + 10 * (m**3 + n**3) / self.defaults["every"]
+
+    def update(self, group, state, G, ids):
+        t, beta1, beta2 = group["t"], group["beta1"], group["beta2"]
+        sides = self.sides(group, *G.shape[-2:])
+        for side, _ in sides:
+            X = G if side == "left" else G.mT
+            state[side].baddbmm_(X, X.mT, beta=beta2, alpha=1 - beta2)
+        m = state["average"].lerp_(G, 1 - beta1) / (1 - beta1**t) if beta1 else G
+        graft = None
+        if group["grafting"] == "adam":
+            v = state["squares"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
+            graft = m / ((v / (1 - beta2**t)).sqrt_() + group["graft_eps"])
+            if t < group["start"]:
+                return graft
+        first = max(1, group["start"]) if group["grafting"] == "adam" else 1
+        if t == first or t % group["every"] == 0:
+            power = group["exponent"] * (2 if group["one_sided"] else 1)
+            for side, _ in sides:
+                root = state[side + "_root"]
+                root.copy_(inverse_root(state[side] / (1 - beta2**t), power, group["eps"], root))
+        u = torch.bmm(state["left_root"], m) if "left_root" in state else m
+        u = torch.bmm(u, state["right_root"]) if "right_root" in state else u
+        if graft is None:
+            return u
+        return at_norm(u, graft)
+
+
+@dataclass(frozen=True)
+class CASPRSettings(MatrixSettings):
+    """L <- b2 L + (1 - b2) g g^T;  R <- b2 c R + (1 - b2) (P g)^T (P g) / rows;  u = P m~ Q with P = L^-1/2, Q = R^-1/2 and
+    m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
+
+    Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
+    side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed. Roots are renewed every
+    `every` steps; up to `start` the update is NAdam's. CASPR itself: Duvvuri et al., ICLR 2024.
+    """
+
+    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
+    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "linear"))
+    eps: float = hyper(1e-6, "added to the factors, relative to their largest eigenvalue", (1e-8, 1e-4, "log"))
+    weight_decay: float = hyper(0.05, "wd of the hidden matrices", (1e-2, 1.0, "log"))
+    every: int = hyper(10, "steps between renewals of the roots", least=1)
+    start: float = hyper(10, "last step that is not preconditioned; below 1: fraction of the run")
+    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
+    graft_eps: float = hyper(1e-8, "floor of NAdam's denominator")
+
+    state_per_parameter = 28.0
+
+
+class CASPR(MatrixMethod):
+    """See CASPRSettings."""
+
+    settings = CASPRSettings
+
+    def initial(self, group, count, m, n):
+        eye = {size: torch.eye(size).repeat(count, 1, 1) for size in (m, n)}
+        state = {"average": torch.zeros(count, m, n), "squares": torch.zeros(count, m, n)}
+        state |= {"left": group["eps"] * eye[m], "left_before": group["eps"] * eye[m], "left_root": eye[m].clone()}
+        return state | {"right": eye[n].clone(), "right_root": eye[n].clone()}
+
+    def cost(self, m, n):
+        return 3 * m * n * (m + n) + 10 * (m**3 + n**3) / self.defaults["every"]
+
+    def update(self, group, state, G, ids):
+        t, beta1, beta2, rows = group["t"], group["beta1"], group["beta2"], G.size(-2)
+        left, right, P, Q = (state[name] for name in ("left", "right", "left_root", "right_root"))
+        if t > 1 and (t - 1) % group["every"] == 0:  # P was renewed in the step before
+            before = state["left_before"]
+            ridge = group["eps"] * torch.linalg.eigvalsh(before)[:, -1:].unsqueeze(-1)
+            fit = (torch.bmm(P, before) * P).sum((-2, -1), keepdim=True) + ridge * P.square().sum((-2, -1), keepdim=True)
+            right.mul_(fit / rows)
+            before.copy_(left)
+        PG = torch.bmm(P, G)
+        left.baddbmm_(G, G.mT, beta=beta2, alpha=1 - beta2)
+        right.baddbmm_(PG.mT, PG, beta=beta2, alpha=(1 - beta2) / rows)
+        m = state["average"].lerp_(G, 1 - beta1)
+        m = torch.lerp(G, m, beta1) / (1 - beta1**t)
+        v = state["squares"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
+        graft = m / ((v / (1 - beta2**t)).sqrt_() + group["graft_eps"])
+        if t % group["every"] == 0:
+            for factor, root in ((left, P), (right, Q)):
+                root.copy_(inverse_root(factor, 0.5, group["eps"], root, relative=True))
+        if t <= group["start"]:
+            return graft
+        return at_norm(torch.bmm(torch.bmm(P, m), Q), graft)
+
+
+@dataclass(frozen=True)
+class SOAPSettings(MatrixSettings):
+    """Adam in the eigenbasis of Shampoo's factors: g' = Q_L^T g Q_R;  m, v of g' as Adam's;
+    u = Q_L (m^ / (sqrt(v^) + eps)) Q_R^T;  w <- (1 - lr wd) w - lr u;  then L, R as Shampoo's and, every `every` steps,
+    Q <- QR(L Q).
+
+    Source: arXiv 2409.11321, github.com/nikhilvyas/SOAP. The first step only starts the factors and their bases. When a
+    basis turns, m turns with it and v stays, its rows sorted by eigenvalue.
+    """
+
+    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
+    beta1: float = hyper(0.95, "average of gradients", (0.8, 0.98, "linear"))
+    beta2: float = hyper(0.95, "average of squares in the basis", (0.9, 0.999, "linear"))
+    shampoo_beta: float = hyper(0.95, "average of the factors", (0.9, 0.999, "linear"))
+    eps: float = hyper(1e-8, "floor of the denominator")
+    weight_decay: float = hyper(0.01, "wd of the hidden matrices", (1e-3, 1.0, "log"))
+    every: int = hyper(10, "steps between renewals of the bases", least=1)
+    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
+
+    state_per_parameter = 24.0
+
+
+class SOAP(MatrixMethod):
+    """See SOAPSettings."""
+
+    settings = SOAPSettings
+
+    def initial(self, group, count, m, n):
+        state = {"average": torch.zeros(count, m, n), "squares": torch.zeros(count, m, n)}
+        for side, size in (("left", m), ("right", n)):
+            state[side] = torch.zeros(count, size, size)
+            state[side + "_basis"] = torch.zeros(count, size, size)
+        return state
+
+    def cost(self, m, n):
+        return 4 * m * n * (m + n) + 4 * (m**3 + n**3) / self.defaults["every"]
+
+    def update(self, group, state, G, ids):
+        t, beta1, beta2 = group["t"], group["beta1"], group["beta2"]
+        m, v = state["average"], state["squares"]
+        if t == 1:
+            self.factors(group, state, G)
+            for side in ("left", "right"):
+                state[side + "_basis"].copy_(torch.linalg.eigh(state[side])[1].flip(-1))
+            return torch.zeros_like(G)
+        left, right = state["left_basis"], state["right_basis"]
+        rotated = torch.bmm(torch.bmm(left.mT, G), right)
+        m.lerp_(rotated, 1 - beta1)
+        v.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        d = v.sqrt().add_(group["eps"])
+        u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_(math.sqrt(1 - beta2 ** (t - 1)) / (1 - beta1 ** (t - 1)))
+        self.factors(group, state, G)
+        if t % group["every"] == 0:
+            self.turn(state)
+        return u
+
+    def factors(self, group, state, G):
+        beta = group["shampoo_beta"]
+        state["left"].baddbmm_(G, G.mT, beta=beta, alpha=1 - beta)
+        state["right"].baddbmm_(G.mT, G, beta=beta, alpha=1 - beta)
+
+    def turn(self, state):
+        """One step of orthogonal iteration on each basis, columns sorted by the eigenvalues that they estimate."""
+        m, v = state["average"], state["squares"]
+        for side, dim in (("left", 1), ("right", 2)):
+            factor, old = state[side], state[side + "_basis"]
+            product = torch.bmm(factor, old)
+            order = (old * product).sum(1).argsort(-1, descending=True)  # diagonal of Q^T L Q, [k, size]
+            columns = order.unsqueeze(1).expand_as(old)
+            new = torch.linalg.qr(product.gather(2, columns))[0]
+            v.copy_(v.gather(dim, (order.unsqueeze(2) if dim == 1 else order.unsqueeze(1)).expand_as(v)))
+            back = torch.bmm(new.mT, old)  # from the old basis into the new one
+            m.copy_(torch.bmm(back, m) if dim == 1 else torch.bmm(m, back.mT))
+            old.copy_(new)
+
+
+@dataclass(frozen=True)
+class KronSettings(MatrixSettings):
+    """m <- b1 m + (1 - b1) g;  u = Q_L^T Q_L m^ Q_R^T Q_R, its root mean square at most 1.1;  w <- (1 - lr wd) w - lr u;
+    first, with a probability that falls from 1 to `least_probability`: A = Q_L m^ Q_R^T, B = Q_L^-T V Q_R^-1, V ~ N(0, 1),
+    Q_L <- Q_L - rate triu(A A^T - B B^T) Q_L / |A A^T + B B^T|, Q_R likewise with A^T A, B^T B.
+
+    Source: PSGD, arXiv 1512.04202; github.com/evanatyourservice/kron_torch. Q are upper triangular; |.| is a cheap lower
+    bound of the spectral norm.
+    """
+
+    lr: float = hyper(1e-3, "peak learning rate of the hidden matrices", (1e-4, 1e-2, "log"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
+    weight_decay: float = hyper(0.5, "wd of the hidden matrices", (0.1, 3.0, "log"))
+    rate: float = hyper(0.1, "step of Q", (0.03, 0.3, "log"))
+    flat: int = hyper(500, "steps at probability 1; then it falls by exp(-0.001 a step)")
+    least_probability: float = hyper(0.03, "of renewing Q in a step", (0.01, 1.0, "log"))
+    scale: float = hyper(1.0, "first Q_L and Q_R: the root of this, times the identity")
+    clip: float = hyper(1.1, "largest root mean square of an update; 0: none")
+    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
+
+    state_per_parameter = 12.0
+
+
+class Kron(MatrixMethod):
+    """See KronSettings. Its random numbers are a function of the step alone: equal on all ranks and after a resume."""
+
+    settings = KronSettings
+
+    def initial(self, group, count, m, n):
+        scale = math.sqrt(group["scale"])
+        sides = {side: scale * torch.eye(size).repeat(count, 1, 1) for side, size in (("left", m), ("right", n))}
+        return {"average": torch.zeros(count, m, n)} | sides
+
+    def cost(self, m, n):
+        return 6 * m * n * (m + n)
+
+    def update(self, group, state, G, ids):
+        t, beta1 = group["t"], group["beta1"]
+        m = state["average"].lerp_(G, 1 - beta1) / (1 - beta1**t)
+        left, right = state["left"], state["right"]
+        dice = random.Random(t)
+        if dice.random() < max(group["least_probability"], math.exp(-0.001 * (t - 1 - group["flat"]))):
+            if dice.random() < 0.01:  # keeps the two sides at one size; their product stays
+                sizes = left.abs().amax((-2, -1), keepdim=True), right.abs().amax((-2, -1), keepdim=True)
+                left.mul_((sizes[1] / sizes[0]).sqrt())
+                right.mul_((sizes[0] / sizes[1]).sqrt())
+            self.learn(group["rate"], left, right, m, self.probe(m, t, ids))
+        u = torch.bmm(left.mT, torch.bmm(left, torch.bmm(torch.bmm(m, right.mT), right)))
+        if group["clip"]:
+            size = u.square().mean((-2, -1), keepdim=True).sqrt()
+            u = u * (group["clip"] / (size + 1e-30)).clamp(max=1)
+        return u
+
+    @staticmethod
+    def probe(m: Tensor, t: int, ids: list[int]) -> Tensor:
+        """Normal numbers [k, m, n], those of a block a function of its id and the step."""
+        V = torch.empty_like(m)
+        generator = torch.Generator(m.device)
+        for row, block in zip(V, ids, strict=True):
+            row.normal_(generator=generator.manual_seed(t * 1_000_003 + block))
+        return V
+
+    @staticmethod
+    def learn(rate: float, left: Tensor, right: Tensor, G: Tensor, V: Tensor) -> None:
+        """One step of Q_L, Q_R towards E[(Q^T Q) g g^T] = 1, by the relative gradient of the triangular group."""
+        A = torch.bmm(torch.bmm(left, G), right.mT)
+        B = torch.linalg.solve_triangular(left.mT, V, upper=False)
+        B = torch.linalg.solve_triangular(right, B, upper=True, left=False)
+        for Q, X, Y in ((left, A, B), (right, A.mT, B.mT)):
+            one, two = torch.bmm(X, X.mT), torch.bmm(Y, Y.mT)
+            step = rate / (norm_lower_bound(one + two) + torch.finfo(torch.bfloat16).tiny)
+            Q.sub_(torch.bmm((one - two).triu() * step, Q))
+
+
+def norm_lower_bound(A: Tensor) -> Tensor:
+    """A lower bound of the spectral norms of symmetric [k, n, n], as [k, 1, 1]: |A x|, x the largest row through A once."""
+    most = A.abs().amax((-2, -1), keepdim=True).clamp(min=1e-30)
+    A = A / most
+    largest = A.square().sum(-1).argmax(-1)
+    row = A.gather(1, largest.view(-1, 1, 1).expand(-1, 1, A.size(-1)))  # [k, 1, n]
+    x = torch.bmm(row, A)
+    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
+    return most * torch.linalg.vector_norm(torch.bmm(x, A), dim=-1, keepdim=True)
