@@ -590,7 +590,7 @@ class SOAP(MatrixMethod):
         d = v.sqrt().add_(group["eps"])
         u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_(math.sqrt(1 - beta2 ** (t - 1)) / (1 - beta1 ** (t - 1)))
         self.factors(group, state, G)
-        if t % group["every"] == 0:
+        if (t - 1) % group["every"] == 0:  # the first step, which only starts the bases, does not count
             self.turn(state)
         return u
 
