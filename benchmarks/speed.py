@@ -100,48 +100,47 @@ def record_mfu() -> None:
     print(f"| MFU | {done / top:.0%} |")
 
 
-def trainer(launch: list[str], threads: int, *flags: str) -> tuple[dict, float]:
-    """result.json of a trainer process, and its seconds from command to end."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        words = [
-            *launch,
-            "train_gpt.py",
-            "--track",
-            "cpu",
-            "--tricks",
-            "record",
-            "--val-tokens",
-            "512",
-            "--out",
-            str(out),
-            *flags,
-        ]
-        start = time.perf_counter()
-        subprocess.run(words, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-        return json.loads((out / "result.json").read_text()), time.perf_counter() - start
+FLAGS = ["train_gpt.py", "--track", "cpu", "--val-tokens", "512", "--val-every", "1000"]
 
 
 def ranks() -> None:
     """Two gloo ranks of one thread against one process of two threads, interleaved."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    rates, memory = {"one": [], "two": []}, {}
-    for _ in range(3):
-        for name, launch, threads in (("one", [sys.executable], 2), ("two", torchrun, 1)):
-            result, _ = trainer(launch, threads, "--steps", "25", "--val-every", "1000")
-            rates[name].append(result["tokens"] / result["robust_train_time"])
-            memory[name] = result["peak_memory"]
-    print("\n| record recipe on 2 cores | tokens per second | relative | peak memory of a process |\n|---|---|---|---|")
-    for name, what in (("one", "1 process, 2 threads"), ("two", "2 gloo ranks, 1 thread each")):
-        relative = ratio(rates[name], rates["one"])
-        print(f"| {what} | {statistics.median(rates[name]):,.0f} | {relative} | {memory[name] / 1e6:,.0f} MB |")
+    print("\n| recipe on 2 cores | | tokens per second | relative | peak memory of a process |\n|---|---|---|---|---|")
+    for recipe in ("baseline", "record"):
+        rates, memory = {"one": [], "two": []}, {}
+        for _ in range(3):
+            for name, launch, threads in (("one", [sys.executable], 2), ("two", torchrun, 1)):
+                with tempfile.TemporaryDirectory() as folder:
+                    words = [*launch, *FLAGS, "--tricks", recipe, "--steps", "25", "--out", folder + "/run"]
+                    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, env=environment)
+                    result = json.loads(Path(folder, "run", "result.json").read_text())
+                rates[name].append(result["tokens"] / result["robust_train_time"])
+                memory[name] = result["peak_memory"]
+        for name, what in (("one", "1 process, 2 threads"), ("two", "2 gloo ranks, 1 thread each")):
+            relative = ratio(rates[name], rates["one"])
+            rate = statistics.median(rates[name])
+            print(f"| `{recipe}` | {what} | {rate:,.0f} | {relative} | {memory[name] / 1e6:,.0f} MB |", flush=True)
 
 
 def start_up() -> None:
-    """Seconds from the command to the end of a one-step run: start-up, one step, one small validation, checkpoint."""
-    seconds = [trainer([sys.executable], 2, "--steps", "1")[1] for _ in range(4)][1:]
-    print("\n| command to the end of its first step, data ready | |\n|---|---|")
-    print(f"| seconds (smallest, median, largest) | {min(seconds):.1f}, {statistics.median(seconds):.1f}, {max(seconds):.1f} |")
+    """Seconds from the command to the first validation, after one step: what a user waits for."""
+    print("\n| command to the end of its first step, data ready | seconds: median (smallest-largest) |\n|---|---|")
+    for what, flag in (("not compiled", "--no-compile"), ("compiled before", "--compile")):
+        seconds = []
+        for _ in range(4):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                words = [sys.executable, *FLAGS, "--tricks", "record", "--steps", "1", flag, "--out", folder + "/run"]
+                process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+                log = Path(folder, "run", "log.jsonl")
+                while not (log.exists() and '"val"' in log.read_text()):
+                    time.sleep(0.02)
+                seconds.append(time.perf_counter() - start)
+                process.wait()
+        seconds = sorted(seconds[1:])
+        print(f"| `record`, {what} | {seconds[1]:.1f} ({seconds[0]:.1f}-{seconds[2]:.1f}) |", flush=True)
 
 
 PARTS = {
