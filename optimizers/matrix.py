@@ -39,6 +39,8 @@ class MatrixSettings(Settings):
         others = groups(gpt, ("embedding",), lr=self.embedding_lr or self.adamw_lr, weight_decay=decay)
         others += groups(gpt, ("head",), lr=self.head_lr or self.adamw_lr, weight_decay=decay)
         others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
+        if not others:
+            return method
         betas = (self.adamw_beta1, self.adamw_beta2)
         return Chain(method, torch.optim.AdamW(others, lr=self.adamw_lr, betas=betas, eps=self.adamw_eps, fused=True))
 
