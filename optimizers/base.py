@@ -268,7 +268,11 @@ class Elementwise(Optimizer):
 
     def pieces(self, params: list[Tensor], *extras: list[Tensor]) -> Iterator[list[list[Tensor]]]:
         """Weights, gradients, buffers, extras: lists of equal length. Weights that are not fp32 are updated in fp32."""
-        columns = [params, [p.grad for p in params], *([self.state[p][name] for p in params] for name in self.buffers)]
+        columns = [
+            [p.detach() for p in params],
+            [p.grad for p in params],
+            *([self.state[p][name] for p in params] for name in self.buffers),
+        ]
         if params[0].dtype != torch.float32:
             exact = [p.float() for p in params]
             yield [exact, [g.float() for g in columns[1]], *columns[2:], *extras]
