@@ -159,7 +159,8 @@ def draw(names: list[str], out: str) -> None:
         axis.set(
             title=f"logistic regression, full gradients: {title}", xlabel="step", ylabel="best f(w) - min f", ylim=(5e-11, 0.2)
         )
-        axis.legend(fontsize=7, loc="upper right", ncols=2)
+        if axis.lines:
+            axis.legend(fontsize=7, loc="upper right", ncols=2)
     for i, (rate, falling) in enumerate(((0.1, False), (0.01, False), (0.1, True))):
         gaps = torch.tensor([noise_gaps(rate, falling, seed) for seed in range(5)]).mean(0).clamp(min=1e-10)
         label = f"{rate:g} / (1 + mu {rate:g} t / 2)" if falling else f"constant {rate:g}"
