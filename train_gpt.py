@@ -77,7 +77,7 @@ class Config:
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     dtype: str = setting("auto", "type of activations and matrix products; weights are fp32", ("auto", "bf16", "fp32"))
-    compile: bool = setting(False, "torch.compile the model; its warm-up is off the clock")
+    compile: bool = setting(False, "torch.compile the model and the update; the warm-up is off the clock")
     deterministic: bool = setting(False, "only deterministic kernels")
     wandb: bool = setting(False, "also log to Weights & Biases")
     tensorboard: bool = setting(False, "also log to TensorBoard")
@@ -431,6 +431,7 @@ class Training:
         first = self.steps_done
         if self.compiled:
             warm_up(self.model, self.micro, self.model_config, self.world.device)
+            optimizers.compile_update(self.optimizer)
         if main:
             self.run_folder.open(self.environment(), first)
             self.run_folder.event("resume" if first else "start", step=first)

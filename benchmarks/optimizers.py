@@ -114,7 +114,13 @@ def ours(name: str) -> Make:
     if name == "sophia":
         keys.pop("every")
     values = settings(**keys).own(steps=1000)
-    return lambda params: settings.method(params, **values)
+
+    def make(params):
+        optimizer = settings.method(params, **values)
+        getattr(optimizer, "compile", lambda: None)()
+        return optimizer
+
+    return make
 
 
 def seconds(optimizer: torch.optim.Optimizer, steps: int, weights: list, gradients: list) -> float:

@@ -49,7 +49,7 @@ from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, Shampoo
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from spec import UsageError, nearest, parse
 
-__all__ = ["AVERAGES", "OPTIMIZERS", "build", "full_state_dict", "parts", "schedule_free", "state_bytes"]
+__all__ = ["AVERAGES", "OPTIMIZERS", "build", "compile_update", "full_state_dict", "parts", "schedule_free", "state_bytes"]
 
 OPTIMIZERS: dict[str, type[Settings]] = {
     "sgd": SGDSettings,
@@ -190,6 +190,12 @@ def check_every_parameter_once(spec: str, optimizer: torch.optim.Optimizer, gpt:
 def schedule_free(optimizer: torch.optim.Optimizer) -> bool:
     """Does it bring its own schedule? It must be run at a constant learning rate then."""
     return any(getattr(part, "schedule_free", False) for part in parts(optimizer))
+
+
+def compile_update(optimizer: torch.optim.Optimizer) -> None:
+    """Fuse the update of the parts that have a compiled form (`base.Elementwise`) into one pass over memory."""
+    for part in parts(optimizer):
+        getattr(part, "compile", lambda: None)()
 
 
 def full_state_dict(optimizer: torch.optim.Optimizer) -> dict:

@@ -10,10 +10,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import field
+from functools import lru_cache
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
+from hardware import can_compile
 from model import roles as roles_of
 from model import splits as splits_of
 from spec import nearest
@@ -225,24 +228,130 @@ def mode(optimizer: torch.optim.Optimizer, name: str) -> None:
     getattr(optimizer, name, lambda: None)()
 
 
+# ---------------------------------------------------------------- element-wise methods
+
+
+class Many:
+    """Tensors computed with as if they were one: every operation is one torch._foreach call over the list.
+
+    What a rule may use of a tensor is what stands here; other operands are as long, or a number, or a 0-dim tensor.
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors = tensors
+
+    def __add__(self, other):
+        return Many(torch._foreach_add(self.tensors, listed(other)))
+
+    def __sub__(self, other):
+        return Many(torch._foreach_sub(self.tensors, listed(other)))
+
+    def __mul__(self, other):
+        return Many(torch._foreach_mul(self.tensors, listed(other)))
+
+    def __truediv__(self, other):
+        return Many(torch._foreach_div(self.tensors, listed(other)))
+
+    def __pow__(self, exponent: float):
+        return Many(torch._foreach_pow(self.tensors, exponent))
+
+    def lerp(self, end, weight: float):
+        return Many(torch._foreach_lerp(self.tensors, end.tensors, weight))
+
+    def sqrt(self):
+        return Many(torch._foreach_sqrt(self.tensors))
+
+    def sign(self):
+        return Many(torch._foreach_sign(self.tensors))
+
+    def clamp(self, least: float, most: float | None = None):
+        clamped = torch._foreach_clamp_min(self.tensors, least)
+        return Many(clamped if most is None else torch._foreach_clamp_max(clamped, most))
+
+    def abs(self):
+        return Many(torch._foreach_abs(self.tensors))
+
+    def sum(self, *dim: int):
+        return Many([x.sum(*dim) for x in self.tensors])
+
+    def add_(self, other):
+        torch._foreach_add_(self.tensors, listed(other))
+        return self
+
+    def sub_(self, other):
+        torch._foreach_sub_(self.tensors, listed(other))
+        return self
+
+    def mul_(self, other):
+        torch._foreach_mul_(self.tensors, listed(other))
+        return self
+
+    def lerp_(self, end, weight: float):
+        torch._foreach_lerp_(self.tensors, end.tensors, weight)
+        return self
+
+    def copy_(self, other):
+        torch._foreach_copy_(self.tensors, other.tensors)
+        return self
+
+
+def listed(operand):
+    return operand.tensors if isinstance(operand, Many) else operand
+
+
 PIECE = 2**17  # weights: with the state and temporaries of a method, what the second-level caches of a CPU hold
+LONE = 2**14  # weights: from here on a tensor is worth a call of compiled code (50 us) of its own
+ROW = 256  # weights: compiled code sees a large tensor as rows of so many
+Value = Tensor | Many  # what a rule computes with
 
 
 class Elementwise(Optimizer):
     """Base of methods in which a weight's update looks at that weight's own history alone.
 
-    A subclass names its state tensors in `buffers` and writes its rule once, in `update`, over lists of tensors. On a GPU
-    the lists are a whole param group, so that a step is a few kernels. On a CPU they are pieces that stay in its cache
-    while the rule passes over them, so that a step costs one trip to memory, however many passes the rule makes.
+    A subclass names its state tensors in `buffers`, and writes its formula once: `rule` in plain tensor arithmetic that
+    works in place, `numbers` with the scalars that the rule takes by name. The rule then runs
+    - over lists of tensors, one torch._foreach call an operation: the default. On a CPU the lists are pieces that stay in its
+      cache while the rule passes over them;
+    - after `compile()`, on a CPU, over one large tensor at a time in one fused pass, as fast as memory.
     """
 
     buffers: tuple[str, ...] = ()
+    compiled = False
+
+    @staticmethod
+    def rule(w: Value, g: Value, *buffers: Value, **numbers: float) -> None:
+        """Update weights and buffers in place from the gradients. Buffers come in the order of `names`, extras after them."""
+        raise NotImplementedError
+
+    def numbers(self, group: dict, t: int) -> dict[str, float | bool]:
+        """The rule's scalars in step t: worked out here in double precision, where 1 - beta is still exact."""
+        raise NotImplementedError
+
+    def names(self, group: dict) -> tuple[str, ...]:
+        """The buffers in use under this group's settings."""
+        return self.buffers
+
+    def compile(self) -> None:
+        """Run the rule as one compiled pass from now on, where weights are on a CPU with a C++ compiler; else nothing.
+
+        Compiles at once, for a moment's dummy weights: nothing of this optimizer is touched.
+        """
+        devices = {p.device for g in self.param_groups for p in g["params"]}
+        self.compiled = devices == {torch.device("cpu")} and can_compile(torch.device("cpu"))
+        if self.compiled:
+            dummy = [g | {"params": [nn.Parameter(torch.zeros(LONE // ROW, ROW))]} for g in self.param_groups]
+            twin = type(self)(dummy)
+            twin.compiled = True
+            for _ in range(2):  # the first step may be another than those after
+                for g in dummy:
+                    g["params"][0].grad = torch.zeros(LONE // ROW, ROW)
+                twin.step()
 
     def update_group(self, group: dict, params: list[Tensor]) -> None:
         for t, members in self.alike(group, params):
-            extras = self.measure(group, t, members)
-            for piece in self.pieces(members, *extras):
-                self.update(group, t, *piece)
+            self.sweep(self.rule, group, members, self.numbers(group, t), *self.measure(group, t, members))
 
     def alike(self, group: dict, params: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
         """Begin a step: (its number, the weights of one type and device for which it has that number)."""
@@ -259,68 +368,80 @@ class Elementwise(Optimizer):
         return [(t, members) for (t, *_), members in found.items()]
 
     def initialise(self, group: dict, p: Tensor, state: dict) -> None:
-        for name in self.buffers:
+        for name in self.names(group):
             state[name] = torch.zeros_like(p, dtype=torch.float32)
 
     def measure(self, group: dict, t: int, params: list[Tensor]) -> list[list[Tensor]]:
-        """What `update` gets beside weights, gradients and buffers: lists of single numbers, one a parameter."""
+        """Extras of the rule: lists of 0-dim tensors, one a parameter."""
         return []
 
-    def pieces(self, params: list[Tensor], *extras: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-        """Weights, gradients, buffers, extras: lists of equal length. Weights that are not fp32 are updated in fp32."""
-        columns = [
-            [p.detach() for p in params],
-            [p.grad for p in params],
-            *([self.state[p][name] for p in params] for name in self.buffers),
+    def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], numbers: dict, *extras: list[Tensor]) -> None:
+        """rule(weight, gradient, buffers, extras, **numbers) over all of `params`, which are of one type and device.
+
+        Weights that are not fp32 are updated in fp32.
+        """
+        rows = [
+            (p.detach(), p.grad, *(self.state[p][name] for name in self.names(group)), *extra)
+            for p, *extra in zip(params, *extras, strict=True)
         ]
         if params[0].dtype != torch.float32:
-            exact = [p.float() for p in params]
-            yield [exact, [g.float() for g in columns[1]], *columns[2:], *extras]
-            torch._foreach_copy_(params, exact)
+            rows = [(w.float(), g.float(), *others) for w, g, *others in rows]
+            rule(*map(Many, map(list, zip(*rows, strict=True))), **numbers)
+            torch._foreach_copy_(params, [w for w, *_ in rows])
             return
-        if params[0].device.type != "cpu":
-            yield [*columns, *extras]
-            return
-        piece, size = [], 0
-        for *tensors, numbers in zip(*columns, zip(*extras, strict=True) if extras else [()] * len(params), strict=True):
-            flat = tensors[0].is_contiguous()  # else its pieces would be copies
-            for row in zip(*(x.reshape(-1).split(PIECE) if flat else (x,) for x in tensors), strict=True):
-                if piece and size + row[0].numel() > PIECE:
-                    yield list(map(list, zip(*piece, strict=True)))
-                    piece, size = [], 0
-                piece.append((*row, *numbers))
-                size += row[0].numel()
+        if self.compiled:
+            fused = compiled(rule)
+            scalars = {k: v if isinstance(v, bool) else torch.as_tensor(v, dtype=torch.float32) for k, v in numbers.items()}
+            large = [w.numel() >= LONE and w.numel() % ROW == 0 and w.is_contiguous() for w, *_ in rows]
+            for row in compress(rows, large):
+                fused(*(x.reshape(-1, ROW).data if x.dim() else x for x in row), **scalars)  # .data: no view to guard on
+            rows = [row for row, alone in zip(rows, large, strict=True) if not alone]
+        for piece in pieces(rows):
+            rule(*map(Many, piece), **numbers)
+
+
+@lru_cache
+def compiled(rule: Callable[..., None]) -> Callable[..., None]:
+    """Of any size and with any numbers, which come as 0-dim tensors: a Python float would be compiled in."""
+    return torch.compile(rule, dynamic=True, fullgraph=True)
+
+
+def pieces(rows: list[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
+    """rows, transposed; on a CPU in pieces of at most PIECE weights, for which large tensors are cut."""
+    if rows and rows[0][0].device.type != "cpu":
+        yield list(map(list, zip(*rows, strict=True)))
+        return
+    piece, size = [], 0
+    for row in rows:
+        flat = row[0].is_contiguous()  # else its pieces would be copies
+        n = -(-row[0].numel() // PIECE) if flat else 1
+        for cut in zip(*(x.reshape(-1).split(PIECE) if flat and x.dim() else (x,) * n for x in row), strict=True):
+            if piece and size + cut[0].numel() > PIECE:
+                yield list(map(list, zip(*piece, strict=True)))
+                piece, size = [], 0
+            piece.append(cut)
+            size += cut[0].numel()
+    if piece:
         yield list(map(list, zip(*piece, strict=True)))
 
-    def update(self, group: dict, t: int, w: list[Tensor], g: list[Tensor], *buffers: list[Tensor]) -> None:
-        """The rule, for equal-length lists of weights, gradients, buffers and extras; t counts these weights' steps."""
-        raise NotImplementedError
+
+def total(x: Value) -> Value:
+    """The sum of all elements; by rows first, since one long sum costs compiled code more than reading memory does."""
+    return x.sum(-1).sum()
 
 
-def average(m: list[Tensor], g: list[Tensor], beta: float) -> None:
-    """m <- beta m + (1 - beta) g"""
-    torch._foreach_lerp_(m, g, 1 - beta)
+def keep(group: dict, factor: float | None = None) -> float:
+    """What decoupled weight decay leaves of a weight: 1 - factor wd; factor is lr if not given."""
+    return 1 - (group["lr"] if factor is None else factor) * group["weight_decay"]
 
 
-def average_squares(v: list[Tensor], g: list[Tensor], beta: float) -> None:
-    """v <- beta v + (1 - beta) g^2"""
-    torch._foreach_mul_(v, beta)
-    torch._foreach_addcmul_(v, g, g, 1 - beta)
-
-
-def denominator(v: list[Tensor], correction: float, eps: float) -> list[Tensor]:
-    """sqrt(v / correction) + eps"""
-    d = torch._foreach_sqrt(v)
-    if correction != 1:
-        torch._foreach_div_(d, math.sqrt(correction))
-    torch._foreach_add_(d, eps)
-    return d
-
-
-def decay(group: dict, w: list[Tensor], factor: float | None = None) -> None:
-    """w <- (1 - factor wd) w; factor is lr if not given."""
-    if group["weight_decay"]:
-        torch._foreach_mul_(w, 1 - (group["lr"] if factor is None else factor) * group["weight_decay"])
+def adam_numbers(group: dict, t: int) -> dict[str, float]:
+    """Of rules with Adam's two averages: their new shares, the rate with the first's bias correction, the root of the
+    second's as a factor (a division costs as much as reading four weights)."""
+    beta1, beta2 = group["beta1"], group["beta2"]
+    rate = group["lr"] / (1 - beta1**t)
+    correction = 1 / math.sqrt(1 - beta2**t)
+    return dict(new1=1 - beta1, new2=1 - beta2, rate=rate, correction=correction, eps=group["eps"], keep=keep(group))
 
 
 class Swapped:

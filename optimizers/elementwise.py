@@ -1,7 +1,6 @@
 """Methods that look at each weight's own history: the classics, and Adam with its relatives.
 
-torch's own class stands where it is the method and is fused; the others are written over pieces of cache size (see
-`base.Elementwise`).
+torch's own class stands where it is the method and is fused; the others are a `rule` each (see `base.Elementwise`).
 """
 
 import math
@@ -15,15 +14,14 @@ from optimizers.base import (
     Chain,
     Elementwise,
     Settings,
-    average,
-    average_squares,
-    decay,
+    adam_numbers,
     decay_groups,
-    denominator,
     groups,
     hyper,
+    keep,
     rest,
-)  # fmt: skip
+    total,
+)
 
 # ---------------------------------------------------------------- classics
 
@@ -65,10 +63,13 @@ class SignumSettings(Settings):
 class Signum(Elementwise):
     settings, buffers = SignumSettings, ("average",)
 
-    def update(self, group, t, w, g, m):
-        average(m, g, group["momentum"])
-        decay(group, w)
-        torch._foreach_add_(w, torch._foreach_sign(m), alpha=-group["lr"])
+    def numbers(self, group, t):
+        return dict(new=1 - group["momentum"], lr=group["lr"], keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, m, *, new, lr, keep):
+        m.lerp_(g, new)
+        w.mul_(keep).sub_(m.sign() * lr)
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,25 @@ class RMSpropSettings(Settings):
     eps: float = hyper(1e-8, "floor of the denominator")
     weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only")
 
+    state_per_parameter = 4.0  # 8 with momentum
+
 
 class RMSprop(Elementwise):
     settings, buffers = RMSpropSettings, ("squares", "average")
 
-    def update(self, group, t, w, g, v, m):
-        if group["weight_decay"]:
-            g = torch._foreach_add(g, w, alpha=group["weight_decay"])
-        average_squares(v, g, group["beta2"])
-        torch._foreach_mul_(m, group["momentum"])
-        torch._foreach_addcdiv_(m, g, denominator(v, 1, group["eps"]))
-        torch._foreach_add_(w, m, alpha=-group["lr"])
+    def names(self, group):
+        return self.buffers if group["momentum"] else self.buffers[:1]
+
+    def numbers(self, group, t):
+        decay = group["weight_decay"]
+        return dict(lr=group["lr"], new=1 - group["beta2"], mu=group["momentum"], eps=group["eps"], decay=decay)
+
+    @staticmethod
+    def rule(w, g, v, m=None, *, lr, new, mu, eps, decay):
+        g = g + w * decay
+        v.lerp_(g * g, new)
+        u = g / (v.sqrt() + eps)
+        w.sub_((u if m is None else m.mul_(mu).add_(u)) * lr)
 
 
 @dataclass(frozen=True)
@@ -136,16 +145,15 @@ class AdadeltaSettings(Settings):
 class Adadelta(Elementwise):
     settings, buffers = AdadeltaSettings, ("squares", "steps_squared")
 
-    def update(self, group, t, w, g, v, u):
-        average_squares(v, g, group["beta2"])
-        d = torch._foreach_add(u, group["eps"])
-        root = torch._foreach_add(v, group["eps"])
-        torch._foreach_div_(d, root)
-        torch._foreach_sqrt_(d)
-        torch._foreach_mul_(d, g)
-        average_squares(u, d, group["beta2"])
-        decay(group, w)
-        torch._foreach_add_(w, d, alpha=-group["lr"])
+    def numbers(self, group, t):
+        return dict(lr=group["lr"], new=1 - group["beta2"], eps=group["eps"], keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, v, u, *, lr, new, eps, keep):
+        v.lerp_(g * g, new)
+        d = ((u + eps) / (v + eps)).sqrt() * g
+        u.lerp_(d * d, new)
+        w.mul_(keep).sub_(d * lr)
 
 
 # ---------------------------------------------------------------- Adam and its relatives
@@ -205,13 +213,14 @@ class NAdamWSettings(Settings):
 class NAdamW(Elementwise):
     settings, buffers = NAdamWSettings, ("average", "squares")
 
-    def update(self, group, t, w, g, m, v):
-        beta1, beta2 = group["beta1"], group["beta2"]
-        average(m, g, beta1)
-        average_squares(v, g, beta2)
-        ahead = torch._foreach_lerp(g, m, beta1)
-        decay(group, w)
-        torch._foreach_addcdiv_(w, ahead, denominator(v, 1 - beta2**t, group["eps"]), -group["lr"] / (1 - beta1**t))
+    def numbers(self, group, t):
+        return adam_numbers(group, t)
+
+    @staticmethod
+    def rule(w, g, m, v, *, new1, new2, rate, correction, eps, keep):
+        m.lerp_(g, new1)
+        v.lerp_(g * g, new2)
+        w.mul_(keep).sub_(m.lerp(g, new1) / (v.sqrt() * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -232,12 +241,13 @@ class LionSettings(Settings):
 class Lion(Elementwise):
     settings, buffers = LionSettings, ("average",)
 
-    def update(self, group, t, w, g, m):
-        u = torch._foreach_lerp(g, m, group["beta1"])
-        torch._foreach_sign_(u)
-        average(m, g, group["beta2"])
-        decay(group, w)
-        torch._foreach_add_(w, u, alpha=-group["lr"])
+    def numbers(self, group, t):
+        return dict(lr=group["lr"], new1=1 - group["beta1"], new2=1 - group["beta2"], keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, m, *, lr, new1, new2, keep):
+        w.mul_(keep).sub_(m.lerp(g, new1).sign() * lr)
+        m.lerp_(g, new2)
 
 
 @dataclass(frozen=True)
@@ -263,18 +273,19 @@ class AdEMAMixSettings(Settings):
 class AdEMAMix(Elementwise):
     settings, buffers = AdEMAMixSettings, ("average", "slow_average", "squares")
 
-    def update(self, group, t, w, g, m, slow, v):
-        beta1, beta2, beta3 = group["beta1"], group["beta2"], group["beta3"]
+    def numbers(self, group, t):
         done = min(1.0, t / group["ramp"]) if group["ramp"] else 1.0
-        fast, final = math.log(beta1), math.log(beta3)  # 1/log is minus the half-life in units of log 2
+        fast, final = math.log(group["beta1"]), math.log(group["beta3"])  # 1/log is minus the half-life in units of log 2
         slow_beta = math.exp(fast * final / ((1 - done) * final + done * fast))
-        average(m, g, beta1)
-        average(slow, g, slow_beta)
-        average_squares(v, g, beta2)
-        u = torch._foreach_div(m, 1 - beta1**t)
-        torch._foreach_add_(u, slow, alpha=done * group["alpha"])
-        decay(group, w)
-        torch._foreach_addcdiv_(w, u, denominator(v, 1 - beta2**t, group["eps"]), -group["lr"])
+        slow_rate = group["lr"] * done * group["alpha"]
+        return adam_numbers(group, t) | dict(new3=1 - slow_beta, slow_rate=slow_rate)
+
+    @staticmethod
+    def rule(w, g, m, slow, v, *, new1, new2, new3, rate, slow_rate, correction, eps, keep):
+        m.lerp_(g, new1)
+        slow.lerp_(g, new3)
+        v.lerp_(g * g, new2)
+        w.mul_(keep).sub_((m * rate + slow * slow_rate) / (v.sqrt() * correction + eps))
 
 
 @dataclass(frozen=True)
@@ -295,20 +306,19 @@ class ADOPTSettings(Settings):
 class ADOPT(Elementwise):
     settings, buffers = ADOPTSettings, ("average", "squares")
 
-    def update(self, group, t, w, g, m, v):
-        if t == 1:
-            torch._foreach_addcmul_(v, g, g)
-            return
-        d = torch._foreach_sqrt(v)
-        torch._foreach_clamp_min_(d, group["eps"])
-        u = torch._foreach_div(g, d)
+    def numbers(self, group, t):
         limit = (t - 1) ** 0.25
-        torch._foreach_clamp_min_(u, -limit)
-        torch._foreach_clamp_max_(u, limit)
-        average(m, u, group["beta1"])
-        average_squares(v, g, group["beta2"])
-        decay(group, w)
-        torch._foreach_add_(w, m, alpha=-group["lr"])
+        new = dict(new1=1 - group["beta1"], new2=1 - group["beta2"])
+        return new | dict(first=t == 1, lr=group["lr"], limit=limit, eps=group["eps"], keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, m, v, *, first, lr, new1, new2, limit, eps, keep):
+        if first:
+            v.add_(g * g)
+            return
+        m.lerp_((g / v.sqrt().clamp(eps)).clamp(-limit, limit), new1)
+        v.lerp_(g * g, new2)
+        w.mul_(keep).sub_(m * lr)
 
 
 @dataclass(frozen=True)
@@ -321,19 +331,20 @@ class NAdamPSettings(NAdamWSettings):
     root: float = hyper(2.0, "p; 2 is NAdamW", (1.5, 3.0, "linear"), least=1)
 
 
-class NAdamP(NAdamW):
-    settings = NAdamPSettings
+class NAdamP(Elementwise):
+    settings, buffers = NAdamPSettings, ("average", "squares")
 
-    def update(self, group, t, w, g, m, v):
-        beta1, beta2 = group["beta1"], group["beta2"]
-        average(m, g, beta1)
-        average_squares(v, g, beta2)
-        ahead = torch._foreach_lerp(g, m, beta1)
-        d = torch._foreach_div(v, 1 - beta2**t)
-        torch._foreach_pow_(d, 1 / group["root"])
-        torch._foreach_add_(d, group["eps"])
-        decay(group, w)
-        torch._foreach_addcdiv_(w, ahead, d, -group["lr"] / (1 - beta1**t))
+    def numbers(self, group, t):
+        power = 1 / group["root"]
+        shape = dict(square=power == 0.5, power=power, correction=(1 - group["beta2"] ** t) ** -power)
+        return adam_numbers(group, t) | shape
+
+    @staticmethod
+    def rule(w, g, m, v, *, square, new1, new2, rate, power, correction, eps, keep):
+        m.lerp_(g, new1)
+        v.lerp_(g * g, new2)
+        root = v.sqrt() if square else v**power
+        w.mul_(keep).sub_(m.lerp(g, new1) / (root * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -348,23 +359,26 @@ class GeneralizedAdamSettings(NAdamWSettings):
     precondition: bool = hyper(True, "divide by the root of the average of squares; if false lr is near 1")
 
 
-class GeneralizedAdam(NAdamW):
-    settings = GeneralizedAdamSettings
+class GeneralizedAdam(Elementwise):
+    settings, buffers = GeneralizedAdamSettings, ("average", "squares")
 
-    def update(self, group, t, w, g, m, v):
-        beta1, beta2, lr = group["beta1"], group["beta2"], group["lr"]
-        if group["precondition"] and group["nesterov"]:
-            super().update(group, t, w, g, m, v)
-            return
-        decay(group, w)
-        if group["precondition"]:
-            average(m, g, beta1)
-            average_squares(v, g, beta2)
-            torch._foreach_addcdiv_(w, m, denominator(v, 1 - beta2**t, group["eps"]), -lr)
+    def names(self, group):
+        return self.buffers if group["precondition"] else self.buffers[:1]
+
+    def numbers(self, group, t):
+        given = adam_numbers(group, t) | dict(beta1=group["beta1"], nesterov=group["nesterov"])
+        return given if group["precondition"] and group["nesterov"] else given | dict(rate=group["lr"])
+
+    @staticmethod
+    def rule(w, g, m, v=None, *, nesterov, beta1, new1, new2, rate, correction, eps, keep):
+        if v is None:
+            m.mul_(beta1).add_(g)
+            u = m * beta1 + g if nesterov else m
         else:
-            torch._foreach_mul_(m, beta1)
-            torch._foreach_add_(m, g)
-            torch._foreach_add_(w, torch._foreach_add(g, m, alpha=beta1) if group["nesterov"] else m, alpha=-lr)
+            m.lerp_(g, new1)
+            v.lerp_(g * g, new2)
+            u = (m.lerp(g, new1) if nesterov else m) / (v.sqrt() * correction + eps)
+        w.mul_(keep).sub_(u * rate)
 
 
 @dataclass(frozen=True)
@@ -393,30 +407,33 @@ class Amos(Elementwise):
 
     def measure(self, group, t, params):
         lr, beta2 = group["lr"], group["beta2"]
-        q = torch._foreach_norm([p.grad.float() for p in params])
-        torch._foreach_mul_(q, q)
+        q = [torch.zeros((), device=p.device) for p in params]
+        self.sweep(self.square, group, params, {}, q)
         torch._foreach_div_(q, [float(p.numel()) for p in params])
-        v, k = [self.state[p]["square"] for p in params], [self.state[p]["decay"] for p in params]
-        average(v, q, beta2)
-        inverse = torch._foreach_add(v, group["eps"])
-        torch._foreach_reciprocal_(inverse)
-        torch._foreach_mul_(inverse, 1 - beta2**t)
-        on_g, on_w = torch._foreach_sqrt(inverse), []
         rates = [lr * (math.sqrt(2 / p[0].numel()) if p.dim() > 1 else 0.5) for p in params]
-        torch._foreach_mul_(on_g, rates)
-        for i, (slowed, rate) in enumerate(zip(k, rates, strict=True)):
-            gamma = lr**2 * inverse[i] * q[i] * (1 + math.sqrt(lr) / 4 * slowed).rsqrt()
-            slower = 1 + math.sqrt(rate) / 4 * slowed
-            on_g[i].div_(slower)
-            on_w.append(gamma / (2 * slower))
-            slowed.add_(gamma * (1 + slowed))
-        return [on_g, on_w]
+        rate = torch.stack([torch.full_like(x, r) for x, r in zip(q, rates, strict=True)])  # no copy that waits for a GPU
+        v, k = (torch.stack([self.state[p][name] for p in params]) for name in ("square", "decay"))
+        q = torch.stack(q)
+        v.lerp_(q, 1 - beta2)
+        inverse = (1 - beta2**t) / (v + group["eps"])
+        gamma = lr**2 * inverse * q * (1 + math.sqrt(lr) / 4 * k).rsqrt()
+        slower = 1 + rate.sqrt() / 4 * k
+        k = k + gamma * (1 + k)
+        for name, values in (("square", v), ("decay", k)):
+            torch._foreach_copy_([self.state[p][name] for p in params], list(values.unbind()))
+        return [list((rate * inverse.sqrt() / slower).unbind()), list((gamma / (2 * slower)).unbind())]
 
-    def update(self, group, t, w, g, m, on_g, on_w):
-        u = torch._foreach_mul(g, on_g)
-        torch._foreach_addcmul_(u, w, on_w)
-        average(m, u, group["momentum"])
-        torch._foreach_sub_(w, m)
+    @staticmethod
+    def square(w, g, m, square):
+        square.add_(total(g * g))
+
+    def numbers(self, group, t):
+        return dict(new=1 - group["momentum"])
+
+    @staticmethod
+    def rule(w, g, m, on_g, on_w, *, new):
+        m.lerp_(g * on_g + w * on_w, new)
+        w.sub_(m)
 
 
 @dataclass(frozen=True)
@@ -447,29 +464,30 @@ class MARSSettings(Settings):
 class MARS(Elementwise):
     settings, buffers = MARSSettings, ("average", "squares", "gradient_before")
 
-    def correction(self, group, g, before):
-        """c before it is shortened."""
-        factor = group["gamma"] * group["beta1"] / (1 - group["beta1"])
-        c = torch._foreach_mul(before, -factor)
-        torch._foreach_add_(c, g, alpha=1 + factor)
-        return c
+    def numbers(self, group, t):
+        return adam_numbers(group, t) | self.factor(group)
+
+    @staticmethod
+    def factor(group):
+        return dict(factor=group["gamma"] * group["beta1"] / (1 - group["beta1"]))
 
     def measure(self, group, t, params):
-        totals = [torch.zeros((), device=p.device) for p in params]
-        for _, g, _, _, before, total in self.pieces(params, totals):
-            for squared, norm in zip(total, torch._foreach_norm(self.correction(group, g, before)), strict=True):
-                squared.add_(norm.square())
-        return [[total.clamp(min=1).rsqrt() for total in totals]]
+        squares = [torch.zeros((), device=p.device) for p in params]
+        self.sweep(self.size, group, params, self.factor(group), squares)
+        return [[square.clamp(min=1).rsqrt() for square in squares]]
 
-    def update(self, group, t, w, g, m, v, before, shorten):
-        c = self.correction(group, g, before)
-        torch._foreach_mul_(c, shorten)
-        torch._foreach_copy_(before, g)
-        beta1, beta2 = group["beta1"], group["beta2"]
-        average(m, c, beta1)
-        average_squares(v, c, beta2)
-        decay(group, w)
-        torch._foreach_addcdiv_(w, m, denominator(v, 1 - beta2**t, group["eps"]), -group["lr"] / (1 - beta1**t))
+    @staticmethod
+    def size(w, g, m, v, before, square, *, factor):
+        c = g + (g - before) * factor
+        square.add_(total(c * c))
+
+    @staticmethod
+    def rule(w, g, m, v, before, shorten, *, factor, new1, new2, rate, correction, eps, keep):
+        c = (g + (g - before) * factor) * shorten
+        before.copy_(g)
+        m.lerp_(c, new1)
+        v.lerp_(c * c, new2)
+        w.mul_(keep).sub_(m / (v.sqrt() * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -505,18 +523,21 @@ class Sophia(Elementwise):
         for group in self.param_groups:
             group["tokens"] = tokens
             params = [p for p in group["params"] if p.grad is not None and self.state.get(p)]
-            for _, g, _, h in self.pieces(params) if params else ():
-                average_squares(h, g, group["beta2"])
+            if params:
+                self.sweep(self.estimate, group, params, dict(new=1 - group["beta2"]))
 
-    def update(self, group, t, w, g, m, h):
-        average(m, g, group["beta1"])
-        d = torch._foreach_mul(h, group["rho"] * group.get("tokens", 1))
-        torch._foreach_add_(d, group["eps"])
-        u = torch._foreach_div(m, d)
-        torch._foreach_clamp_max_(u, 1.0)
-        torch._foreach_clamp_min_(u, -1.0)
-        decay(group, w)
-        torch._foreach_add_(w, u, alpha=-group["lr"])
+    @staticmethod
+    def estimate(w, g, m, h, *, new):
+        h.lerp_(g * g, new)
+
+    def numbers(self, group, t):
+        scale = group["rho"] * group.get("tokens", 1)
+        return dict(new=1 - group["beta1"], lr=group["lr"], scale=scale, eps=group["eps"], keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, m, h, *, new, lr, scale, eps, keep):
+        m.lerp_(g, new)
+        w.mul_(keep).sub_((m / (h * scale + eps)).clamp(-1.0, 1.0) * lr)
 
 
 @dataclass(frozen=True)

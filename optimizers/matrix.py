@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hardware import has_native_bf16
-from optimizers.base import Chain, Optimizer, Settings, decay, evaluate, groups, hyper, rest
+from optimizers.base import Chain, Optimizer, Settings, evaluate, groups, hyper, keep, rest
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ class MatrixMethod(Optimizer):
         if group["weight_decay"] and group.get("cautious"):  # decay only what the update shrinks already
             for w, u in zip(weights, directions, strict=True):
                 w.mul_(1 - group["lr"] * group["weight_decay"] * (w * u >= 0))
-        else:
-            decay(group, weights)
+        elif group["weight_decay"]:
+            torch._foreach_mul_(weights, keep(group))
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimizers.base import Elementwise, Settings, Swapped, average_squares, denominator, evaluate, hyper
+from optimizers.base import Elementwise, Settings, Swapped, evaluate, hyper, total
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,23 @@ class ScheduleFreeAdamW(Swapped, Elementwise):
         group["weights"] = group.get("weights", 0.0) + weight
         group["c"] = weight / group["weights"] if weight else 0.0
 
-    def update(self, group, t, y, g, z, v):
-        average_squares(v, g, group["beta2"])
-        u = torch._foreach_div(g, denominator(v, 1 - group["beta2"] ** t, group["eps"]))
-        self.move(group, group["now"], y, u, z)
+    def numbers(self, group, t):
+        beta2 = group["beta2"]
+        given = dict(new2=1 - beta2, correction=1 / math.sqrt(1 - beta2**t), eps=group["eps"])
+        return given | self.shares(group)
 
-    def move(self, group, lr, y, u, z):
-        """x is not stored: y (1 - c) + c z, then minus lr (1 - b (1 - c)) u, is y of the new x and z."""
-        b, c = group["beta1"], group["c"]
-        if group["weight_decay"]:
-            u = torch._foreach_add(u, y, alpha=group["weight_decay"])
-        torch._foreach_lerp_(y, z, c)
-        torch._foreach_add_(y, u, alpha=lr * (b * (1 - c) - 1))
-        torch._foreach_add_(z, u, alpha=-lr)
+    @staticmethod
+    def shares(group):
+        """x is not stored: y of the new x and z is (1 - c) y + c z - lr (1 - b (1 - c)) u."""
+        b, c, lr, decay = group["beta1"], group["c"], group["now"], group["weight_decay"]
+        return dict(c=c, on_y=lr * (1 - b * (1 - c)), on_z=lr, decay=decay)
+
+    @staticmethod
+    def rule(y, g, z, v, *, new2, correction, eps, c, on_y, on_z, decay):
+        v.lerp_(g * g, new2)
+        u = g / (v.sqrt() * correction + eps) + y * decay
+        y.lerp_(z, c).sub_(u * on_y)
+        z.sub_(u * on_z)
 
     def evaluation_weights(self, group, params):
         b = group["beta1"]
@@ -90,8 +94,14 @@ class ScheduleFreeSGD(ScheduleFreeAdamW):
 
     settings, buffers = ScheduleFreeSGDSettings, ("z",)
 
-    def update(self, group, t, y, g, z):
-        self.move(group, group["now"], y, g, z)
+    def numbers(self, group, t):
+        return self.shares(group)
+
+    @staticmethod
+    def rule(y, g, z, *, c, on_y, on_z, decay):
+        u = g + y * decay
+        y.lerp_(z, c).sub_(u * on_y)
+        z.sub_(u * on_z)
 
 
 @dataclass(frozen=True)
@@ -142,19 +152,17 @@ class Prodigy(Elementwise):
             first[name] = torch.as_tensor(first.get(name, value), dtype=torch.float32, device=device)
         d, r, size = first["d"], first["numerator"] * math.sqrt(first["beta2"]), torch.zeros((), device=device)
         for group, t, members in work:
-            rate = self.rate(group, t)
-            for piece in self.pieces(members):
-                along, total = self.observe(group, rate, d, *piece)
-                r, size = r + along * d.square() * (rate / group["d0"]), size + total
+            along, sizes = ([torch.zeros((), device=device) for _ in members] for _ in range(2))
+            self.sweep(self.observe, group, members, self.on_s(group, t, d), along, sizes)
+            r = r + torch.stack(along).sum() * d.square() * (self.rate(group, t) / group["d0"])
+            size = size + torch.stack(sizes).sum()
         found = first["d_coef"] * r / size.clamp(min=1e-30)
         d_max = torch.maximum(first["d_max"], found)
         new = torch.where(size > 0, torch.maximum(d, d_max), d)  # the reference, whose growth has no limit by default
         first["d"], first["numerator"], first["d_max"] = new, r, d_max
         self.begin()
         for group, t, members in work:
-            rate = self.rate(group, t)
-            for piece in self.pieces(members):
-                self.move(group, rate, d, new, *piece)
+            self.sweep(self.rule, group, members, self.on_s(group, t, d) | self.on_w(group, t, d, new))
         return loss
 
     def begin(self) -> None:
@@ -164,32 +172,30 @@ class Prodigy(Elementwise):
         correction = math.sqrt(1 - group["beta2"] ** t) / (1 - group["beta1"] ** t) if group["bias_correction"] else 1.0
         return group["lr"] * correction
 
-    def observe(self, group, rate, d, w, g, m, v, s, start):
-        """Advance the averages; <g, w0 - w> and |s|_1 of the piece."""
-        scaled = torch._foreach_mul(g, d)
-        torch._foreach_mul_(m, group["beta1"])
-        torch._foreach_add_(m, scaled, alpha=1 - group["beta1"])
-        average_squares(v, scaled, group["beta2"])
-        return self.estimate(group, rate, d, w, g, s, start, scaled)
+    def on_s(self, group, t, d):
+        """The part of `numbers` that moves s."""
+        new_s = d.square() * ((1.0 if group.get("safeguard") else self.rate(group, t)) / group["d0"])
+        return dict(keep_s=math.sqrt(group["beta2"]), new_s=new_s)
+
+    def on_w(self, group, t, d, new):
+        """The rest of `numbers`."""
+        rate = d * self.rate(group, t)
+        shares = dict(new1=1 - group["beta1"], new2=1 - group["beta2"])
+        return shares | dict(d=d, rate=rate, keep=1 - rate * group["weight_decay"], eps=new * group["eps"])
 
     @staticmethod
-    def estimate(group, rate, d, w, g, s, start, scaled):
-        """Advance s by the scaled gradient d g; <g, w0 - w> and |s|_1."""
-        torch._foreach_mul_(s, math.sqrt(group["beta2"]))
-        torch._foreach_mul_(scaled, d)
-        torch._foreach_add_(s, scaled, alpha=(1.0 if group.get("safeguard") else rate) / group["d0"])
-        moved = torch._foreach_sub(start, w)
-        torch._foreach_mul_(moved, g)
-        return sum(x.sum() for x in moved), sum(torch._foreach_norm(s, 1))
+    def observe(w, g, m, v, s, start, along, size, *, keep_s, new_s):
+        """along += <g, w0 - w>, size += |s|_1 after this step. One pass that only reads; `rule` moves s in the other."""
+        along.add_(total((start - w) * g))
+        size.add_(total((s * keep_s + g * new_s).abs()))
 
-    def move(self, group, rate, d, new, w, g, m, v, s, start):
-        if group["weight_decay"]:
-            torch._foreach_mul_(w, 1 - d * (rate * group["weight_decay"]))
-        below = torch._foreach_sqrt(v)
-        torch._foreach_add_(below, new * group["eps"])
-        u = torch._foreach_div(m, below)
-        torch._foreach_mul_(u, d * rate)
-        torch._foreach_sub_(w, u)
+    @staticmethod
+    def rule(w, g, m, v, s, start, *, keep_s, new_s, new1, new2, d, rate, keep, eps):
+        s.mul_(keep_s).add_(g * new_s)
+        g = g * d
+        m.lerp_(g, new1)
+        v.lerp_(g * g, new2)
+        w.mul_(keep).sub_(m / (v.sqrt() + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -227,10 +233,10 @@ class ScheduleFreeProdigy(Swapped, Prodigy):
     def rate(self, group, t):
         return group["lr"] * (min(1.0, t / group["warmup"]) if group["warmup"] else 1.0)
 
-    def observe(self, group, rate, d, y, g, z, v, s, start):
-        scaled = torch._foreach_mul(g, d)
-        average_squares(v, scaled, group["beta2"])
-        return self.estimate(group, rate, d, z, g, s, start, scaled)
+    @staticmethod
+    def observe(y, g, z, v, s, start, along, size, *, keep_s, new_s):
+        along.add_(total((start - z) * g))
+        size.add_(total((s * keep_s + g * new_s).abs()))
 
     def begin(self):
         for group in self.param_groups:
@@ -239,18 +245,19 @@ class ScheduleFreeProdigy(Swapped, Prodigy):
             group["weights"] = group.get("weights", 0.0) + weight
             group["c"] = weight / group["weights"]
 
-    def move(self, group, rate, d, new, y, g, z, v, s, start):
-        b, c = group["beta1"], group["c"]
-        x = torch._foreach_lerp(y, z, 1 - 1 / b)
-        below = torch._foreach_sqrt(v)
-        torch._foreach_add_(below, new * group["eps"])
-        u = torch._foreach_mul(g, new)
-        torch._foreach_div_(u, below)
-        if group["weight_decay"]:
-            torch._foreach_add_(u, x, alpha=group["weight_decay"])
-        torch._foreach_mul_(u, d * rate)
-        torch._foreach_sub_(z, u)
-        torch._foreach_lerp_(x, z, c)
-        torch._foreach_copy_(y, torch._foreach_lerp(x, z, 1 - b))
+    def on_w(self, group, t, d, new):
+        b, decay, scales = group["beta1"], group["weight_decay"], dict(d=d, new=new, rate=d * self.rate(group, t))
+        shares = dict(new2=1 - group["beta2"], c=group["c"], to_x=1 - 1 / b, to_y=1 - b)
+        return scales | shares | dict(eps=new * group["eps"], decay=decay)
+
+    @staticmethod
+    def rule(y, g, z, v, s, start, *, keep_s, new_s, new2, d, new, rate, eps, decay, to_x, c, to_y):
+        s.mul_(keep_s).add_(g * new_s)
+        scaled = g * d
+        v.lerp_(scaled * scaled, new2)
+        x = y.lerp(z, to_x)
+        z.sub_((g * new / (v.sqrt() + eps) + x * decay) * rate)
+        x = x.lerp(z, c)
+        y.copy_(x.lerp(z, to_y))
 
     evaluation_weights = ScheduleFreeAdamW.evaluation_weights
