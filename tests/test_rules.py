@@ -553,7 +553,7 @@ MATRIX = {
 
 
 @pytest.mark.parametrize("name", MATRIX)
-@pytest.mark.parametrize("block", (16, 24))
+@pytest.mark.parametrize("block", [16, 24])
 def test_matrix_method_is_its_rule(name, block, monkeypatch):
     """1e-4: products and eigenvectors in fp32 against fp64, over 20 steps. 16 makes every block square, 24 none."""
     rule, keys, tolerance = MATRIX[name]
