@@ -7,9 +7,10 @@
     python -m lab.readme                               writes the tables from what these leave in optimizers.json
 
 Needs a quiet machine and `requirements-test.txt`. Ratios are medians over interleaved rounds (A B C A B C ...) with the
-smallest and largest beside them. Element-wise methods step over all weights of the 124M model; matrix methods over the
-hidden matrices of two of its twelve layers, queries, keys and values apart, which is what each method would see; their
-time is linear in the layers. A method that renews something every k steps is timed over whole periods.
+smallest and largest beside them. Element-wise methods, ours compiled as under the trainer's --compile, step over all weights
+of the 124M model; matrix methods over the hidden matrices of two of its twelve layers, queries, keys and values apart, which
+is what each method would see; their time is linear in the layers. A method that renews something every k steps is timed over
+whole periods.
 """
 
 import argparse
@@ -86,8 +87,12 @@ RIVALS: dict[str, dict[str, Make]] = {
         ),
     },
     "soap": {
-        "pytorch_optimizer.SOAP": package("pytorch_optimizer", "SOAP", precondition_frequency=EVERY, max_precondition_dim=4096),
-        "heavyball.SOAP": package("heavyball", "SOAP", precondition_frequency=EVERY),
+        "ours, whole matrices": lambda p: ours("soap", block=0)(p),
+        "pytorch_optimizer.SOAP, whole matrices": package(
+            "pytorch_optimizer", "SOAP", precondition_frequency=EVERY, max_precondition_dim=4096
+        ),
+        "heavyball.SOAP, whole matrices": package("heavyball", "SOAP", precondition_frequency=EVERY, max_precond_dim=4096),
+        "heavyball.SOAP, no basis for sides of 3,072": package("heavyball", "SOAP", precondition_frequency=EVERY),
     },
 }  # fmt: skip
 PERIODIC = {"shampoo": "every", "caspr": "every", "soap": "every"}
@@ -101,8 +106,8 @@ def shapes(name: str) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for p in GPT(ModelConfig(**PRESETS["124M"])).parameters()]
 
 
-def ours(name: str) -> Make:
-    """Our class over bare parameters, at its defaults with the common period and block."""
+def ours(name: str, block: int = BLOCK) -> Make:
+    """Our class over bare parameters, compiled where it can be, at its defaults with the common period and block."""
     settings = optimizers.OPTIMIZERS[name]
     if not hasattr(settings, "method"):  # torch's own
         torch_class = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad", "adafactor": "Adafactor"}[name]
@@ -110,7 +115,7 @@ def ours(name: str) -> Make:
         if name == "sgd":
             keys |= {"momentum": 0.9, "nesterov": True}
         return lambda params: getattr(torch.optim, torch_class)(params, lr=1e-3, **keys)
-    keys = {key: value for key, value in (("every", EVERY), ("block", BLOCK), ("start", 1)) if hasattr(settings, key)}
+    keys = {key: value for key, value in (("every", EVERY), ("block", block), ("start", 1)) if hasattr(settings, key)}
     if name == "sophia":
         keys.pop("every")
     values = settings(**keys).own(steps=1000)
@@ -207,9 +212,8 @@ def share() -> dict:
 def cpu_track(name: str) -> dict:
     """What `name` at its defaults reaches in 300 steps of the cpu track."""
     folder = ROOT / "runs" / "benchmark" / name
-    schedule = (
-        "constant" if getattr(optimizers.OPTIMIZERS[name].__dict__.get("method"), "schedule_free", False) else CPU_SCHEDULE
-    )
+    method = getattr(optimizers.OPTIMIZERS[name], "method", None)
+    schedule = "constant" if getattr(method, "schedule_free", False) else CPU_SCHEDULE
     flags = [
         "--optimizer",
         name,

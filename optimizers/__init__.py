@@ -9,7 +9,8 @@
     average.py         averages of the weights               this file       the registry and the way in
 
 To add a method: in its family's file a frozen dataclass of its settings, whose docstring is the update rule and its
-source, and a class that states that rule once (or torch's own); here, one line in OPTIMIZERS.
+source, and a class that states that rule once (or torch's own); here, one line in OPTIMIZERS. An element-wise rule
+is plain tensor arithmetic; `compile_update` turns it into one pass over memory.
 
 Parameters are routed by `model.roles`, never by shape: a small embedding is 2-D too and must not be orthogonalised.
 Weight decay acts on matrices, embeddings and the head; never on vectors (gains, biases) and scalars: nanoGPT's rule.

@@ -344,10 +344,14 @@ class Elementwise(Optimizer):
             dummy = [g | {"params": [nn.Parameter(torch.zeros(LONE // ROW, ROW))]} for g in self.param_groups]
             twin = type(self)(dummy)
             twin.compiled = True
+            for g in dummy:
+                g["params"][0].grad = torch.zeros(LONE // ROW, ROW)
             for _ in range(2):  # the first step may be another than those after
-                for g in dummy:
-                    g["params"][0].grad = torch.zeros(LONE // ROW, ROW)
-                twin.step()
+                twin.rehearse()
+
+    def rehearse(self) -> None:
+        """Go once through all rules."""
+        self.step()
 
     def update_group(self, group: dict, params: list[Tensor]) -> None:
         for t, members in self.alike(group, params):

@@ -526,6 +526,10 @@ class Sophia(Elementwise):
             if params:
                 self.sweep(self.estimate, group, params, dict(new=1 - group["beta2"]))
 
+    def rehearse(self):
+        super().rehearse()
+        self.curvature(1)
+
     @staticmethod
     def estimate(w, g, m, h, *, new):
         h.lerp_(g * g, new)
