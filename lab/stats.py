@@ -184,9 +184,9 @@ def horizon(steps: Sequence[float], losses: Sequence[float], target: float, leve
     # all d with (y_mean + slope d - target)^2 <= t^2 sd^2 (1/n + d^2 / spread)
     t2 = (stats.t.ppf((1 + level) / 2, n - 2) * sd) ** 2
     a, b, c = slope**2 - t2 / spread, slope * (y.mean() - target), (y.mean() - target) ** 2 - t2 / n
-    root = b * b - a * c
+    root = max(0.0, b * b - a * c) if a > 0 else b * b - a * c  # rounding: a > 0 has real roots
     if a > 0:
         low, high = (-b - math.sqrt(root)) / a, (-b + math.sqrt(root)) / a
     else:  # the slope itself is not certain: no upper bound, and a lower one only where the middle is surely too short
         low, high = (-b - math.sqrt(root)) / a if a < 0 < offset and root > 0 and c > 0 else -math.inf, math.inf
-    return Horizon(*(2.0 ** (middle + d) for d in (offset, low, high)), slope, sd)
+    return Horizon(*(float(2.0 ** (middle + d)) for d in (offset, low, high)), slope, sd)

@@ -1,0 +1,64 @@
+"""The length of run at which an arm meets the target: by runs at several lengths and inverse prediction.
+
+The target must hold at the end of a schedule of that length, so a validation half-way through a longer run says nothing.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lab.stats import Horizon, horizon
+
+STRIDE = math.sqrt(2)  # between the lengths tried: half a doubling
+SEEDS = 3  # runs at each of the two lengths about the target: what the variance is measured from
+FIRST_SEED = 1000  # of the search; confirming runs have seeds from 0, so that none is used twice
+
+
+@dataclass(frozen=True)
+class Search:
+    """Every run of a search as (steps, seed, loss), and what they say; `found` is None if the target was out of reach."""
+
+    runs: tuple[tuple[int, int, float], ...]
+    found: Horizon | None
+    why: str = ""  # of a search without a result
+
+
+def search(run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4) -> Search:
+    """Find the horizon of an arm.
+
+    Walks from `first` by STRIDE until one length misses the target and the next meets it, one seed each; then runs both,
+    and the length between, at further seeds and draws a line through the runs within a doubling of the target.
+
+    Args:
+        run: (steps, seed) -> final validation loss; inf for a run that diverged.
+        first: steps to begin at.
+        most: steps beyond which the target counts as out of reach.
+        least: steps below which nothing is tried.
+    """
+    runs: list[tuple[int, int, float]] = []
+
+    def tried(steps: int, seed: int) -> float:
+        runs.append((steps, seed, run(steps, seed)))
+        return runs[-1][2]
+
+    steps, met, missed = min(first, most), None, None
+    while met is None or missed is None:
+        if tried(steps, FIRST_SEED) <= target:
+            met = steps
+            steps = max(least, math.floor(steps / STRIDE))
+            if met == least:
+                return Search(tuple(runs), None, f"meets the target in {least} steps, the least that is tried")
+        else:
+            missed = steps
+            steps = min(most, math.ceil(steps * STRIDE))
+            if missed == most:
+                return Search(tuple(runs), None, f"did not reach the target within {most:,} steps")
+    between = round(math.sqrt(met * missed))
+    for seed in range(FIRST_SEED + 1, FIRST_SEED + SEEDS):
+        for length in (missed, between, met):
+            tried(length, seed)
+    near = [(s, loss) for s, _, loss in runs if math.isfinite(loss) and 0.5 <= s / between <= 2]
+    if len(near) < len([1 for s, _, _ in runs if 0.5 <= s / between <= 2]):
+        return Search(tuple(runs), None, "some runs near the target diverged")
+    found = horizon([s for s, _ in near], [loss for _, loss in near], target)
+    return Search(tuple(runs), found, "" if found else "more steps did not lower the loss")

@@ -1,0 +1,61 @@
+"""Trials are real trainer processes on the tiny track: found again, tried again, refused in one line."""
+
+import json
+
+import pytest
+
+from lab import trials
+from lab.trials import Arm, Trial, local
+from spec import UsageError
+
+FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, sotu):
+    """Trials whose run folders stand in a temporary folder, over the tests' corpus."""
+    monkeypatch.setattr(trials, "RUNS", tmp_path)
+    return Arm("baseline", FLAGS)
+
+
+def test_a_trial_is_trained_once_and_found_again(here):
+    wanted = [Trial(here, 3, seed) for seed in (0, 1)]
+    first, second = local(wanted)
+    assert first.fresh and first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7
+    assert first.trial.folder != second.trial.folder and first.loss != second.loss
+    assert first.trial.log()[0]["event"] == "start"
+    again = list(local(wanted))
+    assert [o.loss for o in again] == [first.loss, second.loss] and not any(o.fresh for o in again)
+
+
+def test_a_trial_of_other_settings_is_another(here):
+    assert Trial(here, 3, 0).folder != Trial(here, 4, 0).folder
+    assert Trial(here, 3, 0).folder != Trial(Arm("lion", (*here.flags, "--optimizer", "lion")), 3, 0).folder
+    with pytest.raises(UsageError, match="unknown trick 'muno'"):
+        _ = Trial(Arm("typo", (*here.flags, "--tricks", "muno")), 3, 0).folder
+
+
+def test_a_crash_is_tried_again_from_its_checkpoint_and_then_reported(here, monkeypatch):
+    arm = Arm("crash", (*here.flags, "--optimizer", "no_such_file.py:Thing"))
+    (outcome,) = local([Trial(arm, 3, 0)])
+    assert outcome.result is None and outcome.loss == float("inf") and "no_such_file" in outcome.error
+
+    calls = []
+
+    def killed(command, **kwargs):
+        calls.append(command)
+        if len(calls) == 1:
+            return trials.subprocess.CompletedProcess(command, -9, "", "")
+        return run(command, **kwargs)
+
+    run = trials.subprocess.run
+    monkeypatch.setattr(trials.subprocess, "run", killed)
+    (outcome,) = local([Trial(here, 2, 5)])
+    assert len(calls) == 2 and outcome.result["steps"] == 2
+
+
+def test_a_diverged_run_is_a_result(here):
+    arm = Arm("diverged", (*here.flags, "--optimizer", "sgd:lr=1e30", "--clip", "0"))
+    (outcome,) = local([Trial(arm, 6, 0)])
+    assert outcome.result["status"] == "diverged" and outcome.loss == float("inf")
+    assert json.loads((outcome.trial.folder / "result.json").read_text())["val_loss"] is None
