@@ -2,7 +2,8 @@
 # Set up what is missing, then run a verb:
 #   ./run.sh [trainer flags]      the main job: train to the target, print a summary and a sample
 #   ./run.sh test [pytest args]   the tests
-#   ./run.sh train|data|sample|records|schedules|optimizers ...    the tools, with their own --help
+#   ./run.sh compare|records ...   what a trick saves, with what certainty; kept evidence
+#   ./run.sh train|data|sample|schedules|optimizers ...            the tools, with their own --help
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -68,6 +69,7 @@ main_job() {
   fi
   run=$(ls -td "runs/$track"/*/ | head -n 1) # the newest: the one just trained
   echo
+  install lab/requirements.txt
   .venv/bin/python -m lab.records summary "$run"
   echo
   .venv/bin/python sample.py --run "$run" --prompt "My fellow citizens, " --tokens 300
@@ -84,11 +86,12 @@ case "$verb" in
   train) setup && exec .venv/bin/python train_gpt.py "$@" ;;
   data) setup && exec .venv/bin/python -m data "$@" ;;
   sample) setup && exec .venv/bin/python sample.py "$@" ;;
-  records) setup && exec .venv/bin/python -m lab.records "$@" ;;
+  compare) setup && install lab/requirements.txt && exec .venv/bin/python compare.py "$@" ;;
+  records) setup && install lab/requirements.txt && exec .venv/bin/python -m lab.records "$@" ;;
   schedules) setup && exec .venv/bin/python schedules.py "$@" ;;
   optimizers) setup && exec .venv/bin/python -m optimizers "$@" ;;
   *)
-    say "run.sh: unknown verb '$verb': main (or nothing), test, train, data, sample, records, schedules, optimizers"
+    say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, records, data, sample, schedules, optimizers"
     exit 2
     ;;
 esac

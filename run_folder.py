@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,20 @@ from spec import UsageError
 PRESENTATION = ("out", "resume", "data_root", "checkpoint_every", "wandb", "tensorboard")
 
 
+def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
+    """sha256 over everything that changes what is computed; without the seed, the same for all runs of an experiment."""
+    kept = {k: v for k, v in settings.items() if k not in (*PRESENTATION, *without)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def default_folder(settings: dict[str, Any], recipe: str) -> str:
     """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>."""
-    kept = {k: v for k, v in settings.items() if k not in PRESENTATION}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-    return str(Path("runs") / settings["track"] / f"{recipe}-s{settings['seed']}-{digest}")
+    return str(Path("runs") / settings["track"] / f"{recipe}-s{settings['seed']}-{settings_hash(settings)[:8]}")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -100,7 +110,7 @@ class Run:
         temporary.replace(self.checkpoint)
 
     def close(self, result: dict[str, Any]) -> None:
-        self.event("end", status=result["status"], step=result["steps"])
+        self.event("end", status=result["status"], step=result["steps"], utc=now())
         self.log.close()
         atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
 

@@ -38,7 +38,7 @@ import schedules
 import tricks
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, setting
-from run_folder import Display, Run, default_folder, git, source_hash
+from run_folder import Display, Run, default_folder, git, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
 
 # ---------------------------------------------------------------- Config
@@ -131,6 +131,9 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     for key in ("steps", "batch_tokens", "val_tokens"):
         if getattr(config, key) < 1:
             raise UsageError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(config, key)}")
+    optimizers.check(config.optimizer, config.average)
+    schedules.build(config.schedule, config.steps)
+    schedules.build_momentum(config.momentum_schedule, config.steps)
     try:
         return config, pick(ModelConfig), recipe
     except ValueError as error:
@@ -434,7 +437,8 @@ class Training:
             optimizers.compile_update(self.optimizer)
         if main:
             self.run_folder.open(self.environment(), first)
-            self.run_folder.event("resume" if first else "start", step=first)
+            about = dict(seed=config.seed, config=settings_hash(self.run_folder.config, ("seed",)), source=source_hash())
+            self.run_folder.event("resume" if first else "start", step=first, **about, data=self.fingerprint, utc=now())
             self.display = Display(config, self.run_folder.folder, self.flops, self.peak, first)
             self.display.note(self.greeting())
         every = config.val_every or math.ceil(config.steps / 5)

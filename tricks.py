@@ -36,7 +36,7 @@ class Track:
     target_loss: float  # nats per token
     target_source: str
     recipes: dict[str, tuple[str, ...]]  # name -> tricks; "baseline" and "record" always exist
-    recipe_settings: dict[str, Settings] = field(default_factory=dict)  # what a recipe sets beyond its tricks: its length
+    recipe_steps: dict[str, int] = field(default_factory=dict)  # length of a recipe, where it is not the track's
     tuning: dict[str, Settings] = field(default_factory=dict)  # trick name -> its settings on this track
 
 
@@ -57,7 +57,7 @@ TRICKS: dict[str, Trick] = {
     "modern": Trick(
         "architecture",
         MODERN,
-        "modded-nanogpt, train_gpt_simple.py (optimizer track); on 12 x 768 its heads are 6 of 128: --heads 6",
+        "modded-nanogpt, train_gpt_simple.py (optimizer track); its heads are `wide_heads`",
         "with the Muon of record 3-4: 22.3 to 15.2 minutes (record 5), 12.0 to 10.8 (record 8), and more later",
     ),
     "rmsnorm": Trick("architecture", dict(norm="rmsnorm"), "arXiv 1910.07467; modded-nanogpt #2", "as good, cheaper"),
@@ -86,6 +86,15 @@ TRICKS: dict[str, Trick] = {
         dict(logit_softcap=15.0, softcap_form="rational"),
         "Gemma 2, arXiv 2408.00118; modded-nanogpt #9, #18",
         "part of 10.8 to 8.2 min; its README doubts that it scales",
+    ),
+    "wide_heads": Trick(
+        "architecture",
+        dict(heads=2),
+        "modded-nanogpt since its first record: heads of 128 (6 on 768 channels) instead of GPT-2's 64",
+        "not measured alone; fewer, larger matrix products",
+    ),
+    "no_clip": Trick(
+        "optimizer", dict(clip=0.0), "modded-nanogpt #3: Muon's step has its size whatever the gradient's", "not measured alone"
     ),
     "padded_vocab": Trick(
         "systems", dict(vocab_multiple=128), "nanoGPT (50,304 rows); modded-nanogpt #5", "faster head on tensor cores"
@@ -175,9 +184,10 @@ TRACKS: dict[str, Track] = {
         ),
         target_loss=1.13,
         target_source="see records/README.md",
-        recipes={"baseline": (), "record": ("modern", "no_bias", "muon", "ngram_embedding", "compile")},
-        recipe_settings={"record": dict(heads=2, steps=280)},
+        recipes={"baseline": (), "record": ("modern", "no_bias", "wide_heads", "muon", "ngram_embedding", "compile")},
+        recipe_steps={"record": 280},
         tuning={
+            "wide_heads": dict(heads=2),
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
         },
@@ -189,15 +199,16 @@ TRACKS: dict[str, Track] = {
         | dict(steps=19560, optimizer="adamw:lr=6e-4,beta2=0.95,weight_decay=0.1", schedule="cosine:warmup=700"),
         target_loss=3.28,
         target_source="llm.c's GPT-2 124M after 10B tokens (modded-nanogpt record 1)",
-        recipes={"baseline": (), "record": ("modern", "padded_vocab", "muon", "compile")},
+        recipes={"baseline": (), "record": ("modern", "wide_heads", "padded_vocab", "muon", "no_clip", "compile")},
         # modded-nanogpt's optimizer track: 12 x 768 with 6 heads of 128, tuned Muon, 3,250 steps
-        recipe_settings={"record": dict(heads=6, steps=3250, clip=0.0)},
+        recipe_steps={"record": 3250},
         tuning={
+            "wide_heads": dict(heads=6),
             "muon": dict(
                 optimizer="muon:lr=0.025,weight_decay=0.05,steps=12,coefficients=cubic,embedding_lr=0.7,head_lr=0.004,"
                 "adamw_lr=0.015,adamw_beta1=0.8,adamw_beta2=0.95",
                 schedule="wsd:cooldown=0.7",
-            )
+            ),
         },
     ),
     "gpt2-medium": Track(
@@ -207,10 +218,13 @@ TRACKS: dict[str, Track] = {
         | dict(steps=57220, optimizer="adamw:lr=3e-4,beta2=0.95,weight_decay=0.1", schedule="cosine:warmup=700"),
         target_loss=2.92,
         target_source="llm.c's GPT-2 350M (modded-nanogpt track 2)",
-        recipes={"baseline": (), "record": ("modern", "padded_vocab", "muon", "compile")},
+        recipes={"baseline": (), "record": ("modern", "wide_heads", "padded_vocab", "muon", "no_clip", "compile")},
         # record 2 of that track (2025-01-18) ran 7,500 steps; the settings are those of gpt2-small, not tuned here
-        recipe_settings={"record": dict(heads=8, steps=7500, clip=0.0)},
-        tuning={"muon": dict(optimizer="muon:lr=0.025,weight_decay=0.05", schedule="wsd:cooldown=0.7")},
+        recipe_steps={"record": 7500},
+        tuning={
+            "wide_heads": dict(heads=8),
+            "muon": dict(optimizer="muon:lr=0.025,weight_decay=0.05", schedule="wsd:cooldown=0.7"),
+        },
     ),
 }
 
@@ -233,6 +247,20 @@ def merge_optimizer(old: str, new: str) -> str:
     return name + ":" * bool(merged) + ",".join(f"{key}={value}" for key, value in merged.items())
 
 
+def spelled_out(track_name: str, words: str) -> list[str]:
+    """The tricks of a comma-separated list, named recipes replaced by theirs.
+
+    Raises:
+        UsageError: unknown track or trick.
+    """
+    known = track(track_name).recipes
+    names = [word.strip() for word in words.split(",") if word.strip()]
+    for name in names:
+        if name not in TRICKS and name not in known:
+            raise UsageError(f"unknown trick {name!r}: {nearest(name, [*TRICKS, *known])}")
+    return [trick for name in names for trick in known.get(name, (name,))]
+
+
 def apply(track_name: str, words: str) -> tuple[Settings, str]:
     """What a track and a comma-separated list of tricks (or one recipe name among them) set.
 
@@ -243,14 +271,14 @@ def apply(track_name: str, words: str) -> tuple[Settings, str]:
     """
     chosen = track(track_name)
     settings = dict(chosen.settings, target_loss=chosen.target_loss)
+    spelled_out(track_name, words)  # every word is known
     names = [word.strip() for word in words.split(",") if word.strip()] or ["baseline"]
     for name in names:
-        if name not in TRICKS and name not in chosen.recipes:
-            raise UsageError(f"unknown trick {name!r}: {nearest(name, [*TRICKS, *chosen.recipes])}")
         for trick in chosen.recipes.get(name, (name,)):
             changes = TRICKS[trick].settings | chosen.tuning.get(trick, {})
             if "optimizer" in changes:
                 changes["optimizer"] = merge_optimizer(settings["optimizer"], changes["optimizer"])
             settings |= changes
-        settings |= chosen.recipe_settings.get(name, {})
+        if name in chosen.recipe_steps:
+            settings["steps"] = chosen.recipe_steps[name]
     return settings, "+".join(names)

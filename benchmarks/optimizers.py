@@ -29,7 +29,6 @@ import torch
 
 import hardware
 import optimizers
-import tricks
 from model import GPT, PRESETS, ModelConfig
 from spec import UsageError, nearest
 
@@ -38,6 +37,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 ROUNDS, EVERY, BLOCK = 7, 10, 1024
 CPU_STEPS, CPU_SCHEDULE = 300, "linear:warmup=0.1"
 
+MACHINE = f"{hardware.processor_name()}, {torch.get_num_threads()} threads"  # stated with every row: sessions differ
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -186,7 +186,8 @@ def compare(name: str) -> list[dict]:
         ratios = sorted(a / b for a, b in zip(times[what], base, strict=True))
         rows.append(
             dict(
-                name=name, what=what, milliseconds=statistics.median(times[what]) * 1e3, ratio=statistics.median(ratios),
+                name=name, what=what, machine=MACHINE,
+                milliseconds=statistics.median(times[what]) * 1e3, ratio=statistics.median(ratios),
                 smallest=ratios[0], largest=ratios[-1], state_per_parameter=state_bytes(optimizer) / count, parameters=count,
             )
         )  # fmt: skip
@@ -206,7 +207,7 @@ def share() -> dict:
         times.append(time.perf_counter() - start)
         gpt.zero_grad(set_to_none=True)
     print(f"  forward and backward of 124M, 1,024 tokens: {min(times[1:]):.2f} s", flush=True)
-    return {"seconds": statistics.median(times[1:]), "tokens": 1024, "dtype": str(gpt.compute_dtype)[6:]}
+    return {"seconds": statistics.median(times[1:]), "tokens": 1024, "dtype": str(gpt.compute_dtype)[6:], "machine": MACHINE}
 
 
 def cpu_track(name: str) -> dict:
@@ -231,7 +232,7 @@ def cpu_track(name: str) -> dict:
         raise UsageError(done.stderr.strip().splitlines()[-1])
     result = json.loads((folder / "result.json").read_text())
     row = {key: result[key] for key in ("status", "val_loss", "optimizer_state_bytes")}
-    row |= {"step_time": result["robust_train_time"] / result["steps"], "schedule": schedule}
+    row |= {"step_time": result["robust_train_time"] / result["steps"], "schedule": schedule, "machine": MACHINE}
     print(f"  {name:22s} {row['status']:8s} {row['val_loss'] or float('nan'):.4f}  {row['step_time'] * 1e3:.0f} ms", flush=True)
     return row
 
@@ -246,8 +247,6 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"unknown optimizer {name!r}: {nearest(name, optimizers.OPTIMIZERS)}")
     names = chosen.names or list(optimizers.OPTIMIZERS)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"step": {}, "share": {}, "cpu_track": {}}
-    results["machine"] = f"{hardware.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    results["cpu_track_target"] = tricks.track("cpu").target_loss
     if chosen.part == "share":
         results["share"] = share()
     for name in names if chosen.part != "share" else ():

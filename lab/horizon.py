@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lab.stats import Horizon, horizon
 
 STRIDE = math.sqrt(2)  # between the lengths tried: half a doubling
-SEEDS = 3  # runs at each of the two lengths about the target: what the variance is measured from
+SEEDS = 2  # runs at each of three lengths about the target: what the variance is measured from
 FIRST_SEED = 1000  # of the search; confirming runs have seeds from 0, so that none is used twice
 
 
@@ -26,8 +26,9 @@ class Search:
 def search(run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4) -> Search:
     """Find the horizon of an arm.
 
-    Walks from `first` by STRIDE until one length misses the target and the next meets it, one seed each; then runs both,
-    and the length between, at further seeds and draws a line through the runs within a doubling of the target.
+    Gallops from `first` (by STRIDE, then 2, then 2 STRIDE) until one length misses the target and another meets it,
+    halves the gap until it is no wider than STRIDE, one seed each; then runs both, and the length between, at further seeds,
+    and draws a line through the runs within a doubling of the target.
 
     Args:
         run: (steps, seed) -> final validation loss; inf for a run that diverged.
@@ -41,18 +42,21 @@ def search(run: Callable[[int, int], float], first: int, target: float, most: in
         runs.append((steps, seed, run(steps, seed)))
         return runs[-1][2]
 
-    steps, met, missed = min(first, most), None, None
-    while met is None or missed is None:
+    steps, met, missed, stride = max(least, min(first, most)), None, None, STRIDE
+    while met is None or missed is None or met / missed > STRIDE * 1.01:
         if tried(steps, FIRST_SEED) <= target:
             met = steps
-            steps = max(least, math.floor(steps / STRIDE))
             if met == least:
                 return Search(tuple(runs), None, f"meets the target in {least} steps, the least that is tried")
         else:
             missed = steps
-            steps = min(most, math.ceil(steps * STRIDE))
             if missed == most:
                 return Search(tuple(runs), None, f"did not reach the target within {most:,} steps")
+        if met and missed:
+            steps = round(math.sqrt(met * missed))
+        else:
+            steps = max(least, math.floor(met / stride)) if met else min(most, math.ceil(missed * stride))
+            stride = 2 if stride == STRIDE else 2 * STRIDE
     between = round(math.sqrt(met * missed))
     for seed in range(FIRST_SEED + 1, FIRST_SEED + SEEDS):
         for length in (missed, between, met):

@@ -1,4 +1,4 @@
-"""The tables of README.md and benchmarks/README.md, generated from the registries and from benchmarks/optimizers.json.
+"""The tables of the README files, generated from the registries, benchmarks/optimizers.json and the records.
 
 python -m lab.readme          rewrite them between their markers
 """
@@ -12,14 +12,11 @@ import optimizers
 import schedules
 import tricks
 from data.corpora import CORPORA
+from lab import markdown, records
+from lab.markdown import table
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "benchmarks" / "optimizers.json"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("-",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def keys(cls: type) -> str:
@@ -72,13 +69,13 @@ def measured_tables() -> dict[str, str]:
             shares.append((f"`{name}`", f"{step:.2f}", *(f"{p:.1%}" for p in parts)))
     losses = [
         (f"`{name}`", f"{row['val_loss']:.3f}" if row["val_loss"] else row["status"], f"{row['step_time'] * 1e3:.0f}",
-         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`")
+         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", row["machine"].split("(R)")[0].split(",")[0])
         for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
     ]  # fmt: skip
     return {
         "step": table(("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight"), rows),
         "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
-        "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule"), losses),
+        "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule", "processor"), losses),
     }
 
 
@@ -117,6 +114,7 @@ def tables() -> dict[str, str]:
             ("momentum schedule", "shape", "settings and defaults"),
             [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.MOMENTUM_SCHEDULES.items()],
         ),
+        "cpu records": records.history("cpu", "open", "records/"),
         "corpora": table(
             ("corpus", "what", "source"),
             [(f"`{n}`", c.summary, c.source) for n, c in CORPORA.items()],
@@ -124,18 +122,16 @@ def tables() -> dict[str, str]:
     }
 
 
-DOCUMENTS = {ROOT / "README.md": tables, ROOT / "benchmarks" / "README.md": measured_tables}
+DOCUMENTS = {
+    ROOT / "README.md": tables,
+    ROOT / "benchmarks" / "README.md": measured_tables,
+    ROOT / "records" / "README.md": records.tables,
+}
 
 
 def filled(path: Path) -> str:
-    """Its text with every table between `<!-- name -->` and `<!-- /name -->` as the registries and results have it."""
-    text = path.read_text()
-    for name, content in DOCUMENTS[path]().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"{path} has no markers for the table {name!r}")
-        text = pattern.sub(lambda m, content=content: m[1] + content + "\n" + m[2], text)
-    return text
+    """The document's text with every generated table as the registries and results have it."""
+    return markdown.filled(path.read_text(), DOCUMENTS[path](), str(path))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,24 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95) ->
     return Ratio(s.n, math.exp(s.mean), math.exp(low), math.exp(high), p, s.sd)
 
 
+def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> Ratio:
+    """A ratio made of independent factors, each as (log of the factor, its standard error, degrees of freedom).
+
+    Errors add in squares; the t distribution's degrees of freedom are Welch and Satterthwaite's (Biometrics Bulletin 2,
+    1946). `n` of the result is the largest whole number of runs with no more degrees of freedom than that; `sd` is the
+    standard error.
+    """
+    log = sum(value for value, _, _ in parts)
+    variances = [(se**2, df) for _, se, df in parts if se > 0]
+    if not variances:
+        return Ratio(0, math.exp(log), math.exp(log), math.exp(log), float(log == 0), 0.0)
+    variance = sum(v for v, _ in variances)
+    df = variance**2 / sum(v**2 / df for v, df in variances)
+    half = stats.t.ppf((1 + level) / 2, df) * math.sqrt(variance)
+    p = 2 * stats.t.sf(abs(log) / math.sqrt(variance), df)
+    return Ratio(math.floor(df) + 1, *(math.exp(x) for x in (log, log - half, log + half)), float(p), math.sqrt(variance))
+
+
 def bootstrap_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95, resamples: int = 5000) -> tuple[float, float]:
     """The interval of `paired_ratio` again, by percentiles of resampled pairs; the same for the same values.
 
@@ -158,6 +176,8 @@ class Horizon:
     high: float
     slope: float  # loss per doubling of the steps
     sd: float  # of a run about the line
+    se: float  # standard error of log(steps), for `product`
+    df: int  # degrees of freedom of both
 
 
 def horizon(steps: Sequence[float], losses: Sequence[float], target: float, level: float = 0.95) -> Horizon | None:
@@ -189,4 +209,5 @@ def horizon(steps: Sequence[float], losses: Sequence[float], target: float, leve
         low, high = (-b - math.sqrt(root)) / a, (-b + math.sqrt(root)) / a
     else:  # the slope itself is not certain: no upper bound, and a lower one only where the middle is surely too short
         low, high = (-b - math.sqrt(root)) / a if a < 0 < offset and root > 0 and c > 0 else -math.inf, math.inf
-    return Horizon(*(float(2.0 ** (middle + d)) for d in (offset, low, high)), slope, sd)
+    se = math.log(2) * sd / -slope * math.sqrt(1 / n + offset**2 / spread)  # delta method
+    return Horizon(*(float(2.0 ** (middle + d)) for d in (offset, low, high)), slope, sd, se, n - 2)

@@ -3,10 +3,12 @@ of its settings in the name of its run folder, so that whatever stops an experim
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 
 import run_folder
 import train_gpt
+from spec import UsageError
 
 ROOT = Path(__file__).parent.parent
+RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of its workers: they import this module
 RUNS = ROOT  # what the default run folders, runs/<track>/..., are relative to
 
 
@@ -25,6 +29,7 @@ class Arm:
 
     name: str
     flags: tuple[str, ...]
+    first_seed: int = 0  # added to every seed: the second arm of an A/A comparison runs on its own seeds
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,11 @@ class Trial:
 
     arm: Arm
     steps: int
-    seed: int
+    number: int  # trials of several arms with the same number are a pair
+
+    @property
+    def seed(self) -> int:
+        return self.arm.first_seed + self.number
 
     @property
     def flags(self) -> list[str]:
@@ -76,20 +85,29 @@ class Outcome:
         return float("inf") if loss is None else loss
 
 
-def train(trial: Trial, processes: int = 1, tries: int = 2) -> Outcome:
+Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it has ended
+
+
+def train(trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2) -> Outcome:
     """Run the trainer unless the trial has ended before. A crash is tried once more, from its last checkpoint if there is
-    one; a diverged run is a result."""
+    one; a diverged run is a result.
+
+    Args:
+        processes: ranks, started by torchrun where there are several.
+        threads: CPU threads of each rank; 0: what torch takes.
+    """
     if (result := trial.result) is not None:
         return Outcome(trial, result)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     error = ""
     for attempt in range(tries):
         if attempt:
             time.sleep(1)
         command = [*launcher, "train_gpt.py", *trial.flags, "--out", str(trial.folder)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if (result := trial.result) is not None:
             return Outcome(trial, result, fresh=True)
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -98,27 +116,39 @@ def train(trial: Trial, processes: int = 1, tries: int = 2) -> Outcome:
     return Outcome(trial, None, error, fresh=True)
 
 
-def local(trials: Iterable[Trial], processes: int = 1) -> Iterator[Outcome]:
-    """One trial after the other on this machine, torchrun inside where `processes` > 1: in their order, for paired clocks."""
-    for trial in trials:
-        yield train(trial, processes)
-
-
-def on_ray(trials: Iterable[Trial], gpus: float, address: str = "auto") -> Iterator[Outcome]:
-    """All trials at once on a Ray cluster, each when `gpus` GPUs (or one CPU, if 0) are free; in the order they end.
+def on_ray(gpus: float, address: str = "auto") -> Launcher:
+    """Trains on a Ray cluster, when `gpus` GPUs (or one CPU, if 0) are free somewhere on it.
 
     The repository must stand at the same path on every machine, on a file system that they share.
-    """
-    import ray
 
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster at `address`.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--launcher ray needs the package ray: .venv/bin/pip install ray") from None
     if not ray.is_initialized():
-        ray.init(address, log_to_driver=False)
-    remote = ray.remote(num_gpus=gpus, num_cpus=1, max_retries=1)(train)
-    waiting = {remote.remote(trial, max(1, int(gpus))): trial for trial in trials}
-    while waiting:
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        trial = waiting.pop(ready)
         try:
-            yield ray.get(ready)
+            ray.init(address, log_to_driver=False, logging_level="warning", runtime_env={"env_vars": RAY_ENVIRONMENT})
+        except ConnectionError:
+            raise UsageError("--launcher ray: no Ray cluster is running here; start one: ray start --head") from None
+    remote = ray.remote(num_gpus=gpus, num_cpus=1, max_retries=1)(train)
+
+    def launch(trial: Trial) -> Outcome:
+        try:
+            return ray.get(remote.remote(trial, max(1, int(gpus)), 0 if gpus else 1))
         except ray.exceptions.RayError as error:
-            yield Outcome(trial, None, str(error).strip().splitlines()[-1])
+            return Outcome(trial, None, str(error).strip().splitlines()[-1], fresh=True)
+
+    return launch
+
+
+def in_turn(trials: Iterable[Trial], launch: Launcher, workers: int = 1) -> Iterator[Outcome]:
+    """Train `workers` trials at a time, started in their order; yields each as it ends."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for done in as_completed([pool.submit(launch, trial) for trial in trials]):
+            yield done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

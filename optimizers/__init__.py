@@ -50,7 +50,17 @@ from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, Shampoo
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from spec import UsageError, nearest, parse
 
-__all__ = ["AVERAGES", "OPTIMIZERS", "build", "compile_update", "full_state_dict", "parts", "schedule_free", "state_bytes"]
+__all__ = [
+    "AVERAGES",
+    "OPTIMIZERS",
+    "build",
+    "check",
+    "compile_update",
+    "full_state_dict",
+    "parts",
+    "schedule_free",
+    "state_bytes",
+]
 
 OPTIMIZERS: dict[str, type[Settings]] = {
     "sgd": SGDSettings,
@@ -125,6 +135,17 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none") -
         if not hasattr(optimizer, name):
             setattr(optimizer, name, lambda: None)
     return optimizer
+
+
+def check(spec: str, average: str = "none") -> None:
+    """Are these words right? Builds nothing.
+
+    Raises:
+        UsageError: unknown name or key, or a value of the wrong type.
+    """
+    parse(of_collection(spec), OPTIMIZERS, "optimizer")
+    if average != "none":
+        build_average(average, 1)
 
 
 def of_collection(spec: str) -> str:

@@ -53,7 +53,7 @@ class SignumSettings(Settings):
     Source: arXiv 1802.04434; momentum 0 is signSGD.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate", (1e-4, 1e-2, "log"))
+    lr: float = hyper(3e-4, "peak learning rate", (1e-4, 1e-2, "log"))
     momentum: float = hyper(0.9, "mu", (0.0, 0.99, "linear"))
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
 
@@ -79,7 +79,7 @@ class AdagradSettings(Settings):
     Source: Duchi et al. 2011 (JMLR 12); torch.optim.Adagrad (fused on CPU).
     """
 
-    lr: float = hyper(1e-2, "peak learning rate", (1e-3, 1e-1, "log"))
+    lr: float = hyper(3e-3, "peak learning rate", (1e-3, 1e-1, "log"))
     initial: float = hyper(0.0, "start of s: damps the first steps")
     eps: float = hyper(1e-10, "floor of the denominator")
     weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only")
@@ -230,7 +230,7 @@ class LionSettings(Settings):
     Source: arXiv 2302.06675. Against AdamW: lr 3-10 times lower, wd as much higher.
     """
 
-    lr: float = hyper(2e-3, "peak learning rate", (5e-5, 5e-3, "log"))
+    lr: float = hyper(6e-4, "peak learning rate", (5e-5, 5e-3, "log"))
     beta1: float = hyper(0.9, "weight of the average in the update", (0.8, 0.98, "linear"))
     beta2: float = hyper(0.95, "average of gradients", (0.9, 0.999, "linear"))
     weight_decay: float = hyper(0.5, "wd, decayed roles only", (0.1, 3.0, "log"))
@@ -258,7 +258,7 @@ class AdEMAMixSettings(Settings):
     Source: arXiv 2409.03137, github.com/apple/ml-ademamix.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
+    lr: float = hyper(1e-3, "peak learning rate", (3e-4, 3e-2, "log"))
     beta1: float = hyper(0.9, "fast average of gradients", (0.8, 0.98, "linear"))
     beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
     beta3: float = hyper(0.999, "slow average of gradients", (0.99, 0.9999, "linear"))
@@ -296,7 +296,7 @@ class ADOPTSettings(Settings):
     Source: arXiv 2411.02853 with its clipping of November 2024, github.com/iShohei220/adopt.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
+    lr: float = hyper(1e-3, "peak learning rate", (3e-4, 3e-2, "log"))
     beta1: float = hyper(0.9, "average of normalised gradients", (0.8, 0.98, "linear"))
     beta2: float = hyper(0.99, "average of squares", (0.9, 0.9999, "linear"))
     eps: float = hyper(1e-6, "least denominator")
@@ -390,7 +390,7 @@ class AmosSettings(Settings):
     Source: arXiv 2210.11693; one v and k a tensor as in pytorch_optimizer. Weight decay and the decay of the rate are its own.
     """
 
-    lr: float = hyper(3e-2, "relative step: xi", (3e-3, 3e-1, "log"))
+    lr: float = hyper(1e-2, "relative step: xi", (3e-3, 3e-1, "log"))
     beta2: float = hyper(0.98, "average of the mean square", (0.9, 0.999, "linear"))
     momentum: float = hyper(0.9, "average of the updates", (0.0, 0.98, "linear"))
     eps: float = hyper(1e-18, "added to v")
@@ -498,7 +498,7 @@ class SophiaSettings(Settings):
     Source: Sophia-G, arXiv 2305.14342, github.com/Liuhong99/Sophia. The second forward and backward pass is on the clock.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate", (1e-4, 1e-2, "log"))
+    lr: float = hyper(1e-3, "peak learning rate", (1e-4, 1e-2, "log"))
     beta1: float = hyper(0.965, "average of gradients", (0.9, 0.98, "linear"))
     beta2: float = hyper(0.99, "average of the curvature estimates", (0.9, 0.999, "linear"))
     rho: float = hyper(0.05, "clips more the lower it is", (0.01, 0.1, "log"))

@@ -415,7 +415,7 @@ class ShampooSettings(MatrixSettings):
     e = 1/4 is the paper's; 1/2 makes each side K-FAC-like. `one_sided` preconditions the shorter side alone, with 2 e.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
+    lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
     beta1: float = hyper(0.9, "average of gradients; 0: none", (0.8, 0.98, "linear"))
     beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "linear"))
     eps: float = hyper(1e-12, "added to the factors' eigenvalues (above 1e-8 it hurts)", (1e-15, 1e-8, "log"))
@@ -550,7 +550,7 @@ class SOAPSettings(MatrixSettings):
     basis turns, m turns with it and v stays, its rows sorted by eigenvalue.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
+    lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
     beta1: float = hyper(0.95, "average of gradients", (0.8, 0.98, "linear"))
     beta2: float = hyper(0.95, "average of squares in the basis", (0.9, 0.999, "linear"))
     shampoo_beta: float = hyper(0.95, "average of the factors", (0.9, 0.999, "linear"))
@@ -626,7 +626,7 @@ class KronSettings(MatrixSettings):
     bound of the spectral norm.
     """
 
-    lr: float = hyper(1e-3, "peak learning rate of the hidden matrices", (1e-4, 1e-2, "log"))
+    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (1e-4, 1e-2, "log"))
     beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
     weight_decay: float = hyper(0.5, "wd of the hidden matrices", (0.1, 3.0, "log"))
     rate: float = hyper(0.1, "step of Q", (0.03, 0.3, "log"))

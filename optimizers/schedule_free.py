@@ -20,7 +20,7 @@ class ScheduleFreeSettings(Settings):
     Source: arXiv 2405.15682, github.com/facebookresearch/schedule_free. Wants a constant schedule: its warm-up is a key.
     """
 
-    lr: float = hyper(1e-2, "learning rate", (1e-3, 1e-1, "log"))
+    lr: float = hyper(3e-3, "learning rate", (1e-3, 1e-1, "log"))
     beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "linear"))
     beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
     eps: float = hyper(1e-8, "floor of the denominator")

@@ -6,9 +6,10 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import compare
 import train_gpt
 from data import __main__ as data_command
-from lab import readme
+from lab import readme, records
 from optimizers.__main__ import show
 from spec import UsageError
 
@@ -39,6 +40,11 @@ def test_command_parses(words):
         train_gpt.resolve(rest)
     if verb == "optimizers":
         assert all(show(name) for name in rest)
+    if verb == "compare":
+        options = compare.parse(rest)
+        assert options.report or len(compare.make_arms(options)) > 1
+    if verb == "records":
+        assert records.parser().parse_args(rest).verb == "verify"
     if verb == "data":
         options = data_command.parser().parse_args(rest)
         assert options.verb in ("list", "prepare", "verify")

@@ -5,10 +5,14 @@ import json
 import pytest
 
 from lab import trials
-from lab.trials import Arm, Trial, local
+from lab.trials import Arm, Trial, in_turn, train
 from spec import UsageError
 
 FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
+
+
+def run(wanted):
+    return list(in_turn(wanted, train))
 
 
 @pytest.fixture
@@ -20,11 +24,11 @@ def here(tmp_path, monkeypatch, sotu):
 
 def test_a_trial_is_trained_once_and_found_again(here):
     wanted = [Trial(here, 3, seed) for seed in (0, 1)]
-    first, second = local(wanted)
+    first, second = run(wanted)
     assert first.fresh and first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7
     assert first.trial.folder != second.trial.folder and first.loss != second.loss
     assert first.trial.log()[0]["event"] == "start"
-    again = list(local(wanted))
+    again = run(wanted)
     assert [o.loss for o in again] == [first.loss, second.loss] and not any(o.fresh for o in again)
 
 
@@ -35,10 +39,24 @@ def test_a_trial_of_other_settings_is_another(here):
         _ = Trial(Arm("typo", (*here.flags, "--tricks", "muno")), 3, 0).folder
 
 
-def test_a_crash_is_tried_again_from_its_checkpoint_and_then_reported(here, monkeypatch):
-    arm = Arm("crash", (*here.flags, "--optimizer", "no_such_file.py:Thing"))
-    (outcome,) = local([Trial(arm, 3, 0)])
-    assert outcome.result is None and outcome.loss == float("inf") and "no_such_file" in outcome.error
+BROKEN = """
+import torch
+
+
+class Broken(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("out of luck")
+"""
+
+
+def test_a_crash_is_tried_again_from_its_checkpoint_and_then_reported(here, monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    arm = Arm("crash", (*here.flags, "--optimizer", f"{tmp_path / 'broken.py'}:Broken"))
+    (outcome,) = run([Trial(arm, 3, 0)])
+    assert outcome.result is None and outcome.loss == float("inf") and outcome.error == "RuntimeError: out of luck"
+    refused = Trial(Arm("no file", (*here.flags, "--optimizer", "no_such_file.py:Thing")), 3, 0)
+    with pytest.raises(UsageError, match="no_such_file"):
+        _ = refused.folder
 
     calls = []
 
@@ -46,16 +64,16 @@ def test_a_crash_is_tried_again_from_its_checkpoint_and_then_reported(here, monk
         calls.append(command)
         if len(calls) == 1:
             return trials.subprocess.CompletedProcess(command, -9, "", "")
-        return run(command, **kwargs)
+        return real(command, **kwargs)
 
-    run = trials.subprocess.run
+    real = trials.subprocess.run
     monkeypatch.setattr(trials.subprocess, "run", killed)
-    (outcome,) = local([Trial(here, 2, 5)])
+    (outcome,) = run([Trial(here, 2, 5)])
     assert len(calls) == 2 and outcome.result["steps"] == 2
 
 
 def test_a_diverged_run_is_a_result(here):
     arm = Arm("diverged", (*here.flags, "--optimizer", "sgd:lr=1e30", "--clip", "0"))
-    (outcome,) = local([Trial(arm, 6, 0)])
+    (outcome,) = run([Trial(arm, 6, 0)])
     assert outcome.result["status"] == "diverged" and outcome.loss == float("inf")
     assert json.loads((outcome.trial.folder / "result.json").read_text())["val_loss"] is None

@@ -1,0 +1,415 @@
+"""What does a trick really save on the way to the target, and how sure are we?
+
+    python compare.py --base modern --tricks muon no_bias compile         each alone on top of the base
+    python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
+    python compare.py --base record --leave-out muon ngram_embedding      each alone out of a stack
+    python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
+    python compare.py --recipes baseline record --horizon baseline=2400 record=280
+    python compare.py --again record                                      a recipe against itself: must show no difference
+    python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
+
+For each arm: find the smallest number of steps whose final loss meets the target (runs at several lengths, inverse
+prediction), then confirm at a fixed length with fresh seeds: one trial at a time, A B A B, all arms on the same seeds and data
+order. Flags after `--` go to the trainer, for every arm. The same command continues after an interruption: a trial that has
+ended is never trained again.
+
+What comes out: --out (comparisons/<track>-<name>) with trials.csv, curves.csv, comparison.json, README.md, and plots as PNG
+and SVG. Exit codes: 0 compared, 2 the command was wrong or nothing can be said, 130 interrupted.
+"""
+
+import argparse
+import csv
+import errno
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import optimizers
+import train_gpt
+import tricks
+from lab import comparison, plots, stats, trials
+from lab.comparison import Ledger, Row
+from lab.horizon import Search, search
+from lab.trials import Arm, Launcher, Trial
+from run_folder import atomic_write
+from spec import UsageError, nearest
+
+MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
+LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
+AGAIN = 100  # first seed of the second arm of an A/A comparison
+POINTS = 100  # of a loss curve that is kept
+
+
+MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
+
+# ---------------------------------------------------------------- arms
+
+
+def make_arms(options: argparse.Namespace) -> list[Arm]:
+    """The arms, the base first.
+
+    Raises:
+        UsageError: unknown words, no arm or the same arm twice, or settings that the trainer refuses.
+    """
+    track, common = options.track, ("--track", options.track, *options.flags)
+    if options.target:
+        common += ("--target-loss", str(options.target))
+    base = options.base or ("modern" if options.optimizers else "baseline")
+
+    def arm(name: str, words: list[str], *flags: str) -> Arm:
+        return Arm(name, ("--tricks", ",".join(words) or "baseline", *flags, *common))
+
+    if options.tricks:
+        arms = [arm(base, [base])] + [arm(f"+{t}", [base, t]) for t in options.tricks]
+    elif options.chain:
+        arms = [arm(base, [base])] + [arm(f"+{t}", [base, *options.chain[: n + 1]]) for n, t in enumerate(options.chain)]
+    elif options.leave_out:
+        stack = tricks.spelled_out(track, base)
+        for word in options.leave_out:
+            if word not in stack:
+                raise UsageError(f"--leave-out {word}: it is not in {base}: {nearest(word, stack)}")
+        arms = [arm(base, [base])] + [arm(f"-{w}", [x for x in stack if x != w]) for w in options.leave_out]
+    elif options.recipes:
+        names = [base, *(r for r in options.recipes if r != base)] if options.base else options.recipes
+        arms = [arm(name, [name]) for name in names]
+    elif options.again:
+        one = arm(options.again, [options.again])
+        return [one, Arm(f"{options.again} again", one.flags, first_seed=AGAIN)]
+    else:
+        arms = []
+        for spec in options.optimizers:
+            built_in = optimizers.OPTIMIZERS.get(spec.split(":")[0])
+            free = getattr(getattr(built_in, "method", None), "schedule_free", False)
+            arms.append(arm(spec, [base], "--optimizer", spec, *(("--schedule", "constant") if free else ())))
+    if len(arms) < 2:
+        raise UsageError("one arm is no comparison: name at least two")
+    seen: dict[Path, str] = {}
+    for made in arms:
+        folder = Trial(made, 1, 0).folder  # the trainer's own check of every setting
+        if folder in seen:
+            raise UsageError(f"{made.name!r} and {seen[folder]!r} are the same settings: give two seeds to one arm instead")
+        seen[folder] = made.name
+    return arms
+
+
+# ---------------------------------------------------------------- trials
+
+
+class Runner:
+    """Runs trials for a comparison and keeps what they leave: rows in trials.csv, thinned loss curves in curves.csv."""
+
+    def __init__(self, out: Path, keep_checkpoints: bool):
+        self.out, self.keep_checkpoints = out, keep_checkpoints
+        self.ledger, self.lock = Ledger(out), threading.Lock()
+        self.seconds: dict[str, float] = {}  # arm -> of one step, as last seen
+
+    def find(self, trial: Trial) -> Row | None:
+        return self.ledger.rows.get(trial.folder.name)
+
+    def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
+        """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
+        row = self.find(trial)
+        if row is None or row.status == "crashed":
+            outcome = launch(trial)
+            row = Row.of(phase, outcome)
+            if outcome.result is not None:
+                self.keep_curve(row, trial)
+                if not self.keep_checkpoints:  # of use for sampling and resuming alone, and large
+                    shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
+            self.ledger.add(row)
+        self.seconds[trial.arm.name] = row.train_time / max(1, row.steps)
+        return row
+
+    def keep_curve(self, row: Row, trial: Trial) -> None:
+        """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
+        lines, events = [], trial.log()
+        train = [e for e in events if e["event"] == "train"]
+        span = max(1, math.ceil(len(train) / POINTS))
+        for start in range(0, len(train), span):
+            piece = train[start : start + span]
+            mean = sum(e["loss"] for e in piece) / len(piece)
+            lines.append((row.arm, row.seed, row.phase, "train", piece[-1]["step"], piece[-1]["tokens"],
+                          round(piece[-1]["train_time"], 3), round(mean, 4)))  # fmt: skip
+        for e in events:
+            if e["event"] == "val" and e["loss"] is not None:
+                lines.append((row.arm, row.seed, row.phase, "val", e["step"], e["tokens"], round(e["train_time"], 3),
+                              round(e["loss"], 5)))  # fmt: skip
+        with self.lock:
+            path = self.out / "curves.csv"
+            self.out.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            with path.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if new:
+                    writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
+                writer.writerows(lines)
+
+
+def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, most: int) -> dict[str, Search]:
+    """A search for every arm whose length is not given; as many arms at once as --side-by-side says."""
+    launch, at_once = make_launcher(options, search_phase=True)
+    target = target_of(options)
+    bar = tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty())
+
+    def one(arm: Arm, first: int) -> Search:
+        def run(steps: int, seed: int) -> float:
+            row = runner.run("search", Trial(arm, steps, seed), launch)
+            say(bar, f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {target:g})")
+            return row.val_loss
+
+        return search(run, first, target, most)
+
+    lengths = [options.first_steps or train_gpt.resolve(list(arm.flags))[0].steps for arm in arms]
+    if mode_of(options) == "chain":  # each begins where the one before ended: far below the recipe's own length
+        found, first = {}, options.first_steps
+        for arm, length in zip(arms, lengths, strict=True):
+            found[arm.name] = one(arm, first or options.given.get(options.base or "baseline") or length)
+            first = round(found[arm.name].found.steps) if found[arm.name].found else first
+    else:
+        with ThreadPoolExecutor(at_once) as pool:
+            found = dict(zip([arm.name for arm in arms], pool.map(one, arms, lengths), strict=True))
+    bar.close()
+    return found
+
+
+def say(bar: tqdm, line: str) -> None:
+    bar.update()
+    bar.write(line) if not bar.disable else print(line, flush=True)
+
+
+def confirm(plan: dict[str, int], seeds: range, arms: list[Arm], options: argparse.Namespace, runner: Runner) -> None:
+    """Interleaved: every arm at seed 0, then every arm at seed 1, ..."""
+    wanted = [Trial(arm, plan[arm.name], seed) for seed in seeds for arm in arms if arm.name in plan]
+    launch, at_once = make_launcher(options, search_phase=False)
+    left = [trial for trial in wanted if (row := runner.find(trial)) is None or row.status == "crashed"]
+    if len(left) < len(wanted):
+        print(f"{len(wanted) - len(left)} of {len(wanted)} confirming trials are there already", flush=True)
+    bar = tqdm(total=len(left), unit="trial", desc="confirm", disable=not sys.stderr.isatty())
+    rows: dict[str, Row] = {}
+
+    def launched(trial: Trial) -> trials.Outcome:
+        rows[trial.folder.name] = runner.run("confirm", trial, launch)
+        return trials.Outcome(trial, None)
+
+    for count, outcome in enumerate(trials.in_turn(left, launched, at_once), start=1):
+        row = rows[outcome.trial.folder.name]
+        rest = sum(runner.seconds.get(t.arm.name, 0.0) * t.steps for t in left[count:]) / at_once
+        loss = f"{row.val_loss:.4f}" if row.status == "ok" else f"{row.status} {row.error}"
+        say(bar, f"confirm {row.arm}: {row.steps} steps, seed {row.seed}: {loss}, {row.train_time:.1f} s; "
+                 f"{len(left) - count} left, about {rest / 60:.0f} min")  # fmt: skip
+    bar.close()
+
+
+def make_launcher(options: argparse.Namespace, search_phase: bool) -> tuple[Launcher, int]:
+    """How a trial is trained, and how many at once."""
+    if options.launcher == "ray":
+        return trials.on_ray(options.gpus_per_trial, options.ray_address), 64  # Ray itself holds back what does not fit
+    if search_phase and options.side_by_side > 1:
+        threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
+        return lambda trial: trials.train(trial, threads=threads), options.side_by_side
+    return lambda trial: trials.train(trial, options.processes), 1
+
+
+def target_of(options: argparse.Namespace) -> float:
+    return options.target or tricks.track(options.track).target_loss
+
+
+def lengths(arms: list[Arm], found: dict[str, Search], given: dict[str, int], margin: float) -> dict[str, int]:
+    """Steps of the confirming runs of each arm that has a horizon."""
+    plan = {}
+    for arm in arms:
+        if arm.name in given:
+            plan[arm.name] = given[arm.name]
+        elif (horizon := found[arm.name].found) is not None:
+            plan[arm.name] = math.ceil(horizon.steps * (1 + margin))
+    return plan
+
+
+def seeds_needed(found: dict[str, Search], margin: float) -> int:
+    """Runs so that every arm, true to its search, is confirmed with p < 0.01 at a chance of 90 %."""
+    gaps = [(-s.found.slope * math.log2(1 + margin), s.found.sd) for s in found.values() if s.found]
+    wanted = [stats.runs_needed(gap, sd, comparison.ALPHA, most=MOST_SEEDS) for gap, sd in gaps]
+    return max([LEAST_SEEDS, *wanted]) if wanted else 5
+
+
+# ---------------------------------------------------------------- command
+
+
+def parser() -> argparse.ArgumentParser:
+    made = train_gpt.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = made.add_argument
+    add("--track", default="cpu", help="track of all arms (default: cpu)")
+    add("--base", default="", help="recipe or comma-separated tricks that the others are set against (default: baseline; "
+        "modern with --optimizers)")  # fmt: skip
+    modes = made.add_mutually_exclusive_group()
+    modes.add_argument("--tricks", nargs="+", metavar="TRICK", help="one at a time onto the base")
+    modes.add_argument("--chain", nargs="+", metavar="TRICK", help="one after the other onto the base")
+    modes.add_argument("--leave-out", nargs="+", metavar="TRICK", help="one at a time out of the base")
+    modes.add_argument("--recipes", nargs="+", metavar="RECIPE", help="whole recipes; the first is the base")
+    modes.add_argument("--optimizers", nargs="+", metavar="SPEC", help="optimizers on the base's model; the first is the base")
+    modes.add_argument("--again", metavar="RECIPE", help="A/A: a recipe against itself, on other seeds")
+    modes.add_argument("--report", type=Path, metavar="FOLDER", help="print the verdicts of a comparison, train nothing")
+    add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
+    add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
+    add("--first-steps", type=int, default=0, help="length that each search begins at (default: the recipe's)")
+    add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
+    add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
+    add("--seeds", type=int, default=0, help="confirming runs of each arm (default: by a power calculation on the measured "
+        f"variance, {LEAST_SEEDS} to {MOST_SEEDS})")  # fmt: skip
+    add("--side-by-side", type=int, default=1, help="arms searched at once, the cores shared; confirming is one at a time")
+    add("--processes", type=int, default=1, help="ranks of a trial, by torchrun (default: 1)")
+    add("--launcher", choices=("local", "ray"), default="local", help="where trials run (default: local)")
+    add("--gpus-per-trial", type=float, default=0, help="with --launcher ray (default: 0, one CPU)")
+    add("--ray-address", default="auto", help="with --launcher ray (default: auto)")
+    add("--allow-mixed", action="store_true", help="compare times of several machines all the same")
+    add("--keep-checkpoints", action="store_true", help="keep the trials' weights (default: deleted when a trial has ended)")
+    add("--out", type=Path, help="output folder (default: comparisons/<track>-<what>)")
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Command line -> options; `flags` is what stood after `--`.
+
+    Raises:
+        UsageError: an unknown flag or a value out of range.
+    """
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options = parser().parse_args(argv[:cut])
+    options.flags = tuple(argv[cut + 1 :])
+    options.command = shlex.join(argv)
+    if not options.report and not any(getattr(options, mode) for mode in MODES):
+        raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
+    if options.seeds == 1:
+        raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
+    for name, least in (
+        ("seeds", 0),
+        ("first_steps", 0),
+        ("max_steps", 0),
+        ("side_by_side", 1),
+        ("processes", 1),
+        ("margin", 0),
+    ):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    options.given = {}
+    for word in options.horizon:
+        name, equals, steps = word.rpartition("=")
+        if not equals or not steps.isdigit() or int(steps) < 1:
+            raise UsageError(f"--horizon takes ARM=STEPS, such as baseline=2400; not {word!r}")
+        options.given[name] = int(steps)
+    return options
+
+
+def mode_of(options: argparse.Namespace) -> str:
+    return next(m for m in MODES if getattr(options, m))
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Search, confirm, write the report; returns its verdict lines."""
+    arms = make_arms(options)
+    names = [arm.name for arm in arms]
+    if unknown := set(options.given) - set(names):
+        raise UsageError(f"--horizon {min(unknown)}: there is no such arm: {nearest(min(unknown), names)}")
+    mode = mode_of(options)
+    out = options.out or Path("comparisons") / f"{options.track}-{mode.replace('_', '-')}-{names[0].split(':')[0]}"
+    settings = {"track": options.track, "target": target_of(options), "base": names[0], "mode": mode}
+    check_folder(out, settings)
+    runner = Runner(out, options.keep_checkpoints)
+    most = options.max_steps or 4 * train_gpt.resolve(list(arms[0].flags))[0].steps
+    found = find_horizons([arm for arm in arms if arm.name not in options.given], options, runner, most)
+    why = {name: s.why for name, s in found.items()}
+    plan = lengths(arms, found, options.given, options.margin)
+    seeds = options.seeds or seeds_needed(found, options.margin)
+    described = [{"name": a.name, "flags": list(a.flags), "why": why.get(a.name, "")} for a in arms]
+    settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": described}
+    write = lambda: report(out, settings, list(runner.ledger.rows.values()), options.allow_mixed)  # noqa: E731
+    if len(plan) < 2 or names[0] not in plan:
+        write()
+        reasons = "; ".join(f"{name}: {why[name]}" for name in names if name not in plan)
+        raise UsageError(f"nothing to compare ({reasons}): raise --max-steps or --target; trials are kept in {out}")
+    print(f"confirming with {seeds} seeds: " + ", ".join(f"{name} {steps} steps" for name, steps in plan.items()), flush=True)
+    confirm(plan, range(seeds), arms, options, runner)
+    return write()
+
+
+def check_folder(out: Path, settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        UsageError: the folder holds another comparison, or something else.
+    """
+    path = out / "comparison.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        for key, value in settings.items():
+            if there.get(key) != value:
+                raise UsageError(f"{out} holds a comparison with {key} {there.get(key)!r}, not {value!r}: choose another --out")
+    elif out.exists() and any(out.iterdir()) and not (out / "trials.csv").exists():
+        raise UsageError(f"{out} is not empty and holds no comparison: choose another --out")
+
+
+def report(out: Path, settings: dict[str, Any], rows: list[Row], allow_mixed: bool) -> list[str]:
+    """Write comparison.json, README.md and the plots; returns the verdict lines."""
+    names = {arm["name"] for arm in settings["arms"]}
+    summary = comparison.summarise([row for row in rows if row.arm in names], settings, allow_mixed)
+    curves = read_curves(out / "curves.csv")
+    summary["plots"] = plots.draw_comparison(out, summary, curves)
+    atomic_write(out / "comparison.json", json.dumps(summary, indent=1) + "\n")
+    atomic_write(out / "README.md", comparison.markdown(summary))
+    return comparison.verdict_lines(summary)
+
+
+def read_curves(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    number: dict[str, Callable[[str], Any]] = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
+    with path.open(newline="") as file:
+        return [{k: number.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
+
+
+def report_again(folder: Path, allow_mixed: bool) -> list[str]:
+    """The report of a folder, made anew from its trials.
+
+    Raises:
+        UsageError: the folder holds no comparison.
+    """
+    try:
+        there = json.loads((folder / "comparison.json").read_text())
+        rows = comparison.read_rows(folder / "trials.csv")
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} holds no comparison: {Path(error.filename).name} is missing") from None
+    settings = {k: there[k] for k in ("track", "target", "base", "mode", "command", "margin", "seeds")}
+    settings["arms"] = [{k: arm[k] for k in ("name", "flags", "why")} for arm in there["arms"]]
+    return report(folder, settings, rows, allow_mixed)
+
+
+def main(argv: list[str]) -> int:
+    try:
+        options = parse(argv)
+        lines = report_again(options.report, options.allow_mixed) if options.report else run(options)
+        print("\n".join(lines))
+        return 0
+    except UsageError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("compare.py: no space left on the disk; finished trials are kept: free some and run this again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare.py: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

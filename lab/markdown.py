@@ -1,0 +1,23 @@
+"""Markdown that is generated: tables, and the places in a document where they stand."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["-"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def filled(text: str, content: Mapping[str, str], where: str) -> str:
+    """`text` with everything between `<!-- name -->` and `<!-- /name -->` replaced by content[name].
+
+    Raises:
+        ValueError: `where` has no markers for a name.
+    """
+    for name, new in content.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{where} has no markers for {name!r}")
+        text = pattern.sub(lambda m, new=new: m[1] + new + "\n" + m[2], text)
+    return text

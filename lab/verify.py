@@ -1,0 +1,399 @@
+"""The rules that a record must keep, each checked by machine: pass, fail, or not checkable here with the reason.
+
+After the nine points of what goes wrong in published records: picked seeds, statistics that do not follow from the logs,
+validation text in the training data, clocks that do not add up, models that look ahead.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import run_folder
+import train_gpt
+import tricks
+from data.shards import dataset_folder, read_manifest
+from data.shards import verify as verify_shards
+from lab import overlap, records, trials
+from lab.records import ALPHA, LARGEST, Record
+from model import GPT, ModelConfig, flops_per_token
+from spec import UsageError
+
+SCHEMA = Path(__file__).with_name("record.schema.json")
+MOST_OVERLAP = 0.02  # of the validation sequences; a corpus quotes itself, by nature, and a leak is of whole documents
+
+
+@dataclass(frozen=True)
+class Verdict:
+    rule: str
+    verdict: str  # pass, fail or not checkable
+    words: str
+
+
+class Broken(Exception):
+    """A rule is broken; its text says how."""
+
+
+class NotCheckable(Exception):
+    """A rule cannot be checked here; its text says why."""
+
+
+def need(condition: bool, words: str) -> None:
+    if not condition:
+        raise Broken(words)
+
+
+# ---------------------------------------------------------------- the rules; each returns what it saw
+
+
+def files(record: Record) -> str:
+    """Every file is expected, none is missing, all are small, none names a path of the machine."""
+    expected = {"record.json", "README.md", *(log.path.name for log in record.logs)}
+    against = record.about["against"]
+    there = {path.name for path in record.folder.iterdir()}
+    if against and against["logs"] == "here":
+        expected |= {name for name in there if re.fullmatch(r"against-seed\d+\.log\.jsonl", name)}
+    need(not expected - there, f"missing: {', '.join(sorted(expected - there))}")
+    need(not there - expected, f"not part of a record: {', '.join(sorted(there - expected))}")
+    size = sum(path.stat().st_size for path in record.folder.iterdir())
+    need(size <= LARGEST, f"{size:,} bytes, more than {LARGEST:,}")
+    text = "".join(path.read_text() for path in record.folder.iterdir())
+    path = re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\)\S*", text)
+    need(path is None, f"a path of a machine: {path and path[0]}")
+    need((record.folder / "README.md").read_text() == records.readme(record.about), "README.md is not what record.json gives")
+    return f"{len(there)} files, {size / 1000:,.0f} kB"
+
+
+def schema(record: Record) -> str:
+    """record.json has the fields and types of lab/record.schema.json, and its folder's name."""
+    import jsonschema
+
+    errors = sorted(jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).iter_errors(record.about), key=str)
+    need(not errors, f"{errors[0].json_path}: {errors[0].message}" if errors else "")
+    about = record.about
+    label = f"{about['track']}/{about['number']:03d}-{about['name']}"
+    need(record.label == label, f"the folder is {record.label}, record.json says {label}")
+    return f"format {about['format']}"
+
+
+def seeds(record: Record) -> str:
+    """Seeds 0 .. n-1, declared, logged at the start of each run, all there: none was picked or dropped."""
+    declared = record.about["seeds"]
+    need(
+        declared == list(range(len(declared))), f"seeds {declared} are not 0 to {len(declared) - 1}: one was dropped or picked"
+    )
+    for log, seed in zip(record.logs, declared, strict=True):
+        need(log.start.get("seed") == seed, f"{log.path.name} is of seed {log.start.get('seed')}")
+    return f"0 to {len(declared) - 1}"
+
+
+def distinct(record: Record) -> str:
+    """No two logs are of one run."""
+    seen: dict[str, str] = {}
+    for log in (*record.logs, *(record.rival_logs if (record.about["against"] or {}).get("logs") == "here" else ())):
+        content = json.dumps([e["loss"] for e in log.of("train")])
+        need(content not in seen, f"{log.path.name} and {seen.get(content)} are the same run")
+        times = json.dumps(log.step_times)
+        need(times not in seen, f"{log.path.name} and {seen.get(times)} have the same times")
+        seen[content] = seen[times] = log.path.name
+    return f"{len(record.logs)} runs"
+
+
+def configuration(record: Record) -> str:
+    """All runs had the settings, source and data that record.json states, by their hashes."""
+    about = record.about
+    expected = run_folder.settings_hash(about["settings"])
+    need(about["config_sha256"] == expected, "config_sha256 is not the hash of the settings: one of them was changed")
+    for log in record.logs:
+        for key, value in (("config", expected), ("source", about["source_sha256"]), ("data", about["data"]["fingerprint"])):
+            need(log.start.get(key) == value, f"{log.path.name} was made with another {key} than record.json states")
+    for key in ("steps", "target_loss"):
+        need(about[key] == about["settings"][key], f"{key} {about[key]} is not that of the settings")
+    return f"config {expected[:8]}, source {about['source_sha256'][:8]}"
+
+
+def stopping(record: Record) -> str:
+    """Every run ended at the one fixed length, whatever its own loss was."""
+    about = record.about
+    need(not about["settings"]["stop_at_target"], "the runs stopped by their own validation loss")
+    for log in record.logs:
+        end, train = log.end, log.of("train")
+        need(bool(end) and end["status"] == "ok", f"{log.path.name} has no end, or did not end well")
+        need(end["step"] == about["steps"], f"{log.path.name} ended at step {end['step']} of {about['steps']}")
+        need(
+            bool(log.of("val")) and log.of("val")[-1]["step"] == about["steps"], f"{log.path.name} was not validated at its end"
+        )
+        counted = [(e["first"], e["last"], len(e["loss"]), len(e["step_time"]), e["span"]) for e in train]
+        need(
+            counted[0][0] == 1 and counted[-1][1] == about["steps"],
+            f"{log.path.name} does not hold steps 1 to {about['steps']}",
+        )
+        for (first, last, losses, times, span), following in zip(counted, [*counted[1:], None], strict=True):
+            need(
+                losses == times == math.ceil((last - first + 1) / span),
+                f"{log.path.name}: steps {first} to {last} are not all there",
+            )
+            need(following is None or following[0] == last + 1, f"{log.path.name}: steps are missing after {last}")
+    return f"{about['steps']:,} steps"
+
+
+def numbers(record: Record) -> str:
+    """The statistics follow from the logs, to the printed digit."""
+    about = record.about
+    config = model_config(record)
+    found = records.statistics_of(record.logs, about["target_loss"], flops_per_token(config), about["settings"]["batch_tokens"])
+    for key, value in found.items():
+        need(about["statistics"][key] == value, f"{key} is {about['statistics'][key]}, the logs give {value}")
+    return f"n = {found['n']}, mean {found['mean']:.4f}, sd {found['sd']:.4f}, p = {found['p']:.2g}"
+
+
+def target(record: Record) -> str:
+    """The mean loss is below the target with p < 0.01; a baseline's, by which a target may be set, is not above it."""
+    s, goal = record.about["statistics"], record.about["target_loss"]
+    if record.about["kind"] == "baseline":
+        need(s["mean"] <= goal, f"the baseline's mean {s['mean']} is above the target {goal:g}")
+        return f"baseline: mean {s['mean']:.4f} <= {goal:g}"
+    need(s["p"] < ALPHA, f"p = {s['p']:.2g} that the mean is at or above {goal:g}: {ALPHA} is the limit")
+    return f"p = {s['p']:.2g} < {ALPHA}"
+
+
+def faster(record: Record) -> str:
+    """Less time than the record before, paired by seed, on the same machine within the same hour."""
+    about, against = record.about, record.about["against"]
+    if about["kind"] == "baseline":
+        return "baseline: nothing before it"
+    need(against is not None, "timed against nothing")
+    path = record.folder.parent / against["record"] / "record.json"
+    need(path.exists(), f"the record it was timed against is not there: {against['record']}")
+    rival = json.loads(path.read_text())
+    if against["logs"] == "there":
+        for key in ("machine", "versions", "source_sha256"):
+            need(rival[key] == about[key], f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
+    found = records.ratio_of(record.speed_ratio)
+    for key, value in found.items():
+        need(against[key] == value, f"against {key} is {against[key]}, the logs give {value}")
+    need(found["low"] > 1, f"{found['ratio']:.3g}x ({found['low']:.3g}-{found['high']:.3g}): the interval holds 1, or slower")
+    apart = hours_apart(record)
+    need(apart <= 1, f"a run and its pair lie {apart:.1f} hours apart: time both by turns, within the hour")
+    return f"{found['ratio']:.3g}x ({found['low']:.3g}-{found['high']:.3g}), pairs at most {apart * 60:.0f} min apart"
+
+
+def hours_apart(record: Record) -> float:
+    """The longest pause between a run and its pair: from the end of the one to the start of the other.
+
+    Raises:
+        NotCheckable: the logs do not tell the time of day.
+    """
+    moment = lambda text: datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")  # noqa: E731
+    rivals = {log.start["seed"]: log for log in record.rival_logs}
+    longest = 0.0
+    for log in record.logs:
+        other = rivals.get(log.start["seed"])
+        if other is None:
+            continue
+        times = [log.start.get("utc"), log.end.get("utc"), other.start.get("utc"), other.end.get("utc")]
+        if None in times:
+            raise NotCheckable("the logs are from before they kept the time of day")
+        start, end, other_start, other_end = map(moment, times)
+        longest = max(longest, (max(start, other_start) - min(end, other_end)).total_seconds() / 3600)
+    return longest
+
+
+def clock(record: Record) -> str:
+    """Times are positive, grow, and add up; stalls are counted."""
+    for log in record.logs:
+        times, name = log.step_times, log.path.name
+        need(min(times) > 0, f"{name}: a step took no time")
+        sums, total = {}, 0.0
+        for e in log.of("train"):
+            total += sum(e["step_time"])
+            sums[e["last"]] = total
+        before = 0.0
+        for e in log.of("val"):
+            need(e["train_time"] > before, f"{name}: the clock ran backwards at step {e['step']}")
+            before = e["train_time"]
+            need(math.isclose(e["train_time"], sums.get(e["step"], math.nan), rel_tol=1e-4),
+                 f"{name}: the steps to {e['step']} add up to {sums.get(e['step'], math.nan):.3f} s, "
+                 f"the log says {e['train_time']:.3f}")  # fmt: skip
+        robust = log.robust_train_time
+        if robust is not None:
+            need(
+                math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3),
+                f"{name}: robust time is not steps x median step",
+            )
+    stalled = record.about["statistics"]["stalled"]
+    return f"sums agree; {stalled} of {len(record.logs)} runs stalled"
+
+
+def fixed(record: Record) -> str:
+    """What defines the track is as the track has it, and the category's rules are kept."""
+    about = record.about
+    problem = records.category_problem(about["settings"], about["category"])
+    need(not problem, problem)
+    need(about["target_loss"] == tricks.track(about["track"]).target_loss, "the target is not the track's")
+    return f"category {about['category']}, {about['settings']['val_tokens']:,} validation tokens"
+
+
+def data(record: Record) -> str:
+    """The shards here are those of the record, by sha256, and hold as many tokens as were trained on."""
+    about = record.about
+    folder = corpus(record)
+    problems = verify_shards(folder)
+    need(not problems, problems[0] if problems else "")
+    manifest = read_manifest(folder)
+    for split in ("train", "val"):
+        need(records.shards(manifest, split) == about["data"][split], f"the {split} shards here are not those of the record")
+    tokens = sum(entry["tokens"] for entry in about["data"]["train"])
+    used = about["statistics"]["tokens"]
+    return f"sha256 of {len(about['data']['train']) + len(about['data']['val'])} shards; {used / tokens:.2f} epochs"
+
+
+def overlapping(record: Record) -> str:
+    """As many validation sequences stand in the training data as the record states, and few at all."""
+    said = record.about["data"]["overlap"]
+    found = list(overlap.found(corpus(record), record.about["settings"]))
+    where = f", such as validation token {found[-1][0]} at training token {found[-1][1]}" if found else ""
+    words = f"{len(found)} of {said['sequences']:,} validation sequences stand in the training data{where}"
+    need(len(found) == said["in_train"], f"{words}; the record says {said['in_train']}")
+    need(len(found) <= MOST_OVERLAP * said["sequences"], f"{words}: more than {MOST_OVERLAP:.0%}")
+    return words
+
+
+def model(record: Record) -> str:
+    """The model of these settings, its weights made random: a prediction does not depend on later tokens, nor on the rest
+    of the batch; its probabilities sum to one; evaluation changes no weight."""
+    config = model_config(record)
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    with torch.no_grad():
+        for p in gpt.parameters():  # projections that start at zero would hide everything behind them
+            p.add_(torch.randn_like(p), alpha=0.02)
+    gpt.eval()
+    length = min(config.sequence_length, 64)
+    tokens = torch.randint(config.vocab_size, (2, length + 1))
+    before = [p.clone() for p in gpt.parameters()]
+    with torch.no_grad():
+        logits = gpt(tokens[:, :-1])
+        loss = gpt(tokens[:, :-1], tokens[:, 1:])
+        changed = tokens[:, :-1].clone()
+        half = length // 2
+        changed[:, half:] = (changed[:, half:] + 1) % config.vocab_size
+        later = gpt(changed)
+        alone = torch.cat([gpt(row[None]) for row in tokens[:, :-1]])
+    need(bool(torch.isfinite(logits).all()), "logits are not finite")
+    need(torch.allclose(logits[:, :half], later[:, :half], atol=1e-4), "a prediction depends on later tokens")
+    need(not torch.allclose(logits[:, half:], later[:, half:], atol=1e-4), "predictions do not depend on the tokens")
+    need(torch.allclose(logits, alone, atol=1e-4), "a prediction depends on the rest of the batch")
+    written_out = -F.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None]).mean()
+    need(math.isclose(loss.item(), written_out.item(), rel_tol=1e-4), "the loss is not that of probabilities that sum to one")
+    need(all(torch.equal(a, b) for a, b in zip(before, gpt.parameters(), strict=True)), "evaluation changed a weight")
+    return f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f}M parameters"
+
+
+def code(record: Record) -> str:
+    """The trainer here is the one that made the record."""
+    if run_folder.source_hash() != record.about["source_sha256"]:
+        commit = (record.about["commit"] or "unknown")[:12]
+        raise NotCheckable(f"the trainer has changed since: it is that of commit {commit}")
+    return record.about["source_sha256"][:8]
+
+
+def rerun(record: Record) -> str:
+    """One seed trained again here ends within the record's own noise (99 % prediction interval)."""
+    about = record.about
+    trial = trials.Trial(trials.Arm(about["name"], tuple(flags_of(about["settings"]))), about["steps"], about["seeds"][0])
+    try:
+        outcome = trials.train(trial)
+    except UsageError as error:
+        raise NotCheckable(f"the trainer here refuses these settings: {error}") from None
+    need(outcome.result is not None, f"it crashed: {outcome.error}")
+    from lab.stats import stats
+
+    s = about["statistics"]
+    half = float(stats.t.ppf(0.995, s["n"] - 1)) * s["sd"] * math.sqrt(1 + 1 / s["n"])
+    words = f"seed {trial.seed}: {outcome.loss:.4f}, the record's runs end at {s['mean']:.4f} +- {half:.4f}"
+    need(abs(outcome.loss - s["mean"]) <= half, words)
+    return words
+
+
+RULES: dict[str, Callable[[Record], str]] = {
+    "schema": schema, "files": files, "seeds": seeds, "distinct": distinct, "configuration": configuration,
+    "stopping": stopping, "statistics": numbers, "target": target, "faster": faster, "clock": clock, "track": fixed,
+    "data": data, "overlap": overlapping, "model": model, "code": code,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def corpus(record: Record) -> Path:
+    """
+    Raises:
+        NotCheckable: the corpus is not prepared here.
+    """
+    settings = record.about["settings"]
+    folder = dataset_folder(records.RECORDS.parent / "corpora", settings["corpus"], settings["tokenizer"])
+    if read_manifest(folder) is None:
+        command = f"./run.sh data prepare {settings['corpus']} --tokenizer {settings['tokenizer']}"
+        raise NotCheckable(f"the corpus is not here: {command}")
+    return folder
+
+
+def model_config(record: Record) -> ModelConfig:
+    """
+    Raises:
+        NotCheckable: a field of the settings that is none of today's model.
+    """
+    settings = record.about["settings"]
+    return ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings})
+
+
+def flags_of(settings: dict) -> list[str]:
+    """Trainer flags that give exactly these settings."""
+    flags = []
+    for cls in (train_gpt.Config, ModelConfig):
+        for f in fields(cls):
+            if f.name in settings and f.name != "steps":
+                flag, value = f.name.replace("_", "-"), settings[f.name]
+                flags += [f"--{flag}" if value else f"--no-{flag}"] if f.type is bool else [f"--{flag}={value}"]
+    return flags
+
+
+def verdicts(record: Record, again: bool = False) -> list[Verdict]:
+    """The verdict of every rule. A record without a sound record.json gets that one alone."""
+    found = []
+    for name, rule in (RULES | ({"rerun": rerun} if again else {})).items():
+        try:
+            found.append(Verdict(name, "pass", rule(record)))
+        except NotCheckable as reason:
+            found.append(Verdict(name, "not checkable", str(reason)))
+        except (Broken, UsageError) as problem:
+            found.append(Verdict(name, "fail", str(problem)))
+        except (KeyError, TypeError, ValueError, IndexError) as problem:  # a log or record.json of another shape
+            found.append(Verdict(name, "fail", f"cannot be read: {type(problem).__name__} {problem}"))
+        if name == "schema" and found[-1].verdict == "fail":
+            break
+    return found
+
+
+def report(chosen: list[Record], again: bool = False) -> int:
+    """Print the verdicts; 2 if a rule is broken, else 0."""
+    if not chosen:
+        raise UsageError("no records yet: ./run.sh records add")
+    broken = 0
+    for record in chosen:
+        found = verdicts(record, again)
+        failed = sum(v.verdict == "fail" for v in found)
+        unchecked = sum(v.verdict == "not checkable" for v in found)
+        broken += failed > 0
+        print(f"{record.label}: {'FAIL' if failed else 'pass'}, {len(found)} rules, {failed} broken, {unchecked} not checkable")
+        for v in found:
+            print(f"  {v.verdict:13s} {v.rule:13s} {v.words}")
+    print(f"{len(chosen)} records, {broken} with a broken rule")
+    return 2 if broken else 0

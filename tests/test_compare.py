@@ -1,0 +1,370 @@
+"""compare.py: from trials to verdicts. Most tests put a formula in the place of the trainer; one runs the real one."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+import compare
+import train_gpt
+from lab import comparison, stats, trials
+from lab.comparison import Row, read_rows
+from lab.trials import Outcome
+
+FLAGS = ["--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256"]
+ENV = {
+    "cpu": "some CPU", "cpu_count": 2, "gpus": [], "world_size": 1, "threads": 2, "torch": "2.13.0",
+    "commit": "0123456789abcdef", "dirty": False, "source_sha256": "f" * 64, "data_fingerprint": "a-b",
+}  # fmt: skip
+
+
+class FakeTrainer:
+    """Writes the run folder that a trainer would have left: loss falls by 0.1 a doubling of the steps, each arm meets 3.0 at
+    its own `horizon` and takes its own `pace` (seconds a step)."""
+
+    def __init__(self, horizons: dict[str, float], paces: dict[str, float] | None = None, noise=0.003, time_noise=0.01):
+        self.horizons, self.paces, self.noise, self.time_noise = horizons, paces or {}, noise, time_noise
+        self.env, self.trained, self.crashes = dict(ENV), [], set()
+
+    def __call__(self, trial, processes=1, threads=0):
+        if trial.result is not None:
+            return Outcome(trial, trial.result)
+        name, steps = trial.arm.name, trial.steps
+        self.trained.append((name, steps, trial.seed))
+        if name in self.crashes:
+            return Outcome(trial, None, "RuntimeError: out of memory", fresh=True)
+        dice = random.Random(f"{name} {steps} {trial.seed}")
+        right = self.horizons.get(name, math.inf)
+        loss = 3.0 - 0.1 * math.log2(steps / right) + dice.gauss(0, self.noise) if 0 < right < math.inf else 4.0
+        seconds = steps * self.paces.get(name, 0.1) * math.exp(dice.gauss(0, self.time_noise))
+        result = {
+            "status": "ok", "steps": steps, "val_loss": loss, "train_time": seconds, "robust_train_time": seconds * 0.99,
+            "process_time": 2 * seconds, "tokens": 256 * steps, "flops_per_token": 1000, "peak_memory": 10**8, "stalled": False,
+        }  # fmt: skip
+        if right == -1:
+            result |= {"status": "diverged", "val_loss": None}
+        (trial.folder / "checkpoints").mkdir(parents=True)
+        (trial.folder / "checkpoints" / "latest.pt").write_text("weights")
+        (trial.folder / "env.json").write_text(json.dumps(self.env))
+        times = [seconds * (i + 1) / steps for i in range(steps)]
+        log = [
+            dict(event="train", step=i + 1, tokens=256 * (i + 1), loss=3 + 1 / (i + 1), train_time=times[i])
+            for i in range(steps)
+        ]
+        log.append(dict(event="val", step=steps, tokens=256 * steps, loss=result["val_loss"], train_time=seconds))
+        (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+        (trial.folder / "result.json").write_text(json.dumps(result))
+        return Outcome(trial, result, fresh=True)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """fake(horizons, paces) puts a FakeTrainer in the trainer's place."""
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
+
+    def install(*args, **kwargs):
+        trainer = FakeTrainer(*args, **kwargs)
+        monkeypatch.setattr(trials, "train", trainer)
+        return trainer
+
+    return install
+
+
+def command(out, *flags, first="100"):
+    return [*flags, "--track", "tiny", "--target", "3.0", "--first-steps", first, "--out", str(out), "--", *FLAGS[2:]]
+
+
+def summary(out):
+    return json.loads((out / "comparison.json").read_text())
+
+
+def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys):
+    trainer = fake({"baseline": 200, "+modern": 100, "+no_bias": 202}, {"+modern": 0.12})
+    out = tmp_path / "c"
+    assert compare.main(command(out, "--base", "baseline", "--tricks", "modern", "no_bias", "--seeds", "5")) == 0
+    found = summary(out)
+    modern, bias = found["ratios"]
+    assert modern["verdict"] == "faster" and bias["verdict"] == "no difference shown"
+    steps, time = modern["equal_loss"]["steps"], modern["equal_loss"]["train_time"]
+    assert steps["ratio"] == pytest.approx(2, rel=0.05) and time["ratio"] == pytest.approx(2 / 1.2, rel=0.05)
+    assert modern["confirmed"]["tokens"]["ratio"] == pytest.approx(modern["confirmed"]["steps"]["ratio"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0].startswith("+modern: faster than baseline, ") and "n = 5 pairs" in lines[0]
+    assert "would have been shown" in lines[1]
+    # every confirming run is at one length with fresh seeds, and the arms take turns
+    confirming = [t for t in trainer.trained if t[2] < 1000]
+    assert [t[0] for t in confirming[:4]] == ["baseline", "+modern", "+no_bias", "baseline"]
+    assert all(len({s for n, s, _ in confirming if n == name}) == 1 for name in trainer.horizons)
+    assert all(arm["confirmed"]["met"] for arm in found["arms"])
+    for name in ("trials.csv", "curves.csv", "README.md", "loss.png", "loss.svg", "forest.png", "forest.svg"):
+        assert (out / name).stat().st_size > 100, name
+    assert not list(tmp_path.glob("work/**/latest.pt"))
+    # the printed ratio is the one recomputed from trials.csv
+    rows = read_rows(out / "trials.csv")
+    again = comparison.compare([r for r in rows if r.arm == "baseline"], [r for r in rows if r.arm == "+modern"], 3.0)
+    assert again["equal_loss"]["train_time"]["ratio"] == pytest.approx(time["ratio"], rel=1e-12)
+
+
+def test_interrupted_comparison_trains_nothing_twice(fake, tmp_path, monkeypatch):
+    trainer = fake({"baseline": 200, "modern": 100})
+    words = command(tmp_path / "c", "--recipes", "baseline", "modern", "--seeds", "3")
+    whole = trainer.__call__
+
+    def interrupted(trial, *args, **kwargs):
+        if len(trainer.trained) == 14:
+            raise KeyboardInterrupt
+        return whole(trial)
+
+    monkeypatch.setattr(trials, "train", interrupted)
+    assert compare.main(words) == 130
+    monkeypatch.setattr(trials, "train", trainer)
+    assert compare.main(words) == 0
+    assert len(trainer.trained) == len(set(trainer.trained)) > 14
+    # the run folders are not needed: trials.csv is enough, on another machine or in a fresh clone
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "elsewhere")
+    before = (tmp_path / "c" / "comparison.json").read_text()
+    count = len(trainer.trained)
+    assert compare.main(words) == 0 and len(trainer.trained) == count
+    assert (tmp_path / "c" / "comparison.json").read_text() == before
+    assert compare.main(["--report", str(tmp_path / "c")]) == 0
+    assert (tmp_path / "c" / "comparison.json").read_text() == before
+
+
+def test_crashed_trials_are_tried_again_next_time(fake, tmp_path, capsys):
+    trainer = fake({"baseline": 200, "modern": 100})
+    words = command(
+        tmp_path / "c", "--recipes", "baseline", "modern", "--seeds", "5", "--horizon", "baseline=215", "modern=110"
+    )
+    trainer.crashes = {"modern"}
+    assert compare.main(words) == 0
+    (ratio,) = summary(tmp_path / "c")["ratios"]
+    assert ratio["verdict"] == "not decided" and "out of memory" in capsys.readouterr().out
+    trainer.crashes = set()
+    assert compare.main(words) == 0
+    (ratio,) = summary(tmp_path / "c")["ratios"]
+    assert ratio["verdict"] == "faster" and ratio["basis"] == "confirmed runs"
+
+
+def test_chain_is_set_against_its_base_and_its_predecessor(fake, tmp_path):
+    fake({"baseline": 400, "+modern": 200, "+muon": 100})
+    out = tmp_path / "c"
+    assert compare.main(command(out, "--chain", "modern", "muon", "--seeds", "3", "--max-steps", "1600")) == 0
+    found = summary(out)
+    assert [(r["base"], r["arm"]) for r in found["ratios"]] == [
+        ("baseline", "+modern"), ("baseline", "+muon"), ("+modern", "+muon"),
+    ]  # fmt: skip
+    for ratio, right in zip(found["ratios"], (2, 4, 2), strict=True):
+        assert ratio["equal_loss"]["steps"]["ratio"] == pytest.approx(right, rel=0.05)
+    assert found["plots"] == ["loss", "forest", "waterfall"]
+
+
+def test_a_recipe_against_itself(fake, tmp_path):
+    fake({"modern": 200, "modern again": 200})
+    out = tmp_path / "c"
+    assert compare.main(command(out, "--again", "modern", "--seeds", "4", "--max-steps", "800")) == 0
+    (ratio,) = summary(out)["ratios"]
+    assert ratio["verdict"] == "no difference shown" and ratio["n"] == 4
+    seeds = [{r.seed for r in read_rows(out / "trials.csv") if r.arm == arm} for arm in ("modern", "modern again")]
+    assert not seeds[0] & seeds[1]
+
+
+def test_target_out_of_reach(fake, tmp_path, capsys, monkeypatch):
+    fake({"baseline": 200, "modern": math.inf, "muon": -1})
+    out = tmp_path / "c"
+    assert compare.main(command(out, "--recipes", "baseline", "modern", "muon", "--max-steps", "800")) == 2
+    error = capsys.readouterr().err
+    assert "modern: did not reach the target within 800 steps" in error and "trials are kept" in error
+    assert (out / "trials.csv").exists() and "did not reach" in (out / "README.md").read_text()
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "elsewhere")
+    fake({"baseline": 200, "modern": 100, "muon": -1})
+    assert compare.main(command(tmp_path / "d", "--recipes", "baseline", "modern", "muon", "--max-steps", "800")) == 0
+    lines = capsys.readouterr().out
+    assert "muon: did not reach the target within 800 steps" in lines and "modern: faster" in lines
+
+
+def test_runs_without_any_variance(fake, tmp_path):
+    fake({"baseline": 200, "modern": 100}, noise=0, time_noise=0)
+    out = tmp_path / "c"
+    assert compare.main(command(out, "--recipes", "baseline", "modern")) == 0
+    (ratio,) = summary(out)["ratios"]
+    assert ratio["equal_loss"]["steps"]["ratio"] == pytest.approx(2, rel=1e-6) and ratio["verdict"] == "faster"
+
+
+def test_two_machines_or_two_corpora_are_refused(fake, tmp_path, capsys):
+    trainer = fake({"baseline": 200, "modern": 100})
+
+    def words(seeds, *flags):
+        given = ("--horizon", "baseline=210", "modern=110")
+        return command(tmp_path / "c", "--recipes", "baseline", "modern", *given, "--seeds", seeds, *flags)
+
+    assert compare.main(words("2")) == 0
+    trainer.env["cpu"] = "another CPU"
+    assert compare.main(words("4")) == 2
+    assert "add --allow-mixed" in capsys.readouterr().err
+    assert compare.main(words("4", "--allow-mixed")) == 0
+    assert len(summary(tmp_path / "c")["machines"]) == 2
+    trainer.env["data_fingerprint"] = "a-c"
+    assert compare.main(words("5", "--allow-mixed")) == 2
+    assert "different data" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkeypatch):
+    trainer = fake({"baseline": 200, "modern": 100})
+    words = command(tmp_path / "c", "--recipes", "baseline", "modern", "--seeds", "2")
+    write = comparison.atomic_write
+
+    def full(path, text):
+        if text.count("\n") > 8:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(comparison, "atomic_write", full)
+    assert compare.main(words) == 2
+    assert "no space left" in capsys.readouterr().err and len(read_rows(tmp_path / "c" / "trials.csv")) == 7
+    monkeypatch.setattr(comparison, "atomic_write", write)
+    assert compare.main(words) == 0
+    assert len(trainer.trained) == len(set(trainer.trained))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base", "modern"], "compare what?"),
+        (["--tricks", "muno"], "unknown trick 'muno': did you mean 'muon'?"),
+        (["--recipes", "baseline"], "one arm is no comparison"),
+        (["--recipes", "modern,muon", "modern,muon"], "are the same settings"),
+        (["--base", "record", "--leave-out", "wsd"], "it is not in record"),
+        (["--tricks", "muon", "--seeds", "1"], "one run has no variance"),
+        (["--tricks", "muon", "--horizon", "muon"], "ARM=STEPS"),
+        (["--tricks", "muon", "--horizon", "muon=20"], "there is no such arm: did you mean '+muon'?"),
+        (["--tricks", "muon", "--side-by-side", "0"], "must be at least 1"),
+        (["--tricks", "muon", "--launcher", "slurm"], "invalid choice"),
+        (["--optimizers", "adamw", "muno"], "unknown optimizer 'muno'"),
+        (["--tricks", "muon", "--track", "tniy"], "unknown track 'tniy'"),
+        (["--report", "nowhere"], "holds no comparison"),
+        (["--tricks", "muon", "--", "--layres", "2"], "unknown flag --layres: did you mean '--layers'?"),
+    ],
+)
+def test_bad_input_is_one_line(fake, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    trainer = fake({})
+    assert compare.main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not trainer.trained
+    assert not (tmp_path / "comparisons").exists()
+
+
+def test_folder_of_something_else_is_left_alone(fake, tmp_path, capsys):
+    fake({"baseline": 200, "modern": 100, "muon": 50})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.txt").write_text("mine")
+    assert compare.main(command(tmp_path / "c", "--recipes", "baseline", "modern")) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+    assert compare.main(command(tmp_path / "d", "--recipes", "baseline", "modern")) == 0
+    assert compare.main(command(tmp_path / "d", "--recipes", "muon", "modern")) == 2
+    assert "holds a comparison with base 'baseline'" in capsys.readouterr().err
+
+
+def test_schedule_free_arms_run_at_a_constant_rate():
+    arms = compare.make_arms(compare.parse(["--optimizers", "adamw", "schedule_free_adamw"]))
+    assert [train_gpt.resolve(list(arm.flags))[0].schedule for arm in arms] == ["cosine:warmup=100", "constant"]
+
+
+# ---------------------------------------------------------------- the rate of wrong verdicts
+
+
+def rows_of(name: str, right: float, pace: float, rng, noise=0.003, time_noise=0.02, seeds=5) -> list[Row]:
+    """An arm as compare.py leaves it: a search, then confirming runs at the length that the search gave."""
+
+    def row(phase: str, steps: int, seed: int) -> Row:
+        loss = 3.0 - 0.1 * math.log2(steps / right) + rng.normal(0, noise)
+        seconds = steps * pace * math.exp(rng.normal(0, time_noise))
+        return Row(phase, name, steps, seed, seed, f"{name} {steps} {seed}", "ok", loss, seconds, seconds, seconds, 256 * steps,
+                   1e3 * steps, 1, False, "", "m", "c", "s", "d")  # fmt: skip
+
+    rows: list[Row] = []
+
+    def run(steps: int, seed: int) -> float:
+        rows.append(row("search", steps, seed))
+        return rows[-1].val_loss
+
+    found = compare.search(run, 200, 3.0, 3200).found
+    if found is None:
+        return []
+    return rows + [row("confirm", math.ceil(found.steps * 1.05), seed) for seed in range(seeds)]
+
+
+def test_two_arms_that_are_one_recipe_come_out_as_no_different():
+    """A/A: 5 % of 2,000 comparisons have p < 0.05, and 1 % are called faster or slower."""
+    rng, values, verdicts = np.random.default_rng(1), [], []
+    for _ in range(2000):
+        base, arm = rows_of("a", 210, 0.1, rng), rows_of("b", 210, 0.1, rng)
+        found = comparison.compare(base, arm, 3.0)
+        values.append(found["equal_loss"]["train_time"]["p"])
+        verdicts.append(found["verdict"])
+    assert np.mean(np.array(values) < 0.05) == pytest.approx(0.05, abs=0.01)
+    assert np.mean([v != "no difference shown" for v in verdicts]) < 0.02
+
+
+def test_a_true_ratio_is_covered_and_found():
+    rng, covered, faster = np.random.default_rng(2), [], []
+    for _ in range(400):
+        found = comparison.compare(rows_of("a", 260, 0.1, rng), rows_of("b", 200, 0.11, rng), 3.0)
+        r = found["equal_loss"]["train_time"]
+        covered.append(r["low"] < 26 / 22 < r["high"])
+        faster.append(found["verdict"] == "faster")
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03) and np.mean(faster) > 0.9
+
+
+def test_smallest_difference_is_found_at_the_stated_chance():
+    """What a verdict of `no difference shown` says it would have shown, is shown by 90 % of comparisons."""
+    rng = np.random.default_rng(3)
+    said = [comparison.compare(rows_of("a", 210, 0.1, rng), rows_of("b", 210, 0.1, rng), 3.0) for _ in range(100)]
+    smallest = float(np.median([s["smallest_difference"] for s in said]))
+    found = [
+        comparison.compare(rows_of("a", 210 * (1 + smallest), 0.1, rng), rows_of("b", 210, 0.1, rng), 3.0)["verdict"]
+        for _ in range(300)
+    ]
+    assert np.mean([v == "faster" for v in found]) == pytest.approx(0.9, abs=0.08)
+
+
+def test_seeds_come_from_the_measured_variance():
+    search = lambda sd: compare.Search((), stats.Horizon(200, 190, 210, -0.1, sd, 0.01, 4))  # noqa: E731
+    gap = 0.1 * math.log2(1.05)
+    for sd in (0.001, 0.002, 0.003):
+        n = compare.seeds_needed({"a": search(sd)}, 0.05)
+        assert n in (compare.LEAST_SEEDS, compare.MOST_SEEDS) or stats.power(n, gap / sd, 0.01) >= 0.9 > stats.power(
+            n - 1, gap / sd, 0.01
+        )
+    assert compare.seeds_needed({"a": search(0.0001)}, 0.05) < compare.seeds_needed({"a": search(0.003)}, 0.05)
+
+
+# ---------------------------------------------------------------- the real trainer
+
+
+def test_real_trials(tmp_path, monkeypatch, sotu):
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
+    out = tmp_path / "c"
+    words = ["--recipes", "baseline", "modern", "--target", "7", "--horizon", "baseline=3", "modern=2", "--seeds", "2"]
+    assert compare.main([*words, "--track", "tiny", "--out", str(out), "--", *FLAGS[2:]]) == 0
+    (ratio,) = summary(out)["ratios"]
+    assert ratio["n"] == 2 and ratio["confirmed"]["steps"]["ratio"] == pytest.approx(1.5)
+    rows = read_rows(out / "trials.csv")
+    assert {(r.arm, r.seed) for r in rows} == {(a, s) for a in ("baseline", "modern") for s in (0, 1)}
+    assert all(r.status == "ok" and r.train_time > 0 and len(r.source) == 12 and "cores" in r.machine for r in rows)
+
+
+def test_ray(tmp_path, monkeypatch, sotu):
+    """A real Ray with two worker processes."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": trials.RAY_ENVIRONMENT})
+    try:
+        words = ["--recipes", "baseline", "modern", "--target", "7", "--horizon", "baseline=3", "modern=2", "--seeds", "2"]
+        out = tmp_path / "c"
+        assert compare.main([*words, "--launcher", "ray", "--track", "tiny", "--out", str(out), "--", *FLAGS[2:]]) == 0
+        assert summary(out)["ratios"][0]["n"] == 2
+    finally:
+        ray.shutdown()

@@ -1,0 +1,355 @@
+"""Records are kept only when every rule holds, and every kind of tampering is found and named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import DATA_ROOT
+
+import train_gpt
+from data.shards import Dataset, validation_starts
+from lab import overlap, records, verify
+from lab.records import Log, Record
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def runs(sotu, tmp_path_factory):
+    """Run folders of tiny's baseline and record recipe, three seeds each, by turns."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in SEEDS:
+        for name, tricks, steps in (("baseline", "baseline", 60), ("quick", "modern,muon", 30)):
+            words = ["--track", "tiny", "--tricks", tricks, "--steps", str(steps), "--seed", str(seed), "--dtype", "fp32"]
+            assert train_gpt.main([*words, "--data-root", str(DATA_ROOT), "--out", str(root / f"{name}{seed}")]) == 0
+    return {name: [root / f"{name}{seed}" for seed in SEEDS] for name in ("baseline", "quick")}
+
+
+@pytest.fixture(scope="module")
+def made(runs, tmp_path_factory):
+    """The two records, made from those runs, to be copied. Their time ratio is set by hand: no test of this machine."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "corpora").symlink_to(DATA_ROOT)
+    for run in runs["baseline"]:
+        slower(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "RECORDS", root / "records")
+        records.add(runs["baseline"], "baseline", "GPT-2 as published with AdamW.", kind="baseline")
+        records.add(runs["quick"], "quick", "Muon on the modern model needs half of the steps.")
+    return root / "records"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """records/ of its own, with the tests' corpus beside it."""
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+    (tmp_path / "corpora").symlink_to(DATA_ROOT)
+    return tmp_path
+
+
+@pytest.fixture
+def kept(made, place):
+    """The two records, to be tampered with."""
+    shutil.copytree(made, place / "records")
+    return Record(place / "records" / "tiny" / "001-baseline"), Record(place / "records" / "tiny" / "002-quick")
+
+
+def slower(run) -> None:
+    """About ten seconds a step: so much that the record's runs are faster whatever else this machine does."""
+    path = run / "log.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    for e in events:
+        if e["event"] == "train":
+            e["step_time"] = 10.0 + e["step"] / 1e3 * (1 + int(run.name[-1]))
+        if "train_time" in e:
+            e["train_time"] = sum(x["step_time"] for x in events if x["event"] == "train" and x["step"] <= e["step"])
+    path.write_text("".join(json.dumps(e) + "\n" for e in events))
+    result = json.loads((run / "result.json").read_text())
+    times = [e["step_time"] for e in events if e["event"] == "train"]
+    result |= {"train_time": sum(times), "robust_train_time": len(times) * float(np.median(times))}
+    (run / "result.json").write_text(json.dumps(result))
+
+
+def failures(record: Record) -> dict[str, str]:
+    return {v.rule: v.words for v in verify.verdicts(Record(record.folder)) if v.verdict == "fail"}
+
+
+def edit(path, change) -> None:
+    """Change the events of a log, or a JSON document, in place."""
+    if path.suffix == ".jsonl":
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        change(events)
+        path.write_text("".join(json.dumps(e, separators=(",", ":")) + "\n" for e in events))
+    else:
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def test_a_record_passes_every_rule_and_is_small(kept, capsys, place):
+    _, quick = kept
+    for record in kept:
+        found = verify.verdicts(record)
+        assert [v.verdict for v in found] == ["pass"] * len(verify.RULES), [v for v in found if v.verdict != "pass"]
+        assert sum(p.stat().st_size for p in record.folder.iterdir()) < 30_000
+    assert quick.about["against"]["record"] == "001-baseline" and quick.about["against"]["ratio"] > 2
+    assert records.main(["verify"]) == 0
+    assert "2 records, 0 with a broken rule" in capsys.readouterr().out
+    assert records.main(["verify", "tiny/002-quick"]) == 0
+    assert "15 rules, 0 broken, 0 not checkable" in capsys.readouterr().out
+
+
+def test_printed_numbers_are_those_of_the_runs(kept, runs):
+    _, quick = kept
+    losses = [json.loads((run / "result.json").read_text())["val_loss"] for run in runs["quick"]]
+    times = [json.loads((run / "result.json").read_text())["train_time"] for run in runs["quick"]]
+    s = quick.about["statistics"]
+    assert s["mean"] == pytest.approx(np.mean(losses), abs=1e-5) and s["sd"] == pytest.approx(np.std(losses, ddof=1), abs=1e-5)
+    assert s["train_time"] == pytest.approx(np.mean(times), rel=1e-3)
+    assert f"mean {s['mean']:.4f}" in (quick.folder / "README.md").read_text()
+
+
+def edited_loss(record):
+    edit(record.folder / "seed1.log.jsonl", lambda events: events[-2].update(loss=events[-2]["loss"] - 0.01))
+
+
+def dropped_seed(record):
+    (record.folder / "seed1.log.jsonl").unlink()
+    edit(record.folder / "record.json", lambda about: about.update(seeds=[0, 2]))
+
+
+def missing_log(record):
+    (record.folder / "seed2.log.jsonl").unlink()
+
+
+def duplicated_log(record):
+    text = (record.folder / "seed0.log.jsonl").read_text()
+    (record.folder / "seed1.log.jsonl").write_text(text.replace('"seed":0', '"seed":1', 1))
+
+
+def changed_config(record):
+    edit(record.folder / "record.json", lambda about: about["settings"].update(width=128))
+
+
+def changed_config_and_hash(record):
+    from run_folder import settings_hash
+
+    def change(about):
+        about["settings"].update(width=128)
+        about["config_sha256"] = settings_hash(about["settings"])
+
+    edit(record.folder / "record.json", change)
+
+
+def other_source(record):
+    edit(record.folder / "seed0.log.jsonl", lambda events: events[0].update(source="0" * 64))
+
+
+def claimed_mean(record):
+    edit(record.folder / "record.json", lambda about: about["statistics"].update(mean=about["statistics"]["mean"] - 0.001))
+
+
+def faster_clock(record):
+    def change(events):
+        for e in events:
+            if e["event"] == "train":
+                e["step_time"] = [t * 0.9 for t in e["step_time"]]
+
+    edit(record.folder / "seed0.log.jsonl", change)
+
+
+def backward_clock(record):
+    edit(
+        record.folder / "seed0.log.jsonl",
+        lambda events: [e for e in events if e["event"] == "val"][-1].update(train_time=0.001),
+    )
+
+
+def stopped_early(record):
+    edit(record.folder / "seed0.log.jsonl", lambda events: events[-1].update(step=29))
+
+
+def left_out_steps(record):
+    def change(events):
+        first = next(e for e in events if e["event"] == "train")
+        first["loss"].pop()
+        first["step_time"].pop()
+
+    edit(record.folder / "seed0.log.jsonl", change)
+
+
+def extra_file(record):
+    (record.folder / "notes.txt").write_text("trust me")
+
+
+def path_of_a_machine(record):
+    edit(record.folder / "record.json", lambda about: about.update(why="ran in /home/me/runs"))
+
+
+def claimed_ratio(record):
+    edit(record.folder / "record.json", lambda about: about["against"].update(ratio=99.0))
+
+
+def another_target(record):
+    edit(record.folder / "record.json", lambda about: about.update(target_loss=3.5))
+
+
+def no_field(record):
+    edit(record.folder / "record.json", lambda about: about.pop("seeds"))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "rule", "words"),
+    [
+        (edited_loss, "statistics", "the logs give"),
+        (dropped_seed, "seeds", "one was dropped or picked"),
+        (missing_log, "files", "missing: seed2.log.jsonl"),
+        (duplicated_log, "distinct", "seed1.log.jsonl and seed0.log.jsonl are the same run"),
+        (changed_config, "configuration", "one of them was changed"),
+        (changed_config_and_hash, "configuration", "made with another config"),
+        (other_source, "configuration", "seed0.log.jsonl was made with another source"),
+        (claimed_mean, "statistics", "mean is"),
+        (faster_clock, "clock", "add up to"),
+        (backward_clock, "clock", "ran backwards"),
+        (stopped_early, "stopping", "seed0.log.jsonl ended at step 29 of 30"),
+        (left_out_steps, "stopping", "are not all there"),
+        (extra_file, "files", "not part of a record: notes.txt"),
+        (path_of_a_machine, "files", "a path of a machine: /home/me/runs"),
+        (claimed_ratio, "faster", "against ratio is 99.0"),
+        (another_target, "track", "the target is not the track's"),
+        (no_field, "schema", "'seeds' is a required property"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_tampering_is_found_and_named(kept, capsys, tamper, rule, words):
+    _, quick = kept
+    tamper(quick)
+    found = failures(quick)
+    assert words in found[rule], found
+    assert records.main(["verify", "tiny/002-quick"]) == 2
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["fail", rule])
+    assert words in line
+
+
+def own_corpus(place):
+    """A copy of the corpus, to damage."""
+    (place / "corpora").unlink()
+    shutil.copytree(DATA_ROOT / "sotu-bytes", place / "corpora" / "sotu-bytes")
+    return place / "corpora" / "sotu-bytes"
+
+
+def test_validation_text_in_the_training_data_is_found(kept, place):
+    _, quick = kept
+    folder = own_corpus(place)
+    val, settings = Dataset(folder, "val"), quick.about["settings"]
+    start = validation_starts(val, 64, settings["val_tokens"], settings["val_spread"])[3]
+    stretch = np.array(val.window(start, 64))
+    path = sorted(folder.glob("*_train_*.bin"))[0]
+    content = bytearray(path.read_bytes())
+    content[1024 + 2 * 5000 : 1024 + 2 * 5064] = stretch.tobytes()
+    path.write_bytes(bytes(content))
+    found = failures(quick)
+    assert f"{quick.about['data']['overlap']['in_train'] + 1} of 128" in found["overlap"]
+    assert "is damaged" in found["data"]
+
+
+def test_without_the_corpus_its_rules_are_not_checkable(kept, place):
+    (place / "corpora").unlink()
+    verdict = {v.rule: v for v in verify.verdicts(kept[1])}
+    assert verdict["data"].verdict == verdict["overlap"].verdict == "not checkable"
+    assert "./run.sh data prepare sotu" in verdict["data"].words
+    assert not failures(kept[1])
+
+
+def test_rolling_hash_finds_what_is_there():
+    tokens = np.random.default_rng(0).integers(0, 65535, 500).astype("<u2")
+    for length in (1, 2, 3, 7, 64, 100):
+        hashes = overlap.rolling_hash(tokens, length)
+        assert len(hashes) == 500 - length + 1 and len(set(hashes.tolist())) > 400
+        assert all(overlap.hash_of(tokens[i : i + length]) == hashes[i] for i in (0, 1, 250, 500 - length))
+
+
+def test_a_model_that_looks_ahead_is_found(kept, monkeypatch):
+    import model
+
+    monkeypatch.setitem(model.ATTENTION, "chunked", lambda q, k, v, scale, dropout: (q @ k.mT * scale).softmax(-1) @ v)
+    assert "depends on later tokens" in failures(kept[1])["model"]
+
+
+def test_rerun_is_within_the_records_noise(kept, tmp_path, monkeypatch):
+    from lab import trials
+
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "again")
+    (verdict,) = [v for v in verify.verdicts(kept[1], again=True) if v.rule == "rerun"]
+    assert verdict.verdict == "pass" and "seed 0" in verdict.words
+    edit(kept[1].folder / "record.json", lambda about: about["statistics"].update(mean=2.0))
+    (verdict,) = [v for v in verify.verdicts(Record(kept[1].folder), again=True) if v.rule == "rerun"]
+    assert verdict.verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("pick", "keywords", "message"),
+    [
+        (lambda r: r["quick"][:1], {}, "1 run is no evidence"),
+        (lambda r: r["quick"][1:], {}, "seeds must be 0 to 1"),
+        (lambda r: [*r["quick"][:2], r["quick"][1]], {}, "seeds must be 0 to 2, each once"),
+        (lambda r: [r["quick"][0], r["baseline"][1]], {}, "have different settings"),
+        (lambda r: r["baseline"], {"category": "optimizer"}, "not of category optimizer"),
+        (lambda r: r["quick"], {"against": ["001-basline"]}, "did you mean '001-baseline'?"),
+        (lambda r: r["baseline"], {}, "not a record: faster"),
+        (lambda r: [r["quick"][0].parent / "nowhere"], {}, "not a finished run"),
+    ],
+)
+def test_what_is_no_record_is_refused_and_leaves_nothing(kept, runs, pick, keywords, message):
+    from spec import UsageError
+
+    before = sorted(records.RECORDS.rglob("*"))
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+        records.add(pick(runs), "third", "why", **keywords)
+    assert sorted(records.RECORDS.rglob("*")) == before
+
+
+def test_runs_timed_anew_are_kept_with_the_record(runs, made, place):
+    shutil.copytree(made, place / "records")
+    shutil.rmtree(place / "records" / "tiny" / "002-quick")
+    record = records.add(runs["quick"], "quick", "Faster.", against=[str(run) for run in runs["baseline"]])
+    assert record.about["against"]["logs"] == "here" and not failures(record)
+    assert len(list(record.folder.glob("against-seed*.log.jsonl"))) == 3
+    edit(
+        record.folder / "against-seed0.log.jsonl",
+        lambda events: events[1].update(step_time=[9.0] * len(events[1]["step_time"])),
+    )
+    assert "the logs give" in failures(record)["faster"]
+
+
+def test_long_logs_are_kept_in_spans(runs, monkeypatch):
+    events = [json.loads(line) for line in (runs["quick"][0] / "log.jsonl").read_text().splitlines()]
+    whole, short = (records.compact(events, {"seed": 0}, spans) for spans in (1, 4))
+    count = lambda lines: sum(len(e["step_time"]) for e in lines if e["event"] == "train")  # noqa: E731
+    total = lambda lines: sum(sum(e["step_time"]) for e in lines if e["event"] == "train")  # noqa: E731
+    assert count(whole) == 30 and count(short) == 10  # five lines of six steps: two spans each
+    assert total(whole) == pytest.approx(total(short), rel=1e-4)
+
+
+def test_log_that_is_damaged_is_one_line(kept):
+    path = kept[1].folder / "seed0.log.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert "seed0.log.jsonl is damaged" in failures(kept[1])["seeds"]
+    with pytest.raises(ValueError, match="damaged"):
+        _ = Log(path).events
+
+
+def test_summary_sets_a_run_beside_the_records(kept, runs, capsys):
+    assert records.main(["summary", str(runs["quick"][0])]) == 0
+    shown = capsys.readouterr().out
+    assert "target 3 reached" in shown and "001-baseline (n = 3)" in shown and "002-quick (n = 3)" in shown
+    assert records.main(["summary", "nowhere"]) == 2
+    assert records.main(["verify", "tiny/003"]) == 2
+    assert "no record 'tiny/003'" in capsys.readouterr().err
+
+
+def test_committed_records_pass():
+    """As `./run.sh records verify` in this checkout."""
+    for record in records.chosen([]):
+        assert not failures(record), record.label
