@@ -112,6 +112,7 @@ class Runner:
         self.out, self.keep_checkpoints = out, keep_checkpoints
         self.ledger, self.lock = Ledger(out), threading.Lock()
         self.seconds: dict[str, float] = {}  # arm -> of one step, as last seen
+        self.interrupted = threading.Event()
 
     def find(self, trial: Trial) -> Row | None:
         return self.ledger.rows.get(trial.folder.name)
@@ -120,6 +121,8 @@ class Runner:
         """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
         row = self.find(trial)
         if row is None or row.status == "crashed":
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
             outcome = launch(trial)
             row = Row.of(phase, outcome)
             if outcome.result is not None:
@@ -176,8 +179,14 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
             found[arm.name] = one(arm, first or options.given.get(options.base or "baseline") or length)
             first = round(found[arm.name].found.steps) if found[arm.name].found else first
     else:
-        with ThreadPoolExecutor(at_once) as pool:
+        pool = ThreadPoolExecutor(at_once)
+        try:
             found = dict(zip([arm.name for arm in arms], pool.map(one, arms, lengths), strict=True))
+        except BaseException:
+            runner.interrupted.set()  # the other arms' searches stop after the trial that they are at
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     bar.close()
     return found
 
@@ -330,7 +339,7 @@ def run(options: argparse.Namespace) -> list[str]:
     why = {name: s.why for name, s in found.items()}
     plan = lengths(arms, found, options.given, options.margin)
     seeds = options.seeds or seeds_needed(found, options.margin)
-    described = [{"name": a.name, "flags": list(a.flags), "why": why.get(a.name, "")} for a in arms]
+    described = [{"name": a.name, "flags": list(a.flags), "steps": plan.get(a.name), "why": why.get(a.name, "")} for a in arms]
     settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": described}
     write = lambda: report(out, settings, list(runner.ledger.rows.values()), options.allow_mixed)  # noqa: E731
     if len(plan) < 2 or names[0] not in plan:
@@ -359,8 +368,7 @@ def check_folder(out: Path, settings: dict[str, Any]) -> None:
 
 def report(out: Path, settings: dict[str, Any], rows: list[Row], allow_mixed: bool) -> list[str]:
     """Write comparison.json, README.md and the plots; returns the verdict lines."""
-    names = {arm["name"] for arm in settings["arms"]}
-    summary = comparison.summarise([row for row in rows if row.arm in names], settings, allow_mixed)
+    summary = comparison.summarise(rows, settings, allow_mixed)
     curves = read_curves(out / "curves.csv")
     summary["plots"] = plots.draw_comparison(out, summary, curves)
     atomic_write(out / "comparison.json", json.dumps(summary, indent=1) + "\n")
@@ -388,7 +396,7 @@ def report_again(folder: Path, allow_mixed: bool) -> list[str]:
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no comparison: {Path(error.filename).name} is missing") from None
     settings = {k: there[k] for k in ("track", "target", "base", "mode", "command", "margin", "seeds")}
-    settings["arms"] = [{k: arm[k] for k in ("name", "flags", "why")} for arm in there["arms"]]
+    settings["arms"] = [{k: arm[k] for k in ("name", "flags", "steps", "why")} for arm in there["arms"]]
     return report(folder, settings, rows, allow_mixed)
 
 

@@ -16,6 +16,7 @@ seed and the step alone; so one rank, eight ranks, and a resumed run train on th
 import argparse
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
@@ -557,6 +558,11 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("train_gpt.py: no space left on the disk; free some, and the same command continues", file=sys.stderr)
         return 2
     finally:
         if world:

@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import tricks
 from lab import stats
 from lab.markdown import table
 from lab.trials import Outcome
@@ -157,8 +158,12 @@ def horizon(rows: Sequence[Row], target: float) -> stats.Horizon | None:
     return stats.horizon([row.steps for row in used], [row.val_loss for row in used], target, LEVEL)
 
 
-def confirmed(rows: Sequence[Row], target: float) -> dict[str, Any] | None:
-    """The confirming runs of an arm as a claim: n, mean, sd, p. A run that did not end in a loss voids it."""
+def confirmed(rows: Sequence[Row], target: float, sets_target: bool = False) -> dict[str, Any] | None:
+    """The confirming runs of an arm as a claim: n, mean, sd, p. A run that did not end in a loss voids it.
+
+    sets_target: the arm is the baseline at the length by whose mean the track's target was set. No number of runs would show
+    that to be below itself; its mean must not be above.
+    """
     runs = sorted((row for row in rows if row.phase == "confirm"), key=lambda row: row.seed)
     if not runs:
         return None
@@ -168,7 +173,8 @@ def confirmed(rows: Sequence[Row], target: float) -> dict[str, Any] | None:
         return claim | {"met": False, "why": f"{sum(not math.isfinite(x) for x in losses)} of {len(losses)} runs failed"}
     sample = stats.Sample.of(losses)
     p = sample.p_above(target)
-    claim |= {"mean": sample.mean, "sd": sample.sd, "interval": sample.interval(LEVEL), "p": p, "met": p < ALPHA}
+    claim |= {"mean": sample.mean, "sd": sample.sd, "interval": sample.interval(LEVEL), "p": p}
+    claim["met"] = sample.mean <= target if sets_target else p < ALPHA
     claim["stalled"] = sum(row.stalled for row in runs)
     return claim | {"costs": {cost: statistics.mean(getattr(row, cost) for row in runs) for cost in COSTS}}
 
@@ -180,7 +186,7 @@ def pairs(base: Sequence[Row], arm: Sequence[Row]) -> list[tuple[Row, Row]]:
     return [(one[pair], other[pair]) for pair in sorted(one.keys() & other.keys())]
 
 
-def compare(base: Sequence[Row], arm: Sequence[Row], target: float) -> dict[str, Any]:
+def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_target: bool = False) -> dict[str, Any]:
     """What `arm` saves against `base`: a verdict, and a ratio with interval and p for each cost."""
     matched = pairs(base, arm)
     found = {"n": len(matched), "confirmed": {}, "equal_loss": {}}
@@ -192,7 +198,7 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float) -> dict[str,
             ratio = stats.paired_ratio(*values, LEVEL)
             found["confirmed"][cost] = dataclasses.asdict(ratio) | {"bootstrap": stats.bootstrap_ratio(*values, LEVEL)}
     horizons = horizon(base, target), horizon(arm, target)
-    claims = confirmed(base, target), confirmed(arm, target)
+    claims = confirmed(base, target, base_sets_target), confirmed(arm, target)
     if all(horizons):
         lengths = [(math.log(h.steps) * sign, h.se, h.df) for h, sign in zip(horizons, (1, -1), strict=True)]
         for cost in COSTS:
@@ -236,24 +242,28 @@ def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
 
 
 def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool = False) -> dict[str, Any]:
-    """comparison.json: `settings` (track, target, base, mode, arms with their flags and why a search failed) and all that
-    the trials say.
+    """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed)
+    and all that the trials say.
 
     Raises:
         UsageError: see check_machines.
     """
-    machines, target = check_machines(rows, allow_mixed), settings["target"]
-    names = [arm["name"] for arm in settings["arms"]]
-    of = {name: [row for row in rows if row.arm == name] for name in names}
+    target, base = settings["target"], settings["base"]
+    steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs; earlier plans' are left out
+    rows = [r for r in rows if r.arm in steps and (r.phase == "search" or r.steps == steps[r.arm])]
+    machines = check_machines(rows, allow_mixed)
+    of = {name: [row for row in rows if row.arm == name] for name in steps}
+    track = tricks.track(settings["track"])
+    sets = {n: n == "baseline" and (target, s) == (track.target_loss, track.settings["steps"]) for n, s in steps.items()}
     arms = []
     for arm in settings["arms"]:
-        found = horizon(of[arm["name"]], target)
-        claim = confirmed(of[arm["name"]], target)
-        arms.append(arm | {"horizon": found and dataclasses.asdict(found), "confirmed": claim, "runs": len(of[arm["name"]])})
-    base = settings["base"]
-    ratios = [{"arm": name, "base": base} | compare(of[base], of[name], target) for name in names if name != base]
+        name = arm["name"]
+        found, claim = horizon(of[name], target), confirmed(of[name], target, sets[name])
+        arms.append(arm | {"horizon": found and dataclasses.asdict(found), "confirmed": claim, "runs": len(of[name])})
+    wanted = [(base, name) for name in steps if name != base]
     if settings["mode"] == "chain":
-        ratios += [{"arm": b, "base": a} | compare(of[a], of[b], target) for a, b in pairwise(names[1:])]
+        wanted += pairwise(name for name in steps if name != base)
+    ratios = [{"arm": b, "base": a} | compare(of[a], of[b], target, sets[a]) for a, b in wanted]
     sources = sorted({row.source for row in rows if row.source})
     return settings | {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
 
@@ -280,7 +290,8 @@ def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
     if ratio["verdict"] == "no difference shown":
         line += f"; a difference of {ratio['smallest_difference']:.1%} would have been shown"
     if not claim["met"]:
-        line += f"; NOT confirmed at {claim['steps']} steps (mean {claim['mean']:.4f}, p = {claim['p']:.2g})"
+        reason = claim.get("why") or f"mean {claim['mean']:.4f}, p = {claim['p']:.2g}"
+        line += f"; NOT confirmed at {claim['steps']} steps ({reason})"
     return line
 
 

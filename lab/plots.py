@@ -72,11 +72,14 @@ def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]]
             axis.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.25, linewidth=0)
             axis.plot([c[key] for c in ends], [c["loss"] for c in ends], "o", color=f"C{i % 10}", markersize=4)
     top = np.quantile([c["loss"] for c in curves if c["kind"] == "train"], 0.97)
+    lowest = min(target, *(c["loss"] for c in curves))
     for axis, words in zip(axes, ("training time, s", "tokens"), strict=True):
         axis.axhline(target, color="0.4", linestyle=":", linewidth=1)
         axis.set(xlabel=words, xscale="log")
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="loss, nats per token (lines: training; dots: final validation)", ylim=(target * 0.9, top))
+    axes[0].set(
+        ylabel="loss, nats per token (lines: training; dots: final validation)", ylim=(lowest - 0.05 * (top - lowest), top)
+    )
     axes[1].legend(fontsize=8)
     return save(figure, folder, "loss")
 
@@ -137,6 +140,7 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
         axis.set_yscale("log")
         axis.set_ylim(bottom=10 ** math.floor(math.log10(min(s for _, s in timed)) - 0.3))
     axis.set(ylabel="seconds to the target")
+    axis.margins(y=0.08)
     axis.grid(axis="y", alpha=0.3)
     return save(figure, folder, "waterfall")
 

@@ -52,10 +52,12 @@ def optimizer_rows() -> list[tuple[str, ...]]:
 def measured_tables() -> dict[str, str]:
     """Marker name -> table of benchmarks/README.md."""
     steps, runs, pass_ = measured("step"), measured("cpu_track"), measured("share")
+    processor = lambda row: row["machine"].split("(R)")[0].split(",")[0]  # noqa: E731
     rows = [
         (
             f"`{row['name']}`" if row["what"] == "ours" else "", row["what"], f"{row['milliseconds']:,.0f}",
             f"{row['ratio']:.2f} ({row['smallest']:.2f}-{row['largest']:.2f})", f"{row['state_per_parameter']:.1f}",
+            processor(row),
         )
         for group in steps.values() for row in group
     ]  # fmt: skip
@@ -69,11 +71,13 @@ def measured_tables() -> dict[str, str]:
             shares.append((f"`{name}`", f"{step:.2f}", *(f"{p:.1%}" for p in parts)))
     losses = [
         (f"`{name}`", f"{row['val_loss']:.3f}" if row["val_loss"] else row["status"], f"{row['step_time'] * 1e3:.0f}",
-         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", row["machine"].split("(R)")[0].split(",")[0])
+         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", processor(row))
         for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
     ]  # fmt: skip
     return {
-        "step": table(("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight"), rows),
+        "step": table(
+            ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor"), rows
+        ),
         "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
         "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule", "processor"), losses),
     }

@@ -28,7 +28,7 @@ import tricks
 from data.shards import dataset_folder, read_manifest
 from lab import markdown, overlap, stats
 from lab.markdown import table
-from run_folder import PRESENTATION, atomic_write, now, settings_hash
+from run_folder import PRESENTATION, atomic_write, settings_hash
 from spec import UsageError, nearest
 
 RECORDS = Path(__file__).parent.parent / "records"
@@ -184,7 +184,7 @@ class Record:
 def of_track(track: str, category: str | None = None) -> list[Record]:
     """The records of a track, oldest first."""
     found = [Record(path.parent) for path in sorted((RECORDS / track).glob("*/record.json"))]
-    return [r for r in found if category in (None, r.about["category"]) or r.about["kind"] == "baseline"]
+    return [r for r in found if category in (None, r.about["category"])]
 
 
 def statistics_of(logs: list[Log], target: float, flops_per_token: float, batch_tokens: int) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def write(folder: Path, runs: list[Finished], rivals: list[Finished], rival: Rec
     if (manifest := read_manifest(corpus)) is None:
         raise UsageError(f"{corpus} is not here: the hashes of the data belong to a record")
     about = {
-        "format": 1, "track": settings["track"], **said, "date": (logs[-1].end.get("utc") or now())[:10],
+        "format": 1, "track": settings["track"], **said, "date": (logs[-1].end.get("utc") or "unknown")[:10],
         "recipe": ",".join(tricks.spelled_out(settings["track"], settings["tricks"])) or "baseline",
         "settings": settings, "config_sha256": settings_hash(settings),
         "steps": settings["steps"], "seeds": seeds, "target_loss": goal,
@@ -438,6 +438,8 @@ def history(track: str, category: str, root: str = "") -> str:
             f"{s['train_time']:,.1f}", f"{first / s['train_time']:.3g}x", gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
             f"{s['n']}, {s['p']:.1g}", about["date"],
         ))  # fmt: skip
+    if not rows:
+        return "None yet."
     head = (
         "record",
         "what",
@@ -477,12 +479,8 @@ def published() -> dict[str, str]:
 
 def tables() -> dict[str, str]:
     """Marker name -> table of records/README.md."""
-    ours = {}
-    for track in tricks.TRACKS:
-        for category in CATEGORIES:
-            if any(r.about["kind"] == "record" or category == "open" for r in of_track(track, category)):
-                ours[f"{track} {category}"] = history(track, category)
-    return ours | published()
+    shown = [(track, c) for track in tricks.TRACKS for c in CATEGORIES if track == "cpu" or of_track(track, c)]
+    return {f"{track} {category}": history(track, category) for track, category in shown} | published()
 
 
 def render() -> list[str]:

@@ -4,6 +4,7 @@ of its settings in the name of its run folder, so that whatever stops an experim
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def train(trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2) ->
         if (result := trial.result) is not None:
             return Outcome(trial, result, fresh=True)
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        if done.returncode == 2:  # refused: trying again would not help
+        if done.returncode in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
     return Outcome(trial, None, error, fresh=True)
 

@@ -132,6 +132,26 @@ def test_interrupted_comparison_trains_nothing_twice(fake, tmp_path, monkeypatch
     assert (tmp_path / "c" / "comparison.json").read_text() == before
 
 
+def test_runs_of_an_earlier_plan_are_left_out(fake, tmp_path):
+    fake({"baseline": 200, "modern": 100})
+    words = ["--recipes", "baseline", "modern", "--seeds", "5", "--horizon", "baseline=215"]
+    assert compare.main(command(tmp_path / "c", *words, "modern=150")) == 0
+    assert compare.main(command(tmp_path / "c", *words, "modern=110")) == 0
+    found = summary(tmp_path / "c")
+    assert found["ratios"][0]["confirmed"]["steps"]["ratio"] == pytest.approx(215 / 110)
+    assert [arm["confirmed"]["n"] for arm in found["arms"]] == [5, 5]
+
+
+def test_baseline_that_set_the_target_need_not_be_below_it(fake, tmp_path):
+    """tiny's baseline has 60 steps: at that length its mean is compared with the target, not tested against it."""
+    fake({"baseline": 60 / 2**0.01, "modern": 30}, noise=0.003)
+    words = ["--recipes", "baseline", "modern", "--seeds", "4", "--out", str(tmp_path / "c"), "--track", "tiny"]
+    assert compare.main([*words, "--horizon", "baseline=60", "modern=35", "--", *FLAGS[2:]]) == 0
+    base, arm = summary(tmp_path / "c")["arms"]
+    assert base["confirmed"]["p"] > 0.01 and base["confirmed"]["met"] and arm["confirmed"]["met"]
+    assert summary(tmp_path / "c")["ratios"][0]["verdict"] == "faster"
+
+
 def test_crashed_trials_are_tried_again_next_time(fake, tmp_path, capsys):
     trainer = fake({"baseline": 200, "modern": 100})
     words = command(

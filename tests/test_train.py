@@ -288,6 +288,22 @@ def test_finished_run_is_not_trained_again(train, capsys):
     assert len(losses(folder)) == 3
 
 
+def test_full_disk_is_one_line_and_the_run_continues(train, monkeypatch, capsys):
+    whole = train("--steps", "6", out="whole")
+    save = run_folder.Run.save
+
+    def full(self, state):
+        if state["step"] == 4:
+            raise OSError(28, "No space left on device")
+        save(self, state)
+
+    monkeypatch.setattr(run_folder.Run, "save", full)
+    train("--steps", "6", "--checkpoint-every", "2", code=2)
+    assert "no space left" in capsys.readouterr().err
+    monkeypatch.setattr(run_folder.Run, "save", save)
+    assert losses(train("--steps", "6", "--checkpoint-every", "2")) == losses(whole)
+
+
 def test_run_folders_differ_by_what_is_computed():
     def folder(*flags):
         config, model_config, recipe = train_gpt.resolve(["--track", "tiny", *flags])
