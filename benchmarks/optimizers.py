@@ -251,7 +251,8 @@ def main(argv: list[str]) -> None:
         results["share"] = share()
     for name in names if chosen.part != "share" else ():
         if chosen.part == "step":
-            results["step"][name] = compare(name)
+            elsewhere = [row for row in results["step"].get(name, []) if row["machine"] != MACHINE]
+            results["step"][name] = elsewhere + compare(name)
             gc.collect()
         else:
             results["cpu_track"][name] = cpu_track(name)

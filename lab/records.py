@@ -1,6 +1,7 @@
 """Records: kept evidence that a recipe meets a track's target, in a form that a stranger can check by machine.
 
-    ./run.sh records add runs/cpu/modern-s*  --name modern --why "..."   check finished runs and keep them as a record
+    ./run.sh records add --comparison comparisons/cpu-chain-baseline --arm +muon --name muon --why "..."
+    ./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
     ./run.sh records verify                                              every rule on every record: pass, fail, not checkable
     ./run.sh records verify cpu/002-modern --rerun                       and train one of its seeds again
     ./run.sh records render                                              tables and plots of records/README.md
@@ -533,7 +534,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = made.add_subparsers(dest="verb", required=True)
     adder = verbs.add_parser("add", help="keep finished runs as the track's next record")
-    adder.add_argument("runs", type=Path, nargs="+", help="run folders, one a seed")
+    adder.add_argument("runs", type=Path, nargs="*", help="run folders, one a seed")
+    adder.add_argument("--comparison", type=Path, metavar="FOLDER", help="take the runs from a comparison: needs --arm")
+    adder.add_argument("--arm", help="arm of the comparison whose confirming runs become the record")
+    adder.add_argument("--against-arm", metavar="ARM", help="arm of the comparison that is a record, timed by turns with it")
     adder.add_argument("--name", required=True, help="short name in lower case")
     adder.add_argument("--why", required=True, help="what is new and why it pays, a sentence or two")
     adder.add_argument("--category", choices=CATEGORIES, default="open", help="optimizer: on the fixed `modern` model")
@@ -545,6 +549,41 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("render", help="rewrite the tables and plots of records/README.md")
     verbs.add_parser("summary", help="one run beside the track's records").add_argument("run", type=Path)
     return made
+
+
+def runs_of(folder: Path, arm: str) -> list[Path]:
+    """Run folders of the confirming runs of an arm of a comparison.
+
+    Raises:
+        UsageError: no comparison, no such arm, or an arm without confirming runs.
+    """
+    from lab import trials
+    from lab.comparison import read_rows
+
+    try:
+        steps = {a["name"]: a["steps"] for a in load(folder, "comparison.json")["arms"]}
+        rows = read_rows(folder / "trials.csv")
+    except (UsageError, FileNotFoundError):
+        raise UsageError(f"{folder} holds no comparison") from None
+    if arm not in steps:
+        raise UsageError(f"{folder} has no arm {arm!r}: {nearest(arm, steps)}")
+    track = load(folder, "comparison.json")["track"]
+    found = [r for r in rows if r.arm == arm and r.phase == "confirm" and r.steps == steps[arm]]
+    if not found:
+        raise UsageError(f"arm {arm!r} of {folder} has no confirming runs")
+    return [trials.RUNS / "runs" / track / r.run for r in found]
+
+
+def named_runs(options: argparse.Namespace) -> tuple[list[Path], list[str] | None]:
+    """Run folders of the record and what it is against, as the command line says."""
+    if bool(options.runs) == bool(options.comparison):
+        raise UsageError("add what? run folders, or --comparison FOLDER --arm ARM")
+    if not options.comparison:
+        return options.runs, options.against
+    if not options.arm:
+        raise UsageError("--comparison needs --arm: which of its arms becomes the record?")
+    rival = [str(run) for run in runs_of(options.comparison, options.against_arm)] if options.against_arm else options.against
+    return runs_of(options.comparison, options.arm), rival
 
 
 def chosen(names: list[str]) -> Iterator[Record]:
@@ -559,7 +598,8 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     try:
         if options.verb == "add":
-            print(add(options.runs, options.name, options.why, options.category, options.against, options.kind).folder)
+            runs, against = named_runs(options)
+            print(add(runs, options.name, options.why, options.category, against, options.kind).folder)
         elif options.verb == "verify":
             from lab import verify
 

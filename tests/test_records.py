@@ -323,6 +323,35 @@ def test_runs_timed_anew_are_kept_with_the_record(runs, made, place):
     assert "the logs give" in failures(record)["faster"]
 
 
+def test_a_record_is_taken_from_a_comparison(runs, made, place, monkeypatch, capsys):
+    from lab import trials
+
+    monkeypatch.setattr(trials, "RUNS", place)
+    shutil.copytree(made, place / "records")
+    shutil.rmtree(place / "records" / "tiny" / "002-quick")
+    lines = ["phase,arm,steps,pair,seed,run,status,val_loss,train_time,robust_train_time,process_time,tokens,flops,peak_memory,"
+             "stalled,ended,machine,commit,source,data,error"]  # fmt: skip
+    for arm, steps in (("baseline", 60), ("quick", 30)):
+        for seed, run in enumerate(runs[arm]):
+            shutil.copytree(run, place / "runs" / "tiny" / run.name)
+            lines.append(f"confirm,{arm},{steps},{seed},{seed},{run.name},ok,2.5,1,1,1,1,1,1,False,now,m,c,s,d,")
+    (place / "c").mkdir()
+    (place / "c" / "trials.csv").write_text("\n".join(lines) + "\n")
+    arms = [{"name": "baseline", "steps": 60}, {"name": "quick", "steps": 30}, {"name": "lost", "steps": 10}]
+    (place / "c" / "comparison.json").write_text(json.dumps({"track": "tiny", "arms": arms}))
+    words = ["add", "--comparison", str(place / "c"), "--name", "quick", "--why", "Faster."]
+    for more, message in (
+        ([], "--comparison needs --arm"),
+        (["--arm", "quik"], "did you mean 'quick'?"),
+        (["--arm", "lost"], "has no confirming runs"),
+        (["--arm", "quick", "somewhere"], "add what?"),
+    ):
+        assert records.main([*words, *more]) == 2 and message in capsys.readouterr().err
+    assert records.main([*words, "--arm", "quick", "--against-arm", "baseline"]) == 0
+    record = Record(place / "records" / "tiny" / "002-quick")
+    assert not failures(record) and record.about["against"]["logs"] == "here"
+
+
 def test_long_logs_are_kept_in_spans(runs, monkeypatch):
     events = [json.loads(line) for line in (runs["quick"][0] / "log.jsonl").read_text().splitlines()]
     whole, short = (records.compact(events, {"seed": 0}, spans) for spans in (1, 4))
