@@ -63,6 +63,7 @@ class ModelConfig:
     vocab_multiple: int = setting(1, "pad embedding and head rows to a multiple of this; logits of padding are cut off")
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
+    ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
     attention: str = setting(
         "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", "sdpa", "plain", "chunked")
     )
@@ -246,28 +247,37 @@ class Block(nn.Module):
 
 
 class NgramEmbedding(nn.Module):
-    """Adds, for each order n, a learned vector for the last n tokens, looked up by hash. Starts at zero.
+    """A learned vector for the last n tokens, looked up by hash, summed over the orders n. Starts at zero.
 
     modded-nanogpt record 62 (bigrams, after DeepSeek's Engram); on bytes, where one token says little, longer n-grams
-    pay too. Collisions are left to training. Positions before the start of the sequence count as token 0.
+    pay too. Collisions are left to training. Positions before the start of the sequence count as token 0. The tables of
+    all orders lie in one parameter [orders * ngram_buckets, width]: one lookup, one gradient.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.orders = [int(n) for n in config.ngram_orders.split(",")]
         self.buckets = config.ngram_buckets
-        self.tables = nn.ModuleList(nn.Embedding(self.buckets, config.width) for _ in self.orders)
+        self.table = nn.EmbeddingBag(len(self.orders) * self.buckets, config.width, mode="sum", sparse=config.ngram_sparse)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] int64 -> rows of the table [B, T, orders]: a multiply-and-add hash, latest token first."""
+        digest, found = torch.zeros_like(tokens), {}
+        for back in range(max(self.orders)):
+            past = F.pad(tokens, (back, 0))[:, : tokens.size(1)]
+            digest = (digest * 1000003 + past + 1) % 2147483647
+            mixed = (digest ^ (digest >> 15)) * 69621 % 2147483647  # a linear hash would put neighbours in few buckets
+            found[back + 1] = (mixed ^ (mixed >> 13)) % self.buckets
+        return torch.stack([found[n] + i * self.buckets for i, n in enumerate(self.orders)], -1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> [B, T, C] fp32."""
-        total = 0
-        for n, table in zip(self.orders, self.tables, strict=True):
-            digest = torch.full_like(tokens, n)
-            for back in range(n):  # multiply-and-add hash over the last n tokens, oldest last
-                past = F.pad(tokens, (back, 0))[:, : tokens.size(1)]
-                digest = (digest * 1000003 + past + 1) % 2147483647
-            total = total + table(digest % self.buckets)
-        return total
+        return self.sparse(tokens) if self.table.sparse else F.embedding(self.rows(tokens), self.table.weight).sum(-2)
+
+    @torch.compiler.disable  # Inductor knows no sparse gradients
+    def sparse(self, tokens: Tensor) -> Tensor:
+        """The same with a gradient that holds only the rows looked up."""
+        return self.table(self.rows(tokens).flatten(0, 1)).view(*tokens.shape, -1)
 
 
 class GPT(nn.Module):
@@ -323,11 +333,13 @@ class GPT(nn.Module):
         Returns:
             logits [B, T, vocab_size] fp32, or the mean cross-entropy in nats when targets are given.
         """
+        if self.ngrams is not None:  # first: nothing before it that torch.compile would have to split off
+            ngrams = self.ngrams(tokens)
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.size(1)]
         if self.ngrams is not None:
-            x = x + self.ngrams(tokens)
+            x = x + ngrams
         x = self.dropout(x.to(self.compute_dtype))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
@@ -343,6 +355,10 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def tables(self) -> list[nn.Parameter]:
+        """Those with sparse gradients."""
+        return [self.ngrams.table.weight] if self.config.ngram_sparse and self.ngrams is not None else []
 
     @classmethod
     def from_huggingface(cls, hf: nn.Module) -> "GPT":
@@ -365,8 +381,9 @@ class GPT(nn.Module):
 def roles(gpt: nn.Module) -> dict[str, str]:
     """Parameter name -> what it is for: the only thing optimizers may route by.
 
-    matrix: hidden weights inside blocks; embedding: token, position and n-gram tables (and a head tied to one);
-    head: an untied output matrix; vector: gains and biases; scalar: single numbers.
+    matrix: hidden weights inside blocks; embedding: token, position and n-gram tables (and a head tied to one); table:
+    n-gram tables with sparse gradients, which only an optimizer for such takes; head: an untied output matrix; vector:
+    gains and biases; scalar: single numbers.
     """
     found = {}
     for name, p in gpt.named_parameters():
@@ -374,6 +391,8 @@ def roles(gpt: nn.Module) -> dict[str, str]:
             found[name] = "scalar"
         elif p.dim() == 1:
             found[name] = "vector"
+        elif name.startswith("ngrams.") and gpt.config.ngram_sparse:
+            found[name] = "table"
         elif name.startswith(("embedding.", "positions.", "ngrams.")):
             found[name] = "embedding"
         elif name == "head.weight":
@@ -397,7 +416,7 @@ def parameter_counts(gpt: nn.Module) -> dict[str, int]:
     kinds = roles(gpt)
     return {
         "total": sum(sizes.values()),
-        "non_embedding": sum(size for name, size in sizes.items() if kinds[name] not in ("embedding", "head")),
+        "non_embedding": sum(size for name, size in sizes.items() if kinds[name] not in ("embedding", "table", "head")),
     }
 
 

@@ -53,6 +53,9 @@ class Config:
     tricks: str = setting("baseline", "comma-separated tricks or a recipe (baseline, record); README lists them")
     optimizer: str = setting("adamw", "optimizer SPEC, name or name:key=value,...; or path/to/file.py:Class")
     average: str = setting("none", "average of the weights to evaluate at, SPEC: " + ", ".join(optimizers.AVERAGES))
+    table_optimizer: str = setting(
+        "sparse_adagrad", "optimizer of n-gram tables with --ngram-sparse, SPEC: " + ", ".join(optimizers.TABLE_OPTIMIZERS)
+    )
     schedule: str = setting("constant", "learning-rate schedule SPEC")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
     steps: int = setting(1000, "optimizer updates")
@@ -132,7 +135,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     for key in ("steps", "batch_tokens", "val_tokens"):
         if getattr(config, key) < 1:
             raise UsageError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(config, key)}")
-    optimizers.check(config.optimizer, config.average)
+    optimizers.check(config.optimizer, config.average, config.table_optimizer)
     schedules.build(config.schedule, config.steps)
     schedules.build_momentum(config.momentum_schedule, config.steps)
     try:
@@ -162,6 +165,22 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def sum_sparse(self, grad: torch.Tensor) -> torch.Tensor:
+        """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced."""
+        grad = grad.coalesce()  # adds up what a row got from several places
+        if self.size == 1:
+            return grad
+        rows, values = grad.indices()[0], grad.values()
+        most = torch.tensor(len(rows), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        missing = most.item() - len(rows)
+        rows, values = F.pad(rows, (0, missing)), F.pad(values, (0, 0, 0, missing))
+        everyone = [[torch.empty_like(x) for _ in range(self.size)] for x in (rows, values)]
+        for found, own in zip(everyone, (rows, values), strict=True):
+            dist.all_gather(found, own)
+        rows, values = map(torch.cat, everyone)
+        return torch.sparse_coo_tensor(rows[None], values, grad.shape).coalesce()
 
     def gather(self, value: Any) -> list[Any]:
         """One small object from each rank, in rank order."""
@@ -297,13 +316,15 @@ class Training:
         self.compiled = config.compile and hardware.can_compile(world.device)
         self.model = self.alone = torch.compile(self.gpt) if self.compiled else self.gpt
         if world.size > 1:
+            sparse = [name for name, p in self.alone.named_parameters() if any(p is t for t in self.gpt.tables())]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.alone, sparse)  # `sum_sparse` adds them up
             ids = [world.device.index] if world.device.type == "cuda" else None
             # the only buffers are constant tables: nothing to broadcast before each forward pass
             self.model = DistributedDataParallel(
                 self.alone, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
         # optimizer and schedules
-        self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average)
+        self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer)
         if optimizers.schedule_free(self.optimizer) and config.schedule != "constant":
             name = config.optimizer.split(":")[0]
             raise UsageError(f"{name} brings its own schedule and warm-up: add --schedule constant, not {config.schedule}")
@@ -377,10 +398,19 @@ class Training:
                     part = self.model(tokens, y[i : i + self.micro]) / len(parts)
                 part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.gpt.parameters() if p.grad is not None])
+        for p in self.gpt.parameters():
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = self.world.sum_sparse(p.grad)
+                p.grad.values().div_(self.world.size)
+        norm = torch.nn.utils.get_total_norm(self.gradients())
         # the only transfer of a step: a loss or gradient that is not finite must be seen before the update
         loss_now, norm_now = (self.world.sum(torch.stack([loss, norm])) / self.world.size).tolist()
         return loss_now, norm_now
+
+    def gradients(self) -> list[torch.Tensor]:
+        """All of them, dense; of a coalesced sparse one the rows it has. They share memory with the originals."""
+        found = [p.grad for p in self.gpt.parameters() if p.grad is not None]
+        return [g._values() if g.is_sparse else g for g in found]
 
     def step(self) -> tuple[float, float, float] | None:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite."""
@@ -391,9 +421,8 @@ class Training:
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
             self.clock.stop("nonfinite")
             return None
-        if config.clip:
-            norm = torch.tensor(norm_now, device=self.world.device)
-            torch.nn.utils.clip_grads_with_norm_(self.gpt.parameters(), config.clip, norm)
+        if config.clip and norm_now > config.clip:
+            torch._foreach_mul_(self.gradients(), config.clip / norm_now)
         multiplier, momentum = self.multiplier(step), self.momentum(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier

@@ -111,6 +111,31 @@ TRICKS: dict[str, Trick] = {
         "modded-nanogpt #62 (bigram hash embedding)",
         "1.75 to 1.66 min; nanochat found no gain from 25 layers on",
     ),
+    "large_ngrams": Trick(
+        "architecture",
+        dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6"),
+        "DeepSeek's Engram (2026): memory by lookup costs no arithmetic, so its size is free to grow",
+        "not measured alone; with `sparse_ngrams`, or the update of rows that were not looked up costs more than the model",
+    ),
+    "sparse_ngrams": Trick(
+        "optimizer",
+        dict(ngram_sparse=True, table_optimizer="sparse_adagrad"),
+        "Adagrad was made for rare features (Duchi et al. 2011); row-sparse tables are the rule in recommender systems (DLRM, "
+        "arXiv 1906.00091)",
+        "not measured for language models",
+    ),
+    "shallow": Trick(
+        "architecture",
+        dict(layers=1),
+        "the n-gram tables know what lower blocks would have to learn; Engram's authors move parameters from blocks to tables",
+        "for byte models with tables; not a GPT-2 any more",
+    ),
+    "narrow": Trick(
+        "architecture",
+        dict(width=64, heads=1),
+        "as `shallow`: what the tables know needs no arithmetic, and a smaller model takes more steps in the same time",
+        "for byte models with tables; not a GPT-2 any more",
+    ),
     "muon": Trick(
         "optimizer",
         dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
@@ -190,6 +215,7 @@ TRACKS: dict[str, Track] = {
             "wide_heads": dict(heads=2),
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
+            "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
         },
     ),
     "gpt2-small": Track(

@@ -6,6 +6,7 @@
 
     base.py            settings, groups, base classes        elementwise.py  the classics, Adam and its relatives
     schedule_free.py   methods without a schedule            matrix.py       Muon, Shampoo, CASPR, SOAP, Kron
+    sparse.py          tables with sparse gradients
     average.py         averages of the weights               this file       the registry and the way in
 
 To add a method: in its family's file a frozen dataclass of its settings, whose docstring is the update rule and its
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from model import roles as roles_of
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import ROLES, Chain, Settings, decay_groups, groups, moved, parts
+from optimizers.base import ALL_ROLES, ROLES, Chain, Settings, decay_groups, groups, moved, parts
 from optimizers.elementwise import (
     AdadeltaSettings,
     AdafactorSettings,
@@ -48,11 +49,13 @@ from optimizers.elementwise import (
 )  # fmt: skip
 from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings, world
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
+from optimizers.sparse import TABLE_OPTIMIZERS
 from spec import UsageError, nearest, parse
 
 __all__ = [
     "AVERAGES",
     "OPTIMIZERS",
+    "TABLE_OPTIMIZERS",
     "build",
     "check",
     "compile_update",
@@ -93,7 +96,9 @@ OPTIMIZERS: dict[str, type[Settings]] = {
 COLLECTIONS = ("pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
 
 
-def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none") -> torch.optim.Optimizer:
+def build(
+    spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", tables: str = "sparse_adagrad"
+) -> torch.optim.Optimizer:
     """The optimizer that `spec` names, over all trainable parameters of `gpt`.
 
     Args:
@@ -101,6 +106,7 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none") -
         gpt: the model; wrapped in DistributedDataParallel or compiled is fine.
         steps: length of the run, for settings that are a fraction of it.
         average: SPEC of an average of the weights to evaluate at (AVERAGES), or none.
+        tables: SPEC of the optimizer of tables with sparse gradients (TABLE_OPTIMIZERS), where the model has any.
 
     Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label).
     `train()` and `eval()` exist on the result: call eval() before validation and checkpoints, train() after.
@@ -119,6 +125,9 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none") -
             optimizer = cls(**settings).build(gpt)
         else:
             raise UsageError(f"optimizer {spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
+        if sparse := groups(gpt, ("table",)):
+            cls, settings = parse(tables, TABLE_OPTIMIZERS, "table optimizer")
+            optimizer = Chain(*parts(optimizer), cls.method(sparse, **cls(**settings).own(steps)))
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
@@ -130,14 +139,14 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none") -
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("weight_decay", 0.0)
-        group.setdefault("roles", "+".join(sorted({role[p] for p in group["params"]}, key=ROLES.index)))
+        group.setdefault("roles", "+".join(sorted({role[p] for p in group["params"]}, key=ALL_ROLES.index)))
     for name in ("train", "eval"):
         if not hasattr(optimizer, name):
             setattr(optimizer, name, lambda: None)
     return optimizer
 
 
-def check(spec: str, average: str = "none") -> None:
+def check(spec: str, average: str = "none", tables: str = "sparse_adagrad") -> None:
     """Are these words right? Builds nothing.
 
     Raises:
@@ -146,6 +155,7 @@ def check(spec: str, average: str = "none") -> None:
     parse(of_collection(spec), OPTIMIZERS, "optimizer")
     if average != "none":
         build_average(average, 1)
+    parse(tables, TABLE_OPTIMIZERS, "table optimizer")
 
 
 def of_collection(spec: str) -> str:

@@ -22,6 +22,7 @@ from model import splits as splits_of
 from spec import nearest
 
 ROLES = ("matrix", "embedding", "head", "vector", "scalar")
+ALL_ROLES = (*ROLES, "table")  # tables with sparse gradients go to an optimizer of their own: sparse.py
 DECAYED = ("matrix", "embedding", "head")
 
 
@@ -77,7 +78,7 @@ def groups(gpt: nn.Module, wanted: tuple[str, ...], by_split: bool = False, **op
             chosen[split.get(name, 1) if by_split else None].append((role[name], p))
     found = []
     for n, members in sorted(chosen.items()):
-        label = "+".join(r for r in ROLES if any(r == own for own, _ in members))
+        label = "+".join(r for r in ALL_ROLES if any(r == own for own, _ in members))
         found.append(dict(params=[p for _, p in members], roles=label, **options) | ({"split": n} if by_split else {}))
     return found
 

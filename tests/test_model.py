@@ -148,12 +148,37 @@ def test_definitions():
 def test_ngrams_look_back_n_tokens():
     gpt = small(ngram_buckets=4096, ngram_orders="3")
     with torch.no_grad():
-        gpt.ngrams.tables[0].weight.normal_()
+        gpt.ngrams.table.weight.normal_()
     a = torch.arange(10)[None] % 97
     b = a.clone()
     b[0, 4] = 50
     same = (gpt.ngrams(a) == gpt.ngrams(b)).all(-1)[0]
     assert same.tolist() == [True] * 4 + [False] * 3 + [True] * 3
+
+
+def test_ngram_hash_spreads():
+    """Distinct n-grams share buckets no more often than chance would have it; the orders never share a row."""
+    table = small(ngram_buckets=4096, ngram_orders="2,5").ngrams
+    tokens = torch.randint(97, (1, 20000), generator=torch.Generator().manual_seed(0))
+    rows = table.rows(tokens)[0, 5:]
+    assert rows[:, 0].max() < 4096 <= rows[:, 1].min()
+    for column, n in ((0, 2), (1, 5)):
+        grams = {tuple(tokens[0, i - n + 1 : i + 1].tolist()): rows[i - 5, column].item() for i in range(5, 20000)}
+        used = len(set(grams.values()))
+        expected = 4096 * (1 - (1 - 1 / 4096) ** len(grams))  # balls in bins
+        assert abs(used - expected) < 100
+
+
+def test_sparse_ngrams_are_the_dense_ones():
+    dense, sparse = small(ngram_buckets=64, ngram_orders="2,3"), small(ngram_buckets=64, ngram_orders="2,3", ngram_sparse=True)
+    with torch.no_grad():
+        dense.ngrams.table.weight.normal_()
+    sparse.load_state_dict(dense.state_dict())
+    for gpt in (dense, sparse):
+        gpt(TOKENS, TOKENS).backward()
+    assert sparse.ngrams.table.weight.grad.is_sparse and roles(sparse)["ngrams.table.weight"] == "table"
+    torch.testing.assert_close(sparse.ngrams.table.weight.grad.to_dense(), dense.ngrams.table.weight.grad)
+    torch.testing.assert_close(sparse.embedding.weight.grad, dense.embedding.weight.grad)
 
 
 def test_gpt2_initialisation():

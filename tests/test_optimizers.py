@@ -17,6 +17,7 @@ from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
 from optimizers.base import ROLES, Chain
 from optimizers.matrix import COEFFICIENTS, Muon, balance, orthogonalize, tiles
+from optimizers.sparse import SparseAdagrad
 from spec import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -624,3 +625,46 @@ def test_a_collection_that_is_missing_or_lacks_the_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "heavyball", None)
     with pytest.raises(UsageError, match="pip install heavyball"):
         build("heavyball.soap", tiny())
+
+
+# ---------------------------------------------------------------- sparse tables
+
+
+def test_sparse_adagrad_is_adagrad():
+    """Row by row the numbers of torch's dense Adagrad, also where a row comes twice in a batch or not at all."""
+    start, generator = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer, reference = SparseAdagrad([ours], lr=0.1), torch.optim.Adagrad([dense], lr=0.1)
+    for _ in range(5):
+        rows, values = torch.randint(9, (1, 7), generator=generator), torch.randn(7, 4, generator=generator)
+        ours.grad = torch.sparse_coo_tensor(rows, values, ours.shape)
+        dense.grad = ours.grad.to_dense()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, dense)
+    assert torch.equal(ours[9:], start[9:]) and not torch.equal(ours[:9], start[:9])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free_adamw"])
+def test_sparse_tables_get_an_optimizer_of_their_own(name):
+    gpt = tiny(ngram_buckets=32, ngram_sparse=True)
+    optimizer = build(name, gpt, tables="sparse_adagrad:lr=0.5", average="lawa_ema")
+    tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = gpt.ngrams.table.weight.detach().clone()
+    gpt(tokens, tokens).backward()
+    optimizer.step()
+    assert owner(optimizer, gpt.ngrams.table.weight)["roles"] == "table"
+    assert owner(optimizer, gpt.ngrams.table.weight)["initial_lr"] == 0.5
+    rows = gpt.ngrams.rows(tokens).unique()
+    moved = (gpt.ngrams.table.weight != before).any(-1).nonzero()[:, 0]
+    assert len(moved) and set(moved.tolist()) <= set(rows.tolist())
+    state = copy.deepcopy(optimizer.state_dict())
+    other = build(name, gpt, tables="sparse_adagrad:lr=0.5", average="lawa_ema")
+    other.load_state_dict(state)
+    found = other.state[gpt.ngrams.table.weight]["sum"]
+    assert torch.equal(found, optimizer.state[gpt.ngrams.table.weight]["sum"])
+
+
+def test_unknown_table_optimizer():
+    with pytest.raises(UsageError, match="sparse_adagrad"):
+        optimizers.check("adamw", tables="adagrad")

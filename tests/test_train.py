@@ -88,15 +88,16 @@ def with_optimizer(name: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_accumulation_equals_one_big_batch(train, optimizer):
-    flags = ("--steps", "6", "--optimizer", optimizer)
+    flags = ("--steps", "6", "--optimizer", optimizer, "--tricks", "ngram_embedding,sparse_ngrams")
     big = train(*flags, out="big")
     small = train(*flags, "--micro-batch-tokens", "128", out="small")
     assert close(losses(big), losses(small), 1e-5)
     assert close(losses(big, "val"), losses(small, "val"), 1e-5)
 
 
-def test_ranks_do_not_change_the_run(train, tmp_path):
-    flags = ("--steps", "8", "--tricks", "modern,muon", "--micro-batch-tokens", "128", "--clip", "0.5")
+@pytest.mark.parametrize("tricks", ["modern,muon", "ngram_embedding,sparse_ngrams"])
+def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
+    flags = ("--steps", "8", "--tricks", tricks, "--micro-batch-tokens", "128", "--clip", "0.5")
     flags += ("--val-tokens", str(129 * 64))  # more for one rank than for the others
     one = train(*flags)
     for ranks in (2, 4):
