@@ -55,10 +55,9 @@ def test_same_logits_as_hugging_face():
 @pytest.mark.parametrize("name", ARCHITECTURE)
 def test_each_trick_alone(name):
     """Loss at initialisation is ln(vocabulary), the future does not leak, and every weight can learn."""
-    gpt = small(**ARCHITECTURE[name])
-    loss = gpt(TOKENS, TOKENS.roll(1))
-    assert abs(loss.item() - math.log(97)) < 0.03
-    gpt = awake(gpt)
+    drawn = [small(seed, **ARCHITECTURE[name])(TOKENS, TOKENS.roll(1)).item() for seed in range(8)]
+    assert abs(sum(drawn) / 8 - math.log(97)) < 0.03  # one draw of a wider model's logits strays by as much
+    gpt = awake(small(**ARCHITECTURE[name]))
     changed = TOKENS.clone()
     changed[:, 30:] = (changed[:, 30:] + 1) % 97
     with torch.no_grad():

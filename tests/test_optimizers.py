@@ -637,7 +637,7 @@ def test_sparse_adagrad_is_adagrad():
     optimizer, reference = SparseAdagrad([ours], lr=0.1), torch.optim.Adagrad([dense], lr=0.1)
     for _ in range(5):
         rows, values = torch.randint(9, (1, 7), generator=generator), torch.randn(7, 4, generator=generator)
-        ours.grad = torch.sparse_coo_tensor(rows, values, ours.shape)
+        ours.grad = torch.sparse_coo_tensor(rows, values, ours.shape, check_invariants=True)
         dense.grad = ours.grad.to_dense()
         optimizer.step()
         reference.step()
