@@ -2,9 +2,9 @@
 
     python compare.py --base modern --tricks muon no_bias compile         each alone on top of the base
     python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
-    python compare.py --base record --leave-out muon ngram_embedding      each alone out of a stack
+    python compare.py --base record --leave-out muon sparse_ngrams      each alone out of a stack
     python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
-    python compare.py --recipes baseline record --horizon baseline=2400 record=280
+    python compare.py --recipes baseline record --horizon baseline=2400 record=272
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
 

@@ -389,7 +389,11 @@ def rival_of(against: list[str] | None, track: str, category: str) -> tuple[list
     names = {r.folder.name: r for r in before}
     if against and (Path(against[0]) / "config.json").exists():
         runs = one_experiment([Finished.of(Path(word)) for word in against], "--against")
-        same = [r for r in before if r.about["config_sha256"] == settings_hash(runs[0].settings)]
+        # by what the record knows: it may be older than some settings; its length and the words for it may be others
+        apart = (*PRESENTATION, "steps", "tricks", "recipe")
+        same = [
+            r for r in before if all(runs[0].settings.get(k) == v for k, v in r.about["settings"].items() if k not in apart)
+        ]
         if not same:
             raise UsageError("--against: these runs have the settings of no record of this track and category")
         return runs, same[-1]
@@ -428,15 +432,15 @@ def readme(about: dict[str, Any]) -> str:
 
 def history(track: str, category: str, root: str = "") -> str:
     """The table of a track's records; `root`: the way to records/ from the document that it stands in."""
-    rows, first = [], None
+    rows, gained = [], {}  # gained: record -> product of the ratios down to it; times of two machines are no ratio
     for record in of_track(track, category):
         about = record.about
         s, against = about["statistics"], about["against"]
-        first = first or s["train_time"]
+        gained[record.folder.name] = total = gained[against["record"]] * against["ratio"] if against else 1.0
         gain = f"{against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g})" if against else "-"
         rows.append((
             f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md)", about["name"], f"{about['steps']:,}",
-            f"{s['train_time']:,.1f}", f"{first / s['train_time']:.3g}x", gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
+            f"{s['train_time']:,.1f}", f"{total:.3g}x", gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
             f"{s['n']}, {s['p']:.1g}", about["date"],
         ))  # fmt: skip
     if not rows:
