@@ -567,7 +567,7 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    world = None
+    world = training = None
     try:
         config, model_config, recipe = resolve(argv)
         for flag, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
@@ -594,6 +594,7 @@ def main(argv: list[str]) -> int:
         print("train_gpt.py: no space left on the disk; free some, and the same command continues", file=sys.stderr)
         return 2
     finally:
+        training = None  # DDP first: were it the last to hold gloo's group, freeing that would wait for the GIL it holds
         if world:
             world.close()
 
