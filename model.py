@@ -246,6 +246,29 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
+class SummedLookup(torch.autograd.Function):
+    """table[rows].sum(-2) for rows [n, k] -> [n, C], with a sparse gradient that is coalesced from the start.
+
+    The rows are sorted, and what a row gets from several places is one bag of the gradients [n, C]: nothing of n x k x C
+    is ever stored, as PyTorch's own sparse gradient and its coalesce() would do (benchmarks/README.md).
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = table.shape
+        return F.embedding_bag(rows, table, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        flat, order = rows.flatten().sort(stable=True)
+        starts = F.pad(flat[1:] != flat[:-1], (1, 0), value=True).nonzero()[:, 0]
+        values = F.embedding_bag(order // rows.size(1), grad, starts, mode="sum")
+        found = torch.sparse_coo_tensor(flat[starts][None], values, ctx.shape, is_coalesced=True, check_invariants=False)
+        return found, None
+
+
 class NgramEmbedding(nn.Module):
     """A learned vector for the last n tokens, looked up by hash, summed over the orders n. Starts at zero.
 
@@ -258,7 +281,8 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.orders = [int(n) for n in config.ngram_orders.split(",")]
         self.buckets = config.ngram_buckets
-        self.table = nn.EmbeddingBag(len(self.orders) * self.buckets, config.width, mode="sum", sparse=config.ngram_sparse)
+        self.is_sparse = config.ngram_sparse
+        self.table = nn.Embedding(len(self.orders) * self.buckets, config.width)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> rows of the table [B, T, orders]: a multiply-and-add hash, latest token first."""
@@ -272,12 +296,12 @@ class NgramEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> [B, T, C] fp32."""
-        return self.sparse(tokens) if self.table.sparse else F.embedding(self.rows(tokens), self.table.weight).sum(-2)
+        return self.sparse(tokens) if self.is_sparse else self.table(self.rows(tokens)).sum(-2)
 
     @torch.compiler.disable  # Inductor knows no sparse gradients
     def sparse(self, tokens: Tensor) -> Tensor:
         """The same with a gradient that holds only the rows looked up."""
-        return self.table(self.rows(tokens).flatten(0, 1)).view(*tokens.shape, -1)
+        return SummedLookup.apply(self.table.weight, self.rows(tokens).flatten(0, 1)).view(*tokens.shape, -1)
 
 
 class GPT(nn.Module):

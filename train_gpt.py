@@ -168,6 +168,9 @@ class World:
 
     def sum_sparse(self, grad: torch.Tensor) -> torch.Tensor:
         """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced."""
+        rows = grad._indices()[0]
+        if bool((rows[1:] > rows[:-1]).all()):  # as the model makes them; autograd forgets to say so
+            grad = grad._coalesced_(True)
         grad = grad.coalesce()  # adds up what a row got from several places
         if self.size == 1:
             return grad

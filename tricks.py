@@ -117,6 +117,18 @@ TRICKS: dict[str, Trick] = {
         "DeepSeek's Engram (2026): memory by lookup costs no arithmetic, so its size is free to grow",
         "not measured alone; with `sparse_ngrams`, or the update of rows that were not looked up costs more than the model",
     ),
+    "huge_ngrams": Trick(
+        "architecture",
+        dict(ngram_buckets=262144),
+        "as `large_ngrams`; a step costs as much as the rows that it looks up, whatever the size of the tables",
+        "not measured alone; after `large_ngrams`, four times as many rows",
+    ),
+    "short_run": Trick(
+        "optimizer",
+        dict(optimizer="muon:lr=0.05,adamw_lr=0.02", schedule="wsd:cooldown=0.4"),
+        "tuned here for the `narrow` model at 200 steps, one seed a value",
+        "higher rates, held longer; for some hundred steps of a small model",
+    ),
     "sparse_ngrams": Trick(
         "optimizer",
         dict(ngram_sparse=True, table_optimizer="sparse_adagrad"),
@@ -222,9 +234,12 @@ TRACKS: dict[str, Track] = {
                 "sparse_ngrams",
                 "large_ngrams",
                 "narrow",
+                "huge_ngrams",
+                "short_run",
+                "rope",
             ),
         },
-        recipe_steps={"record": 272},
+        recipe_steps={"record": 192},
         tuning={
             "wide_heads": dict(heads=2),
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimizers.base import Optimizer, Settings, hyper
+from hardware import can_compile
+from optimizers.base import Optimizer, Settings, compiled, hyper
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,28 @@ class SparseAdagrad(Optimizer):
     """See SparseAdagradSettings. A step costs as much as the rows in the gradient, whatever the size of the table."""
 
     settings = SparseAdagradSettings
+    compiled = False
+
+    @staticmethod
+    def rule(w: Tensor, squares: Tensor, rows: Tensor, g: Tensor, lr: Tensor | float, eps: float) -> None:
+        """Of the n distinct `rows` of w and squares, both [N, C], with their gradients g [n, C]."""
+        new = squares[rows] + g * g
+        squares[rows] = new
+        w[rows] -= (lr * g / (new.sqrt() + eps)).to(w.dtype)
+
+    @torch.no_grad()
+    def compile(self) -> None:
+        """One pass over memory from now on, where there is a compiler; compiles at once, for dummy weights."""
+        members = [(g, p) for g in self.param_groups for p in g["params"]]
+        self.compiled = all(can_compile(p.device) for _, p in members)
+        for group, p in members if self.compiled else ():
+            # other sizes than the table's, no two of them equal: the compiled code must not take any for granted
+            width = p.size(1)
+            table = torch.zeros(width + 7, width, dtype=p.dtype, device=p.device)
+            squares = torch.zeros_like(table, dtype=torch.float32)
+            for n in {3, 5} - {width}:
+                rows, g = torch.arange(n, device=p.device), torch.zeros(n, width, device=p.device)
+                compiled(self.rule)(table, squares, rows, g, torch.tensor(0.1), group["eps"])
 
     def update_group(self, group: dict, params: list[Tensor]) -> None:
         for p in params:
@@ -34,11 +57,9 @@ class SparseAdagrad(Optimizer):
             if not state:
                 state["sum"] = torch.zeros_like(p, dtype=torch.float32)
             grad = p.grad.coalesce()
-            rows, g = grad.indices()[0], grad.values().float()
-            squares = state["sum"].index_select(0, rows).addcmul_(g, g)
-            state["sum"].index_copy_(0, rows, squares)
-            step = g / squares.sqrt_().add_(group["eps"])
-            p.index_add_(0, rows, step.to(p.dtype), alpha=-group["lr"])
+            update, lr = (compiled(self.rule), torch.tensor(group["lr"])) if self.compiled else (self.rule, group["lr"])
+            # .data, _indices, _values: no views, which compiled code would have to guard on
+            update(p.data, state["sum"], grad._indices()[0].data, grad._values().float(), lr, group["eps"])
 
 
 TABLE_OPTIMIZERS: dict[str, type[Settings]] = {"sparse_adagrad": SparseAdagradSettings}

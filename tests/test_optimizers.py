@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import optimizers
+from hardware import can_compile
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
 from optimizers.base import ROLES, Chain
@@ -630,17 +631,23 @@ def test_a_collection_that_is_missing_or_lacks_the_name(monkeypatch):
 # ---------------------------------------------------------------- sparse tables
 
 
-def test_sparse_adagrad_is_adagrad():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sparse_adagrad_is_adagrad(compiled):
     """Row by row the numbers of torch's dense Adagrad, also where a row comes twice in a batch or not at all."""
     start, generator = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizer, reference = SparseAdagrad([ours], lr=0.1), torch.optim.Adagrad([dense], lr=0.1)
+    if compiled:
+        optimizer.compile()
+        assert optimizer.compiled == can_compile(torch.device("cpu"))
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(5):
         rows, values = torch.randint(9, (1, 7), generator=generator), torch.randn(7, 4, generator=generator)
         ours.grad = torch.sparse_coo_tensor(rows, values, ours.shape, check_invariants=True)
         dense.grad = ours.grad.to_dense()
         optimizer.step()
         reference.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "compiled in a step"
     torch.testing.assert_close(ours, dense)
     assert torch.equal(ours[9:], start[9:]) and not torch.equal(ours[:9], start[:9])
 
