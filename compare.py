@@ -7,6 +7,7 @@
     python compare.py --recipes baseline record --horizon baseline=2400 record=272
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
+    python compare.py score --times times.csv                             the AlgoPerf score of a table of times: --help
 
 For each arm: find the smallest number of steps whose final loss meets the target (runs at several lengths, inverse
 prediction), then confirm at a fixed length with fresh seeds: one trial at a time, A B A B, all arms on the same seeds and data
@@ -37,11 +38,11 @@ from tqdm import tqdm
 import optimizers
 import train_gpt
 import tricks
-from lab import comparison, plots, stats, trials
+from lab import comparison, plots, score, stats, trials
 from lab.comparison import Ledger, Row
 from lab.horizon import Search, search
 from lab.trials import Arm, Launcher, Trial
-from run_folder import atomic_write
+from run_folder import atomic_write, lock, source_hash
 from spec import UsageError, nearest
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
@@ -115,7 +116,9 @@ class Runner:
         self.interrupted = threading.Event()
 
     def find(self, trial: Trial) -> Row | None:
-        return self.ledger.rows.get(trial.folder.name)
+        """The row of a trial that has ended, unless the trainer's code has changed since."""
+        row = self.ledger.rows.get(trial.folder.name)
+        return row if row and row.source in ("", source_hash()[:12]) else None
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
         """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
@@ -333,6 +336,16 @@ def run(options: argparse.Namespace) -> list[str]:
     out = options.out or Path("comparisons") / f"{options.track}-{mode.replace('_', '-')}-{names[0].split(':')[0]}"
     settings = {"track": options.track, "target": target_of(options), "base": names[0], "mode": mode}
     check_folder(out, settings)
+    held = lock(out)  # two comparisons in one folder would write over each other's trials
+    try:
+        return compare(arms, options, settings, out)
+    finally:
+        held.release()
+
+
+def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, Any], out: Path) -> list[str]:
+    """`run` in its output folder."""
+    names = [arm.name for arm in arms]
     runner = Runner(out, options.keep_checkpoints)
     most = options.max_steps or 4 * train_gpt.resolve(list(arms[0].flags))[0].steps
     found = find_horizons([arm for arm in arms if arm.name not in options.given], options, runner, most)
@@ -362,7 +375,7 @@ def check_folder(out: Path, settings: dict[str, Any]) -> None:
         for key, value in settings.items():
             if there.get(key) != value:
                 raise UsageError(f"{out} holds a comparison with {key} {there.get(key)!r}, not {value!r}: choose another --out")
-    elif out.exists() and any(out.iterdir()) and not (out / "trials.csv").exists():
+    elif out.exists() and any(p.name != "lock" for p in out.iterdir()) and not (out / "trials.csv").exists():
         raise UsageError(f"{out} is not empty and holds no comparison: choose another --out")
 
 
@@ -401,6 +414,8 @@ def report_again(folder: Path, allow_mixed: bool) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["score"]:
+        return score.main(argv[1:])
     try:
         options = parse(argv)
         lines = report_again(options.report, options.allow_mixed) if options.report else run(options)

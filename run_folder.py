@@ -1,4 +1,4 @@
-"""What a run writes: its folder (config.json, env.json, log.jsonl, checkpoints/, result.json) and its display.
+"""What a run writes: its folder (config.json, env.json, log.jsonl, checkpoints/, lock, result.json) and its display.
 
 Only rank 0 writes. The contract of the files stands in README.md, "Where results go".
 """
@@ -7,19 +7,23 @@ import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from spec import UsageError
 
 # Settings that do not change what is computed: left out of the run's hash.
-PRESENTATION = ("out", "resume", "data_root", "checkpoint_every", "wandb", "tensorboard")
+PRESENTATION = (
+    "out", "resume", "data_root", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "check_ranks", "timeout",
+    "wandb", "tensorboard",
+)  # fmt: skip
 
 
 def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
@@ -41,7 +45,10 @@ def now() -> str:
 def atomic_write(path: Path, text: str) -> None:
     """A reader sees the old file or the whole new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -61,55 +68,79 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def lock(folder: Path) -> FileLock:
+    """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held.
+
+    Raises:
+        UsageError: another process has it; says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    held = FileLock(path)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        try:
+            holder = json.loads(path.read_text())
+            who = f"process {int(holder['pid'])} on {str(holder['host'])[:60]}, since {str(holder['since'])[:30]}"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "another process"
+        raise UsageError(f"{folder} is in use by {who}: wait for it, or choose another folder") from None
+    path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
+    return held
+
+
 class Run:
-    """The run folder and everything that is written to it."""
+    """The run folder and everything that is written to it but checkpoints. Only rank 0 writes."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: str):
-        self.folder, self.config = folder, config
-        self.checkpoint = folder / "checkpoints" / "latest.pt"
+        self.folder, self.config, self.log = folder, config, None
+        self.checkpoints = folder / "checkpoints"
         comparable = {k: v for k, v in config.items() if k not in PRESENTATION}
         if (folder / "config.json").exists():
-            there = json.loads((folder / "config.json").read_text())
+            try:
+                there = json.loads((folder / "config.json").read_text())
+            except ValueError:
+                raise UsageError(f"{folder / 'config.json'} is damaged: choose another --out") from None
             different = sorted(k for k in comparable if there.get(k, comparable[k]) != comparable[k])
             if different:
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(p.name != "lock" for p in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
-        if resume == "must" and not self.checkpoint.exists():
-            raise UsageError(f"--resume must: no checkpoint in {folder / 'checkpoints'}; use --resume auto to start one")
         self.finished = resume != "never" and (folder / "result.json").exists()
-        self.continued = resume != "never" and self.checkpoint.exists()
 
-    def open(self, env: dict[str, Any], step: int) -> None:
-        """Write what is known before the first step. A continued log keeps its events up to `step`."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+    def open(self, env: dict[str, Any], log_bytes: int) -> None:
+        """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint.
+
+        Raises:
+            UsageError: the log is shorter than that.
+        """
         log = self.folder / "log.jsonl"
-        if step and log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        there = log.stat().st_size if log.exists() else 0
+        if there < log_bytes:
+            raise UsageError(f"{log} has {there} bytes, its checkpoint speaks of {log_bytes}: add --resume never to start anew")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
-        atomic_write(log, "".join(line + "\n" for line in kept))
-        self.log = log.open("a")
+        self.log = log.open("ab")
+        self.log.truncate(log_bytes)
+        self.log.seek(0, os.SEEK_END)
 
     def event(self, event: str, **values: Any) -> None:
         # JSON has no NaN: a non-finite number is logged as null and named by its event
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.log.write(json.dumps({"event": event, **values}) + "\n")
+        self.log.write((json.dumps({"event": event, **values}) + "\n").encode())
         if event != "train":
             self.log.flush()
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Checkpoint: written beside the old one, synced, then renamed over it."""
-        temporary = self.checkpoint.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.checkpoint)
+    def logged(self) -> int:
+        """Bytes of the log, all of them on the disk: what a checkpoint made now may rely on."""
+        self.log.flush()
+        os.fsync(self.log.fileno())
+        return self.log.tell()
 
     def close(self, result: dict[str, Any]) -> None:
+        """The run has ended: result.json says so."""
         self.event("end", status=result["status"], step=result["steps"], utc=now())
         self.log.close()
         atomic_write(self.folder / "result.json", json.dumps(result, indent=1))

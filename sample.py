@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 from data import tokenizers
 from model import GPT, ModelConfig
 from spec import UsageError
@@ -24,12 +25,14 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     """
     try:
         config = json.loads((run / "config.json").read_text())
-        state = torch.load(run / "checkpoints" / "latest.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"{run} holds no trained model; runs are listed by: ls runs/*") from None
+        raise UsageError(f"{run} holds no run; runs are listed by: ls runs/*") from None
+    path, passed = checkpoint.newest(run / "checkpoints")
+    if path is None:
+        raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
     fields = {f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}
     gpt = GPT(ModelConfig(**fields))
-    gpt.load_state_dict(state["model"])
+    checkpoint.load_weights(gpt, path)
     return gpt.eval(), config
 
 

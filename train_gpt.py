@@ -7,7 +7,8 @@
 
 What comes out: one run folder (runs/<track>/<recipe>-s<seed>-<hash>) with config.json, env.json, log.jsonl (an event
 a line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (whether the target was reached stands in
-result.json), 2 the command was wrong (nothing was written), 3 diverged.
+result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written) or the disk is full, 3 diverged,
+75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
 
 The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends on the
 seed and the step alone; so one rank, eight ranks, and a resumed run train on the same data in the same order.
@@ -21,6 +22,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -29,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,10 +38,14 @@ import hardware
 import optimizers
 import schedules
 import tricks
+from checkpoint import Checkpoints, listing, newest
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, setting
-from run_folder import Display, Run, default_folder, git, now, settings_hash, source_hash
+from ranks import RankError, World
+from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
+
+STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL, "try again later"; examples/slurm.sh requeues on it
 
 # ---------------------------------------------------------------- Config
 
@@ -78,7 +83,13 @@ class Config:
         "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint",
         ("auto", "never", "must"),
     )
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the minutes, and at the end")
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints; 0: off")
+    keep: int = setting(2, "checkpoints to keep, the newest")
+    milestone_every: int = setting(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
+    nonfinite: str = setting("stop", "a loss or gradient that is not finite: stop, or skip:K to leave out up to K updates")
+    check_ranks: int = setting(100, "steps between checks that all ranks hold the same weights; 0: never")
+    timeout: float = setting(600.0, "seconds that ranks wait for one that hangs")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     dtype: str = setting("auto", "type of activations and matrix products; weights are fp32", ("auto", "bf16", "fp32"))
     compile: bool = setting(False, "torch.compile the model and the update; the warm-up is off the clock")
@@ -135,6 +146,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     for key in ("steps", "batch_tokens", "val_tokens"):
         if getattr(config, key) < 1:
             raise UsageError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(config, key)}")
+    allowed_skips(config.nonfinite)
     optimizers.check(config.optimizer, config.average, config.table_optimizer)
     schedules.build(config.schedule, config.steps)
     schedules.build_momentum(config.momentum_schedule, config.steps)
@@ -144,58 +156,12 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
         raise UsageError(str(error)) from None
 
 
-# ---------------------------------------------------------------- Ranks
-
-
-class World:
-    """This process among the ranks that torchrun started, or alone under plain python."""
-
-    def __init__(self, device_name: str):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = hardware.pick_device(device_name)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.main = self.rank == 0
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def sum_sparse(self, grad: torch.Tensor) -> torch.Tensor:
-        """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced."""
-        rows = grad._indices()[0]
-        if bool((rows[1:] > rows[:-1]).all()):  # as the model makes them; autograd forgets to say so
-            grad = grad._coalesced_(True)
-        grad = grad.coalesce()  # adds up what a row got from several places
-        if self.size == 1:
-            return grad
-        rows, values = grad.indices()[0], grad.values()
-        most = torch.tensor(len(rows), device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        missing = most.item() - len(rows)
-        rows, values = F.pad(rows, (0, missing)), F.pad(values, (0, 0, 0, missing))
-        everyone = [[torch.empty_like(x) for _ in range(self.size)] for x in (rows, values)]
-        for found, own in zip(everyone, (rows, values), strict=True):
-            dist.all_gather(found, own)
-        rows, values = map(torch.cat, everyone)
-        return torch.sparse_coo_tensor(rows[None], values, grad.shape, check_invariants=False).coalesce()
-
-    def gather(self, value: Any) -> list[Any]:
-        """One small object from each rank, in rank order."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def close(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
+def allowed_skips(nonfinite: str) -> int:
+    """Updates that may be left out because something was not finite: 0 for "stop", K for "skip:K"."""
+    word, _, count = nonfinite.partition(":")
+    if (word, count) != ("stop", "") and not (word == "skip" and count.isdigit()):
+        raise UsageError(f"--nonfinite takes stop or skip:K, such as skip:3; not {nonfinite!r}")
+    return int(count or 0)
 
 
 # ---------------------------------------------------------------- Clock
@@ -289,6 +255,27 @@ def warm_up(model: torch.nn.Module, micro: int, model_config: ModelConfig, devic
     model.zero_grad(set_to_none=True)
 
 
+class Interrupt:
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to end after the step that it is in; a second SIGINT ends the process at once."""
+
+    def __init__(self):
+        self.name: str | None = None
+
+    def __enter__(self) -> "Interrupt":
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+        self.before = {number: signal.signal(number, self.ask) for number in (getattr(signal, name) for name in names)}
+        return self
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class Training:
     """Everything that one run holds: built in the order in which data meets it, then `run()`."""
 
@@ -311,6 +298,9 @@ class Training:
         if (self.val.vocab_size or 0) > model_config.vocab_size:
             raise UsageError(f"{folder} has a vocabulary of {self.val.vocab_size}: add --vocab-size {self.val.vocab_size}")
         self.fingerprint = f"{self.loader.dataset.fingerprint}-{self.val.fingerprint}"
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine
+            for dataset in (self.loader.dataset, self.val):
+                dataset.prove(model_config.vocab_size)
         # model: the same weights on every rank, then each rank its own stream for dropout
         torch.manual_seed(config.seed)
         self.gpt = GPT(model_config).to(world.device)
@@ -324,7 +314,7 @@ class Training:
             ids = [world.device.index] if world.device.type == "cuda" else None
             # the only buffers are constant tables: nothing to broadcast before each forward pass
             self.model = DistributedDataParallel(
-                self.alone, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                self.alone, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         # optimizer and schedules
         self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer)
@@ -337,11 +327,67 @@ class Training:
         self.clock = Clock(world.device)
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = flops_per_token(model_config)
-        self.steps_done, self.last_val, self.reached = 0, None, None
+        self.steps_done, self.last_val, self.reached, self.skipped = 0, None, None, 0
+        self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
         settings = vars(config) | vars(model_config) | {"recipe": recipe}
         out = config.out or default_folder(settings, recipe)
         self.run_folder = Run(Path(out), settings, config.resume)
-        world.gather(None)  # nobody writes into the folder before everybody has looked at it
+        self.checkpoints = Checkpoints(self.run_folder.checkpoints, config.keep, config.milestone_every, self.written)
+        self.complete: list[dict[str, float]] = []  # checkpoints written since the log was last
+        self.start: Path | None = None  # the checkpoint to continue from
+        self.lock = None
+        if not self.run_folder.finished:
+            if config.resume == "must" and not listing(self.run_folder.checkpoints):
+                raise UsageError(
+                    f"--resume must: no checkpoint in {self.run_folder.checkpoints}; use --resume auto to start one"
+                )
+            self.check_data(wait=1.0)  # shards of less than a gigabyte have been read by then
+            self.take()
+
+    def take(self) -> None:
+        """Lock the run folder and choose the checkpoint to continue from, on rank 0 for all.
+
+        Raises:
+            UsageError: another process has the folder; `--resume must` and nothing to continue from.
+        """
+        problem = None
+        if self.world.main:
+            try:
+                self.lock = lock(self.run_folder.folder)
+                passed: list[str] = []
+                if self.config.resume != "never":
+                    self.start, passed = newest(self.run_folder.checkpoints)
+                for line in passed:
+                    print(line, file=sys.stderr, flush=True)
+                if self.start is None and self.config.resume == "must":
+                    problem = f"--resume must: {passed[0]}; use --resume auto to start anew"
+                else:
+                    self.checkpoints.clean(everything=self.config.resume == "never")
+            except UsageError as error:
+                problem = str(error)
+        problem, self.start = self.world.gather((problem, self.start))[0]
+        if problem:
+            raise UsageError(problem)
+
+    def close(self) -> None:
+        """Let go of the run folder, whatever happened: what was logged is written, a checkpoint begun is finished."""
+        self.checkpoints.close()
+        if self.run_folder.log:
+            with contextlib.suppress(OSError):  # the disk is full: said already
+                self.run_folder.log.close()
+        if self.lock:
+            self.lock.release()
+
+    def check_data(self, wait: float | None = None) -> None:
+        """Every rank calls this where something is about to be kept that damaged data would spoil.
+
+        Raises:
+            UsageError: a shard is damaged, holds tokens of another vocabulary, or has changed since the run began.
+        """
+        problems = [dataset.problem(wait) for dataset in (self.loader.dataset, self.val)]
+        found = [p for rank in self.world.gather(problems) for p in rank if p]
+        if found:
+            raise UsageError(found[0])
 
     def environment(self) -> dict[str, Any]:
         commit = git("rev-parse", "HEAD")
@@ -357,30 +403,44 @@ class Training:
             "peak_source": self.peak_source,
         }
 
-    def restore(self) -> None:
-        """Continue from the run folder's checkpoint: weights, optimizer, RNG of this rank, clock."""
-        state = torch.load(self.run_folder.checkpoint, map_location=self.world.device, weights_only=True)
-        if len(state["rng"]) != self.world.size:
-            raise UsageError(f"the checkpoint was written by {len(state['rng'])} ranks, this run has {self.world.size}")
-        self.gpt.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"][self.world.rank].cpu())
-        self.steps_done, self.last_val, self.reached = state["step"], state["last_val"], state["reached"]
-        self.clock.stages, self.clock.process_time = state["stages"], state["process_time"]
+    def restore(self) -> int:
+        """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes.
+
+        Raises:
+            UsageError: the data are not those that the checkpoint was trained on.
+        """
+        optimizer, saved, generators = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
+        if saved["data"] != self.fingerprint:
+            raise UsageError(f"{self.start} was trained on other data ({saved['data']}, here {self.fingerprint})")
+        if self.world.main and saved["source"] != source_hash():
+            print(f"{self.start} was written by other code: what follows is not the same run", file=sys.stderr, flush=True)
+        self.optimizer.load_state_dict(optimizer)
+        if len(generators) and saved["ranks"] == self.world.size:
+            torch.set_rng_state(generators[0])
+            if self.world.device.type == "cuda" and len(generators) > 1:
+                torch.cuda.set_rng_state(generators[1], self.world.device)
+        else:  # other ranks than before: dropout cannot repeat itself, but must not repeat what it began with
+            torch.manual_seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
+        self.steps_done, self.last_val, self.reached = saved["step"], saved["last_val"], saved["reached"]
+        self.skipped, self.clock.stages, self.clock.process_time = saved["skipped"], saved["stages"], saved["process_time"]
+        return saved["log_bytes"]
 
     def save(self) -> None:
-        rng = self.world.gather(torch.get_rng_state())
+        """Begin to write a checkpoint; it is complete when its `checkpoint` event is in the log."""
+        self.check_data()
+        self.world.beat(f"step {self.steps_done}: checkpoint")
         self.optimizer.eval()  # methods that evaluate other weights than they train: store those as the model
-        state = optimizers.full_state_dict(self.optimizer)
-        if self.world.main:
-            self.run_folder.save(
-                {
-                    "model": self.gpt.state_dict(), "optimizer": state, "rng": rng,
-                    "step": self.steps_done, "last_val": self.last_val, "reached": self.reached,
-                    "stages": self.clock.stages, "process_time": self.clock.process_time,
-                }
-            )  # fmt: skip
+        generators = [torch.get_rng_state()]
+        if self.world.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.world.device))
+        extra = {
+            "last_val": self.last_val, "reached": self.reached, "skipped": self.skipped, "stages": self.clock.stages,
+            "process_time": self.clock.process_time, "log_bytes": self.run_folder.logged() if self.world.main else 0,
+            "data": self.fingerprint, "source": source_hash(), "config": settings_hash(self.run_folder.config),
+        }  # fmt: skip
+        self.checkpoints.save(self.steps_done, self.gpt, self.optimizer.state_dict(), generators, extra)
         self.optimizer.train()
+        self.saved_at = time.monotonic()
 
     def backward(self, x: torch.Tensor, y: torch.Tensor | None) -> tuple[float, float]:
         """Gradients of the mean loss over the global batch; that loss and their norm.
@@ -406,9 +466,11 @@ class Training:
                 p.grad = self.world.sum_sparse(p.grad)
                 p.grad.values().div_(self.world.size)
         norm = torch.nn.utils.get_total_norm(self.gradients())
+        self.loss_here = loss
         # the only transfer of a step: a loss or gradient that is not finite must be seen before the update
-        loss_now, norm_now = (self.world.sum(torch.stack([loss, norm])) / self.world.size).tolist()
-        return loss_now, norm_now
+        everyone = torch.cat([torch.stack([loss, norm]), torch.tensor(self.wishes, device=self.world.device)])
+        loss_now, norm_now, *self.wishes = self.world.sum(everyone).tolist()
+        return loss_now / self.world.size, norm_now / self.world.size
 
     def gradients(self) -> list[torch.Tensor]:
         """All of them, dense; of a coalesced sparse one the rows it has. They share memory with the originals."""
@@ -416,10 +478,12 @@ class Training:
         return [g._values() if g.is_sparse else g for g in found]
 
     def step(self) -> tuple[float, float, float] | None:
-        """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite."""
+        """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite: no update."""
         config, step = self.config, self.steps_done
         self.clock.start()
+        self.world.beat(f"step {step + 1}: data")
         x, y = self.loader.next(step)
+        self.world.beat(f"step {step + 1}: forward and backward")
         loss_now, norm_now = self.backward(x, y)
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
             self.clock.stop("nonfinite")
@@ -431,19 +495,42 @@ class Training:
             group["lr"] = group["initial_lr"] * multiplier
             if momentum is not None and "momentum" in group:
                 group["momentum"] = momentum
+        self.world.beat(f"step {step + 1}: update")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for part in optimizers.parts(self.optimizer):
             if getattr(part, "wants_curvature", bool)():
-                if not math.isfinite(self.backward(x, None)[1]):
-                    self.clock.stop("nonfinite")
-                    return None
-                part.curvature(config.batch_tokens)
+                if math.isfinite(self.backward(x, None)[1]):  # else the estimate before serves on
+                    part.curvature(config.batch_tokens)
                 self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return loss_now, norm_now, self.clock.stop(str(config.batch_tokens))
 
+    def leave_out(self) -> bool:
+        """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
+        bad = [n for n, p in self.gpt.named_parameters() if p.grad is not None and not all_finite(p.grad)]
+        losses = self.world.gather(bool(self.loss_here.isfinite()))
+        ranks = [rank for rank, fine in enumerate(losses) if not fine]
+        self.optimizer.zero_grad(set_to_none=True)
+        step, self.skipped = self.steps_done + 1, self.skipped + 1
+        on = self.skipped <= allowed_skips(self.config.nonfinite)
+        self.checkpoints.wait()
+        if self.world.main:
+            self.run_folder.event(
+                "nonfinite", step=step, ranks=ranks, parameters=bad[:8], skipped=on, train_time=self.clock.train_time
+            )
+            where = f"the loss of rank {', '.join(map(str, ranks))}, " if ranks else ""
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+            last, _ = newest(self.run_folder.checkpoints)
+            self.display.note(
+                f"step {step}: not finite: {where}gradients of {', '.join(bad[:8]) or 'nothing'}{more}; "
+                f"{'the step was left out' if on else 'nothing was updated'}; last good checkpoint: {last or 'none'}"
+            )
+        self.steps_done += on
+        return on
+
     def validate(self) -> None:
+        self.world.beat(f"step {self.steps_done}: validation")
         self.optimizer.eval()
         # without DDP round it, whose forward pass may wait for ranks that have fewer sequences to validate
         loss = validate(self.alone, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
@@ -459,48 +546,79 @@ class Training:
             if self.world.main:
                 self.run_folder.event("target", step=step, loss=loss, target_loss=config.target_loss, train_time=now)
 
-    def run(self) -> dict[str, Any]:
-        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result."""
+    def run(self) -> dict[str, Any] | None:
+        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
+
+        A signal ends the run earlier, with a checkpoint and without a result: None.
+        """
         config, main = self.config, self.world.main
-        if self.run_folder.continued:
-            self.restore()
+        log_bytes = self.restore() if self.start else 0
         first = self.steps_done
         if self.compiled:
+            self.world.beat("compiling")
             warm_up(self.model, self.micro, self.model_config, self.world.device)
             optimizers.compile_update(self.optimizer)
         if main:
-            self.run_folder.open(self.environment(), first)
+            self.run_folder.open(self.environment(), log_bytes)
             about = dict(seed=config.seed, config=settings_hash(self.run_folder.config, ("seed",)), source=source_hash())
-            self.run_folder.event("resume" if first else "start", step=first, **about, data=self.fingerprint, utc=now())
+            self.run_folder.event("resume" if self.start else "start", step=first, **about, data=self.fingerprint, utc=now())
             self.display = Display(config, self.run_folder.folder, self.flops, self.peak, first)
             self.display.note(self.greeting())
         every = config.val_every or math.ceil(config.steps / 5)
-        status = "ok"
+        status, self.saved_at = "ok", time.monotonic()
         self.model.train()
         self.optimizer.train()
-        while self.steps_done < config.steps:
-            epoch = math.floor(self.loader.epochs(self.steps_done))
-            if main and self.steps_done and epoch > math.floor(self.loader.epochs(self.steps_done - 1)):
-                self.run_folder.event("epoch", step=self.steps_done, epoch=epoch)
-                self.display.note(f"step {self.steps_done}: all data seen {epoch} times, it repeats from here")
-            done = self.step()
-            if done is None:
-                status = "diverged"
-                if main:
-                    self.run_folder.event("nonfinite", step=self.steps_done + 1, train_time=self.clock.train_time)
-                break
-            if main:
-                self.log_step(*done)
-            if self.steps_done % every == 0 or self.steps_done == config.steps:
-                self.validate()
-                if config.stop_at_target and self.reached:
-                    status = "ok" if self.steps_done == config.steps else "stopped"
+        with Interrupt() as interrupt:
+            while self.steps_done < config.steps:
+                epoch = math.floor(self.loader.epochs(self.steps_done))
+                if main and self.steps_done and epoch > math.floor(self.loader.epochs(self.steps_done - 1)):
+                    self.run_folder.event("epoch", step=self.steps_done, epoch=epoch)
+                    self.display.note(f"step {self.steps_done}: all data seen {epoch} times, it repeats from here")
+                due = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+                self.wishes = [float(interrupt.name is not None), float(main and due)]
+                done = self.step()
+                stop, due = self.wishes  # of any rank: all hear of them in the same step
+                if done is None and not self.leave_out():
+                    status = "diverged"
                     break
-            if config.checkpoint_every and self.steps_done % config.checkpoint_every == 0:
+                if main and done:
+                    self.log_step(*done)
+                if config.check_ranks and self.steps_done % config.check_ranks == 0:
+                    self.world.check_equal(list(self.gpt.parameters()), f"step {self.steps_done}: weights")
+                if self.steps_done % every == 0 or self.steps_done == config.steps:
+                    self.validate()
+                    if config.stop_at_target and self.reached:
+                        status = "ok" if self.steps_done == config.steps else "stopped"
+                        break
+                if stop and self.steps_done < config.steps:
+                    self.save()
+                    self.end_of_checkpoint()
+                    if main:
+                        self.run_folder.event("stopped", step=self.steps_done, signal=interrupt.name, utc=now())
+                        self.display.close()
+                    return None
+                if due or (config.checkpoint_every and self.steps_done % config.checkpoint_every == 0):
+                    self.save()
+            if status != "diverged":
                 self.save()
-        if status != "diverged":
-            self.save()
+            self.end_of_checkpoint()
         return self.finish(status)
+
+    def end_of_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being written, and log it."""
+        self.checkpoints.wait()
+        if self.world.main:
+            self.log_checkpoint()
+
+    def written(self, **facts: float) -> None:
+        """Called from another thread when a checkpoint is complete."""
+        self.complete.append(facts)
+
+    def log_checkpoint(self) -> None:
+        """On rank 0, once a checkpoint is complete. Raises what went wrong in writing it."""
+        self.checkpoints.poll()
+        while self.complete:
+            self.run_folder.event("checkpoint", **self.complete.pop(0))
 
     def log_step(self, loss: float, norm: float, step_time: float) -> None:
         step, lr = self.steps_done, self.optimizer.param_groups[0]["lr"]
@@ -510,6 +628,7 @@ class Training:
             step_time=step_time, train_time=now,
         )  # fmt: skip
         self.display.step(step, loss, lr, step_time, now)
+        self.log_checkpoint()
 
     def greeting(self) -> str:
         counts = parameter_counts(self.gpt)
@@ -561,6 +680,10 @@ class Training:
         return result
 
 
+def all_finite(grad: torch.Tensor) -> bool:
+    return bool((grad.coalesce().values() if grad.is_sparse else grad).isfinite().all())
+
+
 def describe_result(result: dict[str, Any], folder: Path) -> str:
     loss = "not finite" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
     target = f" (target {result['target_loss']:g})" if result["target_loss"] else ""
@@ -576,7 +699,7 @@ def main(argv: list[str]) -> int:
         for flag, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
             if getattr(config, flag) and importlib.util.find_spec(package) is None:
                 raise UsageError(f"--{flag} needs the package {package}: pip install {package}")
-        world = World(config.device)
+        world = World(config.device, config.timeout)
         training = Training(config, model_config, recipe, world)
         folder = training.run_folder.folder
         if training.run_folder.finished:
@@ -584,6 +707,10 @@ def main(argv: list[str]) -> int:
             print(f"already there; --resume never trains it again\n{describe_result(result, folder)}")
             return 3 if result["status"] == "diverged" else 0
         result = training.run()
+        if result is None:
+            if world.main:
+                print(f"stopped after step {training.steps_done}; the same command continues: {folder}", flush=True)
+            return STOPPED
         if world.main:
             print(describe_result(result, folder))
         return 3 if result["status"] == "diverged" else 0
@@ -591,12 +718,18 @@ def main(argv: list[str]) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        if world.main:
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print("train_gpt.py: no space left on the disk; free some, and the same command continues", file=sys.stderr)
         return 2
     finally:
+        if training:
+            training.close()
         training = None  # DDP first: were it the last to hold gloo's group, freeing that would wait for the GIL it holds
         if world:
             world.close()

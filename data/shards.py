@@ -9,8 +9,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_WORDS
 SHARD_TOKENS = 100_000_000  # as the published FineWeb shards
 TOKEN = np.dtype("<u2")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.bin")  # what dataset.json may name: files in its own folder
 
 
 def dataset_folder(data_root: str | Path, corpus: str, tokenizer: str) -> Path:
@@ -145,12 +147,22 @@ def read(path: Path) -> np.ndarray:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """dataset.json, or None when there is none (shards that somebody else made)."""
+    """dataset.json, or None when there is none (shards that somebody else made).
+
+    Raises:
+        UsageError: it is not what `write_manifest` wrote.
+    """
     try:
-        return json.loads((folder / "dataset.json").read_text())
+        manifest = json.loads((folder / "dataset.json").read_text())
+        for split in ("train", "val"):
+            for entry in manifest["splits"][split]:
+                ok = SHARD_NAME.fullmatch(entry["file"]) and int(entry["tokens"]) >= 0 and len(entry["sha256"]) == 64
+                if not ok:
+                    raise ValueError(entry["file"])
+        return manifest
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         raise UsageError(f"{folder / 'dataset.json'} is damaged; {repair(folder)}") from None
 
 
@@ -196,13 +208,49 @@ class Dataset:
 
     def __init__(self, folder: Path | str, split: str):
         self.folder, self.split = Path(folder), split
-        self.shards = [read(path) for path in split_files(self.folder, split)]
+        self.paths = split_files(self.folder, split)
+        self.shards = [read(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.opened = [self.stamp(path) for path in self.paths]
         manifest = read_manifest(self.folder)
-        entries = manifest["splits"][split] if manifest else [{"tokens": len(shard)} for shard in self.shards]
+        self.entries = manifest["splits"][split] if manifest else [{"tokens": len(shard)} for shard in self.shards]
         self.vocab_size = manifest and manifest.get("vocab_size")  # None where nobody wrote it down
         # the same on every machine that holds the same data: no paths, no times
-        self.fingerprint = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()[:16]
+        self.proof: Future | None = None
+
+    @staticmethod
+    def stamp(path: Path) -> tuple[int, int, int] | None:
+        """What changes when somebody writes to a file or puts another in its place."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ino
+
+    def prove(self, vocab_size: int) -> None:
+        """Begin to read every shard in the background: are its bytes those of dataset.json, its tokens below `vocab_size`?"""
+        self.proof = ThreadPoolExecutor(1, thread_name_prefix="proof").submit(self._prove, vocab_size)
+
+    def _prove(self, vocab_size: int) -> str | None:
+        for path, shard, entry in zip(self.paths, self.shards, self.entries, strict=True):
+            if "sha256" in entry and file_hash(path) != entry["sha256"]:
+                return f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(self.folder)}"
+            parts = range(0, len(shard), 1 << 22)
+            largest = max((int(shard[i : i + (1 << 22)].max()) for i in parts), default=0)
+            if largest >= vocab_size:
+                return f"shard {path} holds token {largest}, but the vocabulary has {vocab_size}: another tokenizer made it"
+        return None
+
+    def problem(self, wait: float | None = None) -> str | None:
+        """What is wrong with the shards, as far as is known after `wait` seconds (None: until all are read)."""
+        for path, then in zip(self.paths, self.opened, strict=True):
+            if self.stamp(path) != then:
+                return f"shard {path} has changed since this run opened it; {repair(self.folder)}"
+        try:
+            return self.proof.result(wait) if self.proof else None
+        except TimeoutError:
+            return None
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -84,9 +84,10 @@ class Row:
             error = " ".join(outcome.error.split())[:200]
             return cls(**same, **nothing, **where, status="crashed", val_loss=math.inf, stalled=False, ended=now(), error=error)
         env = json.loads((trial.folder / "env.json").read_text())
+        ended = next((e["utc"] for e in reversed(trial.log()) if e["event"] == "end"), now())  # found ones ended earlier
         return cls(
             **same, status=result["status"], val_loss=outcome.loss, tokens=result["tokens"],
-            flops=result["flops_per_token"] * result["tokens"], ended=now(), machine=machine(env),
+            flops=result["flops_per_token"] * result["tokens"], ended=ended, machine=machine(env),
             commit=(env["commit"] or "unknown")[:12] + ("+" if env["dirty"] else ""), source=env["source_sha256"][:12],
             data=env["data_fingerprint"],
             **{key: result[key] for key in ("train_time", "robust_train_time", "process_time", "peak_memory", "stalled")},

@@ -17,6 +17,7 @@ from lab.markdown import table
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "benchmarks" / "optimizers.json"
+CHAOS = ROOT / "benchmarks" / "chaos.json"
 
 
 def keys(cls: type) -> str:
@@ -77,6 +78,13 @@ def measured_tables() -> dict[str, str]:
     return {
         "step": table(
             ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor"), rows
+        ),
+        "chaos": table(
+            ("what", "faults", "recovered or refused", "lost", "s lost a fault"),
+            [
+                (c["what"], *(str(c[key]) for key in ("faults", "recovered", "lost")), str(c["seconds_per_fault"] or "-"))
+                for c in (json.loads(CHAOS.read_text()) if CHAOS.exists() else [])
+            ],
         ),
         "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
         "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule", "processor"), losses),

@@ -61,9 +61,17 @@ class Trial:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json once the run has ended, else None."""
+        """result.json once the run has ended, else None. A run of other source code is another run: None too."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists() or self.source != run_folder.source_hash():
+            return None
+        return json.loads(path.read_text())
+
+    @property
+    def source(self) -> str | None:
+        """Hash of the code that the run in the folder was trained by; None where there is no run."""
+        path = self.folder / "env.json"
+        return json.loads(path.read_text())["source_sha256"] if path.exists() else None
 
     def log(self) -> list[dict[str, Any]]:
         """All events of the run."""
@@ -108,6 +116,8 @@ def train(trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2) ->
         if attempt:
             time.sleep(1)
         command = [*launcher, "train_gpt.py", *trial.flags, "--out", str(trial.folder)]
+        if trial.source not in (None, run_folder.source_hash()):
+            command += ["--resume", "never"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if (result := trial.result) is not None:
             return Outcome(trial, result, fresh=True)

@@ -227,7 +227,7 @@ class MatrixMethod(Optimizer):
         padded = updates.new_zeros(most, *updates.shape[1:])
         padded[: len(updates)] = updates
         everyone = updates.new_empty(ranks * most, *updates.shape[1:])
-        handle = dist.all_gather_into_tensor(everyone, padded, async_op=True)
+        handle = dist.all_gather_single(everyone, padded, async_op=True)
 
         def finish() -> Tensor:
             handle.wait()

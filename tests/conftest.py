@@ -1,16 +1,21 @@
 """Shared: the repository on the path, the prepared default corpus, and a tiny run of the trainer."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
 import train_gpt  # noqa: E402
 from data import corpora  # noqa: E402
+from optimizers import OPTIMIZERS  # noqa: E402
 
 DATA_ROOT = ROOT / "corpora"
 
@@ -46,3 +51,37 @@ def losses(folder: Path, kind: str = "train") -> list[float]:
 
 def result(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
+
+
+def stored(folder: Path, *flags: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights and optimizer state in the newest checkpoint of a `tiny` run that was trained with `flags` on one rank."""
+    path, passed = checkpoint.newest(folder / "checkpoints")
+    assert path is not None and not passed
+    gpt, state = train_gpt.GPT(train_gpt.resolve(["--track", "tiny", *flags])[1]), {}
+    loaded, _, _ = checkpoint.Checkpoints(folder / "checkpoints").load(path, gpt, state)
+    return gpt.state_dict(), loaded
+
+
+def with_optimizer(name: str) -> tuple[str, ...]:
+    """Flags that choose an optimizer, with the schedule that it allows."""
+    own = getattr(getattr(OPTIMIZERS[name], "method", None), "schedule_free", False)
+    return ("--optimizer", name, *(("--schedule", "constant") if own else ()))
+
+
+def launch(ranks: int, folder: Path, *flags: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
+    """The trainer on `tiny` in fp32 under torchrun (plain python for 0 ranks), in a session of its own."""
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}"]
+    command += ["train_gpt.py", "--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder)]
+    return subprocess.Popen(
+        [*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def torchrun(ranks: int, folder: Path, *flags: str) -> None:
+    """Train to the end on so many ranks."""
+    process = launch(ranks, folder, *flags)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]

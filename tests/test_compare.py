@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import compare
+import run_folder
 import train_gpt
 from lab import comparison, stats, trials
 from lab.comparison import Row, read_rows
@@ -16,7 +17,7 @@ from lab.trials import Outcome
 FLAGS = ["--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256"]
 ENV = {
     "cpu": "some CPU", "cpu_count": 2, "gpus": [], "world_size": 1, "threads": 2, "torch": "2.13.0",
-    "commit": "0123456789abcdef", "dirty": False, "source_sha256": "f" * 64, "data_fingerprint": "a-b",
+    "commit": "0123456789abcdef", "dirty": False, "source_sha256": run_folder.source_hash(), "data_fingerprint": "a-b",
 }  # fmt: skip
 
 
@@ -45,8 +46,8 @@ class FakeTrainer:
         }  # fmt: skip
         if right == -1:
             result |= {"status": "diverged", "val_loss": None}
-        (trial.folder / "checkpoints").mkdir(parents=True)
-        (trial.folder / "checkpoints" / "latest.pt").write_text("weights")
+        (trial.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (trial.folder / "checkpoints" / "weights").write_text("weights")
         (trial.folder / "env.json").write_text(json.dumps(self.env))
         times = [seconds * (i + 1) / steps for i in range(steps)]
         log = [
@@ -100,7 +101,7 @@ def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys):
     assert all(arm["confirmed"]["met"] for arm in found["arms"])
     for name in ("trials.csv", "curves.csv", "README.md", "loss.png", "loss.svg", "forest.png", "forest.svg"):
         assert (out / name).stat().st_size > 100, name
-    assert not list(tmp_path.glob("work/**/latest.pt"))
+    assert not list(tmp_path.glob("work/**/weights"))
     # the printed ratio is the one recomputed from trials.csv
     rows = read_rows(out / "trials.csv")
     again = comparison.compare([r for r in rows if r.arm == "baseline"], [r for r in rows if r.arm == "+modern"], 3.0)
@@ -140,6 +141,21 @@ def test_runs_of_an_earlier_plan_are_left_out(fake, tmp_path):
     found = summary(tmp_path / "c")
     assert found["ratios"][0]["confirmed"]["steps"]["ratio"] == pytest.approx(215 / 110)
     assert [arm["confirmed"]["n"] for arm in found["arms"]] == [5, 5]
+
+
+def test_runs_of_other_code_are_trained_anew(fake, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    trainer = fake({"baseline": 200, "modern": 100})
+    words = command(out, "--recipes", "baseline", "modern", "--seeds", "3")
+    assert compare.main(words) == 0
+    trained = sorted(trainer.trained)
+    trainer.trained.clear()
+    monkeypatch.setattr(run_folder, "source_hash", lambda: "0" * 64)
+    monkeypatch.setattr(compare, "source_hash", lambda: "0" * 64)
+    trainer.env["source_sha256"] = "0" * 64
+    assert compare.main(words) == 0
+    assert sorted(trainer.trained) == trained
+    assert {row.source for row in read_rows(out / "trials.csv")} == {"0" * 12}
 
 
 def test_baseline_that_set_the_target_need_not_be_below_it(fake, tmp_path):
