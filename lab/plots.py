@@ -52,6 +52,12 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
     return drawn
 
 
+def short(name: str) -> str:
+    """An arm's name as a label: of a long list of tricks its first, its last and how many there are."""
+    words = name.split(",")
+    return name if len(name) <= 30 else f"{words[0]}...{words[-1]} ({len(words)} tricks)"
+
+
 def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]], target: float) -> str:
     """Loss against seconds and against tokens: the mean over seeds of the confirming runs, and the band they span."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
@@ -68,7 +74,7 @@ def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]]
         ends = [c for c in curves if c["arm"] == name and c["kind"] == "val" and c["step"] == max(by_step)]
         for axis, key in zip(axes, ("train_time", "tokens"), strict=True):
             x = np.array([np.mean([c[key] for c in p]) for p in points])
-            axis.plot(x, mean, color=f"C{i % 10}", label=name, linewidth=1.2)
+            axis.plot(x, mean, color=f"C{i % 10}", label=short(name), linewidth=1.2)
             axis.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.25, linewidth=0)
             axis.plot([c[key] for c in ends], [c["loss"] for c in ends], "o", color=f"C{i % 10}", markersize=4)
     top = np.quantile([c["loss"] for c in curves if c["kind"] == "train"], 0.97)
@@ -95,7 +101,7 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
             error = [[r["ratio"] - r["low"]], [min(r["high"], 1e3 * r["ratio"]) - r["ratio"]]]
             axis.errorbar(r["ratio"], row + shift, xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
         axis.annotate(ratio["verdict"], (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-        ticks.append(f"{ratio['arm']} / {ratio['base']}")
+        ticks.append(f"{short(ratio['arm'])} / {short(ratio['base'])}")
     axis.axvline(1, color="0.4", linestyle=":", linewidth=1)
     axis.set_yticks(range(len(ticks)), ticks)
     axis.set(xscale="log", xlabel="base / arm, 95 % interval: right of 1 the arm saves", ylim=(-0.6, len(ticks) - 0.4))
@@ -130,11 +136,11 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
         axis.plot([i - 1.4, i + 0.4], [start, start], color="0.4", linewidth=0.8)
         axis.annotate(f"{start / seconds:.2f}x", (i, max(seconds, start)), ha="center", va="bottom", fontsize=8)
         before = seconds
-    axis.annotate(f"{first:,.0f} s", (0, first), ha="center", va="bottom", fontsize=8)
+    axis.annotate(f"{first:,.3g} s", (0, first), ha="center", va="bottom", fontsize=8)
     if summary["mode"] == "chain":
         axis.bar(len(timed), before, color="0.6")
-        axis.annotate(f"{before:,.0f} s", (len(timed), before), ha="center", va="bottom", fontsize=8)
-    labels = [name for name, _ in timed] + (["all"] if summary["mode"] == "chain" else [])
+        axis.annotate(f"{before:,.3g} s", (len(timed), before), ha="center", va="bottom", fontsize=8)
+    labels = [short(name) for name, _ in timed] + (["all"] if summary["mode"] == "chain" else [])
     axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
     if first / min(s for _, s in timed) > 5 or max(s for _, s in timed) / first > 5:
         axis.set_yscale("log")
@@ -145,15 +151,16 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
     return save(figure, folder, "waterfall")
 
 
-def history(folder: Path, track: str, about: list[dict[str, Any]]) -> str:
-    """Seconds to the target of every record of a track, by number: bar of the mean, dots of the runs' interval."""
+def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[float]) -> str:
+    """Seconds to the target of every record of a track, by number: bar of the mean, whisker of the standard deviation;
+    above it `gained`, baseline over this record as the table has it: seconds of two machines are no ratio."""
     figure, axis = pyplot().subplots(figsize=(max(6, 0.8 * len(about) + 2), 5), constrained_layout=True)
     seconds = [a["statistics"]["train_time"] for a in about]
     spread = [a["statistics"]["train_time_sd"] for a in about]
     axis.bar(range(len(about)), seconds, yerr=spread, color=["0.6"] + ["C0"] * (len(about) - 1), capsize=3)
     for i, value in enumerate(seconds):
         axis.annotate(
-            f"{value:,.0f} s\n{seconds[0] / value:.3g}x", (i, (value + spread[i]) * 1.03), ha="center", va="bottom", fontsize=8
+            f"{value:,.3g} s\n{gained[i]:.3g}x", (i, (value + spread[i]) * 1.03), ha="center", va="bottom", fontsize=8
         )
     axis.set_xticks(range(len(about)), [f"{a['number']:03d} {a['name']}" for a in about], rotation=35, ha="right", fontsize=8)
     axis.set(

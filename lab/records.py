@@ -430,13 +430,21 @@ def readme(about: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- showing
 
 
+def gains(found: list[Record]) -> list[float]:
+    """Baseline over each of a track's records: the product of the ratios down to it, each timed by turns."""
+    gained: dict[str, float] = {}
+    for record in found:
+        against = record.about["against"]
+        gained[record.folder.name] = gained[against["record"]] * against["ratio"] if against else 1.0
+    return list(gained.values())
+
+
 def history(track: str, category: str, root: str = "") -> str:
     """The table of a track's records; `root`: the way to records/ from the document that it stands in."""
-    rows, gained = [], {}  # gained: record -> product of the ratios down to it; times of two machines are no ratio
-    for record in of_track(track, category):
+    rows, found = [], of_track(track, category)
+    for record, total in zip(found, gains(found), strict=True):
         about = record.about
         s, against = about["statistics"], about["against"]
-        gained[record.folder.name] = total = gained[against["record"]] * against["ratio"] if against else 1.0
         gain = f"{against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g})" if against else "-"
         rows.append((
             f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md)", about["name"], f"{about['steps']:,}",
@@ -497,7 +505,7 @@ def render() -> list[str]:
     written = [str(path.name)]
     for track in tricks.TRACKS:
         if found := of_track(track, "open"):
-            written += [f"{plots.history(RECORDS, track, [r.about for r in found])}.png"]
+            written += [f"{plots.history(RECORDS, track, [r.about for r in found], gains(found))}.png"]
     return written
 
 
