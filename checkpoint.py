@@ -11,7 +11,6 @@ torch.distributed.checkpoint in its safetensors form: its usual form keeps its i
 stranger runs code. What is read here is safetensors and JSON, from files that DONE lists, inside the folder.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -29,7 +28,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from data.shards import file_hash
+from run_folder import atomic_write
 from spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
@@ -119,18 +121,6 @@ def references(packed: Any) -> Iterator[dict[str, Any]]:
 # ---------------------------------------------------------------- files
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def sync(path: Path) -> None:
     """Have the disk hold a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
@@ -138,13 +128,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def files(folder: Path) -> list[str]:
@@ -167,7 +150,7 @@ def damage(folder: Path) -> str | None:
             return f"does not hold the files that {DONE} lists"
         for name in names:
             size, digest = listed[name]
-            if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
+            if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
                 return f"{name} is damaged"
         json.loads((folder / STATE).read_text())
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -244,7 +227,7 @@ class Checkpoints:
             rng: states of this rank's generators, uint8.
             extra: plain values of rank 0, which `load` returns.
         Raises:
-            UsageError: the disk was full when the checkpoint before was written.
+            OSError: the checkpoint before could not be written, such as to a full disk.
         """
         begin = time.perf_counter()
         self.wait()
@@ -288,20 +271,19 @@ class Checkpoints:
         weights = {k.removeprefix("model/"): v for k, v in self.copies.items() if k.startswith("model/")}
         save_file(weights, temporary / WEIGHTS)
         sync(temporary / WEIGHTS)
-        write_synced(temporary / STATE, state)
-        listed = {name: [(temporary / name).stat().st_size, sha256(temporary / name)] for name in files(temporary)}
+        atomic_write(temporary / STATE, state)
+        listed = {f: [(temporary / f).stat().st_size, file_hash(temporary / f)] for f in files(temporary)}
         sync(temporary / "state")
         sync(temporary)
         if final.exists():  # damaged, and trained anew since
             shutil.rmtree(final)
         temporary.rename(final)
-        write_synced(final / (DONE + ".tmp"), json.dumps({"files": listed}, indent=1))
-        (final / (DONE + ".tmp")).rename(final / DONE)
+        atomic_write(final / DONE, json.dumps({"files": listed}, indent=1))
         sync(final)
         sync(self.folder)
         self._prune()
-        seconds, size = time.perf_counter() - begin, sum(size for size, _ in listed.values())
-        self.written(step=step, bytes=size, seconds=seconds, blocked=blocked)
+        written = sum(size for size, _ in listed.values())
+        self.written(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked)
 
     def _prune(self) -> None:
         finished = [p for p in listing(self.folder) if (p / DONE).exists()]
@@ -323,10 +305,18 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete; raises what went wrong in writing it."""
+        """Until the checkpoint that is being written is complete; raises what went wrong in writing it, as an OSError
+        where the system refused, whatever the libraries have wrapped it in."""
         pending, self.pending = self.pending, None
-        if pending:
+        if pending is None:
+            return
+        try:
             pending.result()
+        except CheckpointException as error:
+            raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from error
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(code[1]), str(error)) if code else error) from error
 
     def close(self) -> None:
         self.worker.shutdown(wait=True)

@@ -89,8 +89,7 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
     else:
         arms = []
         for spec in options.optimizers:
-            built_in = optimizers.OPTIMIZERS.get(spec.split(":")[0])
-            free = getattr(getattr(built_in, "method", None), "schedule_free", False)
+            free = optimizers.own_schedule(spec.split(":")[0])
             arms.append(arm(spec, [base], "--optimizer", spec, *(("--schedule", "constant") if free else ())))
     if len(arms) < 2:
         raise UsageError("one arm is no comparison: name at least two")

@@ -250,7 +250,7 @@ class SummedLookup(torch.autograd.Function):
     """table[rows].sum(-2) for rows [n, k] -> [n, C], with a sparse gradient that is coalesced from the start.
 
     The rows are sorted, and what a row gets from several places is one bag of the gradients [n, C]: nothing of n x k x C
-    is ever stored, as PyTorch's own sparse gradient and its coalesce() would do (benchmarks/README.md).
+    is ever stored, as PyTorch's own sparse gradient and its coalesce() would do.
     """
 
     @staticmethod

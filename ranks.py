@@ -170,6 +170,6 @@ def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum over the bits of a tensor in which no bit can change unseen: int64, on its device."""
+    """Sum of the bits of a tensor, read as integers: int64, on its device. No single number can change unseen."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().reshape(-1).view(integers).sum(dtype=torch.int64)

@@ -45,7 +45,7 @@ from ranks import RankError, World
 from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
 
-STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL, "try again later"; examples/slurm.sh requeues on it
+STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"
 
 # ---------------------------------------------------------------- Config
 

@@ -38,7 +38,7 @@ import run_folder
 import train_gpt
 from data import corpora
 from data.shards import Dataset
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, own_schedule
 from spec import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +60,7 @@ class Count:
 
 
 def flags_of(optimizer: str) -> tuple[str, ...]:
-    own = getattr(getattr(OPTIMIZERS[optimizer], "method", None), "schedule_free", False)
-    return (*FLAGS, "--optimizer", optimizer, *(("--schedule", "constant") if own else ()))
+    return (*FLAGS, "--optimizer", optimizer, *(("--schedule", "constant") if own_schedule(optimizer) else ()))
 
 
 def start(folder: Path, ranks: int, flags: tuple[str, ...]) -> subprocess.Popen:
@@ -202,7 +201,7 @@ def write_errors(total: int, dice: random.Random, folder: Path) -> Count:
     flags = [*flags_of("adamw"), "--steps", "12"]
     assert train_gpt.main([*flags, "--out", str(folder / "whole")]) == 0
     right = ended(folder / "whole")
-    targets = [(checkpoint, "save_file"), (checkpoint, "write_synced"), (checkpoint, "sync"), (run_folder.Run, "event"),
+    targets = [(checkpoint, "save_file"), (checkpoint, "atomic_write"), (checkpoint, "sync"), (run_folder.Run, "event"),
                (run_folder.Run, "logged"), (run_folder, "atomic_write"), (checkpoint.dcp, "save")]  # fmt: skip
     for i in tqdm(range(total), desc="write errors"):
         target, name = targets[i % len(targets)]

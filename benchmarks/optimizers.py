@@ -213,8 +213,7 @@ def share() -> dict:
 def cpu_track(name: str) -> dict:
     """What `name` at its defaults reaches in 300 steps of the cpu track."""
     folder = ROOT / "runs" / "benchmark" / name
-    method = getattr(optimizers.OPTIMIZERS[name], "method", None)
-    schedule = "constant" if getattr(method, "schedule_free", False) else CPU_SCHEDULE
+    schedule = "constant" if optimizers.own_schedule(name) else CPU_SCHEDULE
     flags = [
         "--optimizer",
         name,

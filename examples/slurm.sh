@@ -4,7 +4,8 @@
 #   sbatch --nodes=1 --gpus-per-node=8 examples/slurm.sh --track gpt2-small --tricks record
 #
 # SLURM sends SIGUSR1 two minutes before the time limit; torchrun hands it to the ranks, which finish their step, save and
-# leave. The job then puts itself back into the queue, and the same command goes on from the newest checkpoint.
+# leave: within 30 seconds, torchrun's patience. The job then puts itself back into the queue, and the same command goes on
+# from the newest checkpoint. (Written by SLURM's manual; not tried on a cluster yet.)
 #SBATCH --job-name=nanogpt-speedrun
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=04:00:00
@@ -26,8 +27,9 @@ srun --kill-on-bad-exit=0 .venv/bin/torchrun \
   train_gpt.py --out "$out" "$@"
 code=$?
 
-# result.json is written last: without it the run has not ended. A wrong command (2) would only fail again.
-if [ ! -f "$out/result.json" ] && [ -d "$out/checkpoints" ] && [ "$code" -ne 2 ]; then
+# result.json is written last: without it the run has not ended. A wrong command, which would only fail again, has left no
+# checkpoints. The exit code says nothing: torchrun's is 1 whatever its ranks' was.
+if [ ! -f "$out/result.json" ] && [ -d "$out/checkpoints" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

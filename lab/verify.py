@@ -24,6 +24,7 @@ from lab import overlap, records, trials
 from lab.records import ALPHA, LARGEST, Record
 from model import GPT, ModelConfig, flops_per_token
 from spec import UsageError
+from spec import split as split_spec
 
 SCHEMA = Path(__file__).with_name("record.schema.json")
 MOST_OVERLAP = 0.02  # of the validation sequences; a corpus quotes itself, by nature, and a leak is of whole documents
@@ -307,6 +308,9 @@ def code(record: Record) -> str:
 def rerun(record: Record) -> str:
     """One seed trained again here ends within the record's own noise (99 % prediction interval)."""
     about = record.about
+    for key in ("optimizer", "average", "table_optimizer", "schedule", "momentum_schedule"):
+        if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
+            raise NotCheckable(f"its {key} is code from outside the repository, which a record may not have run")
     trial = trials.Trial(trials.Arm(about["name"], tuple(flags_of(about["settings"]))), about["steps"], about["seeds"][0])
     try:
         outcome = trials.train(trial)

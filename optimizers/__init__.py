@@ -22,12 +22,11 @@ import inspect
 from collections import Counter
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import roles as roles_of
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import ALL_ROLES, ROLES, Chain, Settings, decay_groups, groups, moved, parts
+from optimizers.base import ALL_ROLES, ROLES, Chain, Settings, decay_groups, groups, parts
 from optimizers.elementwise import (
     AdadeltaSettings,
     AdafactorSettings,
@@ -47,7 +46,7 @@ from optimizers.elementwise import (
     SignumSettings,
     SophiaSettings,
 )  # fmt: skip
-from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings, world
+from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from optimizers.sparse import TABLE_OPTIMIZERS
 from spec import UsageError, nearest, parse
@@ -59,7 +58,7 @@ __all__ = [
     "build",
     "check",
     "compile_update",
-    "full_state_dict",
+    "own_schedule",
     "parts",
     "schedule_free",
     "state_bytes",
@@ -224,29 +223,15 @@ def schedule_free(optimizer: torch.optim.Optimizer) -> bool:
     return any(getattr(part, "schedule_free", False) for part in parts(optimizer))
 
 
+def own_schedule(name: str) -> bool:
+    """Does the registered optimizer of that name bring its own schedule? False for names that are not registered."""
+    return getattr(getattr(OPTIMIZERS.get(name), "method", None), "schedule_free", False)
+
+
 def compile_update(optimizer: torch.optim.Optimizer) -> None:
     """Fuse the update of the parts that have a compiled form (`base.Elementwise`) into one pass over memory."""
     for part in parts(optimizer):
         getattr(part, "compile", lambda: None)()
-
-
-def full_state_dict(optimizer: torch.optim.Optimizer) -> dict:
-    """optimizer.state_dict() with the blocks that other ranks hold: what a checkpoint needs.
-
-    Every rank must call it; the result is complete on rank 0. `load_state_dict` takes it on any number of ranks: each
-    keeps what it owns.
-    """
-    packed, (rank, ranks) = optimizer.state_dict(), world()
-    if ranks == 1:
-        return packed
-    mine = {i: moved(s["blocks"], torch.device("cpu")) for i, s in packed["state"].items() if "blocks" in s}
-    everyone = [None] * ranks if rank == 0 else None
-    dist.gather_object(mine, everyone)
-    if rank == 0:
-        for i in mine:
-            blocks = {id: block for own in everyone for id, block in own[i].items()}
-            packed["state"][i] = packed["state"][i] | {"blocks": blocks}
-    return packed
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

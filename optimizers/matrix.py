@@ -107,7 +107,7 @@ class MatrixMethod(Optimizer):
     `block` rows and columns. Blocks of one shape are one batch. Under torch.distributed each block has one owner, the
     ranks share the cost evenly, state lives with the owner alone, and updates are gathered while the next batch is being
     computed; one rank is the same path with everything as its share. Gradients must be equal on all ranks, as DDP
-    leaves them. Checkpoints: `full_state_dict`.
+    leaves them. Checkpoints: checkpoint.py, which unites the blocks of all ranks.
 
     A subclass says how a batch of blocks starts (`initial`), what it costs and how it is updated.
     """

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import train_gpt  # noqa: E402
 from data import corpora  # noqa: E402
-from optimizers import OPTIMIZERS  # noqa: E402
+from optimizers import own_schedule  # noqa: E402
 
 DATA_ROOT = ROOT / "corpora"
 
@@ -64,8 +64,18 @@ def stored(folder: Path, *flags: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 def with_optimizer(name: str) -> tuple[str, ...]:
     """Flags that choose an optimizer, with the schedule that it allows."""
-    own = getattr(getattr(OPTIMIZERS[name], "method", None), "schedule_free", False)
-    return ("--optimizer", name, *(("--schedule", "constant") if own else ()))
+    return ("--optimizer", name, *(("--schedule", "constant") if own_schedule(name) else ()))
+
+
+def same(a, b) -> bool:
+    """Equality of nested state, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 def launch(ranks: int, folder: Path, *flags: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, launch, losses, result, stored, torchrun, with_optimizer
+from conftest import DATA_ROOT, ROOT, events, launch, losses, result, same, stored, torchrun, with_optimizer
 
 import checkpoint
 import ranks
@@ -24,17 +24,6 @@ from data.shards import Dataset
 from optimizers import OPTIMIZERS
 from schedules import SCHEDULES
 from spec import UsageError
-
-
-def same(a, b) -> bool:
-    """Equality of nested state, bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
@@ -246,8 +235,8 @@ def test_keep_and_milestones(train):
 
 def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
     """However slow the disk: what the run waits for is the copy alone. Off the clock, in the log."""
-    real = checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: (time.sleep(0.3), real(path))[1])
+    real = checkpoint.file_hash
+    monkeypatch.setattr(checkpoint, "file_hash", lambda path: (time.sleep(0.3), real(path))[1])
     folder = train("--steps", "6", "--checkpoint-every", "6")
     (event,) = events(folder, "checkpoint")[:1]
     assert event["seconds"] > 0.9 and event["blocked"] < 0.1 * event["seconds"] and event["bytes"] > 1e5
@@ -445,7 +434,7 @@ def test_the_rank_whose_loss_is_not_finite_is_named(sotu, tmp_path):
 # ---------------------------------------------------------------- 7. disk and data
 
 
-@pytest.mark.parametrize("target", ["save_file", "write_synced", "sync"])
+@pytest.mark.parametrize("target", ["save_file", "atomic_write", "sync"])
 def test_full_disk_in_a_checkpoint(train, monkeypatch, capsys, target):
     whole = train("--steps", "6", out="whole")
     real, calls = getattr(checkpoint, target), []
@@ -462,6 +451,26 @@ def test_full_disk_in_a_checkpoint(train, monkeypatch, capsys, target):
     assert "no space left" in capsys.readouterr().err
     folder = train("--steps", "6", "--checkpoint-every", "1")
     assert losses(folder) == losses(whole) and not list((folder / "checkpoints").glob(".*"))
+
+
+def test_full_disk_inside_the_libraries(train, monkeypatch, capsys):
+    """What torch.distributed.checkpoint and safetensors make of a full disk is one line all the same."""
+    whole = train("--steps", "4", out="whole")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def refused(*args):
+        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for target, name, failing in (
+        (checkpoint.dcp.HuggingFaceStorageWriter, "write_data", full), (checkpoint, "save_file", refused),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, failing)
+            train("--steps", "4", "--checkpoint-every", "2", out=name, code=2)
+        assert "no space left" in capsys.readouterr().err
+        assert losses(train("--steps", "4", "--checkpoint-every", "2", out=name)) == losses(whole)
 
 
 def test_full_disk_in_the_log(train, monkeypatch, capsys):

@@ -290,6 +290,13 @@ def test_rerun_is_within_the_records_noise(kept, tmp_path, monkeypatch):
     edit(kept[1].folder / "record.json", lambda about: about["statistics"].update(mean=2.0))
     (verdict,) = [v for v in verify.verdicts(Record(kept[1].folder), again=True) if v.rule == "rerun"]
     assert verdict.verdict == "fail"
+    # a stranger's record runs nothing of its own
+    code = tmp_path / "code.py"
+    code.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass Mine: pass\n")
+    edit(kept[1].folder / "record.json", lambda about: about["settings"].update(schedule=f"{code}:Mine"))
+    (verdict,) = [v for v in verify.verdicts(Record(kept[1].folder), again=True) if v.rule == "rerun"]
+    assert verdict.verdict == "not checkable" and "outside the repository" in verdict.words
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

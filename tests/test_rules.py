@@ -935,8 +935,10 @@ def test_compiled_update_is_the_same(name, monkeypatch):
 
 RANKS = """
 import sys, torch, torch.distributed as dist
+from pathlib import Path
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 import optimizers
+from checkpoint import Checkpoints, newest
 from test_rules import SHARED, give, small
 folder, rank, world = sys.argv[1], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
@@ -946,19 +948,19 @@ for number, spec in enumerate(SHARED):
     gpt = small()
     optimizer = optimizers.build(spec, gpt)
     first = 0
-    saved = f"{folder}/saved-{number}.pt"
+    saved = Checkpoints(Path(folder, f"saved-{number}"))
     if world in (1, 2) and sys.argv[5] == "resume":
-        state = torch.load(saved)
-        gpt.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state, _, _ = saved.load(newest(saved.folder)[0], gpt, optimizer.state_dict())
+        optimizer.load_state_dict(state)
         first = 12
     for step in range(first, 20):
         give(gpt, step)
         optimizer.step()
         if step == 11 and world == 4:
-            whole = optimizers.full_state_dict(optimizer)
             if rank == 0:
-                torch.save({"model": gpt.state_dict(), "optimizer": whole}, saved)
+                saved.clean()
+            saved.save(12, gpt, optimizer.state_dict(), [], {})
+            saved.wait()
     torch.save([gpt.state_dict(), optimizers.state_bytes(optimizer)], f"{folder}/{sys.argv[5]}-{world}-{rank}-{number}.pt")
 if world > 1:
     dist.destroy_process_group()

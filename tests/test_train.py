@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, losses, result, stored, torchrun, with_optimizer
+from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_optimizer
 
 import run_folder
 import spec
@@ -59,17 +59,6 @@ def test_golden_curve(train):
 def test_first_loss_is_ln_vocabulary(train):
     assert losses(train("--steps", "1", out="gpt2"))[0] == pytest.approx(math.log(256), abs=0.1)
     assert losses(train("--steps", "1", "--tricks", "record", out="modern"))[0] == pytest.approx(math.log(256), abs=1e-4)
-
-
-def same(a, b) -> bool:
-    """Equality of nested state, bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
