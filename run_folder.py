@@ -105,7 +105,8 @@ class Run:
             different = sorted(k for k in comparable if there.get(k, comparable[k]) != comparable[k])
             if different:
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
-        elif folder.exists() and any(p.name != "lock" for p in folder.iterdir()):
+        # what a run leaves that was ended before it wrote its config.json is no reason to refuse
+        elif folder.exists() and any(p.name not in ("lock", "checkpoints", "config.tmp") for p in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         self.finished = resume != "never" and (folder / "result.json").exists()
 

@@ -407,9 +407,11 @@ class Training:
         """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes.
 
         Raises:
-            UsageError: the data are not those that the checkpoint was trained on.
+            UsageError: the settings or the data are not those that the checkpoint was trained with.
         """
         optimizer, saved, generators = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
+        if saved["config"] != settings_hash(self.run_folder.config):
+            raise UsageError(f"{self.start} is of a run with other settings: choose another --out")
         if saved["data"] != self.fingerprint:
             raise UsageError(f"{self.start} was trained on other data ({saved['data']}, here {self.fingerprint})")
         if self.world.main and saved["source"] != source_hash():

@@ -120,7 +120,10 @@ def test_other_code_and_other_data_are_noticed(train, monkeypatch, capsys, tmp_p
     monkeypatch.setattr(train_gpt, "source_hash", lambda: "other")
     train(*flags)
     assert "written by other code" in capsys.readouterr().err
-    monkeypatch.setattr(Dataset, "fingerprint", "other", raising=False)
+    for name in ("config.json", "env.json", "log.jsonl"):
+        (again / name).unlink()
+    train(*flags, "--seed", "9", out=again.name, code=2)
+    assert "run with other settings" in capsys.readouterr().err
     real = Dataset.__init__
 
     def other(self, *args):
@@ -471,6 +474,24 @@ def test_full_disk_inside_the_libraries(train, monkeypatch, capsys):
             train("--steps", "4", "--checkpoint-every", "2", out=name, code=2)
         assert "no space left" in capsys.readouterr().err
         assert losses(train("--steps", "4", "--checkpoint-every", "2", out=name)) == losses(whole)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_full_disk_in_what_a_run_writes_of_itself(train, monkeypatch, capsys, call):
+    """config.json, env.json and result.json: whichever fails, the same command goes on."""
+    real, calls = run_folder.atomic_write, []
+
+    def full(path, text):
+        calls.append(path.name)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "atomic_write", full)
+        train("--steps", "3", code=2)
+    assert calls[-1] == ("config.json", "env.json", "result.json")[call - 1] and "no space left" in capsys.readouterr().err
+    assert len(losses(train("--steps", "3"))) == 3
 
 
 def test_full_disk_in_the_log(train, monkeypatch, capsys):
