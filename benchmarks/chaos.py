@@ -1,6 +1,6 @@
 """Kill, damage and starve runs at random, and count what is lost.
 
-    python -m benchmarks.chaos                 all of it: about 20 minutes on 2 cores
+    python -m benchmarks.chaos                 all of it: about 10 minutes on 2 cores
     python -m benchmarks.chaos --kills 10      a taste
 
 Kills: for optimizers of the registry, on 1 and 2 ranks, a run of the track `tiny` is killed (SIGKILL, all of its processes)
