@@ -7,6 +7,7 @@
     python compare.py --recipes baseline record --horizon baseline=2400 record=272
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
+    python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each, on workloads: --help
     python compare.py score --times times.csv                             the AlgoPerf score of a table of times: --help
 
 For each arm: find the smallest number of steps whose final loss meets the target (runs at several lengths, inverse
@@ -415,6 +416,10 @@ def report_again(folder: Path, allow_mixed: bool) -> list[str]:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
         return score.main(argv[1:])
+    if argv[:1] == ["tune"]:
+        from lab import tune  # here: only this verb needs Optuna
+
+        return tune.main(argv[1:])
     try:
         options = parse(argv)
         lines = report_again(options.report, options.allow_mixed) if options.report else run(options)

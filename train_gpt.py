@@ -74,6 +74,7 @@ class Config:
     shuffle: bool = setting(True, "shuffle sequences every epoch; otherwise the corpus in its own order")
     val_tokens: int = setting(262144, "validation tokens, fixed per track")
     val_spread: bool = setting(True, "validate on sequences spread over the whole split; otherwise on its beginning")
+    loss_tokens: int = setting(0, "loss on the last so many targets of each sequence alone; 0: on all")
     val_every: int = setting(0, "steps between validations; 0: five times a run. The last step is always validated")
     target_loss: float = setting(0.0, "validation loss to reach, nats per token; 0: none")
     stop_at_target: bool = setting(False, "stop at the first validation that meets the target")
@@ -151,9 +152,13 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     schedules.build(config.schedule, config.steps)
     schedules.build_momentum(config.momentum_schedule, config.steps)
     try:
-        return config, pick(ModelConfig), recipe
+        model_config = pick(ModelConfig)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if not 0 <= config.loss_tokens <= model_config.sequence_length:
+        most = model_config.sequence_length
+        raise UsageError(f"--loss-tokens must be 0 to {most}, the sequence length; got {config.loss_tokens}")
+    return config, model_config, recipe
 
 
 def allowed_skips(nonfinite: str) -> int:
@@ -290,10 +295,10 @@ class Training:
         T = model_config.sequence_length
         folder = dataset_folder(config.data_root, config.corpus, config.tokenizer)
         self.loader = Loader(
-            Dataset(folder, "train"), T, self.sequences * world.size, seed=config.seed, shuffle=config.shuffle,
-            rank=world.rank, world_size=world.size, device=world.device,
+            Dataset(folder, "train", config.loss_tokens), T, self.sequences * world.size, seed=config.seed,
+            shuffle=config.shuffle, rank=world.rank, world_size=world.size, device=world.device,
         )  # fmt: skip
-        self.val = Dataset(folder, "val")
+        self.val = Dataset(folder, "val", config.loss_tokens)
         self.val_starts = validation_starts(self.val, T, config.val_tokens, config.val_spread)
         if (self.val.vocab_size or 0) > model_config.vocab_size:
             raise UsageError(f"{folder} has a vocabulary of {self.val.vocab_size}: add --vocab-size {self.val.vocab_size}")

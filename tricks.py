@@ -178,6 +178,9 @@ GPT2_BASELINE: Settings = dict(
     clip=1.0,
 )
 
+BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, sequence_length=128)
+WORKLOAD: Settings = dict(clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)  # of optimizer contests
+
 TRACKS: dict[str, Track] = {
     "tiny": Track(
         summary="seconds: for tests and a first look",
@@ -245,6 +248,54 @@ TRACKS: dict[str, Track] = {
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
             "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
         },
+    ),
+    # Workloads on which optimizers are tuned and scored: each a minute of one slow core. Their models are fixed.
+    "bytes-small": Track(
+        summary="workload: bytes of sotu, GPT-2 of 0.1M parameters",
+        settings=WORKLOAD
+        | BYTES
+        | dict(corpus="sotu", layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=16384, steps=500),
+        target_loss=0.0,
+        target_source="records/tuning",
+        recipes={"baseline": (), "record": ("muon",)},
+    ),
+    "bytes-large": Track(
+        summary="workload: bytes of sotu, `modern` GPT of 0.6M parameters",
+        settings=WORKLOAD
+        | BYTES
+        | MODERN
+        | dict(corpus="sotu", layers=3, heads=2, width=128, batch_tokens=1024, val_tokens=16384, steps=200),
+        target_loss=0.0,
+        target_source="records/tuning",
+        recipes={"baseline": (), "record": ("muon",)},
+    ),
+    "wiki": Track(
+        summary="workload: bytes of wiki, `modern` GPT of 0.1M parameters",
+        settings=WORKLOAD
+        | BYTES
+        | MODERN
+        | dict(corpus="wiki", layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=16384, steps=400),
+        target_loss=0.0,
+        target_source="records/tuning",
+        recipes={"baseline": (), "record": ("muon",)},
+    ),
+    "tokens": Track(
+        summary="workload: GPT-2 tokens of sotu, a vocabulary with a long tail",
+        settings=WORKLOAD
+        | dict(corpus="sotu", tokenizer="gpt2", vocab_size=50257, sequence_length=64)
+        | dict(layers=1, heads=2, width=32, batch_tokens=256, val_tokens=4096, steps=100),
+        target_loss=0.0,
+        target_source="records/tuning",
+        recipes={"baseline": (), "record": ("muon",)},
+    ),
+    "division": Track(
+        summary="workload: a / b modulo 97, half of all equations; loss on the answer",
+        settings=WORKLOAD
+        | dict(corpus="division", tokenizer="mod97", vocab_size=98, sequence_length=4, loss_tokens=2)
+        | dict(layers=1, heads=2, width=128, batch_tokens=1024, val_tokens=18620, steps=500),
+        target_loss=0.0,
+        target_source="records/tuning",
+        recipes={"baseline": (), "record": ("muon",)},
     ),
     "gpt2-small": Track(
         summary="124M on FineWeb to 3.28: modded-nanogpt's track 1",

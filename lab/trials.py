@@ -97,13 +97,19 @@ class Outcome:
 Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it has ended
 
 
-def train(trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2) -> Outcome:
+PRUNED = "pruned"  # the error of a trial that `watch` ended
+
+
+def train(
+    trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2, watch: Callable[[Trial], bool] | None = None
+) -> Outcome:
     """Run the trainer unless the trial has ended before. A crash is tried once more, from its last checkpoint if there is
     one; a diverged run is a result.
 
     Args:
         processes: ranks, started by torchrun where there are several.
         threads: CPU threads of each rank; 0: what torch takes.
+        watch: asked every second whether to go on; where it says no, the trainer is killed and the error is PRUNED.
     """
     if (result := trial.result) is not None:
         return Outcome(trial, result)
@@ -118,11 +124,25 @@ def train(trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2) ->
         command = [*launcher, "train_gpt.py", *trial.flags, "--out", str(trial.folder)]
         if trial.source not in (None, run_folder.source_hash()):
             command += ["--resume", "never"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                while True:
+                    try:
+                        stderr = process.communicate(timeout=1 if watch else None)[1]
+                        break
+                    except subprocess.TimeoutExpired:
+                        if not watch(trial):
+                            process.kill()
+                            return Outcome(trial, None, PRUNED, fresh=True)
+            except BaseException:
+                process.kill()
+                raise
         if (result := trial.result) is not None:
             return Outcome(trial, result, fresh=True)
-        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        if done.returncode in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
+        error = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        if process.returncode in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
     return Outcome(trial, None, error, fresh=True)
 

@@ -18,7 +18,7 @@ class LawaEMASettings:
     Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round.
     """
 
-    decay: float = hyper(0.99, "of the average", (0.9, 0.999, "linear"))
+    decay: float = hyper(0.99, "of the average", (0.9, 0.999, "complement"))
     every: int = hyper(1, "steps between updates", least=1)
     start: float = hyper(0, "steps before the first; below 1: fraction of the run")
 

@@ -30,8 +30,9 @@ DECAYED = ("matrix", "embedding", "head")
 
 
 def hyper(default, help: str, search: tuple[float, float, str] | None = None, least: float = 0, choices=None):
-    """One hyperparameter: its default, what it is, (low, high, "log" or "linear") where it is worth tuning, the least
-    value that makes sense and the words it takes."""
+    """One hyperparameter: its default, what it is, (low, high, scale) where it is worth tuning, the least value that makes
+    sense and the words it takes. Scale: "linear", "log", or "complement", where the logarithm of 1 - value is even, as suits
+    the factor of an average: 0.9, 0.99, 0.999."""
     return field(default=default, metadata={"help": help, "search": search, "least": least, "choices": choices})
 
 

@@ -34,7 +34,7 @@ class SGDSettings(Settings):
     """
 
     lr: float = hyper(0.1, "peak learning rate", (1e-2, 1.0, "log"))
-    momentum: float = hyper(0.9, "mu", (0.8, 0.99, "linear"))
+    momentum: float = hyper(0.9, "mu", (0.8, 0.99, "complement"))
     nesterov: bool = hyper(True, "look one step ahead")
     weight_decay: float = hyper(0.0, "wd, decayed roles only", (1e-5, 1e-2, "log"))
 
@@ -54,7 +54,7 @@ class SignumSettings(Settings):
     """
 
     lr: float = hyper(3e-4, "peak learning rate", (1e-4, 1e-2, "log"))
-    momentum: float = hyper(0.9, "mu", (0.0, 0.99, "linear"))
+    momentum: float = hyper(0.9, "mu", (0.0, 0.99, "complement"))
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
 
     state_per_parameter = 4.0
@@ -82,7 +82,7 @@ class AdagradSettings(Settings):
     lr: float = hyper(3e-3, "peak learning rate", (1e-3, 1e-1, "log"))
     initial: float = hyper(0.0, "start of s: damps the first steps")
     eps: float = hyper(1e-10, "floor of the denominator")
-    weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only")
+    weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only", (1e-6, 1e-3, "log"))
 
     state_per_parameter = 4.0
 
@@ -101,10 +101,10 @@ class RMSpropSettings(Settings):
     """
 
     lr: float = hyper(1e-3, "peak learning rate", (1e-4, 1e-2, "log"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
-    momentum: float = hyper(0.0, "mu", (0.0, 0.95, "linear"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
+    momentum: float = hyper(0.0, "mu", (0.0, 0.95, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
-    weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only")
+    weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only", (1e-6, 1e-3, "log"))
 
     state_per_parameter = 4.0  # 8 with momentum
 
@@ -137,9 +137,9 @@ class AdadeltaSettings(Settings):
     """
 
     lr: float = hyper(1.0, "factor on the step", (0.1, 10.0, "log"))
-    beta2: float = hyper(0.95, "rho", (0.9, 0.99, "linear"))
+    beta2: float = hyper(0.95, "rho", (0.9, 0.99, "complement"))
     eps: float = hyper(1e-6, "inside both roots", (1e-8, 1e-4, "log"))
-    weight_decay: float = hyper(0.0, "wd, decayed roles only")
+    weight_decay: float = hyper(0.0, "wd, decayed roles only", (1e-3, 0.3, "log"))
 
 
 class Adadelta(Elementwise):
@@ -167,11 +167,11 @@ class AdamSettings(Settings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     amsgrad: bool = hyper(False, "divide by the largest average of squares so far; 4 more bytes of state")
-    weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only")
+    weight_decay: float = hyper(0.0, "wd (coupled), decayed roles only", (1e-6, 1e-3, "log"))
 
     def build(self, gpt, steps):
         params, betas = decay_groups(gpt, self.weight_decay), (self.beta1, self.beta2)
@@ -186,8 +186,8 @@ class AdamWSettings(Settings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
 
@@ -204,8 +204,8 @@ class NAdamWSettings(Settings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.95, "average of gradients", (0.8, 0.99, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.95, "average of gradients", (0.8, 0.99, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
 
@@ -231,8 +231,8 @@ class LionSettings(Settings):
     """
 
     lr: float = hyper(6e-4, "peak learning rate", (5e-5, 5e-3, "log"))
-    beta1: float = hyper(0.9, "weight of the average in the update", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of gradients", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "weight of the average in the update", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of gradients", (0.9, 0.999, "complement"))
     weight_decay: float = hyper(0.5, "wd, decayed roles only", (0.1, 3.0, "log"))
 
     state_per_parameter = 4.0
@@ -259,9 +259,9 @@ class AdEMAMixSettings(Settings):
     """
 
     lr: float = hyper(1e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "fast average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
-    beta3: float = hyper(0.999, "slow average of gradients", (0.99, 0.9999, "linear"))
+    beta1: float = hyper(0.9, "fast average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
+    beta3: float = hyper(0.999, "slow average of gradients", (0.99, 0.9999, "complement"))
     alpha: float = hyper(8.0, "weight of the slow average", (2.0, 10.0, "linear"))
     ramp: float = hyper(0.999, "steps until alpha and beta3 are reached; below 1: fraction of the run")
     eps: float = hyper(1e-8, "floor of the denominator")
@@ -297,8 +297,8 @@ class ADOPTSettings(Settings):
     """
 
     lr: float = hyper(1e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of normalised gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.99, "average of squares", (0.9, 0.9999, "linear"))
+    beta1: float = hyper(0.9, "average of normalised gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.99, "average of squares", (0.9, 0.9999, "complement"))
     eps: float = hyper(1e-6, "least denominator")
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
 
@@ -391,8 +391,8 @@ class AmosSettings(Settings):
     """
 
     lr: float = hyper(1e-2, "relative step: xi", (3e-3, 3e-1, "log"))
-    beta2: float = hyper(0.98, "average of the mean square", (0.9, 0.999, "linear"))
-    momentum: float = hyper(0.9, "average of the updates", (0.0, 0.98, "linear"))
+    beta2: float = hyper(0.98, "average of the mean square", (0.9, 0.999, "complement"))
+    momentum: float = hyper(0.9, "average of the updates", (0.0, 0.98, "complement"))
     eps: float = hyper(1e-18, "added to v")
 
     state_per_parameter = 4.0
@@ -445,8 +445,8 @@ class MARSSettings(Settings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.95, "average of corrected gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.99, "average of their squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.95, "average of corrected gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.99, "average of their squares", (0.9, 0.999, "complement"))
     gamma: float = hyper(0.025, "weight of the correction", (0.005, 0.1, "log"))
     eps: float = hyper(1e-8, "floor of the denominator")
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
@@ -499,8 +499,8 @@ class SophiaSettings(Settings):
     """
 
     lr: float = hyper(1e-3, "peak learning rate", (1e-4, 1e-2, "log"))
-    beta1: float = hyper(0.965, "average of gradients", (0.9, 0.98, "linear"))
-    beta2: float = hyper(0.99, "average of the curvature estimates", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.965, "average of gradients", (0.9, 0.98, "complement"))
+    beta2: float = hyper(0.99, "average of the curvature estimates", (0.9, 0.999, "complement"))
     rho: float = hyper(0.05, "clips more the lower it is", (0.01, 0.1, "log"))
     every: int = hyper(10, "steps between estimates", least=1)
     eps: float = hyper(1e-15, "floor of the denominator")
@@ -555,7 +555,7 @@ class AdafactorSettings(Settings):
     lr: float = hyper(0.1, "peak relative step", (1e-2, 1.0, "log"))
     beta2_decay: float = hyper(0.8, "average of squares: 1 - t^-this")
     d: float = hyper(1.0, "largest root mean square of an update")
-    weight_decay: float = hyper(0.0, "wd, decayed roles only")
+    weight_decay: float = hyper(0.0, "wd, decayed roles only", (1e-3, 0.3, "log"))
 
     state_per_parameter = 0.0  # (m + n) / mn numbers
 

@@ -26,10 +26,10 @@ class MatrixSettings(Settings):
     adamw_lr: float = rest(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"))
     embedding_lr: float | None = rest(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"))
     head_lr: float | None = rest(None, "peak rate of an untied head; none or 0: adamw_lr", (3e-4, 3e-2, "log"))
-    adamw_beta1: float = rest(0.9, "AdamW's average of gradients", (0.7, 0.95, "linear"))
-    adamw_beta2: float = rest(0.95, "AdamW's average of squares", (0.9, 0.999, "linear"))
+    adamw_beta1: float = rest(0.9, "AdamW's average of gradients")
+    adamw_beta2: float = rest(0.95, "AdamW's average of squares")
     adamw_eps: float = rest(1e-10, "floor of AdamW's denominator")
-    adamw_weight_decay: float = rest(0.0, "wd of embeddings and head", (1e-3, 0.3, "log"))
+    adamw_weight_decay: float = rest(0.0, "wd of embeddings and head")
 
     roles = ("matrix",)
 
@@ -319,7 +319,7 @@ class MuonSettings(MatrixSettings):
     """
 
     lr: float = hyper(0.02, "peak learning rate of the hidden matrices", (3e-3, 1e-1, "log"))
-    momentum: float = hyper(0.95, "mu", (0.85, 0.99, "linear"))
+    momentum: float = hyper(0.95, "mu", (0.85, 0.99, "complement"))
     nesterov: bool = hyper(True, "look one step ahead")
     weight_decay: float = hyper(0.01, "wd of the hidden matrices", (1e-3, 0.3, "log"))
     cautious: bool = hyper(False, "decay only weights that the update shrinks (nanochat)")
@@ -329,7 +329,7 @@ class MuonSettings(MatrixSettings):
     )
     scale: str = hyper("keller", f"factor by shape: {', '.join(SCALES)}; learning rates do not carry over", choices=SCALES)
     normuon: bool = hyper(False, "even out the rows of the update by their second moment")
-    normuon_beta2: float = hyper(0.95, "normuon's average of squares", (0.9, 0.99, "linear"))
+    normuon_beta2: float = hyper(0.95, "normuon's average of squares")
     dtype: str = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
 
     state_per_parameter = 4.0
@@ -416,9 +416,9 @@ class ShampooSettings(MatrixSettings):
     """
 
     lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients; 0: none", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "linear"))
-    eps: float = hyper(1e-12, "added to the factors' eigenvalues (above 1e-8 it hurts)", (1e-15, 1e-8, "log"))
+    beta1: float = hyper(0.9, "average of gradients; 0: none", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "complement"))
+    eps: float = hyper(1e-12, "added to the factors' eigenvalues (above 1e-8 it hurts)")
     weight_decay: float = hyper(0.05, "wd of the hidden matrices", (1e-2, 1.0, "log"))
     exponent: float = hyper(0.25, "e, of each side", (0.125, 0.5, "linear"))
     one_sided: bool = hyper(False, "precondition the shorter side only")
@@ -490,8 +490,8 @@ class CASPRSettings(MatrixSettings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-6, "added to the factors, relative to their largest eigenvalue", (1e-8, 1e-4, "log"))
     weight_decay: float = hyper(0.05, "wd of the hidden matrices", (1e-2, 1.0, "log"))
     every: int = hyper(10, "steps between renewals of the roots", least=1)
@@ -551,9 +551,9 @@ class SOAPSettings(MatrixSettings):
     """
 
     lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.95, "average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares in the basis", (0.9, 0.999, "linear"))
-    shampoo_beta: float = hyper(0.95, "average of the factors", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.95, "average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares in the basis", (0.9, 0.999, "complement"))
+    shampoo_beta: float = hyper(0.95, "average of the factors", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     weight_decay: float = hyper(0.01, "wd of the hidden matrices", (1e-3, 1.0, "log"))
     every: int = hyper(10, "steps between renewals of the bases", least=1)
@@ -627,7 +627,7 @@ class KronSettings(MatrixSettings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (1e-4, 1e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
     weight_decay: float = hyper(0.5, "wd of the hidden matrices", (0.1, 3.0, "log"))
     rate: float = hyper(0.1, "step of Q", (0.03, 0.3, "log"))
     flat: int = hyper(500, "steps at probability 1; then it falls by exp(-0.001 a step)")

@@ -21,8 +21,8 @@ class ScheduleFreeSettings(Settings):
     """
 
     lr: float = hyper(3e-3, "learning rate", (1e-3, 1e-1, "log"))
-    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     warmup: float = hyper(0.05, "steps of linear warm-up; below 1: fraction of the run", (0.0, 0.2, "linear"))
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
@@ -82,7 +82,7 @@ class ScheduleFreeSGDSettings(Settings):
     """
 
     lr: float = hyper(1.0, "learning rate", (0.1, 10.0, "log"))
-    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "linear"))
+    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "complement"))
     warmup: float = hyper(0.05, "steps of linear warm-up; below 1: fraction of the run", (0.0, 0.2, "linear"))
     weight_decay: float = hyper(0.0, "wd, decayed roles only", (1e-5, 1e-2, "log"))
 
@@ -115,8 +115,8 @@ class ProdigySettings(Settings):
     """
 
     lr: float = hyper(1.0, "factor on the estimated rate; a schedule multiplies it", (0.3, 3.0, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     d0: float = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"))
     d_coef: float = hyper(1.0, "factor on the estimate", (0.5, 2.0, "log"))
@@ -208,8 +208,8 @@ class ScheduleFreeProdigySettings(Settings):
     """
 
     lr: float = hyper(1.0, "factor on the estimated rate", (0.3, 3.0, "log"))
-    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     d0: float = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"))
     d_coef: float = hyper(1.0, "factor on the estimate", (0.5, 2.0, "log"))

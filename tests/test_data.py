@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import DATA_ROOT
 
 from data import __main__ as command
@@ -46,11 +47,33 @@ def test_golden_tokens(tokenizer, split):
 
 def test_tokenizers_round_trip():
     text = "Fellow-citizens: “naïve” 你好 🙂\n\n<|endoftext|>"
-    for name in tokenizers.TOKENIZERS:
+    for name in ("bytes", "gpt2"):
         tokenizer = tokenizers.get(name, DATA_ROOT)
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.encode(text).max() < tokenizer.eot or name == "bytes"
     assert tokenizers.get("gpt2", DATA_ROOT).encode("Hello world").tolist() == [15496, 995]
+    numbers = tokenizers.get("mod97", DATA_ROOT)
+    assert numbers.encode("0 5 96").tolist() == [0, 5, 96] and numbers.decode([97, 0, 5, 96]) == "| 0 5 96"
+
+
+def test_division_holds_every_equation_once_and_half_of_them_for_validation(tmp_path):
+    folder = corpora.prepare("division", "mod97", tmp_path)
+    found = [whole(Dataset(folder, split)).reshape(-1, 4) for split in ("train", "val")]
+    assert [len(part) for part in found] == [4656, 4656]
+    both = np.concatenate(found)
+    assert (both[:, 0] == 97).all() and (both[:, 1] == both[:, 2] * both[:, 3] % 97).all()
+    assert len({(a, b) for _, a, b, _ in both.tolist()}) == 97 * 96
+    with pytest.raises(UsageError, match="division goes with --tokenizer mod97"):
+        corpora.prepare("division", "bytes", tmp_path)
+    with pytest.raises(UsageError, match="division goes with --tokenizer mod97"):
+        corpora.prepare("sotu", "mod97", tmp_path)
+
+
+def test_only_the_last_targets_of_a_sequence_count_where_that_is_asked(tmp_path):
+    folder = corpora.prepare("division", "mod97", tmp_path)
+    tokens, targets = Dataset(folder, "train", loss_tokens=2).batch([0, 4], 4)
+    assert torch.equal(tokens, Dataset(folder, "train").batch([0, 4], 4)[0])
+    assert targets[:, :2].eq(-100).all() and torch.equal(targets[:, 2], tokens[:, 3]) and targets[:, 3].eq(97).all()
 
 
 def test_format_is_the_community_s(tmp_path):

@@ -1,6 +1,7 @@
 """Trials are real trainer processes on the tiny track: found again, tried again, refused in one line."""
 
 import json
+import sys
 
 import pytest
 
@@ -63,13 +64,20 @@ def test_a_crash_is_tried_again_from_its_checkpoint_and_then_reported(here, monk
     def killed(command, **kwargs):
         calls.append(command)
         if len(calls) == 1:
-            return trials.subprocess.CompletedProcess(command, -9, "", "")
+            command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
         return real(command, **kwargs)
 
-    real = trials.subprocess.run
-    monkeypatch.setattr(trials.subprocess, "run", killed)
+    real = trials.subprocess.Popen
+    monkeypatch.setattr(trials.subprocess, "Popen", killed)
     (outcome,) = run([Trial(here, 2, 5)])
     assert len(calls) == 2 and outcome.result["steps"] == 2
+
+
+def test_a_trial_that_is_watched_ends_when_the_watcher_says_so(here):
+    asked = []
+    trial = Trial(Arm("long", (*here.flags, "--val-every", "1")), 100_000, 0)
+    outcome = trials.train(trial, watch=lambda trial: asked.append(trial) or (trial.folder / "log.jsonl").exists() is False)
+    assert outcome.result is None and outcome.error == trials.PRUNED and asked and not (trial.folder / "result.json").exists()
 
 
 def test_a_diverged_run_is_a_result(here):

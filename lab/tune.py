@@ -1,0 +1,457 @@
+"""Give every optimizer the same tuning budget, keep every trial, and say who is better on which workload.
+
+    ./run.sh compare tune --optimizers adamw muon soap --trials 5                 on every workload
+    ./run.sh compare tune --optimizers all --trials 5 --machine-hours 8 --plan    what that would train, and stop
+    ./run.sh compare tune --optimizers muon --workloads wiki --sampler tpe --trials 30
+    ./run.sh compare tune --optimizers my_optimizer.py:Mine                       one's own, into the same tables
+    ./run.sh compare tune --report                                                tables, plots and tuned.json anew
+
+External ruleset, as AlgoPerf has it (Dahl et al. 2023, arXiv 2306.07179): a study is so many quasi-random trials of the space
+of a submission, the same points on every workload; --studies repeats that with other points. After the search come, for the
+best settings, their neighbours (half and twice the learning rate, no weight decay, half the warm-up), and for the four
+submissions that set a workload's target, reruns at three quarters of its length: the target is the best median of these.
+Self-tuning ruleset (--ruleset self): the registry's defaults, nothing searched, three times the length.
+
+A trial that diverged counts as the worst; one that was pruned keeps the loss it was pruned at. Every trial is a line of
+--out/<workload>/<optimizer>.csv: what is there is never trained again, on whatever machine. --storage takes any Optuna
+storage URL, so that several machines work on one study.
+"""
+
+import argparse
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from tqdm import tqdm
+
+import train_gpt
+import tricks
+from lab import trials, tuned
+from lab.space import EXTRAS, Submission, points, submission, values
+from lab.trials import Arm, Trial
+from lab.tuned import SETTERS, Row, Table
+from optimizers import OPTIMIZERS
+from run_folder import lock
+from spec import UsageError, nearest
+
+WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.summary.startswith("workload")]
+VALIDATIONS = 20  # of a run: how finely the time to a target is known
+SELF_LENGTH = 3  # budget of the self-tuning ruleset, times that of the external one
+SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
+
+SAMPLERS = ("halton", "tpe")
+PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+    "none": optuna.pruners.NopPruner,
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=3),
+    "halving": optuna.pruners.SuccessiveHalvingPruner,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial to be trained: what it is for, its settings (None: a sampler will say) and its length."""
+
+    kind: str
+    track: str
+    submission: Submission
+    study: int
+    number: int
+    seed: int
+    steps: int
+    settings: dict[str, float] | None = None
+
+    @property
+    def table(self) -> tuple[str, str]:
+        return self.track, self.submission.name
+
+    def trial(self, settings: dict[str, float]) -> Trial:
+        every = max(1, self.steps // VALIDATIONS)
+        flags = ("--track", self.track, *self.submission.flags(settings), "--val-every", str(every))
+        return Trial(Arm(self.submission.name, flags), self.steps, self.seed)
+
+
+def length(track: str) -> int:
+    """Steps of a workload's runs."""
+    return tricks.track(track).settings["steps"]
+
+
+@dataclass
+class Tuner:
+    """Trains jobs, side by side, and keeps a row of each."""
+
+    options: argparse.Namespace
+    tables: dict[tuple[str, str], Table]
+    studies: dict[tuple[str, str, int], optuna.Study] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    deadline: float = math.inf
+    left_out: int = 0
+
+    def run(self, jobs: list[Job], what: str) -> None:
+        """Train what is not there yet, in this order, until the deadline."""
+        left = [job for job in jobs if self.tables[job.table].find(job.kind, job.study, job.number, job.steps) is None]
+        if len(left) < len(jobs):
+            print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
+        bar = tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty())
+        pool = ThreadPoolExecutor(self.options.side_by_side)
+        begun = time.monotonic()
+        try:
+            done = [pool.submit(self.one, job) for job in left]
+            for count, future in enumerate(as_completed(done), start=1):
+                row, job = future.result(), left[done.index(future)]
+                bar.update()
+                if row is None:
+                    self.left_out += 1
+                    continue
+                rest = (time.monotonic() - begun) / count * (len(left) - count) / 60
+                words = f"{row.val_loss:.4f}" if row.status in ("ok", "pruned") else row.status
+                line = f"{what}  {job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {words}"
+                tqdm.write(f"{line}, {row.wall:.0f} s; {len(left) - count} left, about {rest:.0f} min")
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            bar.close()
+
+    def one(self, job: Job) -> Row | None:
+        """Train a job; its row. None where no time was left, or another machine has taken it."""
+        if time.monotonic() > self.deadline:
+            return None
+        asked, settings = None, job.settings
+        if job.kind == "search":
+            asked = self.ask(job)
+            if asked is None:
+                return None
+            settings = values(job.submission.dimensions, asked.params)
+        trial = job.trial(settings)
+        watch = self.watch(asked) if asked and self.options.prune != "none" else None
+        begun = time.monotonic()
+        outcome = trials.train(trial, threads=self.options.threads, watch=watch)
+        row = Row.of(job.kind, job.study, job.number, settings, outcome, time.monotonic() - begun, job.submission.version)
+        self.tables[job.table].add(row)
+        if asked:
+            asked.set_user_attr("row", row.cells())
+            asked.study.tell(asked, self.objective(job, row))
+        return row
+
+    def ask(self, job: Job) -> optuna.Trial | None:
+        """The settings to try, claimed in the study. None where somebody else has claimed this number."""
+        space, halton = job.submission.dimensions, self.options.sampler == "halton"
+        with self.lock:
+            study = self.study(job)
+            live = [t for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.FAIL]
+            if any(t.user_attrs.get("number") == job.number for t in live):
+                return None
+            if halton:
+                point = points(space, job.number + 1, job.study)[job.number]
+                study.sampler = optuna.samplers.PartialFixedSampler(point, optuna.samplers.RandomSampler())
+            asked = study.ask({d.name: d.distribution for d in space})
+            asked.set_user_attr("number", job.number)
+            return asked
+
+    def watch(self, asked: optuna.Trial) -> Callable[[Trial], bool]:
+        """Reports a run's validations to the pruner as they come; false once it says that the trial is hopeless."""
+        told = 0
+
+        def go_on(trial: Trial) -> bool:
+            nonlocal told
+            found = tuned.validations(trial.log()) if (trial.folder / "log.jsonl").exists() else []
+            for step, loss in found[told:]:
+                asked.report(loss, step)
+            told = len(found)
+            return not (told and asked.should_prune())
+
+        return go_on
+
+    def objective(self, job: Job, row: Row) -> float:
+        """What the search makes small: the final loss, or the time to the target (CPU seconds of training)."""
+        if self.options.objective == "loss" or row.status != "ok":
+            return row.val_loss
+        steps = tuned.steps_to(row, self.options.targets[job.track])
+        return math.inf if steps is None else steps * row.seconds / row.steps
+
+    def study(self, job: Job) -> optuna.Study:
+        """The Optuna study of a job, holding the trials that the table has; and the table those that it has.
+
+        Raises:
+            UsageError: the storage cannot be read, or holds a study of another version of the space.
+        """
+        key = (*job.table, job.study)
+        if key in self.studies:
+            return self.studies[key]
+        options, entry, table = self.options, job.submission, self.tables[job.table]
+        name = f"{job.track}/{entry.name}/{job.study}"
+        try:
+            study = optuna.create_study(
+                storage=options.opened_storage, study_name=name, load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True),
+                pruner=PRUNERS[options.prune](),
+            )  # fmt: skip
+            version, there = study.user_attrs.get("version", entry.version), study.get_trials(deepcopy=False)
+        except Exception as error:  # a journal's JSON or a data base's own errors: they share no class
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"study {name} cannot be read from the storage: {reason}") from None
+        if version != entry.version:
+            raise UsageError(
+                f"study {name} is of another version of the space of {entry.name}: choose another --storage and --out"
+            )
+        study.set_user_attr("version", entry.version)
+        for trial in there:
+            if trial.state == optuna.trial.TrialState.RUNNING and options.own_storage:  # left by a process that was killed
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            elif "row" in trial.user_attrs:
+                table.add(Row.read(trial.user_attrs["row"]))
+        known = {trial.user_attrs.get("number") for trial in there if trial.state == optuna.trial.TrialState.COMPLETE}
+        for row in table.of("search", job.study):
+            if row.number not in known:
+                study.add_trial(optuna.trial.create_trial(
+                    params={d.name: d.searched(row.settings[d.name]) for d in entry.dimensions},
+                    distributions={d.name: d.distribution for d in entry.dimensions},
+                    value=self.objective(job, row), user_attrs={"number": row.number, "row": row.cells()},
+                ))  # fmt: skip
+        self.studies[key] = study
+        return study
+
+
+# ---------------------------------------------------------------- what is to be trained
+
+
+def search_jobs(options: argparse.Namespace) -> list[Job]:
+    """Round by round, so that whoever stops early has given everyone the same number of trials."""
+    return [
+        Job("search", track, entry, study, number, 1000 * study + number, length(track))
+        for study in range(options.studies)
+        for number in range(options.trials)
+        for track in options.tracks
+        for entry in options.submissions
+    ]
+
+
+def self_jobs(options: argparse.Namespace) -> list[Job]:
+    return [
+        Job("self", track, entry, study, 0, study, SELF_LENGTH * length(track), entry.defaults())
+        for study in range(options.studies)
+        for track in options.tracks
+        for entry in options.submissions
+    ]
+
+
+def neighbour_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> list[Job]:
+    """One setting off the best: what it costs to have it wrong. Same seed as the best, so that nothing else differs."""
+    jobs = []
+    for track in options.tracks:
+        for entry in options.submissions:
+            best = tables[track, entry.name].best()
+            for number, (_, settings) in enumerate(tuned.neighbours(best.settings) if best else ()):
+                jobs.append(
+                    Job("neighbour", track, entry, best.study, 10 * best.number + number, best.seed, best.steps, settings)
+                )
+    return jobs
+
+
+def target_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> list[Job]:
+    """The best settings of each submission that sets targets, on new seeds, at SHORT of the length."""
+    jobs = []
+    for track in options.tracks:
+        for entry in options.submissions:
+            best = tables[track, entry.name].best()
+            if best and entry.name in SETTERS:
+                steps = round(SHORT * length(track))
+                for n in range(options.target_seeds):
+                    study = 1000 * best.study + best.number  # another best is another study
+                    jobs.append(Job("target", track, entry, study, n, 100_000 + n, steps, best.settings))
+    return jobs
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def seconds_of_a_trial(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> dict[str, float]:
+    """Wall-clock seconds of one search trial on each workload: of those that are there, or by two short runs of AdamW."""
+    found = {}
+    for track in options.tracks:
+        walls = [
+            row.wall for (where, _), table in tables.items() if where == track for row in table.rows if row.kind == "search"
+        ]
+        found[track] = sum(walls) / len(walls) if walls else calibrate(options, track)
+    return found
+
+
+def calibrate(options: argparse.Namespace, track: str) -> float:
+    """By a run of one step and a run of a tenth of the length, both with validations as often as a trial has them."""
+    print(f"plan: timing {track}", flush=True)
+    steps, walls = length(track), []
+    adamw = submission("adamw")
+    for part in (1, max(2, steps // 10)):
+        job = Job("plan", track, adamw, 0, 0, 0, part, adamw.defaults())
+        flags = (*job.trial(job.settings).arm.flags[:-1], str(max(1, steps // VALIDATIONS)))
+        begun = time.monotonic()
+        outcome = trials.train(Trial(Arm("plan", flags), part, 0), threads=options.threads)
+        if outcome.result is None:
+            raise UsageError(f"{track} does not train: {outcome.error}")
+        walls.append((part, time.monotonic() - begun, outcome.fresh))
+    (_, start, fresh), (part, longer, also) = walls
+    if not (fresh and also):
+        return 60.0  # both were there: nothing to time
+    return start + (longer - start) * steps / part
+
+
+def plan(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> None:
+    """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all.
+
+    Raises:
+        UsageError: not even one trial for everyone fits.
+    """
+    each = seconds_of_a_trial(options, tables)
+    entries, setters = len(options.submissions), sum(s.name in SETTERS for s in options.submissions)
+
+    def hours(count: int) -> dict[str, float]:
+        rest = entries * 4 * options.neighbours + setters * options.target_seeds * SHORT
+        if options.ruleset == "self":
+            count, rest = SELF_LENGTH, 0
+        return {t: (entries * options.studies * count + rest) * s / options.side_by_side / 3600 for t, s in each.items()}
+
+    if options.machine_hours:
+        while options.trials and sum(hours(options.trials).values()) > options.machine_hours:
+            options.trials -= 1
+        if not options.trials:
+            least = sum(hours(1).values())
+            raise UsageError(f"--machine-hours {options.machine_hours:g}: one trial for everyone takes {least:.1f} hours")
+    kind = "runs of the defaults" if options.ruleset == "self" else f"studies of {options.trials} trials ({options.sampler})"
+    print(f"plan: {entries} submissions, {options.studies} {kind} each, {options.side_by_side} at a time")
+    for track, spent in hours(options.trials).items():
+        print(f"  {track:14} {length(track):6,} steps  about {each[track]:4.0f} s a trial  {spent:5.2f} hours")
+    print(
+        f"  together about {sum(hours(options.trials).values()):.1f} hours of this machine, where nothing is trained yet",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------- command
+
+
+def parser() -> argparse.ArgumentParser:
+    made = train_gpt.Parser(
+        prog="compare.py tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add, cores = made.add_argument, os.cpu_count() or 1
+    add("--optimizers", nargs="+", default=[], metavar="SPEC", help="submissions: registered optimizers, "
+        f"{', '.join(EXTRAS)}, one's own path.py:Class, or all; keys given stay fixed")  # fmt: skip
+    add("--workloads", nargs="+", default=WORKLOADS, metavar="TRACK", help=f"default: {' '.join(WORKLOADS)}")
+    add("--trials", type=int, default=5, help="of each study (default: 5)")
+    add("--studies", type=int, default=1, help="of each submission and workload (default: 1; AlgoPerf: 3)")
+    add("--sampler", choices=SAMPLERS, default="halton", help="default: halton, quasi-random")
+    add("--objective", choices=("loss", "time"), default="loss", help="final validation loss, or time to the target")
+    add("--prune", choices=PRUNERS, default="none", help="end hopeless trials early (default: none)")
+    add("--ruleset", choices=("external", "self"), default="external", help="self: defaults, nothing tuned, 3 x the length")
+    add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
+    add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
+    add("--side-by-side", type=int, default=cores, help=f"trials at a time, the cores shared (default: {cores})")
+    add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
+    add("--plan", action="store_true", help="print the plan and stop")
+    add("--report", action="store_true", help="train nothing: tables, plots and tuned.json of what is there")
+    add("--storage", default="", help="Optuna storage URL (default: the file journal.log in --out)")
+    add("--out", type=Path, default=Path("records/tuning"), help="default: records/tuning")
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """
+    Raises:
+        UsageError: an unknown submission or workload, or a value out of range.
+    """
+    options = parser().parse_args(argv)
+    for name in ("trials", "studies", "side_by_side", "target_seeds"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.machine_hours < 0:
+        raise UsageError(f"--machine-hours must be above 0, got {options.machine_hours:g}")
+    for name in options.workloads:
+        if name not in tricks.TRACKS:
+            raise UsageError(f"unknown workload {name!r}: {nearest(name, tricks.TRACKS)}")
+    options.tracks = list(dict.fromkeys(options.workloads))
+    if not options.optimizers and not options.report:
+        raise UsageError("tune what? --optimizers adamw muon ..., or all (see --help)")
+    words = [*OPTIMIZERS, *EXTRAS] if options.optimizers == ["all"] else list(dict.fromkeys(options.optimizers))
+    options.submissions = [submission(word) for word in words]
+    for entry in options.submissions:  # the space must not be empty, and the trainer must take what comes of it
+        first = values(entry.dimensions, points(entry.dimensions, 1, 0)[0])
+        for track in options.tracks:
+            train_gpt.resolve(["--track", track, *entry.flags(first)])
+    options.threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
+    return options
+
+
+def open_storage(options: argparse.Namespace) -> optuna.storages.BaseStorage:
+    """
+    Raises:
+        UsageError: the journal is damaged, or the URL leads nowhere.
+    """
+    options.own_storage = not options.storage
+    try:
+        if options.storage:
+            return optuna.storages.get_storage(options.storage)
+        backend = optuna.storages.journal.JournalFileBackend(str(options.out / "journal.log"))
+        return optuna.storages.JournalStorage(backend)
+    except Exception as error:  # see Tuner.open
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = options.storage or options.out / "journal.log"
+        again = "" if options.storage else "; delete it: the tables hold every trial that has ended"
+        raise UsageError(f"{where} cannot be read as a study's storage ({reason}){again}") from None
+
+
+def run(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    held = lock(options.out)
+    try:
+        tables = {
+            (t, s.name): Table(options.out / t / f"{tuned.plain(s.name)}.csv")
+            for t in options.tracks
+            for s in options.submissions
+        }
+        for (track, name), table in tables.items():
+            table.check(next(s.version for s in options.submissions if s.name == name), f"{name} on {track}")
+        plan(options, tables)
+        if options.plan:
+            return
+        options.targets = tuned.targets(options.out)
+        missing = [t for t in options.tracks if t not in options.targets]
+        if options.objective == "time" and missing:
+            raise UsageError(
+                f"--objective time: {missing[0]} has no target yet: tune {', '.join(SETTERS)} on it with --objective loss first"
+            )
+        options.opened_storage = open_storage(options)
+        deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
+        tuner = Tuner(options, tables, deadline=deadline)
+        if options.ruleset == "self":
+            tuner.run(self_jobs(options), "self-tuning")
+        else:
+            tuner.run(search_jobs(options), "search")
+            tuner.run(target_jobs(options, tables), "target")
+            if options.neighbours:
+                tuner.run(neighbour_jobs(options, tables), "neighbours")
+        if tuner.left_out:
+            print(f"the hours are over: {tuner.left_out} trials were not begun; the same command continues", flush=True)
+    finally:
+        held.release()
+
+
+def main(argv: list[str]) -> int:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        options = parse(argv)
+        if not options.report:
+            run(options)
+        if not options.plan:
+            print(tuned.report(options.out))
+        return 0
+    except UsageError as error:
+        print(f"compare.py tune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare.py tune: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
+        return 130

@@ -1,0 +1,409 @@
+"""What tuning has found: tables of trials, the best settings and their neighbours, targets, times for the AlgoPerf score.
+
+Losses do not depend on how busy a machine was; times do. So the time to a target is the number of steps to it (the first
+validation at or below it) times the cost of a step: CPU seconds of training a step, the least over the submission's trials
+on that workload, each trained on one core. Between machines only ratios to AdamW's step are carried over.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab import plots, score
+from lab.markdown import table as markdown_table
+from lab.trials import PRUNED, Outcome
+from run_folder import atomic_write
+from spec import UsageError
+
+SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
+COLUMNS = (
+    "kind", "study", "number", "seed", "steps", "status", "val_loss", "seconds", "wall", "settings", "losses", "machine",
+    "source", "space",
+)  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """A submission's name as a file's."""
+    return "".join(c if c.isalnum() or c in "_-=.," else "-" for c in name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial that has ended."""
+
+    kind: str  # search, neighbour, target or self
+    study: int
+    number: int
+    seed: int
+    steps: int
+    status: str  # ok, diverged, crashed or pruned
+    val_loss: float  # nats per token; inf unless ok or pruned
+    seconds: float  # CPU time of the training steps
+    wall: float  # of the whole process, s
+    settings: dict[str, float]
+    losses: list[tuple[int, float]]  # step, validation loss
+    machine: str
+    source: str
+    space: str  # the version of the space that the settings are from: a hash
+
+    @classmethod
+    def of(
+        cls, kind: str, study: int, number: int, settings: dict[str, float], outcome: Outcome, wall: float, version: str
+    ) -> "Row":
+        trial, result = outcome.trial, outcome.result
+        log = trial.log() if (trial.folder / "log.jsonl").exists() else []
+        env = trial.folder / "env.json"
+        about = json.loads(env.read_text()) if env.exists() else {"cpu": "", "source_sha256": ""}
+        losses = validations(log)
+        if result is not None:
+            status, loss, seconds = result["status"], outcome.loss, result["process_time"]
+        else:
+            status, seconds = (PRUNED if outcome.error == PRUNED else "crashed"), 0.0
+            loss = losses[-1][1] if status == PRUNED and losses else math.inf
+        return cls(
+            kind, study, number, trial.seed, trial.steps, status, loss, seconds, wall, settings, losses, about["cpu"],
+            about["source_sha256"][:12], space_hash(version),
+        )  # fmt: skip
+
+    def cells(self) -> dict[str, str]:
+        """As a line of a table."""
+        found = {name: str(getattr(self, name)) for name in COLUMNS}
+        found |= {"val_loss": f"{self.val_loss:.6g}", "seconds": f"{self.seconds:.2f}", "wall": f"{self.wall:.1f}"}
+        found["settings"] = " ".join(f"{key}={value:g}" for key, value in self.settings.items())
+        found["losses"] = " ".join(f"{step}:{loss:.5g}" for step, loss in self.losses)
+        return found
+
+    @classmethod
+    def read(cls, cells: dict[str, str]) -> "Row":
+        """
+        Raises:
+            KeyError, ValueError, TypeError: it is no line of such a table.
+        """
+        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        found: dict[str, Any] = {name: {int: int, float: float}.get(kinds[name], str)(cells[name]) for name in COLUMNS}
+        found["settings"] = {k: float(v) for k, v in (word.split("=") for word in cells["settings"].split())}
+        found["losses"] = [(int(s), float(v)) for s, v in (word.split(":") for word in cells["losses"].split())]
+        return cls(**found)
+
+
+def space_hash(version: str) -> str:
+    return hashlib.sha256(version.encode()).hexdigest()[:8]
+
+
+def validations(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, loss) of each validation that was finite."""
+    return [(e["step"], e["loss"]) for e in log if e["event"] == "val" and e["loss"] is not None]
+
+
+class Table:
+    """All trials of a submission on a workload: a CSV file, written anew with every trial. Safe for threads."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            UsageError: the file is no such table, or a line of it is damaged.
+        """
+        self.path, self.lock, self.rows = path, threading.RLock(), []
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            for number, cells in enumerate(csv.DictReader(file), start=2):
+                try:
+                    self.rows.append(Row.read(cells))
+                except (KeyError, ValueError, TypeError, AttributeError) as error:
+                    raise UsageError(f"{path} line {number} is no trial of a tuning table: {error}") from None
+
+    def check(self, version: str, what: str) -> None:
+        """
+        Raises:
+            UsageError: the trials that are there searched another space.
+        """
+        if any(row.space != space_hash(version) for row in self.rows if row.kind == "search"):
+            raise UsageError(f"{self.path}: the trials of {what} are of another version of its space: move the file away first")
+
+    def of(self, kind: str, study: int | None = None) -> list[Row]:
+        return [row for row in self.rows if row.kind == kind and study in (None, row.study)]
+
+    def find(self, kind: str, study: int, number: int, steps: int) -> Row | None:
+        """The trial, unless it crashed: that one is tried again."""
+        same = [row for row in self.of(kind, study) if (row.number, row.steps) == (number, steps) and row.status != "crashed"]
+        return same[0] if same else None
+
+    def add(self, row: Row) -> None:
+        with self.lock:
+            key = lambda r: (r.kind, r.study, r.number, r.steps)  # noqa: E731
+            self.rows = sorted([r for r in self.rows if key(r) != key(row)] + [row], key=lambda r: (r.kind != "search", key(r)))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [",".join(COLUMNS)]
+            lines += [",".join(row.cells()[name].replace(",", ";") for name in COLUMNS) for row in self.rows]
+            atomic_write(self.path, "\n".join(lines) + "\n")
+
+    def best(self) -> Row | None:
+        """The search trial with the lowest final loss; None where none has ended well."""
+        ended = [row for row in self.of("search") if row.status == "ok" and math.isfinite(row.val_loss)]
+        return min(ended, key=lambda row: row.val_loss, default=None)
+
+
+def read_tables(folder: Path) -> dict[str, dict[str, Table]]:
+    """workload -> submission -> table."""
+    found: dict[str, dict[str, Table]] = {}
+    for path in sorted(folder.glob("*/*.csv")):
+        found.setdefault(path.parent.name, {})[path.stem] = Table(path)
+    return found
+
+
+# ---------------------------------------------------------------- what they say
+
+
+def neighbours(settings: dict[str, float]) -> list[tuple[str, dict[str, float]]]:
+    """The settings with one of them off, by what was changed."""
+    changes = [("lr / 2", "lr", 0.5), ("lr x 2", "lr", 2.0), ("no weight decay", "weight_decay", 0.0)]
+    warmup = next((key for key in ("warmup", "schedule_warmup") if key in settings), None)
+    if warmup:
+        changes.append(("half the warm-up", warmup, 0.5))
+    return [(name, settings | {key: settings[key] * factor}) for name, key, factor in changes if settings.get(key)]
+
+
+def sensitivity(table: Table) -> dict[str, float]:
+    """What was changed -> how much the final loss rose above the best, same seed; inf where the run diverged."""
+    best, found = table.best(), {}
+    for name, settings in neighbours(best.settings) if best else ():
+        written = {key: float(f"{value:g}") for key, value in settings.items()}
+        row = next((r for r in table.of("neighbour") if (r.settings, r.seed) == (written, best.seed)), None)
+        if row:
+            found[name] = row.val_loss - best.val_loss
+    return found
+
+
+def steps_to(row: Row, target: float) -> int | None:
+    """Steps to the first validation at or below the target."""
+    return next((step for step, loss in row.losses if loss <= target), None)
+
+
+def target_of(tables: dict[str, Table]) -> dict[str, Any] | None:
+    """A workload's target: the lowest median, over the submissions that set it, of the reruns of their best settings."""
+    medians = {}
+    for name in SETTERS:
+        table = tables.get(name)
+        best = table and table.best()
+        runs = [r for r in table.of("target", 1000 * best.study + best.number) if r.status == "ok"] if best else []
+        if runs:
+            medians[name] = (statistics.median(r.val_loss for r in runs), len(runs), runs[0].steps)
+    if not medians:
+        return None
+    by = min(medians, key=lambda name: medians[name][0])
+    loss, runs, steps = medians[by]
+    return {"loss": float(f"{loss:.4g}"), "set_by": by, "runs": runs, "steps": steps}
+
+
+def targets(folder: Path) -> dict[str, float]:
+    """workload -> target, where it is set."""
+    found = {track: target_of(tables) for track, tables in read_tables(folder).items()}
+    return {track: target["loss"] for track, target in found.items() if target}
+
+
+def step_seconds(tables: dict[str, Table]) -> dict[str, float]:
+    """Submission -> CPU seconds of a step on one workload. Of several machines that with most of AdamW's trials is quoted, and
+    what was measured on another is scaled by AdamW's step there."""
+    least: dict[str, dict[str, float]] = defaultdict(dict)  # machine -> submission -> seconds a step
+    for name, table in tables.items():
+        for row in table.rows:
+            if row.status == "ok" and row.seconds:
+                least[row.machine][name] = min(least[row.machine].get(name, math.inf), row.seconds / row.steps)
+    with_adamw = [m for m in least if "adamw" in least[m]]
+    if not with_adamw:
+        return {}
+    home = max(with_adamw, key=lambda m: sum(row.machine == m for row in tables["adamw"].rows))
+    found = {}
+    for name in tables:
+        ratios = [least[m][name] / least[m]["adamw"] for m in with_adamw if name in least[m]]
+        if ratios:
+            found[name] = least[home]["adamw"] * statistics.geometric_mean(ratios)
+    return found
+
+
+def studies(found: dict[str, dict[str, Table]]) -> score.Studies:
+    """(submission, workload) -> seconds to the target of each study: the least over its trials, inf where all missed."""
+    result: score.Studies = {}
+    for track, tables in found.items():
+        target, cost = target_of(tables), step_seconds(tables)
+        for name, table in tables.items() if target else ():
+            times = defaultdict(lambda: math.inf)
+            for row in table.of("search"):
+                steps = steps_to(row, target["loss"])
+                times[row.study] = min(times[row.study], math.inf if steps is None else steps * cost.get(name, math.inf))
+            if times:
+                result[name, track] = list(times.values())
+    return result
+
+
+# ---------------------------------------------------------------- report
+
+
+def words(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "diverged"
+
+
+def workload_table(track: str, tables: dict[str, Table]) -> str:
+    target, cost = target_of(tables), step_seconds(tables)
+    lines, changes = [], ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")
+    for name, table in tables.items():
+        search, best = table.of("search"), table.best()
+        if not search:
+            continue
+        lost = sensitivity(table)
+        steps = steps_to(best, target["loss"]) if best and target else None
+        lines.append((
+            best.val_loss if best else math.inf,
+            (
+                f"[`{name}`]({track}/{name}.csv)", str(len(search)),
+                str(sum(r.status == "diverged" for r in search)), words(best.val_loss) if best else "-",
+                words(statistics.median(r.val_loss for r in search)),
+                f"{steps:,}" if steps else "missed" if target else "-",
+                f"{cost[name] / cost['adamw']:.2f}" if name in cost else "-",
+                f"{sum(r.seconds for r in search):,.0f}",
+                *(f"{lost[c]:+.4f}" if c in lost else "-" for c in changes),
+                "`" + " ".join(f"{k}={v:g}" for k, v in best.settings.items()) + "`" if best else "-",
+            ),
+        ))  # fmt: skip
+    head = (
+        "submission", "trials", "diverged", "best loss", "median loss", "steps to target", "step, x AdamW", "CPU s of training",
+        *changes, "best settings",
+    )  # fmt: skip
+    about = (
+        f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {target['runs']} reruns at {target['steps']} steps."
+        if target else "No target yet: none of those that set it has been rerun."
+    )  # fmt: skip
+    return f"## `{track}`\n\n{about}\n\n" + markdown_table(head, [line for _, line in sorted(lines, key=lambda x: x[0])])
+
+
+def report(folder: Path) -> str:
+    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few lines about them.
+
+    Raises:
+        UsageError: there is no table, or no trial that ended well.
+    """
+    found = {t: {n: table for n, table in tables.items() if table.rows} for t, tables in read_tables(folder).items()}
+    found = {t: tables for t, tables in found.items() if tables}
+    if not found:
+        raise UsageError(f"{folder} holds no finished trial: ./run.sh compare tune --optimizers ...")
+    if not any(table.best() for tables in found.values() for table in tables.values()):
+        raise UsageError(f"{folder}: every trial diverged or crashed: nothing to choose from")
+    times = studies(found)
+    lines = ["submission,workload,study,seconds"]
+    lines += [f"{s},{w},{n},{t:.5g}" for (s, w), each in sorted(times.items()) for n, t in enumerate(each)]
+    atomic_write(folder / "studies.csv", "\n".join(lines) + "\n")
+    atomic_write(folder / "tuned.json", json.dumps(winners(found), indent=1) + "\n")
+    scored = score_table(folder, times)
+    for track, tables in found.items():
+        draw_sensitivity(folder, track, tables)
+    text = [
+        "# Tuning",
+        "",
+        "Generated by `./run.sh compare tune --report`. Every trial is a line of `<workload>/<submission>.csv`. A submission",
+        "is an optimizer with its schedule: a warm-up and a cosine to zero, but for methods that bring their own. *Best* and",
+        "*median* are over the search trials; the last columns say how much the final loss rises with one setting off (one",
+        "seed each).",
+        "",
+        *scored,
+    ]
+    for track, tables in found.items():
+        text += ["", workload_table(track, tables), "", f"![loss of every trial](sensitivity-{track}.png)"]
+    atomic_write(folder / "README.md", "\n".join(text) + "\n")
+    trials_there = sum(len(table.rows) for tables in found.values() for table in tables.values())
+    return f"{trials_there} trials on {len(found)} workloads: {folder / 'README.md'}"
+
+
+def score_table(folder: Path, times: score.Studies) -> list[str]:
+    """The AlgoPerf score over the workloads that have a target, as Markdown; empty where there are fewer than two."""
+    workloads = list(dict.fromkeys(w for _, w in times))
+    if len(workloads) < 2 or not any(math.isfinite(t) for each in times.values() for t in each):
+        return ["No score yet: it needs two workloads with a target."]
+    # a submission that was not run everywhere would be scored as if it had missed
+    whole = [s for s in dict.fromkeys(s for s, _ in times) if all((s, w) in times for w in workloads)]
+    times = {(s, w): each for (s, w), each in times.items() if s in whole}
+    if len(whole) < 2:
+        return ["No score yet: it needs two submissions that were run on every workload."]
+    table = score.medians(times)
+    repeated = any(len(each) > 1 for each in times.values())
+    reference = "adamw" if "adamw" in whole and np.isfinite(table.seconds[whole.index("adamw")]).any() else ""
+    found = score.summary(table, {}, score.TAU_MAX, reference, times if repeated else None)
+    score.draw(table, {}, score.TAU_MAX, folder / "profile")
+    rows = []
+    for row in found["submissions"]:
+        low, high = row["ranks_when_one_is_left_out"]
+        rows.append((
+            str(row["rank"]), f"`{row['submission']}`", f"{row['score']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["interval"]) if "interval" in row else "-",
+            f"{row['targets_met']} of {len(workloads)}", f"{low} to {high}" if low < high else str(low),
+            f"{row['against_reference']:.3f}" if reference else "-",
+        ))  # fmt: skip
+    head = (
+        "rank",
+        "submission",
+        "AlgoPerf score",
+        "95 %, studies redrawn",
+        "targets met",
+        "rank if one is left out",
+        "against AdamW",
+    )
+    command = f"./run.sh compare score --studies {folder}/studies.csv" + (f" --reference {reference}" * bool(reference))
+    return [
+        "## Score",
+        "",
+        f"Over {', '.join(workloads)}: `{command}`",
+        "",
+        markdown_table(head, rows),
+        "",
+        "![profiles](profile.png)",
+    ]
+
+
+def winners(found: dict[str, dict[str, Table]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """workload -> submission -> its best settings and how good they were: what the trainer takes as defaults on that track."""
+    return {
+        track: {
+            name: {"settings": best.settings, "val_loss": best.val_loss, "trials": len(table.of("search"))}
+            for name, table in tables.items() if (best := table.best())
+        }
+        for track, tables in found.items()
+    }  # fmt: skip
+
+
+def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None:
+    """Final loss of every search trial against its learning rate, relative to the submission's best; the neighbours joined."""
+    shown = [(name, table) for name, table in tables.items() if table.best()]
+    columns = min(6, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, axes = plots.pyplot().subplots(
+        rows, columns, figsize=(2.3 * columns, 1.9 * rows), constrained_layout=True, sharey=True, squeeze=False
+    )
+    least = min(table.best().val_loss for _, table in shown)
+    most = max(statistics.median(r.val_loss for r in table.of("search") if math.isfinite(r.val_loss)) for _, table in shown)
+    for axis, (name, table) in zip(axes.flat, shown):
+        best = table.best()
+        ended = [r for r in table.of("search") if math.isfinite(r.val_loss)]
+        axis.scatter([r.settings["lr"] for r in ended], [r.val_loss for r in ended], s=12, color="tab:blue")
+        near = [r for r in table.of("neighbour") if math.isfinite(r.val_loss) and r.seed == best.seed]
+        near = [r for r in near if all(r.settings[k] == v for k, v in best.settings.items() if k != "lr")]
+        line = sorted([(r.settings["lr"], r.val_loss) for r in near] + [(best.settings["lr"], best.val_loss)])
+        axis.plot(*zip(*line), "o-", ms=3, color="tab:orange")
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=6)
+        axis.set_ylim(least - 0.03 * (most - least), most + 0.3 * (most - least))
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.set_visible(False)
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel(f"final validation loss on {track}, nats per token", fontsize=9)
+    plots.save(figure, folder, f"sensitivity-{track}")
