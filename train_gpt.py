@@ -138,6 +138,8 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
             given[key] = convert(value, all_fields[key].type, "--" + key.replace("_", "-"))
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
     settings |= given
+    words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
+    settings["optimizer"], settings["schedule"] = tricks.tuned(settings.get("track", Config.track), **words)
     for key, value in settings.items():
         choices = all_fields[key].metadata["choices"]
         if choices and value not in choices:

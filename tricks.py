@@ -5,10 +5,14 @@ is a list of tricks on a track; applying tricks is the only way in which a recip
 
     defaults of the config < track < tricks, in their order < the track's own tuning of those tricks < flags
 
+Keys of an optimizer that none of these sets are those tuned for it on the track, where it was tuned (TUNED).
+
 To add a trick: one entry in TRICKS; one field in model.py or the trainer if it does something new; one test.
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from model import PRESETS
@@ -343,6 +347,23 @@ def track(name: str) -> Track:
     if name not in TRACKS:
         raise UsageError(f"unknown track {name!r}: {nearest(name, TRACKS)}")
     return TRACKS[name]
+
+
+TUNED = Path(__file__).parent / "records" / "tuning" / "tuned.json"  # written by `compare tune`, whose trials lie beside it
+
+
+def tuned(track_name: str, optimizer: str, schedule: str) -> tuple[str, str]:
+    """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any.
+
+    The schedule tuned with them takes the place of the track's own, not of another that was chosen.
+    """
+    if not TUNED.exists():
+        return optimizer, schedule
+    best = json.loads(TUNED.read_text()).get(track_name, {}).get(split(optimizer)[0])
+    if not best:
+        return optimizer, schedule
+    own = schedule == TRACKS[track_name].settings.get("schedule")
+    return merge_optimizer(best["optimizer"], optimizer), best["schedule"] if own else schedule
 
 
 def merge_optimizer(old: str, new: str) -> str:

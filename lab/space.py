@@ -101,7 +101,7 @@ class Submission:
         for d in self.dimensions:
             if d.name in values:
                 whole = d.key in ("every", "length")
-                joint = "," if ":" in parts[d.part] else ":"
+                joint = "," if "=" in parts[d.part] else ":"
                 parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if whole else f'{values[d.name]:g}'}"
         return tuple(word for part, spec in parts.items() if spec for word in (f"--{part}", spec))
 

@@ -21,7 +21,9 @@ import numpy as np
 
 from lab import plots, score
 from lab.markdown import table as markdown_table
+from lab.space import submission
 from lab.trials import PRUNED, Outcome
+from optimizers import OPTIMIZERS
 from run_folder import atomic_write
 from spec import UsageError
 
@@ -370,14 +372,17 @@ def score_table(folder: Path, times: score.Studies) -> list[str]:
 
 
 def winners(found: dict[str, dict[str, Table]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """workload -> submission -> its best settings and how good they were: what the trainer takes as defaults on that track."""
-    return {
-        track: {
-            name: {"settings": best.settings, "val_loss": best.val_loss, "trials": len(table.of("search"))}
-            for name, table in tables.items() if (best := table.best())
-        }
-        for track, tables in found.items()
-    }  # fmt: skip
+    """workload -> registered optimizer -> its best settings, as words of the command line, and how good they were: what the
+    trainer takes as the optimizer's defaults on that track (tricks.tuned)."""
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for track, tables in found.items():
+        for name, table in tables.items():
+            if name in OPTIMIZERS and (best := table.best()):
+                flags = submission(name).flags(best.settings)
+                words = {flag.removeprefix("--"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
+                about = {"val_loss": best.val_loss, "trials": len(table.of("search"))}
+                chosen.setdefault(track, {})[name] = words | about
+    return chosen
 
 
 def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None:
