@@ -158,10 +158,15 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def step_of(path: Path) -> int:
+    """The step at which a checkpoint was written, by its name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
 def listing(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, finished or not."""
     found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(NAME.fullmatch(p.name)[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -288,7 +293,7 @@ class Checkpoints:
     def _prune(self) -> None:
         finished = [p for p in listing(self.folder) if (p / DONE).exists()]
         for path in finished[self.keep :]:
-            if not (self.milestone and int(NAME.fullmatch(path.name)[1]) % self.milestone == 0):
+            if not (self.milestone and step_of(path) % self.milestone == 0):
                 (path / DONE).unlink()  # first: half deleted must not look complete
                 shutil.rmtree(path)
 

@@ -130,11 +130,16 @@ class Runner:
             row = Row.of(phase, outcome)
             if outcome.result is not None:
                 self.keep_curve(row, trial)
-                if not self.keep_checkpoints:  # of use for sampling and resuming alone, and large
-                    shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
+                if "--branch" not in trial.extra:
+                    self.drop_checkpoints(trial)
             self.ledger.add(row)
         self.seconds[trial.arm.name] = row.train_time / max(1, row.steps)
         return row
+
+    def drop_checkpoints(self, trial: Trial) -> None:
+        """They are of use for sampling and resuming alone, and large."""
+        if not self.keep_checkpoints:
+            shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
@@ -168,12 +173,20 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
     bar = tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty())
 
     def one(arm: Arm, first: int) -> Search:
+        trained: list[Trial] = []
+
         def run(steps: int, seed: int) -> float:
-            row = runner.run("search", Trial(arm, steps, seed), launch)
+            trial = Trial(arm, steps, seed, branching(trained, seed, first) if options.branch else ())
+            row = runner.run("search", trial, launch)
+            trained.append(trial)
             say(bar, f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {target:g})")
             return row.val_loss
 
-        return search(run, first, target, most)
+        try:
+            return search(run, first, target, most)
+        finally:
+            for trial in trained:
+                runner.drop_checkpoints(trial)
 
     lengths = [options.first_steps or train_gpt.resolve(list(arm.flags))[0].steps for arm in arms]
     if mode_of(options) == "chain":  # each begins where the one before ended: far below the recipe's own length
@@ -192,6 +205,13 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
             pool.shutdown(wait=True, cancel_futures=True)
     bar.close()
     return found
+
+
+def branching(trained: list[Trial], seed: int, first: int) -> tuple[str, ...]:
+    """Trainer flags: keep states on the way, and begin with the last one that a run of another length has in common."""
+    every = str(max(1, first // 20))
+    others = ",".join(str(t.folder) for t in trained if t.seed == seed and (t.folder / "checkpoints").exists())
+    return ("--checkpoint-every", every, "--milestone-every", every, "--branch", others)
 
 
 def say(bar: tqdm, line: str) -> None:
@@ -275,6 +295,8 @@ def parser() -> argparse.ArgumentParser:
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
     add("--first-steps", type=int, default=0, help="length that each search begins at (default: the recipe's)")
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
+    add("--branch", action="store_true", help="in the search, train what runs of several lengths have in common once and "
+        "branch their cool-downs off (schedules such as wsd: the same losses, sooner; confirming runs are whole)")  # fmt: skip
     add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
     add("--seeds", type=int, default=0, help="confirming runs of each arm (default: by a power calculation on the measured "
         f"variance, {LEAST_SEEDS} to {MOST_SEEDS})")  # fmt: skip

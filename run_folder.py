@@ -21,8 +21,8 @@ from spec import UsageError
 
 # Settings that do not change what is computed: left out of the run's hash.
 PRESENTATION = (
-    "out", "resume", "data_root", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "check_ranks", "timeout",
-    "wandb", "tensorboard",
+    "out", "resume", "branch", "data_root", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "check_ranks",
+    "timeout", "wandb", "tensorboard",
 )  # fmt: skip
 
 
@@ -126,6 +126,19 @@ class Run:
         self.log = log.open("ab")
         self.log.truncate(log_bytes)
         self.log.seek(0, os.SEEK_END)
+
+    def begin_with(self, log: Path, count: int) -> None:
+        """Take over the first `count` bytes of another run's log.
+
+        Raises:
+            UsageError: it is shorter than that.
+        """
+        with log.open("rb") as file:
+            text = file.read(count)
+        if len(text) < count:
+            raise UsageError(f"{log} has {len(text)} bytes, its checkpoint speaks of {count}: it cannot be branched off from")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "log.jsonl").write_bytes(text)
 
     def event(self, event: str, **values: Any) -> None:
         # JSON has no NaN: a non-finite number is logged as null and named by its event

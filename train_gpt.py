@@ -38,7 +38,7 @@ import hardware
 import optimizers
 import schedules
 import tricks
-from checkpoint import Checkpoints, listing, newest
+from checkpoint import Checkpoints, damage, listing, newest, step_of
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, setting
 from ranks import RankError, World
@@ -84,6 +84,7 @@ class Config:
         "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint",
         ("auto", "never", "must"),
     )
+    branch: str = setting("", "comma-separated folders of runs of another length: start from the last state shared with one")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the minutes, and at the end")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints; 0: off")
     keep: int = setting(2, "checkpoints to keep, the newest")
@@ -341,7 +342,7 @@ class Training:
         self.run_folder = Run(Path(out), settings, config.resume)
         self.checkpoints = Checkpoints(self.run_folder.checkpoints, config.keep, config.milestone_every, self.written)
         self.complete: list[dict[str, float]] = []  # checkpoints written since the log was last
-        self.start: Path | None = None  # the checkpoint to continue from
+        self.start: Path | None = None  # the checkpoint to continue from, of this run or of one that it branches off from
         self.lock = None
         if not self.run_folder.finished:
             if config.resume == "must" and not listing(self.run_folder.checkpoints):
@@ -366,6 +367,8 @@ class Training:
                     self.start, passed = newest(self.run_folder.checkpoints)
                 for line in passed:
                     print(line, file=sys.stderr, flush=True)
+                if self.start is None and self.config.branch:
+                    self.start = self.branching_point()
                 if self.start is None and self.config.resume == "must":
                     problem = f"--resume must: {passed[0]}; use --resume auto to start anew"
                 else:
@@ -375,6 +378,38 @@ class Training:
         problem, self.start = self.world.gather((problem, self.start))[0]
         if problem:
             raise UsageError(problem)
+
+    def branching_point(self) -> Path | None:
+        """The newest checkpoint of the runs in `branch` that this run would have written too: their settings are the same but
+        for the length, and learning rate and momentum were the same at every step until then.
+
+        So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been.
+
+        Raises:
+            UsageError: a run of other settings, or of settings that follow the length in another way than by the schedule.
+        """
+        found: list[Path] = []
+        for folder in map(Path, self.config.branch.split(",")):
+            try:
+                other = json.loads((folder / "config.json").read_text())
+            except (OSError, ValueError):
+                raise UsageError(f"--branch {folder}: there is no run") from None
+            if settings_hash(other, ("steps",)) != settings_hash(self.run_folder.config, ("steps",)):
+                raise UsageError(f"--branch {folder}: it differs from this run in more than its steps")
+            if optimizers.of_length(self.config.optimizer, self.config.average, other["steps"]) != optimizers.of_length(
+                self.config.optimizer, self.config.average, self.config.steps
+            ):
+                raise UsageError(f"--branch {folder}: settings of {self.config.optimizer} are fractions of the run's length")
+            rate = schedules.build(self.config.schedule, other["steps"])
+            momentum = schedules.build_momentum(self.config.momentum_schedule, other["steps"])
+            shared = 0
+            while shared < min(self.config.steps, other["steps"]) and (
+                (rate(shared), momentum(shared)) == (self.multiplier(shared), self.momentum(shared))
+            ):
+                shared += 1
+            usable = [p for p in listing(folder / "checkpoints") if step_of(p) <= shared and damage(p) is None]
+            found += usable[:1]
+        return max(found, key=step_of, default=None)
 
     def close(self) -> None:
         """Let go of the run folder, whatever happened: what was logged is written, a checkpoint begun is finished."""
@@ -410,6 +445,11 @@ class Training:
             "peak_source": self.peak_source,
         }
 
+    @property
+    def branched(self) -> bool:
+        """Does it start from another run's checkpoint?"""
+        return self.start is not None and self.start.parent != self.run_folder.checkpoints
+
     def restore(self) -> int:
         """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes.
 
@@ -417,7 +457,9 @@ class Training:
             UsageError: the settings or the data are not those that the checkpoint was trained with.
         """
         optimizer, saved, generators = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
-        if saved["config"] != settings_hash(self.run_folder.config):
+        if self.branched:  # its log up to here is this run's too
+            self.run_folder.begin_with(self.start.parent.parent / "log.jsonl", saved["log_bytes"])
+        elif saved["config"] != settings_hash(self.run_folder.config):
             raise UsageError(f"{self.start} is of a run with other settings: choose another --out")
         if saved["data"] != self.fingerprint:
             raise UsageError(f"{self.start} was trained on other data ({saved['data']}, here {self.fingerprint})")
@@ -570,7 +612,8 @@ class Training:
         if main:
             self.run_folder.open(self.environment(), log_bytes)
             about = dict(seed=config.seed, config=settings_hash(self.run_folder.config, ("seed",)), source=source_hash())
-            self.run_folder.event("resume" if self.start else "start", step=first, **about, data=self.fingerprint, utc=now())
+            kind = "branch" if self.branched else "resume" if self.start else "start"
+            self.run_folder.event(kind, step=first, **about, data=self.fingerprint, utc=now())
             self.display = Display(config, self.run_folder.folder, self.flops, self.peak, first)
             self.display.note(self.greeting())
         every = config.val_every or math.ceil(config.steps / 5)

@@ -341,7 +341,8 @@ def markdown(summary: dict[str, Any]) -> str:
             table(head, rows),
             "",
             "Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a",
-            "ratio is base over arm: above 1 the arm saves. Verdicts: wall-clock, p < 0.01.",
+            "ratio is base over arm: above 1 the arm saves. Verdicts: wall-clock, p < 0.01."
+            + " Searched by cool-downs branched off from shared runs." * ("--branch" in summary["command"].split()),
             "",
             *(f"- {line}" for line in verdict_lines(summary)),
             "",

@@ -40,6 +40,7 @@ class Trial:
     arm: Arm
     steps: int
     number: int  # trials of several arms with the same number are a pair
+    extra: tuple[str, ...] = ()  # trainer flags that do not change what is trained
 
     @property
     def seed(self) -> int:
@@ -47,7 +48,7 @@ class Trial:
 
     @property
     def flags(self) -> list[str]:
-        return [*self.arm.flags, "--steps", str(self.steps), "--seed", str(self.seed)]
+        return [*self.arm.flags, "--steps", str(self.steps), "--seed", str(self.seed), *self.extra]
 
     @cached_property
     def folder(self) -> Path:

@@ -145,6 +145,13 @@ def build(
     return optimizer
 
 
+def of_length(spec: str, average: str, steps: int) -> tuple[dict, object]:
+    """All settings of the optimizer and the average that follow from the length of the run."""
+    cls, settings = parse(of_collection(spec), OPTIMIZERS, "optimizer")
+    own = cls(**settings).own(steps) if issubclass(cls, Settings) else {}
+    return own, None if average == "none" else build_average(average, steps)
+
+
 def check(spec: str, average: str = "none", tables: str = "sparse_adagrad") -> None:
     """Are these words right? Builds nothing.
 

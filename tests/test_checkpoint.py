@@ -93,6 +93,37 @@ def test_every_schedule_goes_on_where_it_was(train, monkeypatch, schedule):
     assert [e["lr"] for e in events(cut, "train")] == [e["lr"] for e in events(whole, "train")]
 
 
+def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
+    """A cool-down from a stable phase that another run has trained: same weights, state and losses as a whole run."""
+    flags = ("--schedule", "wsd:cooldown=0.5,warmup=3", "--deterministic", "--dropout", "0.1")
+    train(*flags, "--steps", "24", "--checkpoint-every", "4", "--milestone-every", "4", out="stem")
+    for steps, start in ((40, 12), (16, 8)):
+        whole = train(*flags, "--steps", str(steps), out=f"whole-{steps}")
+        stem = whole.parent / "stem"
+        branch = train(*flags, "--steps", str(steps), "--branch", str(stem), out=f"branch-{steps}")
+        assert [e["step"] for e in events(branch, "branch")] == [start] and not events(branch, "resume")
+        assert losses(branch) == losses(whole) and losses(branch, "val")[-1] == losses(whole, "val")[-1]
+        assert same(stored(branch, *flags), stored(whole, *flags))
+    both = f"{stem},{whole.parent / 'branch-40'}"  # of several, the one that reaches furthest
+    longer = train(*flags, "--steps", "60", "--branch", both, out="longer")
+    assert [e["step"] for e in events(longer, "branch")] == [12]
+    cosine = ("--schedule", "cosine", "--steps", "8", "--checkpoint-every", "2", "--milestone-every", "2")
+    train(*cosine, out="cosine")
+    alone = train("--schedule", "cosine", "--steps", "9", "--branch", str(whole.parent / "cosine"), out="alone")
+    assert not events(alone, "branch")  # no two steps have the same learning rate
+    capsys.readouterr()
+    for words, said in (
+        (("--seed", "1"), "differs from this run in more than its steps"),
+        (("--branch", "nowhere"), "there is no run"),
+    ):
+        train(*flags, "--steps", "40", "--branch", str(stem), *words, out="bad", code=2)
+        assert said in capsys.readouterr().err
+    own = ("--optimizer", "schedule_free_adamw:warmup=0.2", "--schedule", "constant", "--checkpoint-every", "4")
+    train(*own, "--steps", "8", out="own")
+    train(*own, "--steps", "12", "--branch", str(whole.parent / "own"), out="worse", code=2)
+    assert "fractions of the run's length" in capsys.readouterr().err
+
+
 def test_killed_at_any_moment(sotu, tmp_path):
     """SIGKILL three times at random moments; a last line cut in two; the data repeat themselves meanwhile."""
     flags = ("--steps", "60", "--checkpoint-every", "4", "--val-every", "7", "--deterministic", "--optimizer", "muon")
