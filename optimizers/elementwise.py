@@ -10,11 +10,14 @@ import torch
 
 from optimizers.base import (
     DECAYED,
+    LONE,
+    PIECE,
     ROLES,
     Chain,
     Elementwise,
     Settings,
     adam_numbers,
+    compiled,
     decay_groups,
     groups,
     hyper,
@@ -549,16 +552,117 @@ class AdafactorSettings(Settings):
     """v ~ row means x column means / mean of averages of g^2 (1 - t^-0.8 their weight);  u = g / sqrt(v), shortened to RMS d;
     w <- (1 - lr wd) w - lr max(eps2, RMS(w)) u.
 
-    Source: arXiv 1804.04235; torch.optim.Adafactor.
+    Source: arXiv 1804.04235; the same numbers as torch.optim.Adafactor.
     """
 
-    lr: float = hyper(0.1, "peak relative step", (1e-2, 1.0, "log"))
+    lr: float = hyper(0.1, "peak relative step; at most t^-0.5", (1e-2, 1.0, "log"))
     beta2_decay: float = hyper(0.8, "average of squares: 1 - t^-this")
     d: float = hyper(1.0, "largest root mean square of an update")
     weight_decay: float = hyper(0.0, "wd, decayed roles only", (1e-3, 0.3, "log"))
 
     state_per_parameter = 0.0  # (m + n) / mn numbers
 
-    def build(self, gpt, steps):
-        params = decay_groups(gpt, self.weight_decay)
-        return torch.optim.Adafactor(params, lr=self.lr, beta2_decay=-self.beta2_decay, d=self.d)
+
+class Adafactor(Elementwise):
+    """See AdafactorSettings. Three passes over memory: for the means of g^2, for RMS(u), for the update, which also sums up
+    the squares of what it writes: the next step's RMS(w). Vectors, whose v is whole, go by `rule`, all at once."""
+
+    settings, buffers = AdafactorSettings, ("squares",)
+    eps1, eps2 = torch.finfo(torch.float32).eps, 1e-3  # the least sqrt(v) and mean of row means; the least RMS(w)
+    stack = 16  # rows that compiled code adds up side by side: the streams that a CPU prefetches
+
+    def initialise(self, group, p, state):
+        if p.dim() > 1:
+            state["rows"] = p.new_zeros((*p.shape[:-1], 1), dtype=torch.float32)
+            state["columns"] = p.new_zeros((*p.shape[:-2], 1, p.shape[-1]), dtype=torch.float32)
+        else:
+            super().initialise(group, p, state)
+        state["size"] = p.detach().float().square().sum()
+
+    def update_group(self, group, params):
+        super().update_group(group, [p for p in params if p.dim() < 2])
+        for t, members in self.alike(group, [p for p in params if p.dim() > 1]):
+            for p in members:
+                self.update_matrix(group, t, p)
+
+    def rehearse(self):
+        super().rehearse()
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                group["params"][i] = torch.nn.Parameter(p.detach().flatten())
+                group["params"][i].grad = p.grad.flatten()
+        super().rehearse()
+
+    def rate(self, group, t, count, size, size_of_u):
+        """What u is multiplied by, for `count` weights whose sum of squares is `size`, as a tensor like that."""
+        relative = (size / count).sqrt().clamp(min=self.eps2) / ((size_of_u / count).sqrt() / group["d"]).clamp(min=1)
+        return relative * min(group["lr"], t**-0.5)
+
+    # vectors
+
+    def measure(self, group, t, params):
+        sizes, sizes_of_u = [self.state[p]["size"] for p in params], [torch.zeros((), device=p.device) for p in params]
+        self.sweep(self.observe, group, params, dict(new=t ** -group["beta2_decay"]), sizes_of_u)
+        counts = torch.tensor([float(p.numel()) for p in params]).to(params[0].device, non_blocking=True)
+        rates = self.rate(group, t, counts, torch.stack(sizes), torch.stack(sizes_of_u))
+        torch._foreach_zero_(sizes)
+        return [list(rates.unbind()), sizes]
+
+    @staticmethod
+    def observe(w, g, v, size_of_u, *, new):
+        v.lerp_(g * g, new)
+        u = g / v.sqrt().clamp(Adafactor.eps1)
+        size_of_u.add_(total(u * u))
+
+    def numbers(self, group, t):
+        return dict(keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, v, rate, size, *, keep):
+        w.mul_(keep).sub_(g / v.sqrt().clamp(Adafactor.eps1) * rate)
+        size.add_(total(w * w))
+
+    # matrices
+
+    def update_matrix(self, group, t, p):
+        """One step of a weight that has rows and columns: its last two dimensions."""
+        state, w, g = self.state[p], p.detach().float(), p.grad.float()
+        rows, columns = state["rows"], state["columns"]
+        fused = self.compiled and p.dtype == torch.float32 and w.dim() == 2 and w.numel() >= LONE
+        fused = fused and len(w) >= 2 * self.stack and w.is_contiguous() and g.is_contiguous()
+        run = compiled if fused else lambda rule: rule
+        height = len(w) if fused or w.device.type != "cpu" else max(1, PIECE // w.shape[-1])
+        cut = lambda x: [part.data for part in x.split(height, dim=-2)]  # noqa: E731
+
+        if fused:
+            even = len(g) - len(g) % self.stack
+            over_columns, over_rows = compiled(self.squares)(g[:even].unflatten(0, (-1, self.stack)).data)
+            sums = [(over_columns.flatten(0, 1), over_rows.sum(0)), self.squares(g[even:])]
+        else:
+            sums = [self.squares(part) for part in cut(g)]
+        new = t ** -group["beta2_decay"]
+        rows.lerp_(torch.cat([over_columns for over_columns, _ in sums], dim=-2) / w.shape[-1], new)
+        columns.lerp_(sum(over_rows for _, over_rows in sums) / w.shape[-2], new)
+        on_rows, on_columns = (rows / rows.mean(-2, keepdim=True).clamp(min=self.eps1)).rsqrt(), columns.rsqrt()
+        pieces = list(zip(cut(w), cut(g), cut(on_rows), strict=True))
+        size_of_u = sum(run(self.size_of_u)(g, on_rows, on_columns) for _, g, on_rows in pieces)
+        numbers = self.rate(group, t, w.numel(), state["size"], size_of_u), torch.tensor(keep(group))
+        state["size"] = sum(run(self.update)(*piece, on_columns, *numbers) for piece in pieces)
+        if p.dtype != torch.float32:
+            p.copy_(w)
+
+    @staticmethod
+    def squares(g):
+        """Sums of g^2 over columns and over rows."""
+        q = g * g
+        return q.sum(-1, keepdim=True), q.sum(-2, keepdim=True)
+
+    @staticmethod
+    def size_of_u(g, on_rows, on_columns):
+        u = g * (on_rows * on_columns).clamp(max=1 / Adafactor.eps1)  # two factors, worked out before: no root for each weight
+        return total(u * u)
+
+    @staticmethod
+    def update(w, g, on_rows, on_columns, rate, keep):
+        w.mul_(keep).sub_(g * (on_rows * on_columns).clamp(max=1 / Adafactor.eps1) * rate)
+        return total(w * w)
