@@ -22,6 +22,8 @@ from optimizers.base import (
     groups,
     hyper,
     keep,
+    lerp,
+    lerp_,
     rest,
     total,
 )
@@ -71,7 +73,7 @@ class Signum(Elementwise):
 
     @staticmethod
     def rule(w, g, m, *, new, lr, keep):
-        m.lerp_(g, new)
+        lerp_(m, g, new)
         w.mul_(keep).sub_(m.sign() * lr)
 
 
@@ -125,7 +127,7 @@ class RMSprop(Elementwise):
     @staticmethod
     def rule(w, g, v, m=None, *, lr, new, mu, eps, decay):
         g = g + w * decay
-        v.lerp_(g * g, new)
+        lerp_(v, g * g, new)
         u = g / (v.sqrt() + eps)
         w.sub_((u if m is None else m.mul_(mu).add_(u)) * lr)
 
@@ -153,9 +155,9 @@ class Adadelta(Elementwise):
 
     @staticmethod
     def rule(w, g, v, u, *, lr, new, eps, keep):
-        v.lerp_(g * g, new)
+        lerp_(v, g * g, new)
         d = ((u + eps) / (v + eps)).sqrt() * g
-        u.lerp_(d * d, new)
+        lerp_(u, d * d, new)
         w.mul_(keep).sub_(d * lr)
 
 
@@ -221,9 +223,9 @@ class NAdamW(Elementwise):
 
     @staticmethod
     def rule(w, g, m, v, *, new1, new2, rate, correction, eps, keep):
-        m.lerp_(g, new1)
-        v.lerp_(g * g, new2)
-        w.mul_(keep).sub_(m.lerp(g, new1) / (v.sqrt() * correction + eps) * rate)
+        lerp_(m, g, new1)
+        lerp_(v, g * g, new2)
+        w.mul_(keep).sub_(lerp(m, g, new1) / (v.sqrt() * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -249,8 +251,8 @@ class Lion(Elementwise):
 
     @staticmethod
     def rule(w, g, m, *, lr, new1, new2, keep):
-        w.mul_(keep).sub_(m.lerp(g, new1).sign() * lr)
-        m.lerp_(g, new2)
+        w.mul_(keep).sub_(lerp(m, g, new1).sign() * lr)
+        lerp_(m, g, new2)
 
 
 @dataclass(frozen=True)
@@ -285,9 +287,9 @@ class AdEMAMix(Elementwise):
 
     @staticmethod
     def rule(w, g, m, slow, v, *, new1, new2, new3, rate, slow_rate, correction, eps, keep):
-        m.lerp_(g, new1)
-        slow.lerp_(g, new3)
-        v.lerp_(g * g, new2)
+        lerp_(m, g, new1)
+        lerp_(slow, g, new3)
+        lerp_(v, g * g, new2)
         w.mul_(keep).sub_((m * rate + slow * slow_rate) / (v.sqrt() * correction + eps))
 
 
@@ -319,8 +321,8 @@ class ADOPT(Elementwise):
         if first:
             v.add_(g * g)
             return
-        m.lerp_((g / v.sqrt().clamp(eps)).clamp(-limit, limit), new1)
-        v.lerp_(g * g, new2)
+        lerp_(m, (g / v.sqrt().clamp(eps)).clamp(-limit, limit), new1)
+        lerp_(v, g * g, new2)
         w.mul_(keep).sub_(m * lr)
 
 
@@ -344,10 +346,10 @@ class NAdamP(Elementwise):
 
     @staticmethod
     def rule(w, g, m, v, *, square, new1, new2, rate, power, correction, eps, keep):
-        m.lerp_(g, new1)
-        v.lerp_(g * g, new2)
+        lerp_(m, g, new1)
+        lerp_(v, g * g, new2)
         root = v.sqrt() if square else v**power
-        w.mul_(keep).sub_(m.lerp(g, new1) / (root * correction + eps) * rate)
+        w.mul_(keep).sub_(lerp(m, g, new1) / (root * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -378,9 +380,9 @@ class GeneralizedAdam(Elementwise):
             m.mul_(beta1).add_(g)
             u = m * beta1 + g if nesterov else m
         else:
-            m.lerp_(g, new1)
-            v.lerp_(g * g, new2)
-            u = (m.lerp(g, new1) if nesterov else m) / (v.sqrt() * correction + eps)
+            lerp_(m, g, new1)
+            lerp_(v, g * g, new2)
+            u = (lerp(m, g, new1) if nesterov else m) / (v.sqrt() * correction + eps)
         w.mul_(keep).sub_(u * rate)
 
 
@@ -435,7 +437,7 @@ class Amos(Elementwise):
 
     @staticmethod
     def rule(w, g, m, on_g, on_w, *, new):
-        m.lerp_(g * on_g + w * on_w, new)
+        lerp_(m, g * on_g + w * on_w, new)
         w.sub_(m)
 
 
@@ -488,8 +490,8 @@ class MARS(Elementwise):
     def rule(w, g, m, v, before, shorten, *, factor, new1, new2, rate, correction, eps, keep):
         c = (g + (g - before) * factor) * shorten
         before.copy_(g)
-        m.lerp_(c, new1)
-        v.lerp_(c * c, new2)
+        lerp_(m, c, new1)
+        lerp_(v, c * c, new2)
         w.mul_(keep).sub_(m / (v.sqrt() * correction + eps) * rate)
 
 
@@ -535,7 +537,7 @@ class Sophia(Elementwise):
 
     @staticmethod
     def estimate(w, g, m, h, *, new):
-        h.lerp_(g * g, new)
+        lerp_(h, g * g, new)
 
     def numbers(self, group, t):
         scale = group["rho"] * group.get("tokens", 1)
@@ -543,7 +545,7 @@ class Sophia(Elementwise):
 
     @staticmethod
     def rule(w, g, m, h, *, new, lr, scale, eps, keep):
-        m.lerp_(g, new)
+        lerp_(m, g, new)
         w.mul_(keep).sub_((m / (h * scale + eps)).clamp(-1.0, 1.0) * lr)
 
 
@@ -565,7 +567,8 @@ class AdafactorSettings(Settings):
 
 class Adafactor(Elementwise):
     """See AdafactorSettings. Three passes over memory: for the means of g^2, for RMS(u), for the update, which also sums up
-    the squares of what it writes: the next step's RMS(w). Vectors, whose v is whole, go by `rule`, all at once."""
+    the squares of what it writes: the next step's RMS(w) (of weights that are changed in between, that of the step after).
+    Vectors, whose v is whole, go by `rule`, all at once."""
 
     settings, buffers = AdafactorSettings, ("squares",)
     eps1, eps2 = torch.finfo(torch.float32).eps, 1e-3  # the least sqrt(v) and mean of row means; the least RMS(w)
@@ -610,7 +613,7 @@ class Adafactor(Elementwise):
 
     @staticmethod
     def observe(w, g, v, size_of_u, *, new):
-        v.lerp_(g * g, new)
+        lerp_(v, g * g, new)
         u = g / v.sqrt().clamp(Adafactor.eps1)
         size_of_u.add_(total(u * u))
 
