@@ -347,7 +347,7 @@ def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
         assert not (folder / "result.json").exists()
         nodes.append(node("127.0.0.1", False))
         for process in nodes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=180)
             assert process.returncode == 0, errors[-2000:]
     finally:
         for process in nodes:
