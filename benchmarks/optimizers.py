@@ -65,6 +65,7 @@ RIVALS: dict[str, dict[str, Make]] = {
     },
     "rmsprop": {"torch.optim.RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.0)},
     "adadelta": {"torch.optim.Adadelta": torch.optim.Adadelta},
+    "adafactor": {"torch.optim.Adafactor": torch.optim.Adafactor},
     "lion": {"pytorch_optimizer.Lion": package("pytorch_optimizer", "Lion")},
     "ademamix": {"pytorch_optimizer.AdEMAMix": package("pytorch_optimizer", "AdEMAMix")},
     "adopt": {"pytorch_optimizer.ADOPT": package("pytorch_optimizer", "ADOPT")},
@@ -110,8 +111,8 @@ def ours(name: str, block: int = BLOCK) -> Make:
     """Our class over bare parameters, compiled where it can be, at its defaults with the common period and block."""
     settings = optimizers.OPTIMIZERS[name]
     if not hasattr(settings, "method"):  # torch's own
-        torch_class = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad", "adafactor": "Adafactor"}[name]
-        keys = {} if name == "adafactor" else {"fused": True}
+        torch_class = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad"}[name]
+        keys = {"fused": True}
         if name == "sgd":
             keys |= {"momentum": 0.9, "nesterov": True}
         return lambda params: getattr(torch.optim, torch_class)(params, lr=1e-3, **keys)

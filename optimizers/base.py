@@ -431,6 +431,17 @@ def pieces(rows: list[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
         yield list(map(list, zip(*piece, strict=True)))
 
 
+def lerp(start: Value, end: Value, weight: float) -> Value:
+    """start + weight (end - start). torch's own has two formulas, on either side of weight 1/2, and its compiled form works
+    out both for every number, which on one core costs up to a fifth of AdamW's time."""
+    return start.lerp(end, weight) if isinstance(start, Many) else start + (end - start) * weight
+
+
+def lerp_(start: Value, end: Value, weight: float) -> Value:
+    """`lerp` in place: a moving average that takes up `end`."""
+    return start.lerp_(end, weight) if isinstance(start, Many) else start.add_((end - start) * weight)
+
+
 def total(x: Value) -> Value:
     """The sum of all elements; by rows first, since one long sum costs compiled code more than reading memory does."""
     return x.sum(-1).sum()

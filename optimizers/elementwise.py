@@ -10,15 +10,20 @@ import torch
 
 from optimizers.base import (
     DECAYED,
+    LONE,
+    PIECE,
     ROLES,
     Chain,
     Elementwise,
     Settings,
     adam_numbers,
+    compiled,
     decay_groups,
     groups,
     hyper,
     keep,
+    lerp,
+    lerp_,
     rest,
     total,
 )
@@ -68,7 +73,7 @@ class Signum(Elementwise):
 
     @staticmethod
     def rule(w, g, m, *, new, lr, keep):
-        m.lerp_(g, new)
+        lerp_(m, g, new)
         w.mul_(keep).sub_(m.sign() * lr)
 
 
@@ -122,7 +127,7 @@ class RMSprop(Elementwise):
     @staticmethod
     def rule(w, g, v, m=None, *, lr, new, mu, eps, decay):
         g = g + w * decay
-        v.lerp_(g * g, new)
+        lerp_(v, g * g, new)
         u = g / (v.sqrt() + eps)
         w.sub_((u if m is None else m.mul_(mu).add_(u)) * lr)
 
@@ -150,9 +155,9 @@ class Adadelta(Elementwise):
 
     @staticmethod
     def rule(w, g, v, u, *, lr, new, eps, keep):
-        v.lerp_(g * g, new)
+        lerp_(v, g * g, new)
         d = ((u + eps) / (v + eps)).sqrt() * g
-        u.lerp_(d * d, new)
+        lerp_(u, d * d, new)
         w.mul_(keep).sub_(d * lr)
 
 
@@ -218,9 +223,9 @@ class NAdamW(Elementwise):
 
     @staticmethod
     def rule(w, g, m, v, *, new1, new2, rate, correction, eps, keep):
-        m.lerp_(g, new1)
-        v.lerp_(g * g, new2)
-        w.mul_(keep).sub_(m.lerp(g, new1) / (v.sqrt() * correction + eps) * rate)
+        lerp_(m, g, new1)
+        lerp_(v, g * g, new2)
+        w.mul_(keep).sub_(lerp(m, g, new1) / (v.sqrt() * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -246,8 +251,8 @@ class Lion(Elementwise):
 
     @staticmethod
     def rule(w, g, m, *, lr, new1, new2, keep):
-        w.mul_(keep).sub_(m.lerp(g, new1).sign() * lr)
-        m.lerp_(g, new2)
+        w.mul_(keep).sub_(lerp(m, g, new1).sign() * lr)
+        lerp_(m, g, new2)
 
 
 @dataclass(frozen=True)
@@ -282,9 +287,9 @@ class AdEMAMix(Elementwise):
 
     @staticmethod
     def rule(w, g, m, slow, v, *, new1, new2, new3, rate, slow_rate, correction, eps, keep):
-        m.lerp_(g, new1)
-        slow.lerp_(g, new3)
-        v.lerp_(g * g, new2)
+        lerp_(m, g, new1)
+        lerp_(slow, g, new3)
+        lerp_(v, g * g, new2)
         w.mul_(keep).sub_((m * rate + slow * slow_rate) / (v.sqrt() * correction + eps))
 
 
@@ -316,8 +321,8 @@ class ADOPT(Elementwise):
         if first:
             v.add_(g * g)
             return
-        m.lerp_((g / v.sqrt().clamp(eps)).clamp(-limit, limit), new1)
-        v.lerp_(g * g, new2)
+        lerp_(m, (g / v.sqrt().clamp(eps)).clamp(-limit, limit), new1)
+        lerp_(v, g * g, new2)
         w.mul_(keep).sub_(m * lr)
 
 
@@ -341,10 +346,10 @@ class NAdamP(Elementwise):
 
     @staticmethod
     def rule(w, g, m, v, *, square, new1, new2, rate, power, correction, eps, keep):
-        m.lerp_(g, new1)
-        v.lerp_(g * g, new2)
+        lerp_(m, g, new1)
+        lerp_(v, g * g, new2)
         root = v.sqrt() if square else v**power
-        w.mul_(keep).sub_(m.lerp(g, new1) / (root * correction + eps) * rate)
+        w.mul_(keep).sub_(lerp(m, g, new1) / (root * correction + eps) * rate)
 
 
 @dataclass(frozen=True)
@@ -375,9 +380,9 @@ class GeneralizedAdam(Elementwise):
             m.mul_(beta1).add_(g)
             u = m * beta1 + g if nesterov else m
         else:
-            m.lerp_(g, new1)
-            v.lerp_(g * g, new2)
-            u = (m.lerp(g, new1) if nesterov else m) / (v.sqrt() * correction + eps)
+            lerp_(m, g, new1)
+            lerp_(v, g * g, new2)
+            u = (lerp(m, g, new1) if nesterov else m) / (v.sqrt() * correction + eps)
         w.mul_(keep).sub_(u * rate)
 
 
@@ -432,7 +437,7 @@ class Amos(Elementwise):
 
     @staticmethod
     def rule(w, g, m, on_g, on_w, *, new):
-        m.lerp_(g * on_g + w * on_w, new)
+        lerp_(m, g * on_g + w * on_w, new)
         w.sub_(m)
 
 
@@ -485,8 +490,8 @@ class MARS(Elementwise):
     def rule(w, g, m, v, before, shorten, *, factor, new1, new2, rate, correction, eps, keep):
         c = (g + (g - before) * factor) * shorten
         before.copy_(g)
-        m.lerp_(c, new1)
-        v.lerp_(c * c, new2)
+        lerp_(m, c, new1)
+        lerp_(v, c * c, new2)
         w.mul_(keep).sub_(m / (v.sqrt() * correction + eps) * rate)
 
 
@@ -532,7 +537,7 @@ class Sophia(Elementwise):
 
     @staticmethod
     def estimate(w, g, m, h, *, new):
-        h.lerp_(g * g, new)
+        lerp_(h, g * g, new)
 
     def numbers(self, group, t):
         scale = group["rho"] * group.get("tokens", 1)
@@ -540,7 +545,7 @@ class Sophia(Elementwise):
 
     @staticmethod
     def rule(w, g, m, h, *, new, lr, scale, eps, keep):
-        m.lerp_(g, new)
+        lerp_(m, g, new)
         w.mul_(keep).sub_((m / (h * scale + eps)).clamp(-1.0, 1.0) * lr)
 
 
@@ -549,16 +554,118 @@ class AdafactorSettings(Settings):
     """v ~ row means x column means / mean of averages of g^2 (1 - t^-0.8 their weight);  u = g / sqrt(v), shortened to RMS d;
     w <- (1 - lr wd) w - lr max(eps2, RMS(w)) u.
 
-    Source: arXiv 1804.04235; torch.optim.Adafactor.
+    Source: arXiv 1804.04235; the same numbers as torch.optim.Adafactor.
     """
 
-    lr: float = hyper(0.1, "peak relative step", (1e-2, 1.0, "log"))
+    lr: float = hyper(0.1, "peak relative step; at most t^-0.5", (1e-2, 1.0, "log"))
     beta2_decay: float = hyper(0.8, "average of squares: 1 - t^-this")
     d: float = hyper(1.0, "largest root mean square of an update")
     weight_decay: float = hyper(0.0, "wd, decayed roles only", (1e-3, 0.3, "log"))
 
     state_per_parameter = 0.0  # (m + n) / mn numbers
 
-    def build(self, gpt, steps):
-        params = decay_groups(gpt, self.weight_decay)
-        return torch.optim.Adafactor(params, lr=self.lr, beta2_decay=-self.beta2_decay, d=self.d)
+
+class Adafactor(Elementwise):
+    """See AdafactorSettings. Three passes over memory: for the means of g^2, for RMS(u), for the update, which also sums up
+    the squares of what it writes: the next step's RMS(w) (of weights that are changed in between, that of the step after).
+    Vectors, whose v is whole, go by `rule`, all at once."""
+
+    settings, buffers = AdafactorSettings, ("squares",)
+    eps1, eps2 = torch.finfo(torch.float32).eps, 1e-3  # the least sqrt(v) and mean of row means; the least RMS(w)
+    stack = 16  # rows that compiled code adds up side by side: the streams that a CPU prefetches
+
+    def initialise(self, group, p, state):
+        if p.dim() > 1:
+            state["rows"] = p.new_zeros((*p.shape[:-1], 1), dtype=torch.float32)
+            state["columns"] = p.new_zeros((*p.shape[:-2], 1, p.shape[-1]), dtype=torch.float32)
+        else:
+            super().initialise(group, p, state)
+        state["size"] = p.detach().float().square().sum()
+
+    def update_group(self, group, params):
+        super().update_group(group, [p for p in params if p.dim() < 2])
+        for t, members in self.alike(group, [p for p in params if p.dim() > 1]):
+            for p in members:
+                self.update_matrix(group, t, p)
+
+    def rehearse(self):
+        super().rehearse()
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                group["params"][i] = torch.nn.Parameter(p.detach().flatten())
+                group["params"][i].grad = p.grad.flatten()
+        super().rehearse()
+
+    def rate(self, group, t, count, size, size_of_u):
+        """What u is multiplied by, for `count` weights whose sum of squares is `size`, as a tensor like that."""
+        relative = (size / count).sqrt().clamp(min=self.eps2) / ((size_of_u / count).sqrt() / group["d"]).clamp(min=1)
+        return relative * min(group["lr"], t**-0.5)
+
+    # vectors
+
+    def measure(self, group, t, params):
+        sizes, sizes_of_u = [self.state[p]["size"] for p in params], [torch.zeros((), device=p.device) for p in params]
+        self.sweep(self.observe, group, params, dict(new=t ** -group["beta2_decay"]), sizes_of_u)
+        counts = torch.tensor([float(p.numel()) for p in params]).to(params[0].device, non_blocking=True)
+        rates = self.rate(group, t, counts, torch.stack(sizes), torch.stack(sizes_of_u))
+        torch._foreach_zero_(sizes)
+        return [list(rates.unbind()), sizes]
+
+    @staticmethod
+    def observe(w, g, v, size_of_u, *, new):
+        lerp_(v, g * g, new)
+        u = g / v.sqrt().clamp(Adafactor.eps1)
+        size_of_u.add_(total(u * u))
+
+    def numbers(self, group, t):
+        return dict(keep=keep(group))
+
+    @staticmethod
+    def rule(w, g, v, rate, size, *, keep):
+        w.mul_(keep).sub_(g / v.sqrt().clamp(Adafactor.eps1) * rate)
+        size.add_(total(w * w))
+
+    # matrices
+
+    def update_matrix(self, group, t, p):
+        """One step of a weight that has rows and columns: its last two dimensions."""
+        state, w, g = self.state[p], p.detach().float(), p.grad.float()
+        rows, columns = state["rows"], state["columns"]
+        fused = self.compiled and p.dtype == torch.float32 and w.dim() == 2 and w.numel() >= LONE
+        fused = fused and len(w) >= 2 * self.stack and w.is_contiguous() and g.is_contiguous()
+        run = compiled if fused else lambda rule: rule
+        height = len(w) if fused or w.device.type != "cpu" else max(1, PIECE // w.shape[-1])
+        cut = lambda x: [part.data for part in x.split(height, dim=-2)]  # noqa: E731
+
+        if fused:
+            even = len(g) - len(g) % self.stack
+            over_columns, over_rows = compiled(self.squares)(g[:even].unflatten(0, (-1, self.stack)).data)
+            sums = [(over_columns.flatten(0, 1), over_rows.sum(0)), self.squares(g[even:])]
+        else:
+            sums = [self.squares(part) for part in cut(g)]
+        new = t ** -group["beta2_decay"]
+        rows.lerp_(torch.cat([over_columns for over_columns, _ in sums], dim=-2) / w.shape[-1], new)
+        columns.lerp_(sum(over_rows for _, over_rows in sums) / w.shape[-2], new)
+        on_rows, on_columns = (rows / rows.mean(-2, keepdim=True).clamp(min=self.eps1)).rsqrt(), columns.rsqrt()
+        pieces = list(zip(cut(w), cut(g), cut(on_rows), strict=True))
+        size_of_u = sum(run(self.size_of_u)(g, on_rows, on_columns) for _, g, on_rows in pieces)
+        numbers = self.rate(group, t, w.numel(), state["size"], size_of_u), torch.tensor(keep(group))
+        state["size"] = sum(run(self.update)(*piece, on_columns, *numbers) for piece in pieces)
+        if p.dtype != torch.float32:
+            p.copy_(w)
+
+    @staticmethod
+    def squares(g):
+        """Sums of g^2 over columns and over rows."""
+        q = g * g
+        return q.sum(-1, keepdim=True), q.sum(-2, keepdim=True)
+
+    @staticmethod
+    def size_of_u(g, on_rows, on_columns):
+        u = g * (on_rows * on_columns).clamp(max=1 / Adafactor.eps1)  # two factors, worked out before: no root for each weight
+        return total(u * u)
+
+    @staticmethod
+    def update(w, g, on_rows, on_columns, rate, keep):
+        w.mul_(keep).sub_(g * (on_rows * on_columns).clamp(max=1 / Adafactor.eps1) * rate)
+        return total(w * w)

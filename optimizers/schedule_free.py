@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimizers.base import Elementwise, Settings, Swapped, evaluate, hyper, total
+from optimizers.base import Elementwise, Settings, Swapped, evaluate, hyper, lerp, lerp_, total
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class ScheduleFreeAdamW(Swapped, Elementwise):
 
     @staticmethod
     def rule(y, g, z, v, *, new2, correction, eps, c, on_y, on_z, decay):
-        v.lerp_(g * g, new2)
+        lerp_(v, g * g, new2)
         u = g / (v.sqrt() * correction + eps) + y * decay
-        y.lerp_(z, c).sub_(u * on_y)
+        lerp_(y, z, c).sub_(u * on_y)
         z.sub_(u * on_z)
 
     def evaluation_weights(self, group, params):
@@ -100,7 +100,7 @@ class ScheduleFreeSGD(ScheduleFreeAdamW):
     @staticmethod
     def rule(y, g, z, *, c, on_y, on_z, decay):
         u = g + y * decay
-        y.lerp_(z, c).sub_(u * on_y)
+        lerp_(y, z, c).sub_(u * on_y)
         z.sub_(u * on_z)
 
 
@@ -193,8 +193,8 @@ class Prodigy(Elementwise):
     def rule(w, g, m, v, s, start, *, keep_s, new_s, new1, new2, d, rate, keep, eps):
         s.mul_(keep_s).add_(g * new_s)
         g = g * d
-        m.lerp_(g, new1)
-        v.lerp_(g * g, new2)
+        lerp_(m, g, new1)
+        lerp_(v, g * g, new2)
         w.mul_(keep).sub_(m / (v.sqrt() + eps) * rate)
 
 
@@ -254,10 +254,10 @@ class ScheduleFreeProdigy(Swapped, Prodigy):
     def rule(y, g, z, v, s, start, *, keep_s, new_s, new2, d, new, rate, eps, decay, to_x, c, to_y):
         s.mul_(keep_s).add_(g * new_s)
         scaled = g * d
-        v.lerp_(scaled * scaled, new2)
-        x = y.lerp(z, to_x)
+        lerp_(v, scaled * scaled, new2)
+        x = lerp(y, z, to_x)
         z.sub_((g * new / (v.sqrt() + eps) + x * decay) * rate)
-        x = x.lerp(z, c)
-        y.copy_(x.lerp(z, to_y))
+        x = lerp(x, z, c)
+        y.copy_(lerp(x, z, to_y))
 
     evaluation_weights = ScheduleFreeAdamW.evaluation_weights

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATA_ROOT, ROOT, events, launch, losses, result, same, stored, torchrun, with_optimizer
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import checkpoint
 import ranks
@@ -349,6 +350,43 @@ def test_a_killed_rank_is_started_anew(train, sotu, tmp_path, count):
     assert process.returncode == 0, errors[-2000:]
     assert events(folder, "resume")[0]["step"] >= 4
     assert losses(folder) == pytest.approx(losses(train(*flags, out="one")), rel=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
+    """Two nodes of one rank each; the one that has rank 0 is lost with everything on it: the same losses and weights."""
+    flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4", "--deterministic")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    torchrun(2, whole, *flags)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # why: README.md, "Eight GPUs, several nodes"
+    agent = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run", "--rdzv-endpoint=127.0.0.1:"]
+    agent[-1] += str(get_free_port())
+
+    def node(address: str, has_store: bool) -> subprocess.Popen:
+        """torchrun gives ranks in order of addresses; a node that sends no word for 3 s (usually 15) counts as lost."""
+        conf = f"--rdzv-conf=is_host={has_store},keep_alive_interval=1,keep_alive_max_attempt=3"
+        return launch(1, folder, *flags, agent=(*agent, f"--local-addr={address}", conf))
+
+    nodes = [node("127.0.0.2", True), node("127.0.0.1", False)]
+    try:
+        wait_for_step(folder, 8, nodes[1])
+        lost = nodes.pop()
+        (rank,) = children(lost.pid)
+        for pid in (lost.pid, rank):  # torchrun first: it must not see its rank die
+            os.kill(pid, signal.SIGKILL)
+        lost.communicate()
+        assert not (folder / "result.json").exists()
+        nodes.append(node("127.0.0.1", False))
+        for process in nodes:
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in nodes:
+            process.terminate()  # whoever still runs ends its rank too
+    (resumed,) = events(folder, "resume")
+    assert 4 <= resumed["step"] < 40
+    assert losses(folder) == losses(whole) and losses(folder, "val") == losses(whole, "val")
+    assert same(stored(folder, *flags), stored(whole, *flags))
 
 
 def test_a_hung_rank_is_named(sotu, tmp_path):

@@ -22,7 +22,7 @@ from hardware import can_compile
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
 from optimizers.base import Elementwise
-from optimizers.elementwise import Lion
+from optimizers.elementwise import Adafactor, Lion
 from optimizers.matrix import SOAP, Kron, Muon, Shampoo, tiles
 
 STEPS = 20
@@ -647,6 +647,7 @@ PUBLIC = {
     # ours: package, class, its keys. Left out: pytorch_optimizer.ADOPT, whose clip counts one step more than the authors'
     "rmsprop": ("torch.optim", "RMSprop", dict(lr=0.02, alpha=0.8, momentum=0.5, eps=1e-3)),
     "adadelta": ("torch.optim", "Adadelta", dict(lr=2.0, rho=0.8, eps=1e-3)),
+    "adafactor": ("torch.optim", "Adafactor", dict(lr=0.3, beta2_decay=-0.7, d=1.2)),
     "lion": ("pytorch_optimizer", "Lion", dict(lr=0.02, betas=(0.8, 0.9), weight_decouple=True)),
     "schedule_free_adamw": ("schedulefree", "AdamWScheduleFree", dict(lr=0.02, warmup_steps=5, **ADAM)),
     "schedule_free_sgd": ("schedulefree", "SGDScheduleFree", dict(lr=0.3, momentum=0.8, warmup_steps=5)),
@@ -674,6 +675,27 @@ def test_public_package_gives_the_same(name, capsys):
     getattr(optimizer, "eval", lambda: None)()
     for (parameter, p), q in zip(gpt.named_parameters(), twin.parameters(), strict=True):
         assert error(p, q.detach().double(), before[parameter]) < 1e-4, parameter
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_adafactor_is_torchs_at_its_edges(monkeypatch, scale):
+    """Rows and columns without gradient, gradients below its floors, more than two dimensions, more pieces than one."""
+    monkeypatch.setattr(optimizers.elementwise, "PIECE", 100)
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in ((33, 20), (7,), (3, 9, 14), ())]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    one = Adafactor(ours, lr=0.3, beta2_decay=0.7, d=1.2, weight_decay=0.1)
+    two = torch.optim.Adafactor(theirs, lr=0.3, beta2_decay=-0.7, d=1.2, weight_decay=0.1)
+    for step in range(STEPS):
+        for number, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = scale * gradient(p, step, number)
+            if p.dim() == 2:
+                p.grad[5], p.grad[:, 3] = 0, 0
+            q.grad = p.grad.clone()
+        one.step()
+        two.step()
+    for p, q, w in zip(ours, theirs, weights, strict=True):
+        assert error(p.detach(), q.detach().double(), w.double()) < 1e-5
 
 
 # ---------------------------------------------------------------- averages, evaluation weights
