@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import ATTENTION, attention
 from kernels import rms_norm
 
 
@@ -65,13 +66,15 @@ class ModelConfig:
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
     ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
     attention: str = setting(
-        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", "sdpa", "plain", "chunked")
+        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
     )
 
     def __post_init__(self):
         for name in ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_ratio", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.attention == "flex" and self.dropout:
+            raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.positions != "learned" and self.head_width % 4:
@@ -151,38 +154,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """softmax(scale q k^T + causal mask) v, written out: the reference for the others. All [B, H, T, D]."""
-    T = q.size(-2)
-    scores = (q @ k.transpose(-2, -1)).float() * scale
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
-
-
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, chunk: int = 128) -> Tensor:
-    """Plain attention one block of queries at a time, each against the keys up to its own end: skips the scores that
-    the mask would throw away. On CPUs with bf16 matrix units this beats PyTorch's flash attention, which spends its
-    time outside the matrix units (benchmarks/README.md). All [B, H, T, D]."""
-    T = q.size(-2)
-    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    q, k = q * scale, k.transpose(-2, -1)
-    outputs = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        scores = q[..., start:end, :] @ k[..., :end] + future[start:end, :end]
-        outputs.append(F.dropout(scores.softmax(-1), dropout) @ v[..., :end, :])
-    return torch.cat(outputs, dim=-2)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """PyTorch's fused attention. All [B, H, T, D]."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-
-
-ATTENTION = {"plain": plain_attention, "chunked": chunked_attention, "sdpa": sdpa_attention}
-
-
 class Attention(nn.Module):
     """Causal self-attention, [B, T, C] -> [B, T, C]."""
 
@@ -202,12 +173,9 @@ class Attention(nn.Module):
         if rotary is not None:
             cos, sin = (table[:T, None, None].to(x.dtype) for table in rotary)  # [T, 1, 1, D/2]
             qk = rotate(qk, cos, sin)
-        backend = config.attention
-        if backend == "auto":
-            backend = "chunked" if x.device.type == "cpu" else "sdpa"
         dropout = config.dropout if self.training else 0.0
         q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # [B, H, T, D]
-        y = ATTENTION[backend](q, k, v, self.scale, dropout)
+        y = attention(q, k, v, self.scale, dropout, backend=config.attention)
         return self.projection(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import attention
 import hardware
 import optimizers
 import schedules
@@ -290,6 +291,7 @@ class Training:
     def __init__(self, config: Config, model_config: ModelConfig, recipe: str, world: World):
         self.config, self.model_config, self.world = config, model_config, world
         self.dtype, self.dtype_reason = hardware.pick_dtype(config.dtype, world.device)
+        attention.check(model_config.attention, world.device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
