@@ -233,11 +233,11 @@ def softcapped(x, cap, FORM: tl.constexpr):
 
 @jit
 def cross_entropy_forward_kernel(
-    logits, targets, losses, normalisers, vocab_size, row_stride, cap, FORM: tl.constexpr, BLOCK: tl.constexpr
+    logits, targets, losses, normalisers, vocab_size, columns, cap, FORM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A program takes one row: its log-sum-exp in one pass, with the largest logit so far taken out."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    logits += row * columns
     most, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -256,13 +256,13 @@ def cross_entropy_forward_kernel(
 
 @jit
 def cross_entropy_backward_kernel(
-    logits, targets, normalisers, upstream, out, vocab_size, columns, row_stride, cap, scale,
+    logits, targets, normalisers, upstream, out, vocab_size, columns, cap, scale,
     FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = upstream scale (softmax - one-hot) softcap'(logits), 0 in the padding; a program takes one block of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * row_stride + at, mask=at < vocab_size, other=0.0).to(tl.float32)
+    x = tl.load(logits + row * columns + at, mask=at < vocab_size, other=0.0).to(tl.float32)
     x, slope = softcapped(x, cap, FORM)
     miss = tl.exp(x - tl.load(normalisers + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0)
     grad = tl.where(at < vocab_size, miss * slope * (tl.load(upstream).to(tl.float32) * scale), 0.0)
@@ -273,7 +273,7 @@ def plan_cross_entropy_forward(
     logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, vocab_size: int, cap: float, form: str
 ) -> Plan:
     arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size,
-                     row_stride=logits.stride(0), cap=cap, FORM=form if cap else "none", BLOCK=4096)  # fmt: skip
+                     columns=logits.size(1), cap=cap, FORM=form if cap else "none", BLOCK=4096)  # fmt: skip
     return Plan(cross_entropy_forward_kernel, (len(logits),), arguments, num_warps=8, num_stages=3)
 
 
@@ -282,7 +282,7 @@ def plan_cross_entropy_backward(
 ) -> Plan:
     rows, columns = logits.shape
     arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size,
-                     columns=columns, row_stride=logits.stride(0), cap=cap, scale=1 / rows, FORM=form if cap else "none",
+                     columns=columns, cap=cap, scale=1 / rows, FORM=form if cap else "none",
                      BLOCK=4096)  # fmt: skip
     return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 4096)), arguments, num_warps=8, num_stages=1)
 
@@ -293,7 +293,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
     losses, normalisers = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
-    plan_cross_entropy_forward(logits, targets, losses, normalisers, vocab_size, cap, form).run()
+    plan_cross_entropy_forward(logits.contiguous(), targets, losses, normalisers, vocab_size, cap, form).run()
     return losses, normalisers
 
 
@@ -309,7 +309,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     """Gradient of the mean loss times `upstream` (0-dim) at the logits, in their dtype."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    plan_cross_entropy_backward(logits, targets, normalisers, upstream, out, vocab_size, cap, form).run()
+    plan_cross_entropy_backward(logits.contiguous(), targets, normalisers, upstream, out, vocab_size, cap, form).run()
     return out
 
 
@@ -337,7 +337,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float =
     """Mean cross-entropy of softcapped logits, nats, fp32.
 
     Args:
-        logits: [N, columns], of which the first vocab_size count (the rest pads the head); rows are contiguous.
+        logits: [N, columns], of which the first vocab_size count (the rest pads the head).
         targets: [N] int64 below vocab_size.
         cap, form: see `softcap`; cap 0 leaves the logits as they are.
     """

@@ -120,7 +120,11 @@ def compiled(plan: Plan, capability: int) -> dict[str, int | str]:
     `matrix_units`, the instruction that multiplies (wgmma from Hopper on, tcgen05 from Blackwell on)."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+        options = {
+            "num_warps": plan.num_warps,
+            "num_stages": plan.num_stages,
+            "enable_fp_fusion": True,
+        }  # the launcher's default
         binary = triton.compile(source(plan), target=GPUTarget("cuda", capability, 32), options=options)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
