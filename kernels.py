@@ -1,12 +1,88 @@
-"""Fast forms of a few operations, each beside the plain PyTorch that defines it.
+"""Fast forms of a few operations, each beside the plain PyTorch that defines it (`*_reference`).
 
-Here: RMS normalisation for CPUs. PyTorch composes F.rms_norm there from about ten element-wise passes over memory,
-which for small models costs more than the matrix products; this one makes three forward and five backward.
+    rms_norm            x / rms(x) w                        a few passes over memory, on CPUs
+    gram, polynomial    X X^T and b A + c A A               Triton: the products of Newton-Schulz, half of each computed
+    cross_entropy       of softcapped logits                Triton: no fp32 copy of the logits, forward or backward
+    linear_relu2        relu(x W^T + b)^2                   Triton: one pass, and nothing kept for backward but its result
+    fp8_linear          x W^T in 8-bit floats               Triton quantises, cuBLAS multiplies
+
+Triton's take bf16 tensors on CUDA GPUs, unless `use` says otherwise; under torch.compile too, to which each is one opaque
+operation. Everything else - CPUs, fp32, machines without Triton - gets the reference. Tiles and warps are fixed in the `plan_*`
+functions, from which benchmarks/kernels.py compiles the same code for GPUs that are not there. None was timed on a GPU yet.
 """
+
+from __future__ import annotations  # Triton's types in signatures must not be looked up where it is missing
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # PyTorch's builds for CPUs and Apple come without it
+    triton = tl = None
+
+_mode = "auto"
+
+
+def use(mode: str) -> None:
+    """Which form runs from now on: `auto`; `off`: the reference; or `triton` on any device, for tests in its interpreter."""
+    global _mode
+    assert mode in ("auto", "off", "triton")
+    _mode = mode
+
+
+def fused(x: Tensor) -> bool:
+    """Does Triton compute with x?"""
+    if _mode == "auto":
+        return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
+    return _mode == "triton"
+
+
+def jit(kernel: Callable) -> Callable:
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel with all that it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+@jit
+def product(x, w, rows, columns, M, N, K, x_row, x_column, w_row, w_column, BLOCK_K: tl.constexpr):
+    """Sum over k of x[rows, k] w[columns, k] in fp32, for x [M, K] and w [N, K] of any strides."""
+    inner = tl.arange(0, BLOCK_K)
+    x += rows.to(tl.int64)[:, None] * x_row + inner[None, :] * x_column
+    w += columns.to(tl.int64)[None, :] * w_row + inner[:, None] * w_column
+    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        left = tl.load(x, mask=(rows[:, None] < M) & (inner[None, :] < K - k), other=0.0)
+        right = tl.load(w, mask=(columns[None, :] < N) & (inner[:, None] < K - k), other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+        x += BLOCK_K * x_column
+        w += BLOCK_K * w_column
+    return total
+
+
+# ---------------------------------------------------------------- RMS normalisation
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -15,7 +91,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class CPURMSNorm(torch.autograd.Function):
-    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n."""
+    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n.
+
+    PyTorch composes F.rms_norm on CPUs from about ten element-wise passes over memory, which for small models costs more
+    than the matrix products; this one makes three forward and five backward.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -48,3 +128,417 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, eps)
     return CPURMSNorm.apply(x, weight, eps)
+
+
+# ---------------------------------------------------------------- products of Newton-Schulz
+
+
+def gram_reference(X: Tensor) -> Tensor:
+    return torch.bmm(X, X.mT)
+
+
+def polynomial_reference(A: Tensor, b: float, c: float) -> Tensor:
+    return torch.baddbmm(A, A, A, beta=b, alpha=c)
+
+
+@jit
+def symmetric_kernel(
+    x, old, out, M, K, x_batch, x_row, x_column, alpha, beta,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_OLD: tl.constexpr,
+):  # fmt: skip
+    """out = alpha x x^T + beta old: a program computes one tile on or below the diagonal and writes it there and mirrored.
+
+    x [batch, M, K] of any strides; old, symmetric, and out [batch, M, M] are contiguous.
+    """
+    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = ((tl.sqrt(8.0 * tile + 1) - 1) / 2).to(tl.int32)  # tile = i (i + 1) / 2 + j, up to rounding
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    j = tile - i * (i + 1) // 2
+    rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    x += batch * x_batch
+    total = alpha * product(x, x, rows, columns, M, M, K, x_row, x_column, x_row, x_column, BLOCK_K)
+    inside = (rows[:, None] < M) & (columns[None, :] < M)
+    at = batch * M * M + rows[:, None] * M + columns[None, :]
+    if HAS_OLD:
+        total += beta * tl.load(old + at, mask=inside, other=0.0).to(tl.float32)
+    total = total.to(out.dtype.element_ty)
+    tl.store(out + at, total, mask=inside)
+    if i != j:
+        at = batch * M * M + columns[:, None] * M + rows[None, :]
+        tl.store(out + at, tl.trans(total), mask=(columns[:, None] < M) & (rows[None, :] < M))
+
+
+def plan_symmetric(x: Tensor, old: Tensor | None, out: Tensor, alpha: float, beta: float) -> Plan:
+    batch, M, K = x.shape
+    block = min(128, max(16, triton.next_power_of_2(M)))
+    n = tiles(M, block)
+    strides = dict(zip(("x_batch", "x_row", "x_column"), x.stride()))
+    arguments = dict(x=x, old=out if old is None else old, out=out, M=M, K=K, alpha=alpha, beta=beta, BLOCK=block, BLOCK_K=64,
+                     HAS_OLD=old is not None)  # fmt: skip
+    return Plan(symmetric_kernel, (n * (n + 1) // 2, batch), arguments | strides, num_warps=8, num_stages=3)
+
+
+@torch.library.custom_op("speedrun::symmetric", mutates_args=())
+def symmetric(x: Tensor, old: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """alpha x x^T + beta old of x [batch, M, K] and symmetric old [batch, M, M]."""
+    out = x.new_empty(x.size(0), x.size(1), x.size(1))
+    plan_symmetric(x, None if old is None else old.contiguous(), out, alpha, beta).run()
+    return out
+
+
+@symmetric.register_fake
+def _(x, old, alpha, beta):
+    return x.new_empty(x.size(0), x.size(1), x.size(1))
+
+
+def gram(X: Tensor) -> Tensor:
+    """X X^T of X [batch, m, n]."""
+    return symmetric(X, None, 1.0, 0.0) if fused(X) else gram_reference(X)
+
+
+def polynomial(A: Tensor, b: float, c: float) -> Tensor:
+    """b A + c A A of symmetric A [batch, m, m]: what Newton-Schulz multiplies X with (modded-nanogpt #27)."""
+    return symmetric(A, A, c, b) if fused(A) else polynomial_reference(A, b, c)
+
+
+# ---------------------------------------------------------------- cross-entropy of softcapped logits
+
+
+def softcap(logits: Tensor, cap: float, form: str) -> Tensor:
+    """Logits bounded by cap, smoothly; 0: as they are. rational: c x / sqrt(x^2 + c^2); tanh: c tanh(x / c)."""
+    if not cap:
+        return logits
+    if form == "tanh":
+        return cap * torch.tanh(logits / cap)
+    return cap * (logits * (logits * logits + cap**2).rsqrt())
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> Tensor:
+    return F.cross_entropy(softcap(logits[:, :vocab_size].float(), cap, form), targets)
+
+
+@jit
+def softcapped(x, cap, FORM: tl.constexpr):
+    """`softcap` and its derivative."""
+    if FORM == "rational":
+        r = tl.rsqrt(x * x + cap * cap) * cap
+        return x * r, r * r * r
+    elif FORM == "tanh":
+        t = 2 * tl.sigmoid(2 * x / cap) - 1
+        return cap * t, 1 - t * t
+    else:
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@jit
+def cross_entropy_forward_kernel(
+    logits, targets, losses, normalisers, vocab_size, columns, cap, FORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program takes one row: its log-sum-exp in one pass, with the largest logit so far taken out."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * columns
+    most, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x, _ = softcapped(tl.load(logits + at, mask=at < vocab_size, other=0.0).to(tl.float32), cap, FORM)
+        x = tl.where(at < vocab_size, x, -1e30)  # finite: a lane that has met no logit yet must not become inf - inf
+        larger = tl.maximum(most, x)
+        total = total * tl.exp(most - larger) + tl.exp(x - larger)
+        most = larger
+    highest = tl.max(most, 0)
+    normaliser = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
+    target = tl.load(targets + row)
+    right, _ = softcapped(tl.load(logits + target).to(tl.float32), cap, FORM)
+    tl.store(losses + row, normaliser - right)
+    tl.store(normalisers + row, normaliser)
+
+
+@jit
+def cross_entropy_backward_kernel(
+    logits, targets, normalisers, upstream, out, vocab_size, columns, cap, scale,
+    FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = upstream scale (softmax - one-hot) softcap'(logits), 0 in the padding; a program takes one block of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * columns + at, mask=at < vocab_size, other=0.0).to(tl.float32)
+    x, slope = softcapped(x, cap, FORM)
+    miss = tl.exp(x - tl.load(normalisers + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0)
+    grad = tl.where(at < vocab_size, miss * slope * (tl.load(upstream).to(tl.float32) * scale), 0.0)
+    tl.store(out + row * columns + at, grad.to(out.dtype.element_ty), mask=at < columns)
+
+
+def plan_cross_entropy_forward(
+    logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, vocab_size: int, cap: float, form: str
+) -> Plan:
+    arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size,
+                     columns=logits.size(1), cap=cap, FORM=form if cap else "none", BLOCK=4096)  # fmt: skip
+    return Plan(cross_entropy_forward_kernel, (len(logits),), arguments, num_warps=8, num_stages=3)
+
+
+def plan_cross_entropy_backward(
+    logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, out: Tensor, vocab_size: int, cap: float, form: str
+) -> Plan:
+    rows, columns = logits.shape
+    arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size,
+                     columns=columns, cap=cap, scale=1 / rows, FORM=form if cap else "none",
+                     BLOCK=4096)  # fmt: skip
+    return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 4096)), arguments, num_warps=8, num_stages=1)
+
+
+@torch.library.custom_op("speedrun::cross_entropy_forward", mutates_args=())
+def cross_entropy_forward(
+    logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
+    losses, normalisers = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    plan_cross_entropy_forward(logits.contiguous(), targets, losses, normalisers, vocab_size, cap, form).run()
+    return losses, normalisers
+
+
+@cross_entropy_forward.register_fake
+def _(logits, targets, vocab_size, cap, form):
+    empty = lambda: torch.empty(len(logits), dtype=torch.float32, device=logits.device)  # noqa: E731
+    return empty(), empty()
+
+
+@torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str
+) -> Tensor:
+    """Gradient of the mean loss times `upstream` (0-dim) at the logits, in their dtype."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    plan_cross_entropy_backward(logits.contiguous(), targets, normalisers, upstream, out, vocab_size, cap, form).run()
+    return out
+
+
+@cross_entropy_backward.register_fake
+def _(logits, targets, normalisers, upstream, vocab_size, cap, form):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Forward keeps the logits as they are and one number a row; backward recomputes the softmax from them."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> Tensor:
+        losses, normalisers = cross_entropy_forward(logits, targets, vocab_size, cap, form)
+        ctx.save_for_backward(logits, targets, normalisers)
+        ctx.settings = vocab_size, cap, form
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return cross_entropy_backward(*ctx.saved_tensors, upstream, *ctx.settings), None, None, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float = 0.0, form: str = "rational") -> Tensor:
+    """Mean cross-entropy of softcapped logits, nats, fp32.
+
+    Args:
+        logits: [N, columns], of which the first vocab_size count (the rest pads the head).
+        targets: [N] int64 below vocab_size.
+        cap, form: see `softcap`; cap 0 leaves the logits as they are.
+    """
+    if fused(logits) and form in ("rational", "tanh"):
+        return FusedCrossEntropy.apply(logits, targets.contiguous(), vocab_size, cap, form)
+    return cross_entropy_reference(logits, targets, vocab_size, cap, form)
+
+
+# ---------------------------------------------------------------- linear layer with squared ReLU
+
+
+def linear_relu2_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x = F.relu(F.linear(x, weight, bias))
+    return x * x  # not .square(): PyTorch's power is 40 times slower than its product for bf16 on CPU
+
+
+@jit
+def linear_relu2_kernel(
+    x, weight, bias, out, M, N, K, x_row, weight_row,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, a tile a program; tiles that share rows run together."""
+    high, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
+    rows, columns = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = product(x, weight, rows, columns, M, N, K, x_row, 1, weight_row, 1, BLOCK_K)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    total = tl.maximum(total, 0.0)
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(out + at, (total * total).to(out.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+
+
+@jit
+def relu2_backward_kernel(y, upstream, out, size, BLOCK: tl.constexpr):
+    """Gradient before the activation, of y = relu(x)^2:  2 relu(x) g = 2 sqrt(y) g."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    root = tl.sqrt(tl.load(y + at, mask=at < size, other=0.0).to(tl.float32))
+    g = tl.load(upstream + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + at, (2 * root * g).to(out.dtype.element_ty), mask=at < size)
+
+
+def plan_linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Plan:
+    (M, K), N = x.shape, len(weight)
+    arguments = dict(x=x, weight=weight, bias=out if bias is None else bias, out=out, M=M, N=N, K=K, x_row=x.stride(0),
+                     weight_row=weight.stride(0), BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HAS_BIAS=bias is not None)  # fmt: skip
+    return Plan(linear_relu2_kernel, (tiles(M, 128) * tiles(N, 128),), arguments, num_warps=8, num_stages=3)
+
+
+def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
+    arguments = dict(y=y, upstream=upstream, out=out, size=y.numel(), BLOCK=4096)
+    return Plan(relu2_backward_kernel, (tiles(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
+
+
+@torch.library.custom_op("speedrun::linear_relu2_forward", mutates_args=())
+def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """relu(x weight^T + bias)^2 of x [N, C], weight [H, C], bias [H]."""
+    out = x.new_empty(len(x), len(weight))
+    plan_linear_relu2(x.contiguous(), weight.contiguous(), bias, out).run()
+    return out
+
+
+@linear_relu2_forward.register_fake
+def _(x, weight, bias):
+    return x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("speedrun::relu2_backward", mutates_args=())
+def relu2_backward(y: Tensor, upstream: Tensor) -> Tensor:
+    """2 sqrt(y) upstream."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    plan_relu2_backward(y, upstream.contiguous(), out).run()
+    return out
+
+
+@relu2_backward.register_fake
+def _(y, upstream):
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+class FusedLinearReLU2(torch.autograd.Function):
+    """Keeps its result alone, from which backward takes relu(x) = sqrt(y)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = linear_relu2_forward(x, weight, bias)
+        ctx.save_for_backward(x, weight, y)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, weight, y = ctx.saved_tensors
+        g = relu2_backward(y, upstream)
+        return g @ weight, g.mT @ x, g.sum(0) if ctx.has_bias else None
+
+
+def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H]."""
+    if fused(x):
+        return FusedLinearReLU2.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    return linear_relu2_reference(x, weight, bias)
+
+
+# ---------------------------------------------------------------- linear layer in 8-bit floats
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def quantise_reference(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    most = LARGEST[dtype]
+    q = (x.float() * (1 / scale)).clamp(-most, most).to(dtype)
+    return q, q.T.contiguous()
+
+
+@jit
+def quantise_kernel(
+    x, out, transposed, M, N, x_row, x_column, inverse, most, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """out [M, N] = x inverse, in at most +-most, and out^T beside it: the matrix units read 8-bit floats along rows only."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_column
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    scaled = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse
+    scaled = tl.clamp(scaled, -most, most, propagate_nan=tl.PropagateNan.ALL)
+    q = scaled.to(out.dtype.element_ty, fp_downcast_rounding="rtne")
+    tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], q, mask=inside)
+    inside = (columns[:, None] < N) & (rows[None, :] < M)
+    tl.store(transposed + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
+
+
+def plan_quantise(x: Tensor, out: Tensor, transposed: Tensor, scale: float) -> Plan:
+    M, N = x.shape
+    arguments = dict(x=x, out=out, transposed=transposed, M=M, N=N, x_row=x.stride(0), x_column=x.stride(1), inverse=1 / scale,
+                     most=LARGEST[out.dtype], BLOCK_M=64, BLOCK_N=64)  # fmt: skip
+    return Plan(quantise_kernel, (tiles(M, 64), tiles(N, 64)), arguments, num_warps=4, num_stages=1)
+
+
+@torch.library.custom_op("speedrun::quantise", mutates_args=())
+def fused_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out, transposed = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+    plan_quantise(x, out, transposed, scale).run()
+    return out, transposed
+
+
+@fused_quantise.register_fake
+def _(x, scale, dtype):
+    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(x.shape[::-1], dtype=dtype, device=x.device)
+
+
+def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, N] / scale in an 8-bit float, what exceeds its range at the end of it, and the transpose of that [N, M]."""
+    return fused_quantise(x, scale, dtype) if fused(x) else quantise_reference(x, scale, dtype)
+
+
+def scaled_product_reference(a: Tensor, b: Tensor, scale_a: float, scale_b: float, dtype: torch.dtype) -> Tensor:
+    return ((a.float() @ b.float().T) * (scale_a * scale_b)).to(dtype)
+
+
+def scaled_product_cublas(a: Tensor, b: Tensor, scale_a: float, scale_b: float, dtype: torch.dtype) -> Tensor:
+    one, other = (torch.full((), scale, device=a.device) for scale in (scale_a, scale_b))
+    return torch._scaled_mm(a, b.T, scale_a=one, scale_b=other, out_dtype=dtype)
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: float, scale_b: float, dtype: torch.dtype) -> Tensor:
+    """(scale_a a) (scale_b b)^T of 8-bit a [M, K] and b [N, K] -> [M, N] of `dtype`. On CUDA: sides divisible by 16."""
+    multiply = scaled_product_cublas if _mode != "off" and a.is_cuda else scaled_product_reference
+    return multiply(a, b, scale_a, scale_b, dtype)
+
+
+class FP8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scales: tuple[float, float, float]) -> Tensor:
+        x_scale, weight_scale, _ = ctx.scales = scales
+        x8, x8_transposed = quantise(x, x_scale, torch.float8_e4m3fn)
+        w8, w8_transposed = quantise(weight, weight_scale, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8_transposed, w8_transposed)
+        ctx.dtypes = x.dtype, weight.dtype
+        return scaled_product(x8, w8, x_scale, weight_scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x8_transposed, w8_transposed = ctx.saved_tensors
+        x_scale, weight_scale, gradient_scale = ctx.scales
+        g8, g8_transposed = quantise(upstream, gradient_scale, torch.float8_e5m2)
+        dx = scaled_product(g8, w8_transposed, gradient_scale, weight_scale, ctx.dtypes[0])
+        dweight = scaled_product(g8_transposed, x8_transposed, gradient_scale, x_scale, ctx.dtypes[1])
+        return dx, dweight, None
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scales: tuple[float, float, float]) -> Tensor:
+    """x W^T with x and W in e4m3, and the gradient in e5m2 (modded-nanogpt #19, for the head).
+
+    Args:
+        x: [N, C].
+        weight: [V, C], of x's dtype.
+        scales: what is divided by before rounding, fixed: of x, the weight and the gradient. The gradient of a mean over N
+            tokens is at most 1 / N a logit.
+    Returns:
+        [N, V] in x's dtype.
+    """
+    return FP8Linear.apply(x, weight, scales)

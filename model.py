@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import rms_norm
+from attention import ATTENTION, attention
+from kernels import cross_entropy, linear_relu2, rms_norm, softcap
 
 
 def setting(default, help: str, choices: tuple[str, ...] | None = None):
@@ -65,13 +66,15 @@ class ModelConfig:
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
     ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
     attention: str = setting(
-        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", "sdpa", "plain", "chunked")
+        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
     )
 
     def __post_init__(self):
         for name in ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_ratio", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.attention == "flex" and self.dropout:
+            raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.positions != "learned" and self.head_width % 4:
@@ -106,8 +109,12 @@ PRESETS: dict[str, dict[str, int]] = {
 class Linear(nn.Linear):
     """nn.Linear whose fp32 weight is cast to the type of its input."""
 
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in that type."""
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, *self.cast(x.dtype))
 
 
 class Norm(nn.Module):
@@ -151,38 +158,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """softmax(scale q k^T + causal mask) v, written out: the reference for the others. All [B, H, T, D]."""
-    T = q.size(-2)
-    scores = (q @ k.transpose(-2, -1)).float() * scale
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
-
-
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, chunk: int = 128) -> Tensor:
-    """Plain attention one block of queries at a time, each against the keys up to its own end: skips the scores that
-    the mask would throw away. On CPUs with bf16 matrix units this beats PyTorch's flash attention, which spends its
-    time outside the matrix units (benchmarks/README.md). All [B, H, T, D]."""
-    T = q.size(-2)
-    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    q, k = q * scale, k.transpose(-2, -1)
-    outputs = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        scores = q[..., start:end, :] @ k[..., :end] + future[start:end, :end]
-        outputs.append(F.dropout(scores.softmax(-1), dropout) @ v[..., :end, :])
-    return torch.cat(outputs, dim=-2)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """PyTorch's fused attention. All [B, H, T, D]."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-
-
-ATTENTION = {"plain": plain_attention, "chunked": chunked_attention, "sdpa": sdpa_attention}
-
-
 class Attention(nn.Module):
     """Causal self-attention, [B, T, C] -> [B, T, C]."""
 
@@ -202,12 +177,9 @@ class Attention(nn.Module):
         if rotary is not None:
             cos, sin = (table[:T, None, None].to(x.dtype) for table in rotary)  # [T, 1, 1, D/2]
             qk = rotate(qk, cos, sin)
-        backend = config.attention
-        if backend == "auto":
-            backend = "chunked" if x.device.type == "cpu" else "sdpa"
         dropout = config.dropout if self.training else 0.0
         q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # [B, H, T, D]
-        y = ATTENTION[backend](q, k, v, self.scale, dropout)
+        y = attention(q, k, v, self.scale, dropout, backend=config.attention)
         return self.projection(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -221,12 +193,7 @@ class MLP(nn.Module):
         self.projection = Linear(config.mlp_ratio * config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.relu2:
-            x = F.relu(x)
-            x = x * x  # not .square(): PyTorch's power is 40 times slower than its product for bf16 on CPU
-        else:
-            x = F.gelu(x, approximate="tanh")
+        x = linear_relu2(x, *self.up.cast(x.dtype)) if self.relu2 else F.gelu(self.up(x), approximate="tanh")
         return self.projection(x)
 
 
@@ -370,15 +337,13 @@ class GPT(nn.Module):
         rotary = None if self.positions is not None else (self.cos, self.sin)
         for block in self.blocks:
             x = block(x, rotary)
-        logits = self.head(self.norm(x))[..., : self.config.vocab_size].float()
-        cap = self.config.logit_softcap
-        if cap:
-            logits = cap * (
-                torch.tanh(logits / cap) if self.config.softcap_form == "tanh" else logits * (logits * logits + cap**2).rsqrt()
-            )
+        logits = self.head(self.norm(x))
+        config = self.config
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return softcap(logits[..., : config.vocab_size].float(), config.logit_softcap, config.softcap_form)
+        return cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), config.vocab_size, config.logit_softcap, config.softcap_form
+        )
 
     def tables(self) -> list[nn.Parameter]:
         """Those with sparse gradients."""

@@ -34,7 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import attention
 import hardware
+import kernels
 import optimizers
 import schedules
 import tricks
@@ -95,6 +97,7 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     dtype: str = setting("auto", "type of activations and matrix products; weights are fp32", ("auto", "bf16", "fp32"))
     compile: bool = setting(False, "torch.compile the model and the update; the warm-up is off the clock")
+    kernels: str = setting("auto", "fused Triton kernels; auto: for bf16 on CUDA; off: plain PyTorch", ("auto", "off"))
     deterministic: bool = setting(False, "only deterministic kernels")
     wandb: bool = setting(False, "also log to Weights & Biases")
     tensorboard: bool = setting(False, "also log to TensorBoard")
@@ -290,6 +293,8 @@ class Training:
     def __init__(self, config: Config, model_config: ModelConfig, recipe: str, world: World):
         self.config, self.model_config, self.world = config, model_config, world
         self.dtype, self.dtype_reason = hardware.pick_dtype(config.dtype, world.device)
+        attention.check(model_config.attention, world.device)
+        kernels.use(config.kernels)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)

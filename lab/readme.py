@@ -1,4 +1,4 @@
-"""The tables of the README files, generated from the registries, benchmarks/optimizers.json and the records.
+"""The tables of the README files, generated from the registries, what the benchmarks left and the records.
 
 python -m lab.readme          rewrite them between their markers
 """
@@ -18,6 +18,7 @@ from lab.markdown import table
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "benchmarks" / "optimizers.json"
 CHAOS = ROOT / "benchmarks" / "chaos.json"
+KERNELS = ROOT / "benchmarks" / "kernels.json"
 
 
 def keys(cls: type) -> str:
@@ -48,6 +49,23 @@ def optimizer_rows() -> list[tuple[str, ...]]:
         state = f"{cls.state_per_parameter:g}" if cls.state_per_parameter else "< 0.1"
         rows.append((f"`{name}`", first_line(cls), state, ratio, source(cls)))
     return rows
+
+
+def kernel_table() -> str:
+    """What benchmarks/kernels.py left: a row a kernel, a column a chip."""
+    report = json.loads(KERNELS.read_text())
+    cells = {
+        (row["kernel"], str(row["chip"])): f"{row['registers']}, {row['spilled']}, {row['shared'] / 1024:.0f}"
+        + (f", {row['matrix_units']}" if row["matrix_units"] else "")
+        for row in report["kernels"]
+    }
+    head = [f"sm_{capability} ({chip['name']})" for capability, chip in report["chips"].items()]
+    rows = [
+        (name, *(cells.get((name, chip), "no 8-bit floats") for chip in report["chips"]))
+        for name in dict.fromkeys(row["kernel"] for row in report["kernels"])
+    ]
+    limit = [f"{chip['registers']}, 0, {chip['shared'] / 1024:.0f}" for chip in report["chips"].values()]
+    return table(("kernel", *head), [*rows, ("*at most*", *limit)])
 
 
 def measured_tables() -> dict[str, str]:
@@ -86,6 +104,7 @@ def measured_tables() -> dict[str, str]:
                 for c in (json.loads(CHAOS.read_text()) if CHAOS.exists() else [])
             ],
         ),
+        "kernels": kernel_table(),
         "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
         "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule", "processor"), losses),
     }

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hardware import has_native_bf16
+from kernels import gram, polynomial
 from optimizers.base import Chain, Optimizer, Settings, evaluate, groups, hyper, keep, rest
 
 
@@ -303,8 +304,7 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtyp
     table = COEFFICIENTS[coefficients]
     for i in range(steps):
         a, b, c = table[min(i, len(table) - 1)]
-        A = torch.bmm(X, X.mT)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        B = polynomial(gram(X), b, c)
         X = torch.baddbmm(X, B, X, beta=a)
     return X.view(G.shape)
 

@@ -11,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: test_kernels.py runs them so, in numpy
 
 import checkpoint  # noqa: E402
 import train_gpt  # noqa: E402

@@ -1,0 +1,118 @@
+"""Every back-end of attention against the plain one: ragged lengths, windows, documents, gradients."""
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+
+import attention
+import train_gpt
+from attention import ATTENTION, plain_attention
+from spec import UsageError
+
+LENGTHS = (1, 7, 200)
+MASKS = {"causal": (0, False), "window": (37, False), "documents": (0, True), "both": (150, True), "itself": (1, False)}
+
+
+def inputs(length: int, heads: int = 3, width: int = 16) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(length)
+    return tuple(torch.randn(2, heads, length, width, generator=generator, requires_grad=True) for _ in range(4))
+
+
+def documents_of(length: int) -> torch.Tensor:
+    """Documents of ragged lengths, other ones in each sequence; the last has the number of the first again."""
+    generator = torch.Generator().manual_seed(length + 1)
+    return (torch.rand(2, length, generator=generator) < 0.05).cumsum(1) % 4
+
+
+@pytest.fixture
+def flex_trains_here(monkeypatch):
+    """PyTorch has FlexAttention's backward for CPUs, unfused, behind a check that refuses it there."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(attention, "check", lambda *_: None)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_agrees_with_plain(backend, length, mask, flex_trains_here):
+    *qkv, upstream = inputs(length)
+    window, has_documents = MASKS[mask]
+    documents = documents_of(length) if has_documents else None
+    both = []
+    for attend in (plain_attention, ATTENTION[backend]):
+        y = attend(*qkv, 0.3, 0.0, window, documents)
+        grads = torch.autograd.grad((y * upstream).sum(), qkv)
+        half = [z.detach().bfloat16().requires_grad_() for z in qkv]
+        z = attend(*half, 0.3, 0.0, window, documents)
+        both.append(([y, *grads], [z, *torch.autograd.grad((z * upstream.bfloat16()).sum(), half)]))
+    (exact, _), (exact_here, half_here) = both
+    for a, b, c in zip(exact, exact_here, half_here):
+        size = a.abs().max()
+        assert (a - b).abs().max() <= 1e-5 * max(size, 1)
+        assert c.dtype == torch.bfloat16 and (a - c.float()).abs().max() <= 2e-2 * max(size, 1)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_plain_is_the_definition(mask):
+    """Each output is a weighted mean over exactly the tokens that may be seen, by loops."""
+    q, k, v, _ = (z.detach().double() for z in inputs(40))
+    window, has_documents = MASKS[mask]
+    documents = documents_of(40)
+    y = plain_attention(q, k, v, 0.3, 0.0, window, documents if has_documents else None)
+    for b in range(2):
+        for t in range(40):
+            seen = [
+                s for s in range(t + 1)
+                if (not window or t - s < window) and (not has_documents or documents[b, s] == documents[b, t])
+            ]  # fmt: skip
+            weights = (0.3 * q[b, :, t, None] * k[b][:, seen]).sum(-1).softmax(-1)
+            assert torch.allclose(y[b, :, t], (weights[..., None] * v[b][:, seen]).sum(1), atol=1e-5)  # scores are kept in fp32
+
+
+@pytest.mark.parametrize("mask", ["causal", "both"])
+def test_flex_compiles_whole(mask, flex_trains_here):
+    """The mask is built and used in one graph, as the trainer's --compile would have it on CUDA."""
+    *qkv, _ = inputs(130)
+    window, has_documents = MASKS[mask]
+    documents = documents_of(130) if has_documents else None
+    whole = torch.compile(attention.attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    y = whole(*qkv, 0.3, 0.0, window, documents, "flex")
+    assert torch.allclose(y, plain_attention(*qkv, 0.3, 0.0, window, documents), atol=1e-5)
+
+
+def test_auto_chooses():
+    assert [attention.choose(torch.device(d), 0.0, masked=m) for d in ("cpu", "cuda", "mps") for m in (False, True)] == [
+        "chunked", "chunked", "sdpa", "flex", "sdpa", "sdpa"
+    ]  # fmt: skip
+    assert attention.choose(torch.device("cuda"), 0.1, masked=True) == "sdpa", "FlexAttention has no dropout"
+    q, k, v, _ = inputs(20)
+    chosen = attention.attention(q, k, v, 0.3, window=5)
+    assert torch.equal(chosen, ATTENTION["chunked"](q, k, v, 0.3, 0.0, 5))
+
+
+def test_what_flex_cannot_do_is_one_line(tmp_path, capsys):
+    q, k, v, _ = inputs(20)
+    with pytest.raises(UsageError, match="no dropout: use --attention sdpa"):
+        ATTENTION["flex"](q, k, v, 0.3, 0.1)
+    with pytest.raises(UsageError, match="trains on CUDA only, not on cpu: use --attention chunked"):
+        ATTENTION["flex"](q, k, v, 0.3, 0.0)
+    for flags, words in ((["--dropout", "0.1"], "no dropout"), (["--device", "cpu"], "trains on CUDA only")):
+        assert train_gpt.main(["--track", "tiny", "--attention", "flex", "--out", str(tmp_path / "run"), *flags]) == 2
+        printed = capsys.readouterr().err
+        assert words in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_evaluates_without_gradients():
+    q, k, v = (z.detach() for z in inputs(50)[:3])
+    assert torch.allclose(ATTENTION["flex"](q, k, v, 0.3, 0.0, 9), plain_attention(q, k, v, 0.3, 0.0, 9), atol=1e-5)
+
+
+def test_dropout_drops():
+    q, k, v, _ = inputs(64)
+    for backend in ("plain", "chunked", "sdpa"):
+        torch.manual_seed(0)
+        mean = sum(ATTENTION[backend](q, k, v, 0.3, 0.5, 9) for _ in range(400)) / 400
+        assert (mean - plain_attention(q, k, v, 0.3, 0.0, 9)).abs().mean() < 0.05, "its mean is attention without"
+        assert not torch.equal(ATTENTION[backend](q, k, v, 0.3, 0.5, 9), ATTENTION[backend](q, k, v, 0.3, 0.5, 9))
