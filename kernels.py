@@ -249,23 +249,24 @@ def cross_entropy_forward_kernel(
     highest = tl.max(most, 0)
     normaliser = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
     target = tl.load(targets + row)
-    right, _ = softcapped(tl.load(logits + target).to(tl.float32), cap, FORM)
-    tl.store(losses + row, normaliser - right)
+    right, _ = softcapped(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, FORM)
+    tl.store(losses + row, tl.where(target < 0, 0.0, normaliser - right))
     tl.store(normalisers + row, normaliser)
 
 
 @jit
 def cross_entropy_backward_kernel(
-    logits, targets, normalisers, upstream, out, vocab_size, columns, cap, scale,
-    FORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = upstream scale (softmax - one-hot) softcap'(logits), 0 in the padding; a program takes one block of a row."""
+    logits, targets, normalisers, upstream, out, vocab_size, columns, cap, FORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = upstream (softmax - one-hot) softcap'(logits), 0 in the padding and where no target counts; a program takes one
+    block of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * columns + at, mask=at < vocab_size, other=0.0).to(tl.float32)
     x, slope = softcapped(x, cap, FORM)
-    miss = tl.exp(x - tl.load(normalisers + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0)
-    grad = tl.where(at < vocab_size, miss * slope * (tl.load(upstream).to(tl.float32) * scale), 0.0)
+    target = tl.load(targets + row)
+    miss = tl.exp(x - tl.load(normalisers + row)) - tl.where(at == target, 1.0, 0.0)
+    grad = tl.where((at < vocab_size) & (target >= 0), miss * slope * tl.load(upstream), 0.0)
     tl.store(out + row * columns + at, grad.to(out.dtype.element_ty), mask=at < columns)
 
 
@@ -282,7 +283,7 @@ def plan_cross_entropy_backward(
 ) -> Plan:
     rows, columns = logits.shape
     arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size,
-                     columns=columns, cap=cap, scale=1 / rows, FORM=form if cap else "none",
+                     columns=columns, cap=cap, FORM=form if cap else "none",
                      BLOCK=4096)  # fmt: skip
     return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 4096)), arguments, num_warps=8, num_stages=1)
 
@@ -307,7 +308,7 @@ def _(logits, targets, vocab_size, cap, form):
 def cross_entropy_backward(
     logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str
 ) -> Tensor:
-    """Gradient of the mean loss times `upstream` (0-dim) at the logits, in their dtype."""
+    """Gradient of the summed loss times `upstream` (0-dim, fp32) at the logits, in their dtype."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     plan_cross_entropy_backward(logits.contiguous(), targets, normalisers, upstream, out, vocab_size, cap, form).run()
     return out
@@ -319,18 +320,21 @@ def _(logits, targets, normalisers, upstream, vocab_size, cap, form):
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Forward keeps the logits as they are and one number a row; backward recomputes the softmax from them."""
+    """Forward keeps the logits as they are and one number a row; backward recomputes the softmax from them. Targets below 0
+    are left out, as F.cross_entropy leaves out -100."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> Tensor:
         losses, normalisers = cross_entropy_forward(logits, targets, vocab_size, cap, form)
-        ctx.save_for_backward(logits, targets, normalisers)
+        counted = (targets >= 0).sum()
+        ctx.save_for_backward(logits, targets, normalisers, counted)
         ctx.settings = vocab_size, cap, form
-        return losses.mean()
+        return losses.sum() / counted
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return cross_entropy_backward(*ctx.saved_tensors, upstream, *ctx.settings), None, None, None, None
+        *saved, counted = ctx.saved_tensors
+        return cross_entropy_backward(*saved, upstream.float() / counted, *ctx.settings), None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float = 0.0, form: str = "rational") -> Tensor:
@@ -338,7 +342,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float =
 
     Args:
         logits: [N, columns], of which the first vocab_size count (the rest pads the head).
-        targets: [N] int64 below vocab_size.
+        targets: [N] int64 below vocab_size; -100 where none counts.
         cap, form: see `softcap`; cap 0 leaves the logits as they are.
     """
     if fused(logits) and form in ("rational", "tanh"):
