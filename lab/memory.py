@@ -81,23 +81,26 @@ def of_step(
         gpt.compute_dtype = dtype
         weights = live.now
         built = optimizers.build(optimizer, gpt, 1000)
+        for p in set(gpt.parameters()) - set(gpt.tables()):
+            p.grad = torch.zeros_like(p)
         tokens = torch.zeros(sequences, config.sequence_length, dtype=torch.int64)
-        for _ in range(2):
-            live.peak = 0
-            for _ in range(1 + accumulate):
-                before = live.now
-                loss = gpt(tokens, tokens)
-                activations = live.now - before
-                loss.backward()
-                del loss
-            backward, live.peak = live.peak, live.now
-            gradients = sum(p.grad.untyped_storage().nbytes() for p in gpt.parameters() if p.grad is not None)
-            try:
-                built.step()
-            except DataDependentOutputException:  # its step reads a number, which fake tensors do not have
-                state = OPTIMIZERS[split(optimizer)[0]].state_per_parameter * parameter_counts(gpt)["total"]
-                return Memory(weights, gradients, state, activations, backward + state, backward + state)
-            built.zero_grad(set_to_none=True)
+        try:
+            built.step()  # makes the state
+            state = optimizers.state_bytes(built)
+        except DataDependentOutputException:  # its step reads a number, which fake tensors do not have
+            state = OPTIMIZERS[split(optimizer)[0]].state_per_parameter * parameter_counts(gpt)["total"]
+            built = None
+        gpt.zero_grad(set_to_none=not accumulate)
+        live.peak = before = live.now
+        loss = gpt(tokens, tokens)
+        activations = live.now - before
+        loss.backward()
+        del loss
+        backward, live.peak = live.peak, live.now
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in gpt.parameters() if p.grad is not None)
+        if built is None:
+            return Memory(weights, gradients, state, activations, backward + state, live.now + state)
+        built.step()
         return Memory(weights, gradients, optimizers.state_bytes(built), activations, backward, live.peak)
 
 
