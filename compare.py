@@ -20,16 +20,11 @@ and SVG. Exit codes: 0 compared, 2 the command was wrong or nothing can be said,
 """
 
 import argparse
-import csv
 import errno
 import json
 import math
-import os
 import shlex
-import shutil
 import sys
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,19 +34,17 @@ from tqdm import tqdm
 import optimizers
 import train_gpt
 import tricks
-from lab import comparison, plots, score, stats, trials
-from lab.comparison import Ledger, Row
+from lab import comparison, plots, score, stats
+from lab.comparison import Row
 from lab.horizon import Search, search
-from lab.trials import Arm, Launcher, Trial
-from run_folder import atomic_write, lock, source_hash
+from lab.runner import Runner, add_launcher_flags, make_launcher, read_curves, say
+from lab.trials import Arm, Trial
+from run_folder import atomic_write, lock
 from spec import UsageError, nearest
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
 AGAIN = 100  # first seed of the second arm of an A/A comparison
-POINTS = 100  # of a loss curve that is kept
-
-
 MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
 
 # ---------------------------------------------------------------- arms
@@ -106,69 +99,9 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
 # ---------------------------------------------------------------- trials
 
 
-class Runner:
-    """Runs trials for a comparison and keeps what they leave: rows in trials.csv, thinned loss curves in curves.csv."""
-
-    def __init__(self, out: Path, keep_checkpoints: bool):
-        self.out, self.keep_checkpoints = out, keep_checkpoints
-        self.ledger, self.lock = Ledger(out), threading.Lock()
-        self.seconds: dict[str, float] = {}  # arm -> of one step, as last seen
-        self.interrupted = threading.Event()
-
-    def find(self, trial: Trial) -> Row | None:
-        """The row of a trial that has ended, unless the trainer's code has changed since."""
-        row = self.ledger.rows.get(trial.folder.name)
-        return row if row and row.source in ("", source_hash()[:12]) else None
-
-    def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
-        row = self.find(trial)
-        if row is None or row.status == "crashed":
-            if self.interrupted.is_set():
-                raise KeyboardInterrupt
-            outcome = launch(trial)
-            row = Row.of(phase, outcome)
-            if outcome.result is not None:
-                self.keep_curve(row, trial)
-                if "--branch" not in trial.extra:
-                    self.drop_checkpoints(trial)
-            self.ledger.add(row)
-        self.seconds[trial.arm.name] = row.train_time / max(1, row.steps)
-        return row
-
-    def drop_checkpoints(self, trial: Trial) -> None:
-        """They are of use for sampling and resuming alone, and large."""
-        if not self.keep_checkpoints:
-            shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
-
-    def keep_curve(self, row: Row, trial: Trial) -> None:
-        """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
-        lines, events = [], trial.log()
-        train = [e for e in events if e["event"] == "train"]
-        span = max(1, math.ceil(len(train) / POINTS))
-        for start in range(0, len(train), span):
-            piece = train[start : start + span]
-            mean = sum(e["loss"] for e in piece) / len(piece)
-            lines.append((row.arm, row.seed, row.phase, "train", piece[-1]["step"], piece[-1]["tokens"],
-                          round(piece[-1]["train_time"], 3), round(mean, 4)))  # fmt: skip
-        for e in events:
-            if e["event"] == "val" and e["loss"] is not None:
-                lines.append((row.arm, row.seed, row.phase, "val", e["step"], e["tokens"], round(e["train_time"], 3),
-                              round(e["loss"], 5)))  # fmt: skip
-        with self.lock:
-            path = self.out / "curves.csv"
-            self.out.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            with path.open("a", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if new:
-                    writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-                writer.writerows(lines)
-
-
 def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, most: int) -> dict[str, Search]:
     """A search for every arm whose length is not given; as many arms at once as --side-by-side says."""
-    launch, at_once = make_launcher(options, search_phase=True)
+    launch, at_once = make_launcher(options, side_by_side=True)
     target = target_of(options)
     bar = tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty())
 
@@ -214,42 +147,10 @@ def branching(trained: list[Trial], seed: int, first: int) -> tuple[str, ...]:
     return ("--checkpoint-every", every, "--milestone-every", every, "--branch", others)
 
 
-def say(bar: tqdm, line: str) -> None:
-    bar.update()
-    bar.write(line) if not bar.disable else print(line, flush=True)
-
-
 def confirm(plan: dict[str, int], seeds: range, arms: list[Arm], options: argparse.Namespace, runner: Runner) -> None:
     """Interleaved: every arm at seed 0, then every arm at seed 1, ..."""
     wanted = [Trial(arm, plan[arm.name], seed) for seed in seeds for arm in arms if arm.name in plan]
-    launch, at_once = make_launcher(options, search_phase=False)
-    left = [trial for trial in wanted if (row := runner.find(trial)) is None or row.status == "crashed"]
-    if len(left) < len(wanted):
-        print(f"{len(wanted) - len(left)} of {len(wanted)} confirming trials are there already", flush=True)
-    bar = tqdm(total=len(left), unit="trial", desc="confirm", disable=not sys.stderr.isatty())
-    rows: dict[str, Row] = {}
-
-    def launched(trial: Trial) -> trials.Outcome:
-        rows[trial.folder.name] = runner.run("confirm", trial, launch)
-        return trials.Outcome(trial, None)
-
-    for count, outcome in enumerate(trials.in_turn(left, launched, at_once), start=1):
-        row = rows[outcome.trial.folder.name]
-        rest = sum(runner.seconds.get(t.arm.name, 0.0) * t.steps for t in left[count:]) / at_once
-        loss = f"{row.val_loss:.4f}" if row.status == "ok" else f"{row.status} {row.error}"
-        say(bar, f"confirm {row.arm}: {row.steps} steps, seed {row.seed}: {loss}, {row.train_time:.1f} s; "
-                 f"{len(left) - count} left, about {rest / 60:.0f} min")  # fmt: skip
-    bar.close()
-
-
-def make_launcher(options: argparse.Namespace, search_phase: bool) -> tuple[Launcher, int]:
-    """How a trial is trained, and how many at once."""
-    if options.launcher == "ray":
-        return trials.on_ray(options.gpus_per_trial, options.ray_address), 64  # Ray itself holds back what does not fit
-    if search_phase and options.side_by_side > 1:
-        threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
-        return lambda trial: trials.train(trial, threads=threads), options.side_by_side
-    return lambda trial: trials.train(trial, options.processes), 1
+    runner.run_all("confirm", wanted, *make_launcher(options, side_by_side=False))
 
 
 def target_of(options: argparse.Namespace) -> float:
@@ -301,10 +202,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=0, help="confirming runs of each arm (default: by a power calculation on the measured "
         f"variance, {LEAST_SEEDS} to {MOST_SEEDS})")  # fmt: skip
     add("--side-by-side", type=int, default=1, help="arms searched at once, the cores shared; confirming is one at a time")
-    add("--processes", type=int, default=1, help="ranks of a trial, by torchrun (default: 1)")
-    add("--launcher", choices=("local", "ray"), default="local", help="where trials run (default: local)")
-    add("--gpus-per-trial", type=float, default=0, help="with --launcher ray (default: 0, one CPU)")
-    add("--ray-address", default="auto", help="with --launcher ray (default: auto)")
+    add_launcher_flags(made)
     add("--allow-mixed", action="store_true", help="compare times of several machines all the same")
     add("--keep-checkpoints", action="store_true", help="keep the trials' weights (default: deleted when a trial has ended)")
     add("--out", type=Path, help="output folder (default: comparisons/<track>-<what>)")
@@ -409,14 +307,6 @@ def report(out: Path, settings: dict[str, Any], rows: list[Row], allow_mixed: bo
     atomic_write(out / "comparison.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(out / "README.md", comparison.markdown(summary))
     return comparison.verdict_lines(summary)
-
-
-def read_curves(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    number: dict[str, Callable[[str], Any]] = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
-    with path.open(newline="") as file:
-        return [{k: number.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
 
 
 def report_again(folder: Path, allow_mixed: bool) -> list[str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, attention
 from kernels import cross_entropy, linear_relu2, rms_norm, softcap
@@ -67,6 +68,9 @@ class ModelConfig:
     ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
     attention: str = setting(
         "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
+    )
+    checkpoint_activations: bool = setting(
+        False, "keep a block's input alone and compute the block again in the backward pass: less memory, a third more work"
     )
 
     def __post_init__(self):
@@ -335,8 +339,9 @@ class GPT(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rotary = None if self.positions is not None else (self.cos, self.sin)
+        recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, rotary)
+            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary)
         logits = self.head(self.norm(x))
         config = self.config
         if targets is None:

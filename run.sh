@@ -2,7 +2,7 @@
 # Set up what is missing, then run a verb:
 #   ./run.sh [trainer flags]      the main job: train to the target, print a summary and a sample
 #   ./run.sh test [pytest args]   the tests
-#   ./run.sh compare|records ...   what a trick saves, with what certainty; kept evidence
+#   ./run.sh compare|scaling|records ...   what a trick saves, at one size and at several; kept evidence
 #   ./run.sh train|data|sample|schedules|optimizers ...            the tools, with their own --help
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -87,11 +87,12 @@ case "$verb" in
   data) setup && exec .venv/bin/python -m data "$@" ;;
   sample) setup && exec .venv/bin/python sample.py "$@" ;;
   compare) setup && install lab/requirements.txt && exec .venv/bin/python compare.py "$@" ;;
+  scaling) setup && install lab/requirements.txt && exec .venv/bin/python scaling.py "$@" ;;
   records) setup && install lab/requirements.txt && exec .venv/bin/python -m lab.records "$@" ;;
   schedules) setup && exec .venv/bin/python schedules.py "$@" ;;
   optimizers) setup && exec .venv/bin/python -m optimizers "$@" ;;
   *)
-    say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, records, data, sample, schedules, optimizers"
+    say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, scaling, records, data, sample, schedules, optimizers"
     exit 2
     ;;
 esac

@@ -168,3 +168,132 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
     )
     axis.grid(axis="y", alpha=0.3)
     return save(figure, folder, f"history-{track}")
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
+    """All pictures of a scaling experiment for which there is something to draw; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    if any("words" in s for trick in summary["tricks"] for s in trick["sizes"]):
+        drawn.append(survival(folder, summary))
+    if any(of["points"] for of in summary["curves"][summary["base"]].values()):
+        drawn.append(size_curves(folder, summary))
+    if summary["base"] in summary["laws"]:
+        drawn.append(iso_flop(folder, summary))
+    return drawn
+
+
+def panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure and so many axes, at most four in a row, with shared scales."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(max(6, 3.6 * columns), 3.3 * rows + 0.4), sharex=True, sharey=True, squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
+    for unused in axes.flat[count:]:
+        unused.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def survival(folder: Path, summary: dict[str, Any]) -> str:
+    """Speed-up in tokens against size, a panel a trick: measured with intervals, bounds as triangles, the trend's line and its
+    prediction at the size asked for."""
+    at = summary["at"]
+    figure, axes = panels(len(summary["tricks"]))
+    drawn = [1.0]
+    for axis, trick in zip(axes, summary["tricks"], strict=True):
+        trend = trick["trends"]["tokens"]
+        axis.set(xscale="log", yscale="log")
+        points = [(s["parameters"], s["ratios"]["tokens"], *s["intervals"]["tokens"]) for s in trick["sizes"] if "ratios" in s]
+        if trend:
+            used = [n for n, *_ in points]
+            line = lambda n, t=trend: t["ratio"] * (n / at) ** t["slope"]  # noqa: E731
+            for ends, style in ((np.array([used[0], used[-1]]), "-"), (np.array([used[-1], at]), "--")):
+                axis.plot(ends, line(ends), style, color="C0", linewidth=1)
+            points.append((at, trend["ratio"], trend["low"], trend["high"]))
+        for n, ratio, low, high in points:
+            low, high = max(low, ratio / 10), min(high, ratio * 10)  # an interval without end
+            colour, marker = ("C1", "D") if n == at else ("C0", "o")
+            axis.errorbar(n, ratio, yerr=[[ratio - low], [high - ratio]], fmt=marker, color=colour, capsize=3, markersize=5)
+            drawn += [low, high]
+        for s in trick["sizes"]:
+            if "ratios" not in s and "words" in s and not s["inside"]:
+                bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")
+                axis.plot(s["parameters"], bound, marker, color="C0", markerfacecolor="none")
+                drawn.append(bound)
+        axis.axhline(1, color="0.4", linestyle=":", linewidth=1)
+        axis.set_title(f"{short(trick['trick'])}: {trend['verdict'] if trend else 'not decided'}", fontsize=10)
+        axis.grid(alpha=0.3)
+    low, high = min(drawn) / 1.1, max(drawn) * 1.1
+    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high]
+    axes[0].set_ylim(low, high)
+    axes[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes[0].set_yticks([], minor=True)
+    axes[0].set_xlim(summary["sizes"][0]["parameters"] / 2, max(at, summary["sizes"][-1]["parameters"]) * 2)
+    figure.supxlabel("non-embedding parameters (diamond: prediction; triangle: a bound)", fontsize=9)
+    figure.supylabel("base's tokens / trick's, equal loss", fontsize=9)
+    return save(figure, folder, "survival")
+
+
+def size_curves(folder: Path, summary: dict[str, Any]) -> str:
+    """Final loss against tokens, a panel a trick: the base's runs and the curve through them by size, the trick's crosses."""
+    names = [trick["trick"] for trick in summary["tricks"]]
+    figure, axes = panels(len(names))
+    colours = pyplot().get_cmap("viridis")(np.linspace(0, 0.9, len(summary["sizes"])))
+    for i, (size, colour) in enumerate(zip(summary["sizes"], colours, strict=True)):
+        base = summary["curves"][summary["base"]][size["size"]]["points"]
+        for axis, trick in zip(axes, summary["tricks"], strict=True):
+            for points, marker in ((base, "o"), (summary["curves"][trick["trick"]][size["size"]]["points"], "x")):
+                x = [p["tokens"] for p in points for _ in p["losses"]]
+                axis.plot(x, [loss for p in points for loss in p["losses"]], marker, color=colour, markersize=4)
+            if curve := trick["sizes"][i].get("curve"):
+                x = np.geomspace(curve["least"], curve["most"], 50)
+                y = curve["alpha"] * x ** -curve["exponent"] + curve["floor"]
+                axis.plot(x, y, color=colour, linewidth=1, label=size["size"])
+    for axis, name in zip(axes, names, strict=True):
+        axis.set(xscale="log")
+        axis.set_title(short(name), fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, title="size", title_fontsize=7)
+    figure.supxlabel("tokens of the run (dots, line: base; crosses: trick)", fontsize=9)
+    figure.supylabel("final validation loss, nats per token", fontsize=9)
+    return save(figure, folder, "sizes")
+
+
+def iso_flop(folder: Path, summary: dict[str, Any]) -> str:
+    """Loss against parameters at equal training FLOPs: lines by each arm's L(N, D), the base's runs as dots coloured alike."""
+    figure, axis = pyplot().subplots(figsize=(8, 5), constrained_layout=True)
+    base = summary["curves"][summary["base"]]
+    runs = [
+        (s["parameters"], base[s["size"]]["cost"]["flops"] * p["tokens"], loss, base[s["size"]]["cost"]["flops"])
+        for s in summary["sizes"] for p in base[s["size"]]["points"] for loss in p["losses"]
+    ]  # fmt: skip
+    n, flops, losses, per_token = map(np.array, zip(*runs, strict=True))
+    colours, levels = pyplot().get_cmap("plasma"), np.geomspace(flops.min(), flops.max(), 5)
+    shade = lambda c: colours(0.9 * np.log(c / flops.min()) / max(1e-9, np.log(flops.max() / flops.min())))  # noqa: E731
+    axis.scatter(n, losses, c=[shade(c) for c in flops], s=18, zorder=3)
+    grid = np.geomspace(n.min(), n.max(), 100)
+    cost = np.exp(np.interp(np.log(grid), np.log(n), np.log(per_token)))  # FLOPs a token between the sizes
+    styles = dict(zip([summary["base"], *(t["trick"] for t in summary["tricks"])], ("-", "--", ":", "-.")))
+    for name, style in styles.items():
+        law = summary["laws"].get(name)
+        for level in levels if law else ():
+            y = (
+                law["floor"]
+                + law["size_factor"] * (grid / law["unit_n"]) ** -law["size_exponent"]
+                + law["token_factor"] * (level / cost / law["unit_d"]) ** -law["token_exponent"]
+            )
+            label = f"{level:.1e} FLOPs" if style == "-" else None
+            axis.plot(grid, y, style, color=shade(level), linewidth=1.2, label=label)
+        if law and style != "-":
+            axis.plot([], [], style, color="0.3", label=short(name))
+    low, high = losses.min(), losses.max()
+    axis.set(xscale="log", xlabel="non-embedding parameters", ylabel="final validation loss, nats per token",
+             ylim=(low - 0.15 * (high - low), high + 0.3 * (high - low)))  # fmt: skip
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    return save(figure, folder, "iso-flop")

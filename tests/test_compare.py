@@ -10,7 +10,7 @@ import pytest
 import compare
 import run_folder
 import train_gpt
-from lab import comparison, stats, trials
+from lab import comparison, runner, stats, trials
 from lab.comparison import Row, read_rows
 from lab.trials import Outcome
 
@@ -151,7 +151,7 @@ def test_runs_of_other_code_are_trained_anew(fake, tmp_path, monkeypatch):
     trained = sorted(trainer.trained)
     trainer.trained.clear()
     monkeypatch.setattr(run_folder, "source_hash", lambda: "0" * 64)
-    monkeypatch.setattr(compare, "source_hash", lambda: "0" * 64)
+    monkeypatch.setattr(runner, "source_hash", lambda: "0" * 64)
     trainer.env["source_sha256"] = "0" * 64
     assert compare.main(words) == 0
     assert sorted(trainer.trained) == trained

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import compare
+import scaling
 import train_gpt
 from data import __main__ as data_command
 from lab import readme, records
@@ -43,6 +44,9 @@ def test_command_parses(words):
     if verb == "compare":
         options = compare.parse(rest)
         assert options.report or len(compare.make_arms(options)) > 1
+    if verb == "scaling" and rest[0] != "fit":
+        options = scaling.parse([*rest, "--plan"])  # needs no corpus
+        assert len(scaling.make_experiment(options).arms) > 1
     if verb == "records":
         assert records.parser().parse_args(rest).verb == "verify"
     if verb == "data":

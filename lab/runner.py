@@ -1,0 +1,134 @@
+"""Running the trials of an experiment: each once, whatever interrupts it, and what they leave in the output folder."""
+
+import argparse
+import csv
+import math
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lab import trials
+from lab.comparison import Ledger, Row
+from lab.trials import Launcher, Trial
+from run_folder import source_hash
+
+POINTS = 100  # of a loss curve that is kept
+
+
+class Runner:
+    """Runs the trials of an experiment and keeps what they leave: rows in trials.csv, thinned loss curves in curves.csv."""
+
+    def __init__(self, out: Path, keep_checkpoints: bool):
+        self.out, self.keep_checkpoints = out, keep_checkpoints
+        self.ledger, self.lock = Ledger(out), threading.Lock()
+        self.seconds: dict[str, float] = {}  # arm -> of one step, as last seen
+        self.interrupted = threading.Event()
+
+    def find(self, trial: Trial) -> Row | None:
+        """The row of a trial that has ended, unless the trainer's code has changed since."""
+        row = self.ledger.rows.get(trial.folder.name)
+        return row if row and row.source in ("", source_hash()[:12]) else None
+
+    def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
+        """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
+        row = self.find(trial)
+        if row is None or row.status == "crashed":
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
+            outcome = launch(trial)
+            row = Row.of(phase, outcome)
+            if outcome.result is not None:
+                self.keep_curve(row, trial)
+                if "--branch" not in trial.extra:
+                    self.drop_checkpoints(trial)
+            self.ledger.add(row)
+        self.seconds[trial.arm.name] = row.train_time / max(1, row.steps)
+        return row
+
+    def drop_checkpoints(self, trial: Trial) -> None:
+        """They are of use for sampling and resuming alone, and large."""
+        if not self.keep_checkpoints:
+            shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
+
+    def run_all(self, phase: str, wanted: Sequence[Trial], launch: Launcher, at_once: int) -> list[Row]:
+        """The rows of all, in their order; those that are not there are trained, started in that order."""
+        left = [trial for trial in wanted if (row := self.find(trial)) is None or row.status == "crashed"]
+        if len(left) < len(wanted):
+            print(f"{len(wanted) - len(left)} of {len(wanted)} trials to {phase} are there already", flush=True)
+        bar = tqdm(total=len(left), unit="trial", desc=phase, disable=not sys.stderr.isatty())
+        rows: dict[str, Row] = {}
+
+        def launched(trial: Trial) -> trials.Outcome:
+            rows[trial.folder.name] = self.run(phase, trial, launch)
+            return trials.Outcome(trial, None)
+
+        for count, outcome in enumerate(trials.in_turn(left, launched, at_once), start=1):
+            row = rows[outcome.trial.folder.name]
+            rest = sum(self.seconds.get(t.arm.name, 0.0) * t.steps for t in left[count:]) / at_once
+            loss = f"{row.val_loss:.4f}" if row.status == "ok" else f"{row.status} {row.error}"
+            say(bar, f"{phase} {row.arm}: {row.steps} steps, seed {row.seed}: {loss}, {row.train_time:.1f} s; "
+                     f"{len(left) - count} left, about {rest / 60:.0f} min")  # fmt: skip
+        bar.close()
+        return [self.ledger.rows[trial.folder.name] for trial in wanted]
+
+    def keep_curve(self, row: Row, trial: Trial) -> None:
+        """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
+        lines, events = [], trial.log()
+        train = [e for e in events if e["event"] == "train"]
+        span = max(1, math.ceil(len(train) / POINTS))
+        for start in range(0, len(train), span):
+            piece = train[start : start + span]
+            mean = sum(e["loss"] for e in piece) / len(piece)
+            lines.append((row.arm, row.seed, row.phase, "train", piece[-1]["step"], piece[-1]["tokens"],
+                          round(piece[-1]["train_time"], 3), round(mean, 4)))  # fmt: skip
+        for e in events:
+            if e["event"] == "val" and e["loss"] is not None:
+                lines.append((row.arm, row.seed, row.phase, "val", e["step"], e["tokens"], round(e["train_time"], 3),
+                              round(e["loss"], 5)))  # fmt: skip
+        with self.lock:
+            path = self.out / "curves.csv"
+            self.out.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            with path.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if new:
+                    writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
+                writer.writerows(lines)
+
+
+def say(bar: tqdm, line: str) -> None:
+    bar.update()
+    bar.write(line) if not bar.disable else print(line, flush=True)
+
+
+def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
+    """Where trials run."""
+    add = parser.add_argument
+    add("--processes", type=int, default=1, help="ranks of a trial, by torchrun (default: 1)")
+    add("--launcher", choices=("local", "ray"), default="local", help="where trials run (default: local)")
+    add("--gpus-per-trial", type=float, default=0, help="with --launcher ray (default: 0, one CPU)")
+    add("--ray-address", default="auto", help="with --launcher ray (default: auto)")
+
+
+def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Launcher, int]:
+    """How a trial is trained, and how many at once: several on one machine only where no clock is read."""
+    if options.launcher == "ray":
+        return trials.on_ray(options.gpus_per_trial, options.ray_address), 64  # Ray itself holds back what does not fit
+    if side_by_side and options.side_by_side > 1:
+        threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
+        return lambda trial: trials.train(trial, threads=threads), options.side_by_side
+    return lambda trial: trials.train(trial, options.processes), 1
+
+
+def read_curves(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    number: dict[str, Callable[[str], Any]] = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
+    with path.open(newline="") as file:
+        return [{k: number.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]

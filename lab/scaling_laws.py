@@ -1,0 +1,401 @@
+"""What losses at several sizes and lengths of run say: how many tokens a base would need for a trick's loss, how that ratio
+goes with size, and what may be expected at a larger one.
+
+The effective speed-up of a trick at a size is the method of Wen et al. (arXiv 2509.02046): the base's final losses at several
+token budgets give L(D) = alpha D^-exponent + floor; the D at which that curve has the trick's loss, over the D that the trick
+had, is the speed-up. It is a figure only where that D lies between the base's smallest and largest budget. Outside there is
+a bound: four points of three parameters say little about a fifth (their fit to 1, 2, 4, 8 misses 16 by 0.01 nats).
+
+The trend of its logarithm over log parameters is a random-effects regression (Higgins, Thompson and Spiegelhalter 2009, J. R.
+Stat. Soc. A 172): seed noise and the curve's uncertainty by a parametric bootstrap, and beside them a scatter of the sizes
+about the line, which no number of seeds removes: a learning rate that suits one size a little better than the next.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+from lab.ladder import size_words
+
+EXPONENTS = np.geomspace(0.02, 3, 400)  # that a curve may have; published ones lie between 0.2 and 0.5
+DRAWS = 2000  # of a bootstrap
+LEVEL = 0.95  # of every interval
+SCATTER = 0.05  # scale of the half-Cauchy prior (Gelman 2006) of the sizes' scatter about a line, in log speed-up: a learning
+# rate off by a factor of two costs 0.01 to 0.03 nats, and 0.01 nats are 5 % of the tokens (Wen et al.'s sweeps)
+NOTHING = math.log(1.05)  # a speed-up that is surely within 5 % of 1 has vanished
+
+
+# ---------------------------------------------------------------- loss against tokens
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(D) = alpha D^-exponent + floor, and between which amounts it was measured."""
+
+    alpha: float
+    exponent: float
+    floor: float
+    least: float
+    most: float
+    rms: float  # of the residuals, nats
+
+    def loss(self, amount):
+        return self.alpha * amount**-self.exponent + self.floor
+
+    def amount(self, loss: float) -> float:
+        """D at which the loss is that; inf at or below the floor."""
+        return ((loss - self.floor) / self.alpha) ** (-1 / self.exponent) if loss > self.floor else math.inf
+
+
+def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Least squares of many curves at once: for each exponent the other two parameters are a straight line's.
+
+    Args:
+        amounts: [n], positive. losses: [m, n]. exponents: [g].
+    Returns:
+        alpha, exponent, floor and the sum of squares, [m] each; nan and inf where no curve that falls fits.
+    """
+    x = amounts[None] ** -exponents[:, None]  # [g, n]
+    centred = x - x.mean(1, keepdims=True)
+    y = losses - losses.mean(1, keepdims=True)
+    spread = (centred**2).sum(1)
+    alpha = y @ centred.T / spread  # [m, g]
+    squares = np.where(alpha > 0, (y**2).sum(1, keepdims=True) - alpha**2 * spread, np.inf)
+    best = squares.argmin(1)
+    rows = np.arange(len(losses))
+    found = np.where(np.isfinite(squares[rows, best]), alpha[rows, best], np.nan)
+    return found, exponents[best], losses.mean(1) - found * x.mean(1)[best], np.maximum(squares[rows, best], 0)
+
+
+def candidates(amounts: np.ndarray) -> np.ndarray:
+    """Exponents to scan: two budgets leave no choice but (nearly) a straight line in log tokens."""
+    return EXPONENTS if len(np.unique(amounts)) > 2 else EXPONENTS[:1]
+
+
+def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
+    """Least squares through runs at two or more budgets; None where the loss does not fall with them.
+
+    Raises:
+        ValueError: all at one budget, or a value that is not finite.
+    """
+    x, y = np.asarray(amounts, float), np.asarray(losses, float)
+    if len(np.unique(x)) < 2 or not (np.isfinite(y).all() and (x > 0).all()):
+        raise ValueError("a curve needs finite losses at two or more budgets")
+    unit = float(np.exp(np.log(x).mean()))  # tokens in numbers near 1
+    squares = lambda exponent: float(scan(x / unit, y[None], np.array([exponent]))[3][0])  # noqa: E731
+    tried = candidates(x)
+    exponent = scan(x / unit, y[None], tried)[1][0]
+    if len(tried) > 1:
+        i = int(np.searchsorted(tried, exponent))
+        edges = tried[max(0, i - 1)], tried[min(len(tried) - 1, i + 1)]
+        exponent = float(optimize.minimize_scalar(squares, bounds=edges, method="bounded", options={"xatol": 1e-9}).x)
+    (alpha,), _, (floor,), (rest,) = scan(x / unit, y[None], np.array([exponent]))
+    if not math.isfinite(alpha):
+        return None
+    rms = math.sqrt(rest / len(x))
+    return PowerLaw(float(alpha * unit**exponent), float(exponent), float(floor), float(x.min()), float(x.max()), rms)
+
+
+def between(amounts: Sequence[float], losses: Sequence[float], loss: float) -> float:
+    """The amount at that loss by straight lines in log tokens between the measured means; nan outside them. A check of `fit`
+    that believes in no form of the curve."""
+    x, y = means(amounts, losses)
+    y = np.minimum.accumulate(y)
+    if not y[-1] <= loss <= y[0]:
+        return math.nan
+    return float(np.exp(np.interp(-loss, -y, np.log(x))))
+
+
+def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct amounts, rising, and the mean loss at each."""
+    x, y = np.asarray(amounts, float), np.asarray(losses, float)
+    levels = np.unique(x)
+    return levels, np.array([y[x == level].mean() for level in levels])
+
+
+# ---------------------------------------------------------------- effective speed-up
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times the tokens of a trick the base needs for its loss. Outside the base's budgets `ratio` is an
+    extrapolation, and `low` or `high` the only thing known."""
+
+    ratio: float
+    inside: bool
+    low: float  # bounds by the base's budgets; 0 and inf where there is none
+    high: float
+    between: float  # the same by straight lines in log tokens; nan where they say nothing
+
+    def words(self) -> str:
+        if self.inside:
+            return f"{self.ratio:.2f}x"
+        return f"> {self.low:.2f}x" if self.low else f"< {self.high:.2f}x"
+
+
+def speedup(curve: PowerLaw, amounts: Sequence[float], losses: Sequence[float], loss: float, amount: float) -> Speedup:
+    """Of a run of `amount` tokens that ended at `loss`, against the base's runs and the curve through them."""
+    wanted = curve.amount(loss)
+    inside = curve.least * (1 - 1e-9) <= wanted <= curve.most * (1 + 1e-9)
+    low = curve.most / amount if wanted > curve.most and not inside else 0.0
+    high = curve.least / amount if wanted < curve.least and not inside else math.inf
+    return Speedup(wanted / amount, inside, low, high, between(amounts, losses, loss) / amount)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviation of a final loss over seeds, and the degrees of freedom that it was measured with."""
+
+    sd: float
+    df: float
+
+    @classmethod
+    def pooled(cls, samples: Sequence[Sequence[float]]) -> "Noise":
+        """From several groups of runs that differ in their seed alone.
+
+        Raises:
+            ValueError: no group has two runs.
+        """
+        df = sum(len(s) - 1 for s in samples)
+        if df < 1:
+            raise ValueError("no two runs differ in their seed alone: the noise is not known")
+        return cls(math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / df), df)
+
+    def draw(self, rng: np.random.Generator, draws: int) -> np.ndarray:
+        """Values that the true standard deviation may have, given the measured one."""
+        return self.sd * (np.sqrt(self.df / rng.chisquare(self.df, draws)) if math.isfinite(self.df) else np.ones(draws))
+
+
+def bootstrap(
+    amounts: Sequence[float],
+    losses: Sequence[float],
+    own_amount: float,
+    own_losses: Sequence[float],
+    noise: Noise,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> np.ndarray:
+    """Log speed-ups [draws] as other seeds might have given them: every mean redrawn, the curve drawn anew through them.
+
+    Parametric, with the noise's own uncertainty: resampling three seeds would give intervals that are too narrow. Base and
+    trick are drawn independently, though they share data orders: if that made a difference the interval would be too wide.
+    nan where a draw has no curve, inf where its floor is above the loss.
+    """
+    rng = np.random.default_rng(seed)
+    x, y = np.asarray(amounts, float), np.asarray(losses, float)
+    sd = noise.draw(rng, draws)[:, None]
+    redrawn = y + sd * rng.standard_normal((draws, len(y)))  # each run: so that budgets weigh by their runs
+    own = np.mean(own_losses) + sd[:, 0] / math.sqrt(len(own_losses)) * rng.standard_normal(draws)
+    unit = float(np.exp(np.log(x).mean()))
+    alpha, exponent, floor, _ = scan(x / unit, redrawn, candidates(x))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        wanted = np.where(own > floor, np.log(np.maximum(own - floor, 1e-300) / alpha) / -exponent, np.inf)
+    return np.where(np.isnan(alpha), np.nan, wanted + math.log(unit / own_amount))
+
+
+def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Percentiles of the draws that are numbers; unbounded where too many are not."""
+    kept = draws[~np.isnan(draws)]
+    if len(kept) < 0.9 * len(draws):
+        return -math.inf, math.inf
+    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------- trend
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A line through log speed-up against log parameters, and what it says at a size `at`. Ratios, not logarithms."""
+
+    at: float  # parameters
+    ratio: float
+    low: float
+    high: float
+    slope: float  # d log speed-up / d log parameters
+    slope_low: float
+    slope_high: float
+    scatter: float  # of the sizes about the line, beyond seed noise: posterior median, in log speed-up
+    crossing: float  # parameters at which the line meets 1; nan unless it surely slopes and does so within a decade
+    crossing_low: float
+    crossing_high: float
+    verdict: str
+    why: str  # of a verdict that is not decided: how many runs would
+
+    @property
+    def slopes(self) -> bool:
+        """Does the speed-up surely change with size?"""
+        return self.slope_high < 0 or self.slope_low > 0
+
+    def words(self) -> str:
+        text = f"{self.verdict}: {self.ratio:.2f}x ({self.low:.2f}-{self.high:.2f}) at {size_words(self.at)} parameters"
+        if self.slopes:
+            decade = abs(math.exp(self.slope * math.log(10)) - 1)
+            text += f", {'shrinking' if self.slope < 0 else 'growing'} by {decade:.0%} a decade"
+        if math.isfinite(self.crossing):
+            ends = f"{size_words(self.crossing_low)}-{size_words(self.crossing_high)}"
+            text += f", 1 at {size_words(self.crossing)} ({ends})"
+        return f"{text}; {self.why}" if self.why else text
+
+
+def line(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted least squares of many lines: x [k], y and weights [m, k] -> intercepts and slopes [m]."""
+    total = weights.sum(1)
+    x_mean, y_mean = (weights * x).sum(1) / total, (weights * y).sum(1) / total
+    centred = x - x_mean[:, None]
+    slope = (weights * centred * y).sum(1) / (weights * centred**2).sum(1)
+    return y_mean - slope * x_mean, slope
+
+
+def scatters(x: np.ndarray, y: np.ndarray, se: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A grid of scatters about the line and their posterior probabilities: restricted likelihood x half-Cauchy prior."""
+    grid = np.concatenate([[0.0], np.geomspace(SCATTER / 50, 40 * SCATTER, 120)])
+    width = np.gradient(grid)
+    weights = 1 / (se[None] ** 2 + grid[:, None] ** 2)  # [g, k]
+    a, b = line(x, np.broadcast_to(y, weights.shape), weights)
+    squares = (weights * (y - a[:, None] - b[:, None] * x) ** 2).sum(1)
+    total = weights.sum(1)
+    x_mean = (weights * x).sum(1) / total
+    information = total * (weights * (x - x_mean[:, None]) ** 2).sum(1)  # determinant of X^T W X
+    log = 0.5 * np.log(weights).sum(1) - 0.5 * np.log(information) - 0.5 * squares
+    posterior = np.exp(log - log.max()) / (1 + (grid / SCATTER) ** 2) * width
+    return grid, posterior / posterior.sum()
+
+
+def trend(
+    parameters: Sequence[float], ratios: Sequence[float], draws: np.ndarray, at: float, runs: int, seed: int = 0
+) -> Trend:
+    """The verdict on a trick at `at` parameters.
+
+    Args:
+        ratios: measured speed-ups at the sizes [k].
+        draws: log speed-ups [m, k] by `bootstrap`.
+        runs: seeds at each point, of which a verdict that is not decided says how many more it takes.
+    Raises:
+        ValueError: fewer than two sizes.
+    """
+    x_all, y, at_x = np.log(np.asarray(parameters, float)), np.log(np.asarray(ratios, float)), math.log(at)
+    if len(x_all) < 2:
+        raise ValueError("a trend needs at least two sizes")
+    middle = x_all.mean()
+    x = x_all - middle
+    kept = draws[np.isfinite(draws).all(1)]
+    low, high = np.quantile(kept, [0.16, 0.84], axis=0)
+    se = np.maximum((high - low) / 2, 1e-6)
+    grid, posterior = scatters(x, y, se)
+    rng = np.random.default_rng(seed)
+    tau = rng.choice(grid, len(kept), p=posterior)[:, None]
+    weights = 1 / (se**2 + tau**2)
+    # bootstrap errors about the measured values; the bootstrap's own bias (draws lie about the measured value, which lies about
+    # the truth) is left in, as it is small beside the interval
+    a, b = line(x, kept + tau * rng.standard_normal(kept.shape), weights)
+    predicted = a + b * (at_x - middle) + tau[:, 0] * rng.standard_normal(len(kept))
+    (low, high), (slope_low, slope_high) = interval(predicted), interval(b)
+    tau_median = float(grid[np.searchsorted(posterior.cumsum(), 0.5)])
+    a0, b0 = (float(v[0]) for v in line(x, y[None], 1 / (se[None] ** 2 + tau_median**2)))
+    centre = a0 + b0 * (at_x - middle)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        meets = -a / b + middle
+    crossing, ends = -a0 / b0 + middle if b0 else math.inf, interval(meets)
+    near = x_all[0] - math.log(10) <= crossing <= max(x_all[-1], at_x) + math.log(10)
+    if not near or slope_low <= 0 <= slope_high:
+        crossing, ends = math.nan, (math.nan, math.nan)
+    verdict = verdict_of(low, high, slope_high, a0 + b0 * x[0] > 0)
+    why = more_runs(x, se, at_x - middle, tau_median, centre, runs) if verdict == "not decided" else ""
+    numbers = (math.exp(v) for v in (centre, low, high))
+    return Trend(at, *numbers, b0, slope_low, slope_high, tau_median, *(math.exp(v) for v in (crossing, *ends)), verdict, why)
+
+
+def verdict_of(low: float, high: float, slope_high: float, gained: bool) -> str:
+    """From the interval of the log speed-up at the size asked for.
+
+    survives: above 1. reverses: below 1. vanishes: within 5 % of 1. fades: a gain that surely shrinks, and is not shown to be
+    there at that size. Else: not decided.
+    """
+    if low > 0:
+        return "survives"
+    if high < 0:
+        return "reverses"
+    if max(-low, high) < NOTHING:
+        return "vanishes"
+    return "fades" if slope_high < 0 and gained else "not decided"
+
+
+def more_runs(x: np.ndarray, se: np.ndarray, at: float, scatter: float, centre: float, runs: int, most: int = 100) -> str:
+    """Seeds at each point with which the interval, about the same line, would exclude 1 or lie within 5 % of it."""
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+
+    def decided(seeds: int) -> bool:
+        weights = 1 / (se**2 * runs / seeds + scatter**2)
+        x_mean = (weights * x).sum() / weights.sum()
+        variance = 1 / weights.sum() + (at - x_mean) ** 2 / (weights * (x - x_mean) ** 2).sum() + scatter**2
+        half = z * math.sqrt(variance)
+        return abs(centre) > half or abs(centre) + half < NOTHING
+
+    enough = next((n for n in range(runs + 1, most + 1) if decided(n)), None)
+    if enough is None:
+        return f"not even {most} seeds a point would decide at these sizes: add one nearer to the size asked for"
+    return f"about {enough} seeds a point instead of {runs} would decide"
+
+
+# ---------------------------------------------------------------- loss against parameters and tokens
+
+
+@dataclass(frozen=True)
+class JointLaw:
+    """L(N, D) = floor + size_factor N^-size_exponent + token_factor D^-token_exponent (Hoffmann et al. 2022, approach 3),
+    N in units of `unit_n` parameters and D of `unit_d` tokens. `half` has the half-widths of the intervals, by name."""
+
+    floor: float
+    size_factor: float
+    size_exponent: float
+    token_factor: float
+    token_exponent: float
+    unit_n: float
+    unit_d: float
+    rms: float
+    half: dict[str, float]
+
+    def loss(self, parameters, tokens):
+        n, d = parameters / self.unit_n, tokens / self.unit_d
+        return self.floor + self.size_factor * n**-self.size_exponent + self.token_factor * d**-self.token_exponent
+
+    def words(self, name: str) -> str:
+        return f"{getattr(self, name):.3g} +- {self.half[name]:.2g}"
+
+
+LAW_FIELDS = ("floor", "size_factor", "size_exponent", "token_factor", "token_exponent")
+
+
+def fit_joint(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> JointLaw | None:
+    """Least squares by scipy's curve_fit, intervals from its covariance and Student's t; None where the runs do not determine
+    five parameters: fewer than seven, or of fewer than three sizes or two budgets a size, or a fit that runs away."""
+    n, d, y = (np.asarray(v, float) for v in (parameters, tokens, losses))
+    if len(y) < 7 or len(np.unique(n)) < 3 or len({*zip(n, d, strict=True)}) < 7:
+        return None
+    unit_n, unit_d = (float(np.exp(np.log(v).mean())) for v in (n, d))
+
+    def law(at, floor, a, alpha, b, beta):
+        return floor + a * at[0] ** -alpha + b * at[1] ** -beta
+
+    spread = max(float(np.ptp(y)), 1e-3)
+    bounds = ([0, 0, 0.01, 0, 0.01], [y.min(), 100 * spread, 3, 100 * spread, 3])
+    best = None
+    for start in ([0.9 * y.min(), spread / 3, 0.3, spread / 3, 0.3], [0.5 * y.min(), spread, 0.1, spread, 0.1]):
+        try:
+            found = optimize.curve_fit(law, np.stack([n / unit_n, d / unit_d]), y, start, bounds=bounds, max_nfev=20000)
+        except RuntimeError:  # no convergence from here
+            continue
+        squares = float(((law([n / unit_n, d / unit_d], *found[0]) - y) ** 2).sum())
+        if best is None or squares < best[0]:
+            best = squares, *found
+    if best is None or not np.isfinite(best[2]).all():
+        return None
+    squares, values, covariance = best
+    half = stats.t.ppf((1 + LEVEL) / 2, max(1, len(y) - 5)) * np.sqrt(np.diag(covariance))
+    rms = math.sqrt(squares / len(y))
+    return JointLaw(*map(float, values), unit_n, unit_d, rms, dict(zip(LAW_FIELDS, map(float, half))))
