@@ -1,30 +1,63 @@
-"""What this machine can do: device, native bf16, the peak of its matrix products, and a description for the record."""
+"""What this machine can do: device, native bf16, the peak of its matrix products, and a description for the record.
+
+CARDS is the table of accelerators, with what their data sheets say."""
 
 import os
 import platform
 import shutil
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from spec import UsageError
 
-# Dense bf16 peaks in FLOP/s from the vendors' data sheets, by a word of torch.cuda.get_device_name (longest match wins).
-GPU_PEAKS = {
-    "A100": 312e12,
-    "A6000": 155e12,
-    "L40S": 362e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "RTX 5090": 210e12,
+@dataclass(frozen=True)
+class Card:
+    """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
+
+    fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
+    Infinity Fabric, else PCIe). network: the same to other machines, one adapter a card as in the vendors' own systems.
+    price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as deploybase.ai has it
+    (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10). Prices differ by 2.5 times between providers.
+    """
+
+    bf16: float
+    fp8: float
+    fp32: float
+    bandwidth: float
+    memory: float
+    link: float
+    price: float
+    source: str
+    network: float = 50e9
+
+
+# By a word of torch.cuda.get_device_name (longest match wins).
+CARDS: dict[str, Card] = {
+    "A100": Card(312e12, 0, 19.5e12, 2.039e12, 80e9, 300e9, 1.39, "NVIDIA A100 80GB SXM data sheet", 25e9),
+    "A100-SXM4-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 300e9, 0, "NVIDIA A100 40GB SXM data sheet", 25e9),
+    "H100": Card(989e12, 1979e12, 67e12, 3.35e12, 80e9, 450e9, 2.69, "NVIDIA H100 SXM data sheet"),
+    "H100 PCIe": Card(756e12, 1513e12, 51e12, 2.0e12, 80e9, 64e9, 1.99, "NVIDIA H100 PCIe data sheet"),
+    "H200": Card(989e12, 1979e12, 67e12, 4.8e12, 141e9, 450e9, 3.59, "NVIDIA H200 SXM data sheet"),
+    "GH200": Card(989e12, 1979e12, 67e12, 4.0e12, 96e9, 450e9, 0, "NVIDIA GH200 data sheet, 96 GB"),
+    "B200": Card(2250e12, 4500e12, 75e12, 7.7e12, 180e9, 900e9, 5.98, "NVIDIA HGX B200 data sheet"),
+    "MI300X": Card(1307e12, 2615e12, 163e12, 5.3e12, 192e9, 448e9, 0, "AMD Instinct MI300X data sheet"),
+    "A6000": Card(155e12, 0, 38.7e12, 0.768e12, 48e9, 32e9, 0, "NVIDIA RTX A6000 data sheet"),
+    "L40S": Card(362e12, 733e12, 91.6e12, 0.864e12, 48e9, 32e9, 0.79, "NVIDIA L40S data sheet"),
+    "RTX 3090": Card(71e12, 0, 35.6e12, 0.936e12, 24e9, 32e9, 0.22, "NVIDIA GA102 white paper"),
+    "RTX 4090": Card(165e12, 330e12, 82.6e12, 1.008e12, 24e9, 32e9, 0.34, "NVIDIA Ada white paper"),
+    "RTX 5090": Card(210e12, 419e12, 105e12, 1.792e12, 32e9, 64e9, 0.69, "NVIDIA RTX Blackwell white paper"),
 }
+
+
+def card_named(name: str) -> tuple[str, Card] | None:
+    """The table's word and card for a GPU's name, such as torch has it; None where the table has none."""
+    known = [word for word in CARDS if word in name]
+    word = max(known, key=len, default=None)
+    return word and (word, CARDS[word])
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,10 +118,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None,
     GPUs: data sheet (bf16 only). CPU: the fastest of a few 2048^3 products timed now, about 0.2 s.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [word for word in GPU_PEAKS if word in name]
-        if known and dtype == torch.bfloat16:
-            return GPU_PEAKS[max(known, key=len)], "data sheet"
+        found = card_named(torch.cuda.get_device_name(device))
+        if found and dtype == torch.bfloat16:
+            return found[1].bf16, "data sheet"
         return None, "unknown GPU or dtype"
     if device.type != "cpu":
         return None, "unknown device"
