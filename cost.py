@@ -13,9 +13,10 @@ the error in benchmarks/README.md. On the CPU here rates are measured instead, p
 
 import argparse
 import contextlib
-import copy
 import dataclasses
+import functools
 import math
+import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def record_step(
     average: str = "none",
     table_optimizer: str = "sparse_adagrad",
     device: str = "meta",
+    autocast: bool = False,
     prepare: Callable[[GPT], None] = lambda gpt: None,
 ) -> Step:
     """Go through one step without computing it.
@@ -107,6 +109,7 @@ def record_step(
         dtype: of activations and products.
         compiled: element-wise passes are fused, as by torch.compile.
         device: meta: what the trainer does on a GPU; cpu: what it does there.
+        autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
         prepare: may change the model first.
     """
     fake = FakeTensorMode() if device == "cpu" else contextlib.nullcontext()
@@ -123,7 +126,7 @@ def record_step(
             p.requires_grad_(False)
             gpt.ngrams.is_sparse = False
         tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
-        with Recorder() as passes:
+        with Recorder(autocast) as passes:
             gpt(tokens, tokens).backward()
     grads = [p.grad for p in gpt.parameters() if p.grad is not None]
     keep = {g.untyped_storage()._cdata for g in grads}
@@ -205,17 +208,19 @@ def table_operations(rows: int, width: int) -> list[Operation]:
 class Constants:
     """Shares of the data sheet that programs reach, and seconds. What is fitted: lab/cost.py; the rest is chosen."""
 
-    products: float = 0.70  # of peak FLOP/s, in large matrix products
-    attention: float = 0.45  # of peak FLOP/s, in fused attention
-    bandwidth: float = 0.75  # of bytes/s, in passes over memory
-    overhead: float = 3e-3  # seconds a step: data, launches, waiting for the slowest rank
+    products: float  # of the FLOP/s that the card's fastest products reach
+    attention: float  # of the same, in fused attention
+    bandwidth: float  # of bytes/s, in passes over memory
+    overhead: float  # seconds a step: data, launches, waiting for the slowest rank
     launch: float = 4e-6  # least seconds of an operation: chosen, the launch of a CUDA kernel from PyTorch
-    factorisation: float = 0.01  # of fp32 FLOP/s, in QR and eigendecompositions: chosen, cuSOLVER on matrices of about 1,000
+    # of fp32 FLOP/s, in QR and eigendecompositions: chosen by SOAP renewed in every step on one H100 (2,655 ms: result 27 of
+    # modded-nanogpt's optimizer track)
+    factorisation: float = 0.02
     link: float = 0.75  # of a link's bytes/s, in collectives: chosen, nccl-tests on NVLink reach 0.7 to 0.8
     latency: float = 3e-5  # seconds a collective: chosen
 
 
-FITTED = Constants()
+FITTED = Constants(products=0.656, attention=0.459, bandwidth=0.802, overhead=1.19e-3)  # by python -m lab.cost
 
 
 def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation], float]:
@@ -226,8 +231,8 @@ def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation],
         top = peaks.get(work.dtype, card.fp32)
         share = {"product": constants.products, "attention": constants.attention}.get(work.kind)
         if work.kind == "factorisation":
-            top, share = card.fp32, constants.factorisation
-        arithmetic = work.flops / (share * top) if share else 0.0
+            top, share = card.fp32, constants.factorisation / card.reached
+        arithmetic = work.flops / (share * card.reached * top) if share else 0.0
         return max(arithmetic, work.bytes / (constants.bandwidth * card.bandwidth), work.launches * constants.launch)
 
     return seconds
@@ -269,3 +274,233 @@ def communication(step: Step, ranks: int) -> dict[str, float]:
         found["table rows, all-gather"] = float(step.tables * (ranks - 1))
     sent = sum(share * WIRE[w.kind](ranks) * w.bytes for share, ops in step.update for w in ops if w.kind in WIRE)
     return found | ({"updates, all-gather": sent} if sent else {})
+
+
+# ---------------------------------------------------------------- this machine's CPU
+
+
+class Here:
+    """Seconds of operations on this CPU, from rates measured when first asked for: the median of a few calls.
+
+    Products are timed at the shapes that the step has, long ones in part. Passes take their traffic at the rate of an addition
+    whose operands take up as much, result newly allocated as PyTorch does, and more for exp and its like.
+    """
+
+    LARGEST = 1e9  # operations of a product that is timed whole
+    SIZES = tuple(2**n for n in range(14, 28, 2))  # bytes of the three operands of an addition
+
+    def __init__(self):
+        self.products: dict[tuple, float] = {}
+        self.measure()
+
+    def measure(self) -> None:
+        """Time the passes anew, and forget the products."""
+        self.products.clear()
+        self.rates = {}
+        for size in self.SIZES:
+            a, b = torch.randn(size // 12), torch.randn(size // 12)
+            self.rates[size] = 12 * a.numel() / timed(lambda a=a, b=b: a + b)
+        small = torch.randn(8)
+        self.launch = timed(lambda: small + small)
+        x = torch.randn(2**18)
+        self.special = max(0.0, timed(x.exp) - timed(lambda: x + x)) / x.numel()
+
+    def rate(self, size: float) -> float:
+        """Bytes/s of a pass over so many bytes: between the measured sizes, linear in their logarithm."""
+        low = max((s for s in self.SIZES if s <= size), default=self.SIZES[0])
+        high = min((s for s in self.SIZES if s >= size), default=self.SIZES[-1])
+        if low >= high:
+            return self.rates[high if size < low else low]
+        part = math.log(size / low) / math.log(high / low)
+        return self.rates[low] ** (1 - part) * self.rates[high] ** part
+
+    def product(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+        """Seconds of a product, batch x [m, k] x [k, n]."""
+        if (shape, dtype) not in self.products:
+            batch, m, n, k = shape
+            parts = max(1, math.ceil(2 * batch * m * n * k / self.LARGEST))
+            if batch >= parts:
+                batch = max(1, batch // parts)
+            elif m >= k:
+                m = max(1, m // parts)
+            else:
+                k = max(1, k // parts)
+            a, b = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
+            whole = math.prod(shape) / (batch * m * n * k)
+            self.products[shape, dtype] = whole * timed(lambda: torch.bmm(a, b) if batch > 1 else torch.mm(a[0], b[0]))
+        return self.products[shape, dtype]
+
+    def seconds(self, work: Operation) -> float:
+        if work.kind == "product":
+            return self.product(work.shape, work.dtype)
+        arithmetic = work.flops / self.factorisations if work.flops else 0.0
+        return arithmetic + work.bytes / self.rate(work.bytes) + work.special * self.special + work.launches * self.launch
+
+    @functools.cached_property
+    def factorisations(self) -> float:
+        """FLOP/s of a QR decomposition, as trace.py counts them."""
+        a = torch.randn(256, 256)
+        return 8 / 3 * 256**3 / timed(lambda: torch.linalg.qr(a))
+
+
+def timed(call: Callable[[], object], calls: int = 7) -> float:
+    """Median seconds of a call; the first ones, which set up the primitive, do not count."""
+    times = []
+    for _ in range(calls + 2):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+# ---------------------------------------------------------------- the dry run
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cards: of one machine. card: None for this CPU."""
+
+    name: str
+    cards: int
+    card: Card | None
+
+    def link(self, ranks: int) -> float:
+        """Bytes/s between ranks: of the slowest wire, when they are on several machines."""
+        if self.card is None:
+            return math.inf
+        return self.card.link if ranks <= self.cards else min(self.card.link, self.card.network)
+
+
+def machine(words: str) -> Machine:
+    """8xH100, H100 or here.
+
+    Raises:
+        UsageError: no such card, or a GPU here that the table lacks.
+    """
+    if words == "here":
+        if not torch.cuda.is_available():
+            return Machine(hardware.processor_name(), 1, None)
+        count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
+        found = hardware.card_named(name)
+        if found is None:
+            raise UsageError(f"--hardware here: this GPU, {name}, is not in the table; known: {', '.join(CARDS)}")
+        return Machine(found[0], count, found[1])
+    count, times, name = words.partition("x")
+    if not (times and count.isdigit()):
+        count, name = "1", words
+    known = {key.lower(): key for key in CARDS} | {key.split()[-1].lower(): key for key in CARDS if key.startswith("RTX")}
+    if name.strip().lower() not in known or int(count) < 1:
+        raise UsageError(f"--hardware {words}: unknown card {name!r}: {nearest(name, [*CARDS, 'here'])}; such as 8xH100")
+    key = known[name.strip().lower()]
+    return Machine(key, int(count), CARDS[key])
+
+
+def check_fp8(settings: dict[str, object], where: Machine) -> None:
+    """Raises:
+    UsageError: a setting asks for fp8 and the card has none.
+    """
+    asking = [key for key, value in settings.items() if value == "fp8" or ("fp8" in key and value)]
+    if asking and not (where.card and where.card.fp8):
+        able = ", ".join(name for name, card in CARDS.items() if card.fp8)
+        raise UsageError(f"--{asking[0].replace('_', '-')}: {where.name} has no fp8; cards that have it: {able}")
+
+
+def check_memory(step: Step, where: Machine, sequences: int, micro: int, length: int) -> None:
+    """Raises:
+    UsageError: it does not fit; says which micro-batch would, or that none does.
+    """
+    room = HEADROOM * where.card.memory
+    memory = step.memory
+    if memory.total <= room:
+        return
+    rest = memory.total - memory.activations
+    least = f"needs {memory.total / 1e9:.1f} GB on each {where.name}, of whose {where.card.memory / 1e9:.0f} GB {HEADROOM:.0%} may be planned"
+    fitting = [n for n in range(1, micro) if sequences % n == 0 and rest + memory.activations * n / micro <= room]
+    if fitting:
+        raise UsageError(f"a step {least}: it fits with --micro-batch-tokens {max(fitting) * length}")
+    raise UsageError(
+        f"a step {least}, and {rest / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
+        "take a card with more memory, or an optimizer with less state"
+    )
+
+
+def dry_run(argv: list[str]) -> int:
+    """`train_gpt.py --dry-run ...`: print what the run would cost. Nothing is written.
+
+    Raises:
+        UsageError: bad flags, a batch that the ranks do not divide, too little memory.
+    """
+    import train_gpt  # which imports this module when asked for a dry run
+
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--dry-run", action="store_true")
+    flags.add_argument("--hardware", default="here")
+    flags.add_argument("--world-size", type=int, default=0)
+    flags.add_argument("--gpu-price", type=float, default=0.0)
+    try:
+        own, rest = flags.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    config, model_config, recipe = train_gpt.resolve(rest)
+    where = machine(own.hardware)
+    ranks = own.world_size or where.cards
+    if ranks < 1 or (ranks > where.cards and ranks % where.cards):
+        raise UsageError(
+            f"--world-size {ranks} on machines of {where.cards} {where.name}: at most {where.cards}, or a multiple of it on several"
+        )
+    check_fp8(vars(config) | vars(model_config), where)
+    device = torch.device("cuda" if where.card else "cpu")
+    sequences, micro = train_gpt.shares(config, model_config, SimpleNamespace(size=ranks, device=device))
+    if where.card:
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    else:
+        dtype, _ = hardware.pick_dtype(config.dtype, device)
+    step = record_step(
+        model_config, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
+        config.table_optimizer, "meta" if where.card else "cpu",
+    )  # fmt: skip
+    if where.card:
+        check_memory(step, where, sequences, micro, model_config.sequence_length)
+        seconds, constants, price = roofline(where.card), FITTED, own.gpu_price or where.card.price
+    else:
+        seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
+    times = step_time(step, seconds, ranks, where.link(ranks), constants)
+    print(report(config, model_config, recipe, where, ranks, dtype, step, times, price))
+    return 0
+
+
+def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks: int, dtype: torch.dtype, step: Step,
+           times: dict[str, float], price: float) -> str:  # fmt: skip
+    """What the dry run prints."""
+    listed = lambda values, scale, form: "   ".join(f"{name} {value / scale:{form}}" for name, value in values.items())  # noqa: E731
+    flops, total = flops_per_token(model_config), sum(times.values())
+    whole = total * config.steps
+    memory = {f.name.replace("_", " "): getattr(step.memory, f.name) for f in dataclasses.fields(Memory)}
+    room = f" of {where.card.memory / 1e9:.0f}" if where.card else ""
+    peak_flops = where.card.bf16 if where.card and dtype == torch.bfloat16 else None
+    mfu = f"   MFU {config.batch_tokens * flops / (total * ranks * peak_flops):.1%}" if peak_flops else ""
+    lines = [
+        f"{config.track}, {recipe}: {sum(step.parameters.values()) / 1e6:.1f}M parameters on {ranks} x {where.name}, "
+        f"{str(dtype)[6:]}{', compiled' if config.compile else ''}",
+        f"parameters, M      {listed(step.parameters, 1e6, '.3g')}",
+        f"arithmetic         {flops / 1e6:,.1f} MFLOP a token, {flops * config.batch_tokens / 1e12:,.3g} TFLOP a step of "
+        f"{config.batch_tokens:,} tokens",
+        f"memory a rank, GB  {listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
+    ]
+    if ranks > 1:
+        lines.append(f"sent a step, MB    {listed(communication(step, ranks), 1e6, ',.0f')}   by each rank")
+    lines += [
+        f"time, ms           {listed(times, 1e-3, ',.3g')}",
+        f"a step             {total * 1e3:,.1f} ms, {config.batch_tokens / total:,.0f} tokens/s{mfu}",
+        f"{config.steps:,} steps      {whole / 60:,.1f} min without compilation and validation"
+        + (f"; target {config.target_loss:g}, if the recipe's steps reach it" if config.target_loss else ""),
+    ]
+    if price:
+        hours = whole / 3600 * ranks
+        lines.append(
+            f"cost               ${hours * price:,.2f}: {hours:,.2f} card hours at ${price:g} (hardware.py, or --gpu-price)"
+        )
+    elif where.card:
+        lines.append("cost               no price known: --gpu-price DOLLARS an hour and card")
+    lines.append("how far such predictions were off: benchmarks/README.md")
+    return "\n".join(lines)

@@ -14,11 +14,13 @@ import torch
 
 from spec import UsageError
 
+
 @dataclass(frozen=True)
 class Card:
     """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
 
-    fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
+    fp8: 0 where the card has none. reached: the share of bf16 that the fastest large products get (MAMF table of
+    github.com/stas00/ml-engineering; 0.8, its value for H100, where it has no measurement). link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
     Infinity Fabric, else PCIe). network: the same to other machines, one adapter a card as in the vendors' own systems.
     price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as deploybase.ai has it
     (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10). Prices differ by 2.5 times between providers.
@@ -32,19 +34,20 @@ class Card:
     link: float
     price: float
     source: str
+    reached: float = 0.80
     network: float = 50e9
 
 
 # By a word of torch.cuda.get_device_name (longest match wins).
 CARDS: dict[str, Card] = {
-    "A100": Card(312e12, 0, 19.5e12, 2.039e12, 80e9, 300e9, 1.39, "NVIDIA A100 80GB SXM data sheet", 25e9),
-    "A100-SXM4-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 300e9, 0, "NVIDIA A100 40GB SXM data sheet", 25e9),
-    "H100": Card(989e12, 1979e12, 67e12, 3.35e12, 80e9, 450e9, 2.69, "NVIDIA H100 SXM data sheet"),
+    "A100": Card(312e12, 0, 19.5e12, 2.039e12, 80e9, 300e9, 1.39, "NVIDIA A100 80GB SXM data sheet", 0.859, 25e9),
+    "A100-SXM4-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 300e9, 0, "NVIDIA A100 40GB SXM data sheet", 0.859, 25e9),
+    "H100": Card(989e12, 1979e12, 67e12, 3.35e12, 80e9, 450e9, 2.69, "NVIDIA H100 SXM data sheet", 0.803),
     "H100 PCIe": Card(756e12, 1513e12, 51e12, 2.0e12, 80e9, 64e9, 1.99, "NVIDIA H100 PCIe data sheet"),
-    "H200": Card(989e12, 1979e12, 67e12, 4.8e12, 141e9, 450e9, 3.59, "NVIDIA H200 SXM data sheet"),
-    "GH200": Card(989e12, 1979e12, 67e12, 4.0e12, 96e9, 450e9, 0, "NVIDIA GH200 data sheet, 96 GB"),
-    "B200": Card(2250e12, 4500e12, 75e12, 7.7e12, 180e9, 900e9, 5.98, "NVIDIA HGX B200 data sheet"),
-    "MI300X": Card(1307e12, 2615e12, 163e12, 5.3e12, 192e9, 448e9, 0, "AMD Instinct MI300X data sheet"),
+    "H200": Card(989e12, 1979e12, 67e12, 4.8e12, 141e9, 450e9, 3.59, "NVIDIA H200 SXM data sheet", 0.803),
+    "GH200": Card(989e12, 1979e12, 67e12, 4.0e12, 96e9, 450e9, 0, "NVIDIA GH200 data sheet, 96 GB", 0.83),
+    "B200": Card(2250e12, 4500e12, 75e12, 7.7e12, 180e9, 900e9, 5.98, "NVIDIA HGX B200 data sheet", 0.776),
+    "MI300X": Card(1307e12, 2615e12, 163e12, 5.3e12, 192e9, 448e9, 0, "AMD Instinct MI300X data sheet", 0.601),
     "A6000": Card(155e12, 0, 38.7e12, 0.768e12, 48e9, 32e9, 0, "NVIDIA RTX A6000 data sheet"),
     "L40S": Card(362e12, 733e12, 91.6e12, 0.864e12, 48e9, 32e9, 0.79, "NVIDIA L40S data sheet"),
     "RTX 3090": Card(71e12, 0, 35.6e12, 0.936e12, 24e9, 32e9, 0.22, "NVIDIA GA102 white paper"),

@@ -106,26 +106,31 @@ class _Attention(torch.autograd.Function):
 
 
 class _Functions(TorchFunctionMode):
-    """On meta tensors PyTorch would write attention out; a GPU runs it fused."""
+    """On meta tensors PyTorch would write attention out, where a GPU runs it fused; and it has no autocast for them."""
 
-    def __init__(self, recorder: "Recorder"):
+    def __init__(self, recorder: "Recorder", autocast: bool):
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.autocast = recorder, autocast
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.autocast and func in (F.linear, F.scaled_dot_product_attention):
+            args = [t.to(torch.bfloat16) if isinstance(t, Tensor) else t for t in args]
         if func is F.scaled_dot_product_attention:
             return _Attention.apply(*args[:3], self.recorder)
         return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
-    """Records every operation as an Event; `with` it around what a step does."""
+    """Records every operation as an Event; `with` it around what a step does.
 
-    def __init__(self):
+    autocast: linear layers and attention in bf16, whatever the type of their inputs.
+    """
+
+    def __init__(self, autocast: bool = False):
         super().__init__()
         self.events: list[Event] = []
         self.alive: list[torch.UntypedStorage] = []  # so that no two storages ever have one address
-        self.functions = _Functions(self)
+        self.functions = _Functions(self, autocast)
 
     def __enter__(self) -> "Recorder":
         self.functions.__enter__()

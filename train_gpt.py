@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib
 import importlib.util
 import json
 import math
@@ -113,6 +114,11 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Flags generated from the two dataclasses; absent flags leave no trace, so that tracks and tricks can set them."""
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made.add_argument(
+        "--dry-run", action="store_true", default=argparse.SUPPRESS,
+        help="train nothing: print memory, communication, time and cost; with --hardware 8xH100 (default: here), --world-size N, "
+        "--gpu-price DOLLARS an hour (cost.py)",
+    )  # fmt: skip
     for title, cls in (("run", Config), ("model", ModelConfig)):
         group = made.add_argument_group(title)
         for f in dataclasses.fields(cls):
@@ -752,6 +758,8 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
 def main(argv: list[str]) -> int:
     world = training = None
     try:
+        if "--dry-run" in argv:
+            return importlib.import_module("cost").dry_run(argv)
         config, model_config, recipe = resolve(argv)
         for flag, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
             if getattr(config, flag) and importlib.util.find_spec(package) is None:
