@@ -21,6 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from trace import WIRE, Operation, Recorder, operations, peak
 from types import SimpleNamespace
 
 import torch
@@ -33,7 +34,6 @@ import optimizers
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, flops_per_token, roles
 from spec import UsageError, nearest
-from trace import WIRE, Operation, Recorder, operations, peak
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
 HIDDEN = 2 / 3  # of the last micro-batch is backward pass, behind which DDP's buckets travel
@@ -220,7 +220,7 @@ class Constants:
     latency: float = 3e-5  # seconds a collective: chosen
 
 
-FITTED = Constants(products=0.656, attention=0.459, bandwidth=0.802, overhead=1.19e-3)  # by python -m lab.cost
+FITTED = Constants(products=0.656, attention=0.460, bandwidth=0.802, overhead=1.18e-3)  # by python -m lab.cost
 
 
 def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation], float]:
@@ -286,10 +286,11 @@ class Here:
     whose operands take up as much, result newly allocated as PyTorch does, and more for exp and its like.
     """
 
-    LARGEST = 1e9  # operations of a product that is timed whole
+    LARGEST = 2e8  # operations of a product that is timed whole
     SIZES = tuple(2**n for n in range(14, 28, 2))  # bytes of the three operands of an addition
 
-    def __init__(self):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
         self.products: dict[tuple, float] = {}
         self.measure()
 
@@ -299,11 +300,11 @@ class Here:
         self.rates = {}
         for size in self.SIZES:
             a, b = torch.randn(size // 12), torch.randn(size // 12)
-            self.rates[size] = 12 * a.numel() / timed(lambda a=a, b=b: a + b)
+            self.rates[size] = 12 * a.numel() / timed(lambda a=a, b=b: a + b, self.clock)
         small = torch.randn(8)
-        self.launch = timed(lambda: small + small)
+        self.launch = timed(lambda: small + small, self.clock)
         x = torch.randn(2**18)
-        self.special = max(0.0, timed(x.exp) - timed(lambda: x + x)) / x.numel()
+        self.special = max(0.0, timed(x.exp, self.clock) - timed(lambda: x + x, self.clock)) / x.numel()
 
     def rate(self, size: float) -> float:
         """Bytes/s of a pass over so many bytes: between the measured sizes, linear in their logarithm."""
@@ -327,7 +328,9 @@ class Here:
                 k = max(1, k // parts)
             a, b = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
             whole = math.prod(shape) / (batch * m * n * k)
-            self.products[shape, dtype] = whole * timed(lambda: torch.bmm(a, b) if batch > 1 else torch.mm(a[0], b[0]))
+            self.products[shape, dtype] = whole * timed(
+                lambda: torch.bmm(a, b) if batch > 1 else torch.mm(a[0], b[0]), self.clock
+            )
         return self.products[shape, dtype]
 
     def seconds(self, work: Operation) -> float:
@@ -340,17 +343,23 @@ class Here:
     def factorisations(self) -> float:
         """FLOP/s of a QR decomposition, as trace.py counts them."""
         a = torch.randn(256, 256)
-        return 8 / 3 * 256**3 / timed(lambda: torch.linalg.qr(a))
+        return 8 / 3 * 256**3 / timed(lambda: torch.linalg.qr(a), self.clock)
 
 
-def timed(call: Callable[[], object], calls: int = 7) -> float:
-    """Median seconds of a call; the first ones, which set up the primitive, do not count."""
-    times = []
-    for _ in range(calls + 2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def timed(call: Callable[[], object], clock: Callable[[], float], least: float = 2e-3) -> float:
+    """Median seconds of a call, over 5 samples of at least `least` seconds; what comes before them does not count."""
+    times: list[float] = []
+    calls = 1
+    while len(times) < 5:
+        start = clock()
+        for _ in range(calls):
+            call()
+        spent = clock() - start
+        if spent < least and not times:
+            calls *= 2  # too short for the clock, or still setting up the primitive
+        else:
+            times.append(spent / calls)
+    return statistics.median(times)
 
 
 # ---------------------------------------------------------------- the dry run
@@ -396,8 +405,10 @@ def machine(words: str) -> Machine:
 
 
 def check_fp8(settings: dict[str, object], where: Machine) -> None:
-    """Raises:
-    UsageError: a setting asks for fp8 and the card has none.
+    """Does a setting ask for 8-bit floats that the card lacks?
+
+    Raises:
+        UsageError: it does.
     """
     asking = [key for key, value in settings.items() if value == "fp8" or ("fp8" in key and value)]
     if asking and not (where.card and where.card.fp8):
@@ -405,19 +416,26 @@ def check_fp8(settings: dict[str, object], where: Machine) -> None:
         raise UsageError(f"--{asking[0].replace('_', '-')}: {where.name} has no fp8; cards that have it: {able}")
 
 
-def check_memory(step: Step, where: Machine, sequences: int, micro: int, length: int) -> None:
-    """Raises:
-    UsageError: it does not fit; says which micro-batch would, or that none does.
+def check_memory(where: Machine, record: Callable[[int], Step], sequences: int, micro: int, length: int) -> Step:
+    """The step with micro-batches of `micro` sequences, where it fits.
+
+    Args:
+        record: sequences in a micro-batch -> the step.
+    Raises:
+        UsageError: it does not fit; says which micro-batch would, or that none does.
     """
+    step = record(micro)
     room = HEADROOM * where.card.memory
     memory = step.memory
     if memory.total <= room:
-        return
+        return step
     rest = memory.total - memory.activations
-    least = f"needs {memory.total / 1e9:.1f} GB on each {where.name}, of whose {where.card.memory / 1e9:.0f} GB {HEADROOM:.0%} may be planned"
-    fitting = [n for n in range(1, micro) if sequences % n == 0 and rest + memory.activations * n / micro <= room]
-    if fitting:
-        raise UsageError(f"a step {least}: it fits with --micro-batch-tokens {max(fitting) * length}")
+    have = f"of whose {where.card.memory / 1e9:.0f} GB {HEADROOM:.0%} may be planned"
+    least = f"needs {memory.total / 1e9:.1f} GB on each {where.name}, {have}"
+    smaller = [n for n in range(micro - 1, 0, -1) if sequences % n == 0 and rest + memory.activations * n / micro <= room]
+    for n in smaller:  # weights are cast whatever the micro-batch, so what it takes is not in proportion: look
+        if record(n).memory.total <= room:
+            raise UsageError(f"a step {least}: it fits with --micro-batch-tokens {n * length}")
     raise UsageError(
         f"a step {least}, and {rest / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
         "take a card with more memory, or an optimizer with less state"
@@ -446,7 +464,7 @@ def dry_run(argv: list[str]) -> int:
     ranks = own.world_size or where.cards
     if ranks < 1 or (ranks > where.cards and ranks % where.cards):
         raise UsageError(
-            f"--world-size {ranks} on machines of {where.cards} {where.name}: at most {where.cards}, or a multiple of it on several"
+            f"--world-size {ranks} on machines of {where.cards} {where.name}: at most {where.cards}, or a multiple of it"
         )
     check_fp8(vars(config) | vars(model_config), where)
     device = torch.device("cuda" if where.card else "cpu")
@@ -455,14 +473,18 @@ def dry_run(argv: list[str]) -> int:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
     else:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
-    step = record_step(
-        model_config, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
-        config.table_optimizer, "meta" if where.card else "cpu",
-    )  # fmt: skip
+
+    def record(micro: int) -> Step:
+        return record_step(
+            model_config, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
+            config.table_optimizer, "meta" if where.card else "cpu",
+        )  # fmt: skip
+
     if where.card:
-        check_memory(step, where, sequences, micro, model_config.sequence_length)
+        step = check_memory(where, record, sequences, micro, model_config.sequence_length)
         seconds, constants, price = roofline(where.card), FITTED, own.gpu_price or where.card.price
     else:
+        step = record(micro)
         seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
     times = step_time(step, seconds, ranks, where.link(ranks), constants)
     print(report(config, model_config, recipe, where, ranks, dtype, step, times, price))

@@ -19,11 +19,12 @@ from spec import UsageError
 class Card:
     """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
 
-    fp8: 0 where the card has none. reached: the share of bf16 that the fastest large products get (MAMF table of
-    github.com/stas00/ml-engineering; 0.8, its value for H100, where it has no measurement). link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
-    Infinity Fabric, else PCIe). network: the same to other machines, one adapter a card as in the vendors' own systems.
-    price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as deploybase.ai has it
-    (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10). Prices differ by 2.5 times between providers.
+    fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
+    Infinity Fabric, else PCIe). price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as
+    deploybase.ai has it (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); prices differ by 2.5 times
+    between providers. reached: the share of bf16 that the fastest large products get (MAMF table of
+    github.com/stas00/ml-engineering; 0.8, about that of H100, where it has no measurement). network: bytes/s to other
+    machines, one adapter a card as in the vendors' own systems.
     """
 
     bf16: float

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 # Operations for one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
-# Wire bytes that each of n ranks sends for a collective over S bytes, as ring algorithms do (NCCL's nccl-tests, PERFORMANCE.md).
+# What each of n ranks sends for a collective whose result has S bytes, over S: ring algorithms (nccl-tests, PERFORMANCE.md).
 WIRE = {"allreduce": lambda n: 2 * (n - 1) / n, "allgather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n}
 
 

@@ -116,8 +116,8 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument(
         "--dry-run", action="store_true", default=argparse.SUPPRESS,
-        help="train nothing: print memory, communication, time and cost; with --hardware 8xH100 (default: here), --world-size N, "
-        "--gpu-price DOLLARS an hour (cost.py)",
+        help="train nothing: print memory, communication, time and cost; takes --hardware 8xH100 (default: here), "
+        "--world-size N and --gpu-price DOLLARS an hour (cost.py)",
     )  # fmt: skip
     for title, cls in (("run", Config), ("model", ModelConfig)):
         group = made.add_argument_group(title)

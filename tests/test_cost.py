@@ -1,0 +1,258 @@
+"""cost.py and trace.py: what a dry run says of memory and arithmetic is what a real step has; time against published runs."""
+
+import dataclasses
+import math
+import statistics
+from trace import Operation, Recorder, operations, peak
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import cost
+import optimizers
+import train_gpt
+from hardware import CARDS, card_named
+from lab import cost as published
+from model import GPT, ModelConfig, flops_per_token
+from spec import UsageError
+
+SMALL = ModelConfig(vocab_size=97, sequence_length=32, layers=2, heads=2, width=64)
+MODERN = dataclasses.replace(
+    SMALL, norm="rmsnorm", positions="half_rotary", qk_norm=True, activation="relu2", tied_head=False, logit_softcap=15.0,
+    embed_norm=True, vocab_multiple=32,
+)  # fmt: skip
+TABLES = dataclasses.replace(SMALL, ngram_buckets=64, ngram_sparse=True)
+
+
+def step_of(config: ModelConfig = SMALL, optimizer: str = "adamw", micro: int = 4, **options) -> cost.Step:
+    return cost.record_step(config, optimizer, micro, micro, **options)
+
+
+@pytest.mark.parametrize("config", [SMALL, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_arithmetic_is_that_of_the_model(config, compiled):
+    work = step_of(config, compiled=compiled).passes
+    found = sum(w.flops for w in work if w.kind in ("product", "attention"))
+    assert found == flops_per_token(config) * 4 * config.sequence_length
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "muon", "soap:every=2", "shampoo:every=2", "kron", "lion", "schedule_free_adamw"]
+)
+@pytest.mark.parametrize("config", [SMALL, MODERN, TABLES], ids=["gpt2", "modern", "tables"])
+def test_memory_by_kind_is_that_of_a_real_step(config, optimizer):
+    memory = step_of(config, optimizer).memory
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    real = optimizers.build(optimizer, gpt)
+    tokens = torch.randint(97, (4, 32))
+    gpt(tokens, tokens).backward()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    dense = [p.grad for p in gpt.parameters() if not p.grad.is_sparse]
+    for _ in range(2):
+        real.step()
+    assert memory.weights == size(gpt.parameters())
+    assert memory.optimizer_state == optimizers.state_bytes(real)
+    rows = 4 * 32 * 2 * (4 * 64 + 8) if config is TABLES else 0  # at most: two orders, each row with its number
+    assert memory.gradients == size(dense) + rows
+
+
+def test_activations_are_bounded_by_what_autograd_saves():
+    """Unfused, the peak holds at least what the forward pass saves, and at most all that it ever makes."""
+    saved: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.device("meta"):
+        gpt = GPT(dataclasses.replace(SMALL, attention="plain"))
+        tokens = torch.zeros(4, 32, dtype=torch.int64)
+        kept = {p.untyped_storage()._cdata for p in gpt.parameters()} | {tokens.untyped_storage()._cdata}
+        with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            gpt(tokens, tokens).backward()
+    grads = {p.grad.untyped_storage()._cdata for p in gpt.parameters()}
+    most = peak(recorder.events, False, grads)
+    made = sum(size for event in recorder.events for s, size in event.writes.items() if s not in event.reads)
+    assert sum(size for s, size in saved.items() if s not in kept) <= most < made
+
+
+def test_activations_grow_with_the_micro_batch_alone():
+    one, two = (step_of(micro=n).memory.activations for n in (16, 32))
+    assert 1.8 < two / one < 2.0  # weights are cast once, whatever the micro-batch
+    halves = cost.record_step(SMALL, "adamw", 32, 16)
+    assert halves.memory.activations == one and halves.micro_batches == 2
+
+
+def test_fused_passes_move_less_memory_for_the_same_arithmetic():
+    fused, single = (step_of(MODERN, compiled=compiled).passes for compiled in (True, False))
+    moved = lambda work: sum(w.bytes for w in work if w.kind == "pass")  # noqa: E731
+    assert moved(fused) < moved(single) / 2
+    assert [w.shape for w in fused if w.shape] == [w.shape for w in single if w.shape]
+
+
+def test_a_chain_of_passes_by_hand():
+    """exp(x) + 1, twice used: fused, x is read and y written; one by one, exp's result is written and read as well."""
+    x = torch.zeros(1000, device="meta")
+    with Recorder() as recorder:
+        y = x.exp() + 1
+        z = y.view(10, 100) @ y.view(100, 10)
+    keep = {z.untyped_storage()._cdata}
+    fused, single = (operations(recorder.events, f, keep) for f in (True, False))
+    assert [w.bytes for w in fused] == [8000, 4000 + 400] and [w.bytes for w in single] == [8000, 8000, 4400]
+    assert fused[1].shape == (1, 10, 10, 100) and fused[1].flops == 2 * 10 * 10 * 100
+    assert peak(recorder.events, True, keep) == 4000 and peak(recorder.events, False, keep) == 8000
+
+
+def test_communication_and_state_are_shared_over_ranks():
+    alone, eight = (step_of(optimizer="muon", ranks=n) for n in (1, 8))
+    sent = cost.communication(eight, 8)
+    weights = sum(eight.parameters.values())
+    assert sent["gradients, all-reduce"] == 2 * 7 / 8 * 4 * weights
+    assert sent["updates, all-gather"] >= 7 / 8 * 2 * eight.parameters["matrix"]  # bf16, and padding to equal shares
+    assert alone.memory.optimizer_state > eight.memory.optimizer_state
+    assert "communication" not in cost.step_time(alone, cost.roofline(CARDS["H100"]))
+    assert not dist.is_initialized()
+
+
+def test_renewals_are_amortised():
+    shares = [share for share, _ in step_of(optimizer="soap:every=5").update]
+    assert sum(shares) == pytest.approx(1) and len(shares) == 3
+    seconds = cost.roofline(CARDS["H100"])
+    often, seldom = (
+        cost.step_time(step_of(optimizer=f"soap:every={every}"), seconds)["optimizer"] for every in (1, 100)
+    )  # fmt: skip
+    assert often > 1.2 * seldom
+
+
+def test_roofline_by_hand():
+    constants = dataclasses.replace(cost.FITTED, products=0.5, bandwidth=0.5, launch=1e-6)
+    card = dataclasses.replace(CARDS["H100"], bf16=1e15, reached=0.8, bandwidth=2e12)
+    seconds = cost.roofline(card, constants)
+    assert seconds(Operation("product", 1e6, 4e12, torch.bfloat16)) == pytest.approx(0.01)
+    assert seconds(Operation("product", 1e10, 4e9, torch.bfloat16)) == pytest.approx(0.01)  # bound by memory
+    assert seconds(Operation("pass", 1e3)) == pytest.approx(1e-6)
+
+
+def test_cards_are_found_by_the_names_that_drivers_give():
+    assert card_named("NVIDIA H100 80GB HBM3")[0] == "H100" and card_named("NVIDIA H100 PCIe")[0] == "H100 PCIe"
+    assert card_named("NVIDIA GeForce RTX 4090")[1].memory == 24e9 and card_named("Radeon") is None
+    assert card_named("AMD Instinct MI300X")[0] == "MI300X"
+
+
+DRY = ["--dry-run", "--track", "tiny", "--tricks", "record"]
+
+
+def test_dry_run_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without any corpus
+    assert train_gpt.main([*DRY, "--hardware", "2xH100", "--gpu-price", "2"]) == 0
+    printed = capsys.readouterr().out
+    step = float(printed.split("a step             ")[1].split(" ms")[0])
+    config = train_gpt.resolve(DRY[1:])[0]
+    hours = step / 1e3 * config.steps / 3600 * 2
+    assert f"${2 * hours:,.2f}" in printed and "2 x H100" in printed and "MFU" in printed
+    assert train_gpt.main([*DRY]) == 0  # this machine
+    assert "MFU" not in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (["--hardware", "8xH1000"], "did you mean 'H100'?"),
+        (["--hardware", "0xH100"], "unknown card"),
+        (["--hardware", "8xH100", "--world-size", "3"], "is not divisible by ranks x sequence length = 3 x"),
+        (["--hardware", "8xH100", "--world-size", "12"], "at most 8, or a multiple of it"),
+        (["--hardware", "8xH100", "--world-size", "many"], "invalid int value"),
+        (["--hardware", "8xH100", "--tricks", "recrod"], "did you mean 'record'?"),
+    ],
+)
+def test_bad_input_is_one_line(flags, answer, capsys):
+    assert train_gpt.main([*DRY, *flags]) == 2
+    captured = capsys.readouterr()
+    assert answer in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_too_little_memory_says_what_fits(monkeypatch, capsys):
+    """The micro-batch that it names fits, and is the largest that does."""
+    monkeypatch.setitem(CARDS, "H100", dataclasses.replace(CARDS["H100"], memory=4e6))
+    flags = [*DRY, "--hardware", "H100"]
+    assert train_gpt.main(flags) == 2
+    named = int(capsys.readouterr().err.split("--micro-batch-tokens ")[1])
+    assert train_gpt.main([*flags, "--micro-batch-tokens", str(named)]) == 0
+    assert train_gpt.main([*flags, "--micro-batch-tokens", str(2 * named)]) == 2
+    monkeypatch.setitem(CARDS, "H100", dataclasses.replace(CARDS["H100"], memory=1e5))
+    assert train_gpt.main(flags) == 2
+    assert "no micro-batch fits" in capsys.readouterr().err
+
+
+def test_fp8_is_refused_where_there_is_none():
+    for settings in ({"head_dtype": "fp8"}, {"fp8_head": True}):
+        with pytest.raises(UsageError, match="A100 has no fp8"):
+            cost.check_fp8(settings, cost.machine("8xA100"))
+        cost.check_fp8(settings, cost.machine("8xH100"))
+    cost.check_fp8({"head_dtype": "bf16", "fp8_head": False}, cost.machine("A100"))
+
+
+def test_products_are_timed_in_part_when_long():
+    here = cost.Here()
+    one, four = (here.product((1, 64 * n, 512, 2048), torch.float32) for n in (8, 32))
+    assert 2.5 < four / one < 6.5  # both cut to the same length, once timed apart
+    assert min(here.rates.values()) > 0 and here.rate(1.0) == here.rates[min(here.rates)]
+
+
+# ---------------------------------------------------------------- against published runs
+
+
+def test_keys_of_a_window_against_a_simulation():
+    """Documents drawn one by one, each query's keys counted."""
+    lengths = np.ceil(published.DOCUMENTS.rvs(4000, random_state=1)).clip(max=2048).astype(int)
+    met = [np.minimum(np.arange(1, n + 1), 256).sum() for n in lengths]
+    assert published.mean_keys(256, 2048) - 64 == pytest.approx(sum(met) / lengths.sum(), rel=0.03)
+
+
+def test_half_of_the_published_runs_is_fitted():
+    everything = published.runs()
+    assert len(everything) == 82 and sum(run.fitted for run in everything) == 41
+    assert [run.fitted for run in everything[:4]] == [True, False, True, False]
+    stages = [run for run in everything if "stage" in run.name]
+    assert {run.name[:5] for run in stages if run.fitted}.isdisjoint({run.name[:5] for run in stages if not run.fitted})
+    assert not any(run.name in ("T1-01", "X-opt-soap", "X-opt-adamw") for run in everything)
+
+
+def test_stored_predictions_are_those_of_the_constants_in_use():
+    """One of the late runs and an optimizer, recorded anew."""
+    results = published.stored()
+    for name, value in results["constants"].items():
+        assert getattr(cost.FITTED, name) == pytest.approx(value, rel=2e-3)
+    constants = cost.Constants(**results["constants"])
+    rows = {row["name"]: row for row in results["runs"]}
+    everything = {run.name: run for run in published.runs()}
+    for name in ("T1-46, stage 2",):
+        assert published.predicted(everything[name].setup, constants) * 1e3 == pytest.approx(rows[name]["predicted"], abs=0.06)
+    adamw = published.OPTIMIZERS[0]
+    assert published.predicted(adamw[1], constants) * 1e3 == pytest.approx(results["optimizers"][0]["predicted"], abs=0.06)
+
+
+def test_median_error_of_runs_that_were_not_fitted():
+    held = [row for row in published.stored()["runs"] if not row["fitted"]]
+    errors = [abs(row["predicted"] / row["published"] - 1) for row in held]
+    stated = published.stored()["errors"]["not fitted"]
+    assert statistics.median(errors) == pytest.approx(stated["median"], abs=1e-3) and len(held) == stated["n"]
+    assert stated["median"] < 0.10
+
+
+def test_fit_finds_constants_again(monkeypatch):
+    """Of made-up runs, whose times are the model's own: the pull towards usual values taken away."""
+    right = dataclasses.replace(published.START, products=0.6, attention=0.3, bandwidth=0.9, overhead=2e-3)
+    small = (("layers", 2), ("width", 512), ("heads", 4))
+    setups = [published.Setup(tokens=(n,), keys=(k,), model=small) for n in (65536, 524288) for k in (64.0, 4000.0)]
+    setups.append(published.Setup(tokens=(524288,), model=(("layers", 2), ("width", 2048), ("heads", 16))))
+    made = [published.Run("", "", s, published.predicted(s, right)) for s in setups]
+    monkeypatch.setattr(published, "PULL", 0.0)
+    found = published.fit(made)
+    for name in ("products", "attention", "bandwidth"):
+        assert getattr(found, name) == pytest.approx(getattr(right, name), rel=0.02)
+    assert all(math.isfinite(published.error(run, found)) for run in made)
