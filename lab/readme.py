@@ -12,6 +12,7 @@ import optimizers
 import schedules
 import tricks
 from data.corpora import CORPORA
+from hardware import CARDS
 from lab import markdown, records
 from lab.markdown import table
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "benchmarks" / "optimizers.json"
 CHAOS = ROOT / "benchmarks" / "chaos.json"
 KERNELS = ROOT / "benchmarks" / "kernels.json"
+COST = ROOT / "benchmarks" / "cost.json"
 
 
 def keys(cls: type) -> str:
@@ -93,7 +95,7 @@ def measured_tables() -> dict[str, str]:
          f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", processor(row))
         for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
     ]  # fmt: skip
-    return {
+    return cost_tables() | {
         "step": table(
             ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor"), rows
         ),
@@ -108,6 +110,57 @@ def measured_tables() -> dict[str, str]:
         "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
         "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule", "processor"), losses),
     }
+
+
+def off(row: dict) -> str:
+    return f"{row['predicted'] / row['published'] - 1:+.1%}"
+
+
+def cost_tables() -> dict[str, str]:
+    """Marker name -> table of benchmarks/README.md, from what lab/cost.py and benchmarks/cost.py left."""
+    found = json.loads(COST.read_text())
+    runs = found["runs"]
+    held = [row for row in runs if not row["fitted"]]
+    worst = sorted(held, key=lambda row: -abs(row["predicted"] / row["published"] - 1))[:6]
+    of_run = lambda row: (row["name"], row["what"], f"{row['published']:.1f}", f"{row['predicted']:.1f}", off(row))  # noqa: E731
+    elsewhere = [
+        (row["what"], f"{row['published']:,.1f}", f"{row['predicted']:,.1f}", off(row), row["source"])
+        for row in found["optimizers"] + found["elsewhere"]
+    ]
+    cpu = [
+        (
+            f"{row['layers']} x {row['width']}, {row['heads']} heads, {row['sequence_length']} tokens",
+            f"{row['measured'] * 1e3:.0f}", f"{row['predicted'] * 1e3:.0f}",
+            f"{row['ratio']:.2f} ({row['smallest']:.2f}-{row['largest']:.2f})", f"{row['spread']:.2f}",
+        )
+        for row in found.get("cpu", {"sizes": []})["sizes"]
+    ]  # fmt: skip
+    cards = [
+        (
+            f"`{name}`", f"{c.bf16 / 1e12:.0f}", f"{c.fp8 / 1e12:.0f}" if c.fp8 else "-", f"{c.reached:.0%}",
+            f"{c.bandwidth / 1e12:.2f}", f"{c.memory / 1e9:.0f}", f"{c.link / 1e9:.0f}", f"{c.price:g}" if c.price else "-", c.source,
+        )
+        for name, c in CARDS.items()
+    ]  # fmt: skip
+    return {
+        "cost errors": table(
+            ("step times", "number", "median error"),
+            [(what, str(e["n"]), f"{e['median']:.1%}") for what, e in found["errors"].items()],
+        ),
+        "cost worst": table(("run", "what", "published, ms", "predicted, ms", "off by"), map(of_run, worst)),
+        "cost runs": table(
+            ("run", "what", "published, ms", "predicted, ms", "off by", "fitted"),
+            [(*of_run(row), "yes" if row["fitted"] else "") for row in runs],
+        ),
+        "cost elsewhere": table(("setup", "published, ms", "predicted, ms", "off by", "source"), elsewhere),
+        "cost cpu": table(("model", "measured, ms", "predicted, ms", "ratio", "slowest / fastest round"), cpu),
+        "cards": table(
+            (
+                "card", "bf16, TFLOP/s", "fp8", "reached", "memory, TB/s", "GB", "link, GB/s", "$ an hour", "source",
+            ),
+            cards,
+        ),
+    }  # fmt: skip
 
 
 def tables() -> dict[str, str]:
