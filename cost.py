@@ -283,27 +283,38 @@ class Here:
     """Seconds of operations on this CPU, from rates measured when first asked for: the median of a few calls.
 
     Products are timed at the shapes that the step has, long ones in part. Passes take their traffic at the rate of an addition
-    whose operands take up as much, result newly allocated as PyTorch does, and more for exp and its like.
+    whose operands and result take up as much, and more for exp and its like. Results are newly allocated, and operands are not
+    in the caches, as in a step that has done other things since it made them.
     """
 
     LARGEST = 2e8  # operations of a product that is timed whole
-    SIZES = tuple(2**n for n in range(14, 28, 2))  # bytes of the three operands of an addition
+    SIZES = tuple(2**n for n in range(14, 28, 2))  # bytes of operands and result of an addition
+    POOL = 2**25  # numbers that operands are cut from in turn: 128 MB, more than caches hold
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
         self.products: dict[tuple, float] = {}
+        self.pool, self.place = torch.randn(self.POOL), 0
         self.measure()
+
+    def cold(self, *shape: int) -> torch.Tensor:
+        """Numbers of that shape that were not touched lately."""
+        size = math.prod(shape)
+        if self.place + size > self.POOL:
+            self.place = 0
+        self.place += size
+        return self.pool[self.place - size : self.place].view(shape)
 
     def measure(self) -> None:
         """Time the passes anew, and forget the products."""
         self.products.clear()
         self.rates = {}
         for size in self.SIZES:
-            a, b = torch.randn(size // 12), torch.randn(size // 12)
-            self.rates[size] = 12 * a.numel() / timed(lambda a=a, b=b: a + b, self.clock)
+            n = size // 12
+            self.rates[size] = 12 * n / timed(lambda n=n: self.cold(n) + self.cold(n), self.clock)
         small = torch.randn(8)
         self.launch = timed(lambda: small + small, self.clock)
-        x = torch.randn(2**18)
+        x = torch.randn(2**16)
         self.special = max(0.0, timed(x.exp, self.clock) - timed(lambda: x + x, self.clock)) / x.numel()
 
     def rate(self, size: float) -> float:
@@ -326,11 +337,14 @@ class Here:
                 m = max(1, m // parts)
             else:
                 k = max(1, k // parts)
-            a, b = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
             whole = math.prod(shape) / (batch * m * n * k)
-            self.products[shape, dtype] = whole * timed(
-                lambda: torch.bmm(a, b) if batch > 1 else torch.mm(a[0], b[0]), self.clock
-            )
+            multiply = torch.bmm if batch > 1 else lambda a, b: torch.mm(a[0], b[0])
+            if dtype == torch.float32:
+                call = lambda: multiply(self.cold(batch, m, k), self.cold(batch, k, n))  # noqa: E731
+            else:
+                a, b = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
+                call = lambda: multiply(a, b)  # noqa: E731
+            self.products[shape, dtype] = whole * timed(call, self.clock)
         return self.products[shape, dtype]
 
     def seconds(self, work: Operation) -> float:

@@ -1,10 +1,10 @@
 """The cost model on this machine's CPU: predicted against measured step time of our own runs at five sizes.
 
-    python -m benchmarks.cost           a minute of CPU time; writes benchmarks/cost.json, from which the README's table is made
+    python -m benchmarks.cost        two minutes of CPU time; writes benchmarks/cost.json, the source of the README's table
 
-On one thread, in CPU seconds, which do not count the time that other processes have the core. In every round the rates of
-the machine are measured anew, then a few steps, so that both see the same neighbours in caches and memory; the spread over
-rounds says how much these matter.
+On one thread, in CPU seconds, which do not count the time that other processes have the core. Each step is timed
+right after the rates that predict it, so that both see the same neighbours in caches and on the core's other thread; the
+spread over rounds says how much these matter.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lab.cost import RESULTS, stored
 
 # layers, width, heads, sequence length
 SIZES = ((2, 64, 2, 128), (2, 128, 2, 256), (4, 192, 4, 256), (4, 256, 4, 256), (6, 384, 6, 256))
-ROUNDS, STEPS = 3, 3
+ROUNDS = 7
 FLAGS = ["--track", "cpu", "--tricks", "modern,muon", "--batch-tokens", "2048", "--micro-batch-tokens", "2048"]
 
 
@@ -56,11 +56,10 @@ def main() -> None:
             )
             trainings[size].step()  # makes the optimizer's state
         for _ in tqdm(range(ROUNDS), "rounds", disable=None):
-            here.measure()
             for size in SIZES:
-                here.products.clear()
+                here.measure()
                 predicted[size].append(sum(step_time(recorded[size], here.seconds, constants=constants).values()))
-                measured[size].append(statistics.median(step_seconds(trainings[size]) for _ in range(STEPS)))
+                measured[size].append(step_seconds(trainings[size]))
     rows = []
     for size in SIZES:
         ratios = sorted(p / m for p, m in zip(predicted[size], measured[size], strict=True))

@@ -138,7 +138,8 @@ def cost_tables() -> dict[str, str]:
     cards = [
         (
             f"`{name}`", f"{c.bf16 / 1e12:.0f}", f"{c.fp8 / 1e12:.0f}" if c.fp8 else "-", f"{c.reached:.0%}",
-            f"{c.bandwidth / 1e12:.2f}", f"{c.memory / 1e9:.0f}", f"{c.link / 1e9:.0f}", f"{c.price:g}" if c.price else "-", c.source,
+            f"{c.bandwidth / 1e12:.2f}", f"{c.memory / 1e9:.0f}", f"{c.link / 1e9:.0f}",
+            f"{c.price:g}" if c.price else "-", c.source,
         )
         for name, c in CARDS.items()
     ]  # fmt: skip
