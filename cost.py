@@ -5,8 +5,8 @@
     python train_gpt.py --dry-run --track cpu --tricks record                                            this machine, measured
 
 Model, optimizer and one micro-batch are gone through on meta tensors in a process group of as many pretended ranks
-(trace.py). Each operation then takes the longer of its arithmetic at a share of the card's peak and its memory traffic at a
-share of the card's bandwidth (the roofline of Williams et al. 2009); a step is their sum, what communication does not hide
+(operations.py). Each operation then takes the longer of its arithmetic at a share of the card's peak and its memory traffic
+at a share of its bandwidth (the roofline of Williams et al. 2009); a step is their sum, what communication does not hide
 behind the backward pass, and a fixed part. The shares are fitted to published speedruns (lab/cost.py), with what is left of
 the error in benchmarks/README.md. On the CPU here rates are measured instead, products at the shapes that the step has.
 """
@@ -21,7 +21,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from trace import WIRE, Operation, Recorder, operations, peak
 from types import SimpleNamespace
 
 import torch
@@ -33,6 +32,7 @@ import hardware
 import optimizers
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, flops_per_token, roles
+from operations import WIRE, Operation, Recorder, operations, peak
 from spec import UsageError, nearest
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
@@ -355,7 +355,7 @@ class Here:
 
     @functools.cached_property
     def factorisations(self) -> float:
-        """FLOP/s of a QR decomposition, as trace.py counts them."""
+        """FLOP/s of a QR decomposition, as operations.py counts them."""
         a = torch.randn(256, 256)
         return 8 / 3 * 256**3 / timed(lambda: torch.linalg.qr(a), self.clock)
 

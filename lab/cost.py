@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from trace import Operation
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from cost import Constants, Step, record_step, roofline, step_time
 from hardware import CARDS, Card
 from model import GPT, ModelConfig
+from operations import Operation
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "records" / "published"

@@ -1,9 +1,8 @@
-"""cost.py and trace.py: what a dry run says of memory and arithmetic is what a real step has; time against published runs."""
+"""cost.py, operations.py: a dry run has the memory and arithmetic of a real step; step times against published runs."""
 
 import dataclasses
 import math
 import statistics
-from trace import Operation, Recorder, operations, peak
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import train_gpt
 from hardware import CARDS, card_named
 from lab import cost as published
 from model import GPT, ModelConfig, flops_per_token
+from operations import Operation, Recorder, operations, peak
 from spec import UsageError
 
 SMALL = ModelConfig(vocab_size=97, sequence_length=32, layers=2, heads=2, width=64)
