@@ -515,28 +515,29 @@ def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks
     room = f" of {where.card.memory / 1e9:.0f}" if where.card else ""
     peak_flops = where.card.bf16 if where.card and dtype == torch.bfloat16 else None
     mfu = f"   MFU {config.batch_tokens * flops / (total * ranks * peak_flops):.1%}" if peak_flops else ""
-    lines = [
-        f"{config.track}, {recipe}: {sum(step.parameters.values()) / 1e6:.1f}M parameters on {ranks} x {where.name}, "
-        f"{str(dtype)[6:]}{', compiled' if config.compile else ''}",
-        f"parameters, M      {listed(step.parameters, 1e6, '.3g')}",
-        f"arithmetic         {flops / 1e6:,.1f} MFLOP a token, {flops * config.batch_tokens / 1e12:,.3g} TFLOP a step of "
+    named = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
+    times = {named.get(part, part): value for part, value in times.items()}
+    goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
+    lines = {
+        "parameters, M": listed(step.parameters, 1e6, ".3g"),
+        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * config.batch_tokens / 1e12:,.3g} TFLOP a step of "
         f"{config.batch_tokens:,} tokens",
-        f"memory a rank, GB  {listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
-    ]
-    if ranks > 1:
-        lines.append(f"sent a step, MB    {listed(communication(step, ranks), 1e6, ',.0f')}   by each rank")
-    lines += [
-        f"time, ms           {listed(times, 1e-3, ',.3g')}",
-        f"a step             {total * 1e3:,.1f} ms, {config.batch_tokens / total:,.0f} tokens/s{mfu}",
-        f"{config.steps:,} steps      {whole / 60:,.1f} min without compilation and validation"
-        + (f"; target {config.target_loss:g}, if the recipe's steps reach it" if config.target_loss else ""),
-    ]
+        "memory a rank, GB": f"{listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
+        "sent a step, MB": f"{listed(communication(step, ranks), 1e6, ',.0f')}   by each rank" if ranks > 1 else "nothing",
+        "time, ms": listed(times, 1e-3, ",.3g"),
+        "a step": f"{total * 1e3:,.1f} ms, {config.batch_tokens / total:,.0f} tokens/s{mfu}",
+        f"{config.steps:,} steps": f"{whole / 60:,.1f} min without compilation and validation{goal}",
+    }
     if price:
         hours = whole / 3600 * ranks
-        lines.append(
-            f"cost               ${hours * price:,.2f}: {hours:,.2f} card hours at ${price:g} (hardware.py, or --gpu-price)"
-        )
+        lines["cost"] = f"${hours * price:,.2f}: {hours:,.2f} card hours at ${price:g} (hardware.py, or --gpu-price)"
     elif where.card:
-        lines.append("cost               no price known: --gpu-price DOLLARS an hour and card")
-    lines.append("how far such predictions were off: benchmarks/README.md")
-    return "\n".join(lines)
+        lines["cost"] = "no price known: --gpu-price DOLLARS, of a card and hour"
+    return "\n".join(
+        [
+            f"{config.track}, {recipe}: {sum(step.parameters.values()) / 1e6:.1f}M parameters on {ranks} x {where.name}, "
+            f"{str(dtype)[6:]}{', compiled' if config.compile else ''}",
+            *(f"{what:<20}{value}" for what, value in lines.items()),
+            "how far such predictions were off: benchmarks/README.md",
+        ]
+    )

@@ -149,7 +149,7 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # without any corpus
     assert train_gpt.main([*DRY, "--hardware", "2xH100", "--gpu-price", "2"]) == 0
     printed = capsys.readouterr().out
-    step = float(printed.split("a step             ")[1].split(" ms")[0])
+    step = float(printed.split("\na step ")[1].split(" ms")[0])
     config = train_gpt.resolve(DRY[1:])[0]
     hours = step / 1e3 * config.steps / 3600 * 2
     assert f"${2 * hours:,.2f}" in printed and "2 x H100" in printed and "MFU" in printed
