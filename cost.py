@@ -196,8 +196,8 @@ def table_operations(rows: int, width: int) -> list[Operation]:
     """Of so many rows looked up in sparse tables: sorting them, and summing or updating what belongs to each."""
     values = 4.0 * rows * width
     return [
-        Operation("pass", 16.0 * rows * math.log2(max(2, rows)), elements=rows, launches=8),
-        Operation("pass", 3 * values, elements=rows * width, launches=3),
+        Operation("pass", 16.0 * rows * math.log2(max(2, rows)), launches=8),
+        Operation("pass", 3 * values, launches=3),
     ]
 
 
@@ -350,7 +350,11 @@ class Here:
     def seconds(self, work: Operation) -> float:
         if work.kind == "product":
             return self.product(work.shape, work.dtype)
-        arithmetic = work.flops / self.factorisations if work.flops else 0.0
+        arithmetic = 0.0
+        if work.kind == "factorisation":
+            arithmetic = work.flops / self.factorisations
+        elif work.flops:  # fused attention, as products of a common size
+            arithmetic = work.flops / (2 * 256**3) * self.product((1, 256, 256, 256), work.dtype)
         return arithmetic + work.bytes / self.rate(work.bytes) + work.special * self.special + work.launches * self.launch
 
     @functools.cached_property

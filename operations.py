@@ -24,7 +24,8 @@ from torch.utils.flop_counter import flop_registry
 
 # Operations for one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
-# What each of n ranks sends for a collective whose result has S bytes, over S: ring algorithms (nccl-tests, PERFORMANCE.md).
+# What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
+# PERFORMANCE.md).
 WIRE = {"allreduce": lambda n: 2 * (n - 1) / n, "allgather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n}
 
 
@@ -33,9 +34,9 @@ class Operation:
     """A piece of work of one device.
 
     kind: product (of matrices), attention, pass (over memory), factorisation, or the name of a collective.
-    flops: of products, attention and factorisations. bytes: read and written; of a collective, the size of its result.
+    flops: of products, attention and factorisations. bytes: read and written; of a collective, of its larger side.
     shape: batch, m, n, k of a product.
-    elements: computed by a pass; special: those of them that need exp, tanh and the like.
+    special: elements that need exp, tanh and the like.
     """
 
     kind: str
@@ -43,7 +44,6 @@ class Operation:
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
-    elements: float = 0.0
     special: float = 0.0
     launches: int = 1
 
@@ -58,7 +58,6 @@ class Event:
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
-    elements: int = 0
     special: int = 0
 
 
@@ -156,7 +155,7 @@ class Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.alive += [t.untyped_storage() for t in (*inputs, *outputs)]
         if func.namespace == "c10d":
-            kind = next((kind for kind in WIRE if kind in name.replace("_", "", 1).replace("all_", "all")), None)
+            kind = next((kind for kind in WIRE if kind in name), None)
             if kind:  # the others carry no tensors of weight
                 self.add(Event(kind, {}, touched(inputs)))
             return out
@@ -181,10 +180,9 @@ class Recorder(TorchDispatchMode):
             kind = "factorisation"
             n = inputs[0].size(-1)
             flops = FACTORISATIONS[name] * math.prod(inputs[-1].shape[:-1]) * n * (inputs[0].size(-2) if "solve" in name else n)
-        elements = sum(t.numel() for t in (outputs or mutated))
-        special = elements if any(word in name for word in SPECIAL) else 0
+        special = sum(t.numel() for t in (outputs or mutated)) if any(word in name for word in SPECIAL) else 0
         dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
-        self.add(Event(kind, reads, writes, flops, dtype, shape, elements, special))
+        self.add(Event(kind, reads, writes, flops, dtype, shape, special))
         return out
 
 
@@ -267,9 +265,8 @@ def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[
         size = sum(group.reads.values()) + sum(group.writes.values())
         if first.kind in WIRE:
             size = max(first.writes.values())
-        elements = sum(e.elements for e in group.events)
         special = sum(e.special for e in group.events)
-        work.append(Operation(first.kind, size, first.flops, first.dtype, first.shape, elements, special))
+        work.append(Operation(first.kind, size, first.flops, first.dtype, first.shape, special))
     return work
 
 
