@@ -460,6 +460,23 @@ def check_memory(where: Machine, record: Callable[[int], Step], sequences: int, 
     )
 
 
+def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of the dry run, and those that are left for the trainer.
+
+    Raises:
+        UsageError: a number that is none.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--dry-run", action="store_true")
+    flags.add_argument("--hardware", default="here")
+    flags.add_argument("--world-size", type=int, default=0)
+    flags.add_argument("--gpu-price", type=float, default=0.0)
+    try:
+        return flags.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+
+
 def dry_run(argv: list[str]) -> int:
     """`train_gpt.py --dry-run ...`: print what the run would cost. Nothing is written.
 
@@ -468,15 +485,7 @@ def dry_run(argv: list[str]) -> int:
     """
     import train_gpt  # which imports this module when asked for a dry run
 
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flags.add_argument("--dry-run", action="store_true")
-    flags.add_argument("--hardware", default="here")
-    flags.add_argument("--world-size", type=int, default=0)
-    flags.add_argument("--gpu-price", type=float, default=0.0)
-    try:
-        own, rest = flags.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
+    own, rest = own_flags(argv)
     config, model_config, recipe = train_gpt.resolve(rest)
     where = machine(own.hardware)
     ranks = own.world_size or where.cards

@@ -142,6 +142,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
         name = unknown[0].split("=")[0]
         raise UsageError(f"unknown flag {name}: {nearest(name, flags._option_string_actions)}")
     given = vars(found)
+    given.pop("dry_run", None)  # main's business
     all_fields = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields(cls)}
     for key, value in given.items():
         if isinstance(value, str):

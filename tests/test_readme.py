@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import compare
+import cost
 import scaling
 import train_gpt
 from data import __main__ as data_command
@@ -38,6 +39,8 @@ def test_command_parses(words):
     verb, rest = (words[1], words[2:]) if len(words) > 1 else ("main", [])
     assert re.search(rf"^  {verb}\)", (ROOT / "run.sh").read_text(), re.MULTILINE), verb
     if verb == "train" and "--help" not in rest and not any("mine.py" in word for word in rest):
+        own, rest = cost.own_flags(rest)
+        cost.machine(own.hardware)
         train_gpt.resolve(rest)
     if verb == "optimizers":
         assert all(show(name) for name in rest)
