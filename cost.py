@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -33,7 +34,8 @@ import optimizers
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, flops_per_token, roles
 from operations import WIRE, Operation, Recorder, operations, peak
-from spec import UsageError, nearest
+from optimizers import TABLE_OPTIMIZERS
+from spec import UsageError, nearest, parse
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
 HIDDEN = 2 / 3  # of the last micro-batch is backward pass, behind which DDP's buckets travel
@@ -128,6 +130,7 @@ def record_step(
         tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
         with Recorder(autocast) as passes:
             gpt(tokens, tokens).backward()
+        lookups, rows_updated = record_tables(gpt, tokens, table_optimizer, compiled) if sparse else ([], [])
     grads = [p.grad for p in gpt.parameters() if p.grad is not None]
     keep = {g.untyped_storage()._cdata for g in grads}
     with pretended(ranks), fake:
@@ -140,10 +143,9 @@ def record_step(
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     rows = micro * model_config.sequence_length * len(gpt.ngrams.orders) if sparse else 0
     table_bytes = rows * (4 * model_config.width + 8)
-    passed = operations(passes.events, compiled, keep)
+    passed = operations(passes.events, compiled, keep) + lookups
     if sparse:
-        passed += table_operations(rows, model_config.width)
-        updates.append((1.0, table_operations(rows, model_config.width), 0))
+        updates.append((1.0, rows_updated, 0))
     state = optimizers.state_bytes(built) + sum(4 * p.numel() for p in sparse)
     return Step(
         passed, sequences // micro, [(share, work) for share, work, _ in updates], size(grads),
@@ -192,13 +194,24 @@ def record_updates(optimizer: torch.optim.Optimizer) -> list[tuple[float, list[O
     return found
 
 
-def table_operations(rows: int, width: int) -> list[Operation]:
-    """Of so many rows looked up in sparse tables: sorting them, and summing or updating what belongs to each."""
-    values = 4.0 * rows * width
-    return [
-        Operation("pass", 16.0 * rows * math.log2(max(2, rows)), launches=8),
-        Operation("pass", 3 * values, launches=3),
-    ]
+def record_tables(gpt: GPT, tokens: torch.Tensor, optimizer: str, compiled: bool) -> tuple[list[Operation], list[Operation]]:
+    """What sparse tables add to a backward pass and to the update, as if no row were looked up twice.
+
+    The number of distinct rows depends on the data, so model.SummedLookup cannot be recorded: its operations are repeated here.
+    """
+    k, width = len(gpt.ngrams.orders), gpt.config.width
+    n = tokens.numel() * k
+    settings, keys = parse(optimizer, TABLE_OPTIMIZERS, "table optimizer")
+    table, grad = gpt.ngrams.table.weight.detach(), torch.zeros(tokens.numel(), width)
+    squares, rows, values = torch.zeros_like(table), torch.zeros(n, dtype=torch.int64), torch.zeros(n, width)
+    with Recorder() as passes:
+        _, order = rows.sort(stable=True)
+        F.embedding_bag(order // k, grad, rows, mode="sum")
+    with Recorder() as update:
+        settings.method.rule(table, squares, rows, values, 1.0, settings(**keys).eps)
+    kept = {t.untyped_storage()._cdata for t in (table, squares)}
+    sorting = Operation("pass", 16.0 * n, special=4 * n * math.log2(n))  # a comparison counts as four exponentials
+    return [sorting, *operations(passes.events, False, set())], operations(update.events, compiled, kept)
 
 
 # ---------------------------------------------------------------- time

@@ -74,6 +74,7 @@ class Group:
 SPECIAL = ("exp", "log", "tanh", "sigmoid", "softmax", "gelu", "pow", "erf", "sin", "cos")
 NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
+SCATTERS = ("index_put_", "index_add_", "scatter_add_")
 
 
 def touched(tensors: list[Tensor], most: float = math.inf) -> dict[int, int]:
@@ -168,7 +169,10 @@ class Recorder(TorchDispatchMode):
         ]
         most = sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf
         reads = touched(inputs, most)
-        writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated)
+        if name in SCATTERS:  # of what is written to, no more than what is written
+            most = max(t.numel() * t.element_size() for t in inputs[1:])
+            reads = touched(inputs, most)
+        writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated, most)
         if not writes or name in NO_WORK:
             return out
         shape, flops = (), 0.0

@@ -127,6 +127,16 @@ def test_renewals_are_amortised():
     assert often > 1.2 * seldom
 
 
+def test_sparse_tables_cost_by_rows_not_by_their_size():
+    seconds = cost.roofline(CARDS["H100"], dataclasses.replace(cost.FITTED, launch=0.0))
+    small, large = (
+        cost.step_time(step_of(dataclasses.replace(TABLES, ngram_buckets=n), micro=64), seconds) for n in (2**12, 2**18)
+    )
+    assert large == pytest.approx(small)
+    dense = cost.step_time(step_of(dataclasses.replace(TABLES, ngram_buckets=2**18, ngram_sparse=False), micro=64), seconds)
+    assert dense["optimizer"] > 10 * large["optimizer"]
+
+
 def test_roofline_by_hand():
     constants = dataclasses.replace(cost.FITTED, products=0.5, bandwidth=0.5, launch=1e-6)
     card = dataclasses.replace(CARDS["H100"], bf16=1e15, reached=0.8, bandwidth=2e12)
