@@ -546,11 +546,11 @@ def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
     lines = {
         "parameters, M": listed(step.parameters, 1e6, ".3g"),
-        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * config.batch_tokens / 1e12:,.3g} TFLOP a step of "
+        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * config.batch_tokens / 1e12:,.4g} TFLOP a step of "
         f"{config.batch_tokens:,} tokens",
         "memory a rank, GB": f"{listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
         "sent a step, MB": f"{listed(communication(step, ranks), 1e6, ',.0f')}   by each rank" if ranks > 1 else "nothing",
-        "time, ms": listed(times, 1e-3, ",.3g"),
+        "time, ms": listed(times, 1e-3, ",.1f"),
         "a step": f"{total * 1e3:,.1f} ms, {config.batch_tokens / total:,.0f} tokens/s{mfu}",
         f"{config.steps:,} steps": f"{whole / 60:,.1f} min without compilation and validation{goal}",
     }
