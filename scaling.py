@@ -430,7 +430,7 @@ def parser() -> argparse.ArgumentParser:
     add("--at", default="", help="size to predict for (default: 10 x the largest)")
     add("--hold-out", type=int, default=1, help="largest sizes that the smaller ones must predict (default: 1)")
     add("--plan", action="store_true", help="print runs, tokens, FLOPs, memory, hours and cost, and stop")
-    add("--hardware", default=HERE, help=f"of --plan: 8xH100 and the like ({', '.join(plan.GPUS)}), or {HERE!r} (default)")
+    add("--hardware", default=HERE, help=f"of --plan: 8xH100 and the like ({', '.join(plan.CARDS)}), or {HERE!r} (default)")
     add("--price", type=float, help="of --plan: $ an hour of one GPU (default: known for the H100 alone)")
     add("--report", type=Path, metavar="FOLDER", help="write a folder's report again from its trials")
     add("--side-by-side", type=int, default=1, help="trials at once, the cores shared; timing is one at a time (default: 1)")

@@ -12,6 +12,7 @@ import torch
 
 import hardware
 import train_gpt
+from hardware import CARDS
 from lab import memory
 from lab.ladder import Rung, size_words
 from lab.markdown import table
@@ -22,11 +23,6 @@ from spec import UsageError, nearest
 # Of the peak in matrix products, what training takes: the NanoGPT speedrun's logs of October 2024 on 8 H100, with model
 # FLOPs as `model.flops_per_token` counts them: 37 % at 124M (142 ms a step), 36 % at 1.5B (9.62 h for 10B tokens).
 MFU = 0.36
-# Memory in GB by the vendors' data sheets; the price of an hour by modded-nanogpt's optimizer track: 15 minutes on 8 H100 are
-# about 6 $. None: no price is known here.
-GPUS: dict[str, tuple[float, float | None]] = {
-    "A100": (80, None), "L40S": (48, None), "RTX 4090": (24, None), "H100": (80, 3.0), "H200": (141, None), "B200": (180, None),
-}  # fmt: skip
 HERE = "this machine"
 
 
@@ -61,11 +57,11 @@ def machine(words: str, ranks: int, price: float | None) -> Machine:
     if not found or int(found[1]) < 1:
         raise UsageError(f"--hardware takes 8xH100 and the like, or {HERE!r}; not {words!r}")
     count, gpu = int(found[1]), found[2]
-    if gpu not in GPUS:
-        raise UsageError(f"--hardware {words}: {nearest(gpu, GPUS)}")
-    gigabytes, usual = GPUS[gpu]
-    each = usual if price is None else price
-    return Machine(words, "cuda", count, gigabytes * 1e9, hardware.GPU_PEAKS[gpu], each and each * count)
+    if gpu not in CARDS:
+        raise UsageError(f"--hardware {words}: {nearest(gpu, CARDS)}")
+    card = CARDS[gpu]
+    each = card.price or None if price is None else price
+    return Machine(words, "cuda", count, card.memory, card.bf16, each and each * count)
 
 
 @dataclass(frozen=True)

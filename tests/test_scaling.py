@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -453,7 +454,7 @@ def test_a_plan_counts_what_is_run(fake, tmp_path, capsys):
     assert float(tokens) == pytest.approx(sum(r.tokens for r in rows) / 1e6, rel=0.005)
     # FLOPs over MFU x peak are the hours, and the hours are the cost
     hours, cost = map(float, re.search(r"([\d.]+) hours, ([\d,]+) \$ on 1xH100", text).groups())
-    assert hours < 0.1 and cost == round(3 * hours)
+    assert hours < 0.1 and cost == round(plan.CARDS["H100"].price * hours)
 
 
 def test_a_plan_measures_this_machine(fake, tmp_path, capsys):
@@ -468,7 +469,7 @@ def test_a_plan_measures_this_machine(fake, tmp_path, capsys):
 
 def test_a_plan_that_does_not_fit(fake, tmp_path, capsys, monkeypatch):
     fake({})
-    monkeypatch.setitem(plan.GPUS, "L40S", (0.03, None))  # 30 MB
+    monkeypatch.setitem(plan.CARDS, "L40S", replace(plan.CARDS["L40S"], memory=3e7))  # 30 MB
     words = command(tmp_path / "s", "--tricks", "muon", "--plan", "--hardware", "1xL40S", sizes=("12k", "98k", "4.2M"))
     assert scaling.main(words) == 2
     captured = capsys.readouterr()
