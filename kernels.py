@@ -206,11 +206,14 @@ def polynomial(A: Tensor, b: float, c: float) -> Tensor:
 
 
 def softcap(logits: Tensor, cap: float, form: str) -> Tensor:
-    """Logits bounded by cap, smoothly; 0: as they are. rational: c x / sqrt(x^2 + c^2); tanh: c tanh(x / c)."""
+    """Logits bounded by cap, smoothly; 0: as they are. rational: c x / sqrt(x^2 + c^2); tanh: c tanh(x / c);
+    sigmoid: c sigmoid((x + 5) / 7.5), modded-nanogpt #54."""
     if not cap:
         return logits
     if form == "tanh":
         return cap * torch.tanh(logits / cap)
+    if form == "sigmoid":
+        return cap * torch.sigmoid((logits + 5) / 7.5)
     return cap * (logits * (logits * logits + cap**2).rsqrt())
 
 

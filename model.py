@@ -8,13 +8,14 @@ Published GPT-2 (Radford et al. 2019, github.com/openai/gpt-2): learned position
 every linear layer, tanh-GELU, head tied to the token embedding, weights N(0, 0.02), positions N(0, 0.01), residual
 projections scaled by 1/sqrt(2 * layers), dropout. The other forms and where they come from stand beside their fields.
 
-Weights are kept in fp32. `compute_dtype` (set by the trainer) is the type of activations and of the matrix products:
-the residual stream itself is in bf16 then, as in modded-nanogpt since record 10, which halves the memory traffic that
-autocast would leave in fp32. The loss is computed in fp32.
+Weights are kept in fp32 (optimizers/mantissa.py can keep half of each). `compute_dtype` (set by the trainer) is the type of
+activations and of the matrix products: the residual stream itself is in bf16 then, as in modded-nanogpt since record 10,
+which halves the memory traffic that autocast would leave in fp32. The loss is computed in fp32.
 """
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, attention
 from kernels import cross_entropy, linear_relu2, rms_norm, softcap
+from residual import AttentionExtras, ResidualPaths, Smear
 
 
 def setting(default, help: str, choices: tuple[str, ...] | None = None):
@@ -60,12 +62,30 @@ class ModelConfig:
     embed_norm: bool = setting(False, "normalise right after the embedding (modded-nanogpt #8)")
     logit_softcap: float = setting(0.0, "bound on the logits, nats; 0 is off (Gemma 2: 30, modded-nanogpt #18: 15)")
     softcap_form: str = setting(
-        "rational", "rational: c x / sqrt(x^2 + c^2) (modded-nanogpt); tanh: c tanh(x / c)", ("rational", "tanh")
+        "rational",
+        "rational: c x / sqrt(x^2 + c^2) (modded-nanogpt); tanh: c tanh(x / c); sigmoid: c sigmoid((x + 5) / 7.5) "
+        "(modded-nanogpt #54, with c = 23)",
+        ("rational", "tanh", "sigmoid"),
     )
     vocab_multiple: int = setting(1, "pad embedding and head rows to a multiple of this; logits of padding are cut off")
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
     ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
+    value_embeddings: int = setting(
+        0, "tables of value embeddings, for so many first and last blocks; 0 is off (modded-nanogpt #14, #17)"
+    )
+    value_gates: bool = setting(False, "gates on the value embeddings, one a head (modded-nanogpt #55)")
+    input_shortcut: bool = setting(False, "what enters the first block is added before each (modded-nanogpt #9)")
+    skips: str = setting(
+        "none", "skips from the lower to the upper blocks (modded-nanogpt #11; single: #45)", ("none", "unet", "single")
+    )
+    smear: bool = setting(False, "a gated part of the token before is added to each embedding (modded-nanogpt #34)")
+    backout: bool = setting(False, "the stream at two thirds of the depth is taken off at the end (modded-nanogpt #40)")
+    attention_gate: bool = setting(False, "a gate on each head's output (sparse attention gate, modded-nanogpt #28)")
+    exclusive_attention: bool = setting(False, "takes a token's own value out of its heads' outputs (modded-nanogpt #82)")
+    key_offset: bool = setting(
+        False, "keys of half-rotary attention: the channels without position from the token before (modded-nanogpt #49)"
+    )
     attention: str = setting(
         "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
     )
@@ -89,6 +109,10 @@ class ModelConfig:
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
+        if self.value_gates and not self.value_embeddings:
+            raise ValueError("value_gates need value_embeddings: such as 3")
+        if self.key_offset and self.positions != "half_rotary":
+            raise ValueError(f"key_offset needs positions half_rotary, got {self.positions}")
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
 
@@ -165,14 +189,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention, [B, T, C] -> [B, T, C]."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
         self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
         self.projection = Linear(config.width, config.width, bias=config.bias)
         self.scale = config.attention_scale or config.head_width**-0.5
+        self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         config = self.config
         qk, v = self.qkv(x).view(B, T, 3, config.heads, config.head_width).split([2, 1], dim=2)
@@ -182,9 +207,14 @@ class Attention(nn.Module):
             cos, sin = (table[:T, None, None].to(x.dtype) for table in rotary)  # [T, 1, 1, D/2]
             qk = rotate(qk, cos, sin)
         dropout = config.dropout if self.training else 0.0
-        q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # [B, H, T, D]
-        y = attention(q, k, v, self.scale, dropout, backend=config.attention)
-        return self.projection(y.transpose(1, 2).reshape(B, T, C))
+        q, k, v = *qk.unbind(2), v.squeeze(2)  # [B, T, H, D]
+        if self.extras is not None:
+            k, v = self.extras.before(k, v, x, values)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        y = attention(q, k, v, self.scale, dropout, backend=config.attention).transpose(1, 2)  # [B, T, H, D]
+        if self.extras is not None:
+            y = self.extras.after(y, v.transpose(1, 2), x)
+        return self.projection(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -204,16 +234,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.norm1 = Norm(config, config.width)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.norm2 = Norm(config, config.width)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), rotary))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), rotary, values))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -275,6 +305,26 @@ class NgramEmbedding(nn.Module):
         return SummedLookup.apply(self.table.weight, self.rows(tokens).flatten(0, 1)).view(*tokens.shape, -1)
 
 
+def future_loss(logits: Tensor, targets: Tensor, future: Tensor) -> Tensor:
+    """Multi-token prediction without further parameters: the same logits are also scored on the tokens after the next.
+
+    The mean cross-entropy on the target, plus future[k - 1] times that on the target k positions later, over the positions
+    that have one (modded-nanogpt #53; with heads of their own: arXiv 2404.19737).
+
+    Args:
+        logits: [B, T, V] fp32.
+        targets: [B, T] int64.
+        future: [n] fp32, n < T.
+    """
+    T = targets.size(1)
+    later = torch.arange(T, device=targets.device)[:, None] + torch.arange(len(future) + 1, device=targets.device)  # [T, n + 1]
+    wanted = targets[:, later.clamp(max=T - 1)]  # [B, T, n + 1]
+    there = (later < T) & (wanted >= 0)  # below 0: ignored, as in F.cross_entropy
+    losses = logits.logsumexp(-1, keepdim=True) - logits.gather(-1, wanted.clamp(min=0))
+    means = (losses * there).sum((0, 1)) / there.sum((0, 1))
+    return means[0] + means[1:] @ future
+
+
 class GPT(nn.Module):
     """tokens -> logits or loss."""
 
@@ -286,9 +336,11 @@ class GPT(nn.Module):
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.sequence_length, config.width) if learned else None
         self.ngrams = NgramEmbedding(config) if config.ngram_buckets else None
+        self.smear = Smear(config) if config.smear else None
         self.embed_norm = Norm(config, config.width) if config.embed_norm else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.paths = ResidualPaths(config) if ResidualPaths.wanted(config) else None
         self.norm = Norm(config, config.width)
         self.head = Linear(config.width, config.padded_vocab, bias=False)
         if config.tied_head:
@@ -304,7 +356,7 @@ class GPT(nn.Module):
         """GPT-2's initialisation; zeros where `zero_init_projections` asks for them."""
         config = self.config
         for name, p in self.named_parameters():
-            if name.startswith("ngrams"):
+            if name.startswith("ngrams") or name.endswith("gate.weight"):
                 nn.init.zeros_(p)
             elif name.endswith("projection.weight"):
                 # residual projections: GPT-2 scales by the square root of the number of residual branches
@@ -319,12 +371,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, future: Tensor | None = None) -> Tensor:
         """Next-token prediction.
 
         Args:
             tokens: [B, T] int64, T at most sequence_length.
             targets: [B, T] int64, the tokens one position later.
+            future: [n] fp32, weights of the losses on the n tokens after those (`future_loss`), for training alone.
         Returns:
             logits [B, T, vocab_size] fp32, or the mean cross-entropy in nats when targets are given.
         """
@@ -336,16 +389,23 @@ class GPT(nn.Module):
         if self.ngrams is not None:
             x = x + ngrams
         x = self.dropout(x.to(self.compute_dtype))
+        if self.smear is not None:
+            x = self.smear(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rotary = None if self.positions is not None else (self.cos, self.sin)
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary)
+        blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.blocks] if recompute else self.blocks
+        if self.paths is None:
+            for block in blocks:
+                x = block(x, rotary)
+        else:
+            x = self.paths(blocks, x, rotary, tokens)
         logits = self.head(self.norm(x))
         config = self.config
-        if targets is None:
-            return softcap(logits[..., : config.vocab_size].float(), config.logit_softcap, config.softcap_form)
+        if targets is None or future is not None:
+            logits = softcap(logits[..., : config.vocab_size].float(), config.logit_softcap, config.softcap_form)
+            return logits if targets is None else future_loss(logits, targets, future)
         return cross_entropy(
             logits.flatten(0, 1), targets.flatten(), config.vocab_size, config.logit_softcap, config.softcap_form
         )
@@ -375,19 +435,19 @@ class GPT(nn.Module):
 def roles(gpt: nn.Module) -> dict[str, str]:
     """Parameter name -> what it is for: the only thing optimizers may route by.
 
-    matrix: hidden weights inside blocks; embedding: token, position and n-gram tables (and a head tied to one); table:
-    n-gram tables with sparse gradients, which only an optimizer for such takes; head: an untied output matrix; vector:
-    gains and biases; scalar: single numbers.
+    matrix: hidden weights inside blocks; embedding: token, position, value and n-gram tables (and a head tied to one);
+    table: n-gram tables with sparse gradients, which only an optimizer for such takes; head: an untied output matrix;
+    vector: gains, biases, gates and weights of residual paths; scalar: single numbers.
     """
     found = {}
     for name, p in gpt.named_parameters():
         if p.dim() == 0 or p.numel() == 1:
             found[name] = "scalar"
-        elif p.dim() == 1:
+        elif p.dim() == 1 or name.endswith("gate.weight"):
             found[name] = "vector"
         elif name.startswith("ngrams.") and gpt.config.ngram_sparse:
             found[name] = "table"
-        elif name.startswith(("embedding.", "positions.", "ngrams.")):
+        elif name.startswith(("embedding.", "positions.", "ngrams.", "paths.values.")):
             found[name] = "embedding"
         elif name == "head.weight":
             found[name] = "head"
@@ -420,7 +480,7 @@ def flops_per_token(config: ModelConfig) -> int:
     6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys,
     once for q.k and once for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer.
     nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors, softmax,
-    norms, embeddings and the optimizer are left out.
+    norms, gates, embeddings and the optimizer are left out.
     """
     C = config.width
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C

@@ -185,9 +185,9 @@ class Display:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def step(self, step: int, loss: float, lr: float, step_time: float, train_time: float) -> None:
+    def step(self, step: int, loss: float, lr: float, step_time: float, train_time: float, rate: float) -> None:
+        """rate: tokens per second of this step."""
         config = self.config
-        rate = config.batch_tokens / step_time
         mfu = f"{rate * self.flops / self.peak:.0%}" if self.peak else "n/a"
         target = f"/{config.target_loss:g}" if config.target_loss else ""
         val = f"{self.val:.4f}{target}" if self.val is not None else f"-{target}"

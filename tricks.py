@@ -29,6 +29,7 @@ class Trick:
     settings: Settings
     source: str
     claim: str  # what its authors say it gives; not measured here
+    scale: str = ""  # what others found at other sizes; "": nothing known
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ TRICKS: dict[str, Trick] = {
         MODERN,
         "modded-nanogpt, train_gpt_simple.py (optimizer track); its heads are `wide_heads`",
         "with the Muon of record 3-4: 22.3 to 15.2 minutes (record 5), 12.0 to 10.8 (record 8), and more later",
+        "carried over to 350M whole (track 2 #2)",
     ),
     "rmsnorm": Trick("architecture", dict(norm="rmsnorm"), "arXiv 1910.07467; modded-nanogpt #2", "as good, cheaper"),
     "no_bias": Trick("architecture", dict(bias=False), "nanoGPT; modded-nanogpt #2", "a bit better and faster"),
@@ -73,13 +75,20 @@ TRICKS: dict[str, Trick] = {
         "architecture",
         dict(positions="half_rotary", rotary_base=1024.0),
         "modded-nanogpt #17 (@YouJiacheng)",
-        "part of 3.80 to 3.57 min; nanochat saw no gain",
+        "part of 3.80 to 3.57 min",
+        "nanochat: no gain",
     ),
     "qk_norm": Trick("architecture", dict(qk_norm=True), "arXiv 2010.04245; modded-nanogpt #5", "part of 22.3 to 15.2 min"),
     "attention_scale": Trick(
         "architecture", dict(attention_scale=0.12), "modded-nanogpt #20; meant for QK-normed heads", "part of 3.14 to 2.99 min"
     ),
-    "relu2": Trick("architecture", dict(activation="relu2"), "arXiv 2109.08668; modded-nanogpt #5", "1-2 % better than GELU"),
+    "relu2": Trick(
+        "architecture",
+        dict(activation="relu2"),
+        "arXiv 2109.08668; modded-nanogpt #5",
+        "1-2 % better than GELU",
+        "nanochat keeps it over SwiGLU to 26 layers",
+    ),
     "zero_init_projections": Trick(
         "architecture", dict(zero_init_projections=True), "muP, arXiv 2203.03466; modded-nanogpt #5", "part of 22.3 to 15.2 min"
     ),
@@ -89,7 +98,22 @@ TRICKS: dict[str, Trick] = {
         "architecture",
         dict(logit_softcap=15.0, softcap_form="rational"),
         "Gemma 2, arXiv 2408.00118; modded-nanogpt #9, #18",
-        "part of 10.8 to 8.2 min; its README doubts that it scales",
+        "part of 10.8 to 8.2 min",
+        "its README doubts that it scales; nanochat: helps to 26 layers, 20 best",
+    ),
+    "tanh_softcap": Trick(
+        "architecture",
+        dict(logit_softcap=30.0, softcap_form="tanh"),
+        "Gemma 2, arXiv 2408.00118; modded-nanogpt #9",
+        "3.2844 to 3.2791 loss at 3,200 steps, one run, for 2 % longer steps",
+        "as `logit_softcap`",
+    ),
+    "logit_rescale": Trick(
+        "architecture",
+        dict(logit_softcap=23.0, softcap_form="sigmoid"),
+        "asymmetric logit rescale, modded-nanogpt #54",
+        "1.988 to 1.940 min; 2.9 s on one machine",
+        "nanochat: no gain",
     ),
     "wide_heads": Trick(
         "architecture",
@@ -113,7 +137,75 @@ TRICKS: dict[str, Trick] = {
         "architecture",
         dict(ngram_buckets=16384, ngram_orders="2,3"),
         "modded-nanogpt #62 (bigram hash embedding)",
-        "1.75 to 1.66 min; nanochat found no gain from 25 layers on",
+        "1.75 to 1.66 min",
+        "nanochat: adopted, then no gain from 25 layers on",
+    ),
+    "value_embeddings": Trick(
+        "architecture",
+        dict(value_embeddings=3),
+        "modded-nanogpt #14, #17; after value residual learning, arXiv 2410.17897",
+        "4.66 to 4.41 min (#14); thinned from all blocks to six, part of 3.80 to 3.57 (#17)",
+        "350M: two more saved 23 s of 24.5 min (track 2 #9); nanochat: helps a lot to 26 layers",
+    ),
+    "value_gates": Trick(
+        "architecture",
+        dict(value_embeddings=3, value_gates=True),
+        "gates on value embeddings, modded-nanogpt #55",
+        "1.940 to 1.918 min, with a gate on the skip; about 0.003 of loss",
+    ),
+    "input_shortcut": Trick(
+        "architecture",
+        dict(input_shortcut=True),
+        "embedding shortcut with learned weights, modded-nanogpt #9",
+        "3.3065 to 3.2972 loss at 3,200 steps, one run, for 4 % longer steps",
+        "nanochat: gain shrinks with depth, 0.0103 bits a byte at 8 layers to 0.0039 at 20",
+    ),
+    "unet_skips": Trick(
+        "architecture",
+        dict(skips="unet"),
+        "modded-nanogpt #11",
+        "part of 7.8 to 7.2 min, with twice the learning rate; #45 dropped all but one",
+        "nanochat: worse",
+    ),
+    "single_skip": Trick(
+        "architecture",
+        dict(skips="single"),
+        "modded-nanogpt #45, its gate #55",
+        "part of 2.269 to 2.248 min; without it 0.0025 of loss",
+        "nanochat: worse",
+    ),
+    "smear": Trick(
+        "architecture",
+        dict(smear=True),
+        "modded-nanogpt #34",
+        "2.565 to 2.547 min",
+        "nanochat: no gain at first, adopted after retuning",
+    ),
+    "backout": Trick(
+        "architecture",
+        dict(backout=True),
+        "modded-nanogpt #40; since #81 part of denser connections",
+        "part of 2.447 to 2.358 min; 6.2 s on one machine, with other tuning",
+        "350M: 3 s of 23.08 min (track 2 #15); nanochat: no gain at first, adopted after retuning",
+    ),
+    "attention_gate": Trick(
+        "architecture",
+        dict(attention_gate=True),
+        "sparse attention gate, modded-nanogpt #28",
+        "2.817 to 2.812 min, 55 of 1,750 steps",
+        "nanochat: no gain",
+    ),
+    "exclusive_attention": Trick(
+        "architecture",
+        dict(exclusive_attention=True),
+        "learnable XSA, modded-nanogpt #82, which has it in the upper blocks alone",
+        "1.363 to 1.353 min; 0.7 s on one machine",
+    ),
+    "key_offset": Trick(
+        "architecture",
+        dict(positions="half_rotary", rotary_base=1024.0, key_offset=True),
+        "partial key offset, modded-nanogpt #49, which has it in the blocks with long windows alone",
+        "2.170 to 2.146 min; 2.4 s on one machine. Lowest loss in every block, its README says",
     ),
     "large_ngrams": Trick(
         "architecture",
@@ -156,16 +248,92 @@ TRICKS: dict[str, Trick] = {
         "optimizer",
         dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
         "Jordan et al. 2024, kellerjordan.github.io/posts/muon; modded-nanogpt #3",
-        "31.4 to 24.9 min; 1.4x fewer tokens than tuned AdamW at 130M, 1.1-1.2x at 1.2B (arXiv 2509.02046)",
+        "31.4 to 24.9 min",
+        "1.4x fewer tokens than tuned AdamW at 130M, 1.1-1.2x at 1.2B (arXiv 2509.02046); modded-nanogpt at 1.5B: 1.32x less "
+        "time or better",
     ),
     "polar_express": Trick(
         "optimizer",
         dict(optimizer="muon:coefficients=polar_express", schedule="wsd:cooldown=0.7"),
         "arXiv 2505.16932; modded-nanogpt #38",
-        "2.483 to 2.476 min; nanochat saw no effect",
+        "2.483 to 2.476 min; 1.1 s on one machine",
+        "nanochat: no effect",
+    ),
+    "normuon": Trick(
+        "optimizer",
+        dict(optimizer="muon:normuon=true", schedule="wsd:cooldown=0.7"),
+        "arXiv 2510.05491; modded-nanogpt #41",
+        "2.358 to 2.345 min, and 3.3 s more once its rate was fitted (#42); on the optimizer track as good as tuned Muon",
+        "nanochat: small gain to 26 layers",
+    ),
+    "cautious_decay": Trick(
+        "optimizer",
+        dict(optimizer="muon:cautious=true", schedule="wsd:cooldown=0.7"),
+        "cautious weight decay, arXiv 2510.12402; modded-nanogpt #43, whose decay too falls with the learning rate",
+        "2.313 to 2.284 min; 2.2 s on one machine",
+        "nanochat: helps to 26 layers, with a decay that falls as 1 / width^2",
+    ),
+    "cautious_adamw": Trick(
+        "optimizer",
+        dict(optimizer="cautious_adamw"),
+        "arXiv 2510.12402; for AdamW as the only optimizer",
+        "lower final loss at every size, without further tuning",
+        "its authors: up to a billion parameters and more",
+    ),
+    "cautious_rest": Trick(
+        "optimizer",
+        dict(optimizer="muon:adamw_cautious=true,adamw_weight_decay=0.005", schedule="wsd:cooldown=0.7"),
+        "modded-nanogpt #50: cautious decay of what AdamW updates beside Muon",
+        "2.146 to 2.128 min; 1.2 s on one machine",
+    ),
+    "adam_every_other": Trick(
+        "optimizer",
+        dict(optimizer="muon:adamw_every=2", schedule="wsd:cooldown=0.7"),
+        "modded-nanogpt #39: AdamW moves in every second step, by the gradients of both",
+        "part of 2.476 to 2.447 min, with a batch smaller by a third; 0.6 s on one machine",
+        "nanochat: worse",
+    ),
+    "rate_by_role": Trick(
+        "optimizer",
+        dict(tied_head=False, rates="embedding=10"),
+        "modded-nanogpt, factors by tensor from 0.01 (smear gate, #52) to 75 (embeddings); the 10 here is chosen",
+        "not measured alone",
+        "muP, arXiv 2203.03466: embeddings keep their rate where that of wider hidden matrices falls",
+    ),
+    "bf16_weights": Trick(
+        "systems",
+        dict(weights="bf16"),
+        "modded-nanogpt #57: bf16 matrices, the other 16 bits of each weight kept for the update",
+        "part of 1.894 to 1.878 min; 1.1 s on one machine",
     ),
     "momentum_warmup": Trick(
         "schedule", dict(momentum_schedule="ramp"), "modded-nanogpt #9", "3.2972 to 3.2844 loss at 3,200 steps, one run"
+    ),
+    "momentum_cooldown": Trick(
+        "schedule",
+        dict(momentum_schedule="ramp:warmup=0.124,cooldown=0.021"),
+        "modded-nanogpt #39: 50 of 2,420 steps, after the warm-up over 300 of them",
+        "called a minor improvement; part of 2.476 to 2.447 min",
+    ),
+    "batch_stages": Trick(
+        "schedule",
+        dict(batch_schedule="stages:sizes=1/2/3,rates=1/1.52/1.73"),
+        "batch-size schedule, modded-nanogpt #46; batch_tokens is the smallest batch",
+        "2.248 to 2.203 min; 1.8 s on one machine",
+        "nanochat: too complex for its gain; Kimi K2 and GLM 4.5 grow their batches",
+    ),
+    "multi_token": Trick(
+        "schedule",
+        dict(future_tokens=2),
+        "multi-token prediction without heads of its own, modded-nanogpt #53",
+        "part of 2.037 to 1.988 min, with the untied head; 3.1 s on one machine",
+        "350M: with smear 2 s of 23.03 min (track 2 #16); nanochat: worse",
+    ),
+    "retied_head": Trick(
+        "schedule",
+        dict(tied_head=False, tied_until=0.667),
+        "modded-nanogpt #51 (tied), #53 (untied at two thirds)",
+        "2.128 to 2.075 min (#51); part of 2.037 to 1.988 min (#53)",
     ),
     "wsd": Trick("schedule", dict(schedule="wsd:cooldown=0.4"), "arXiv 2405.18392; modded-nanogpt", "equal to tuned cosine"),
     "linear": Trick("schedule", dict(schedule="linear:warmup=0.05"), "arXiv 2502.15938", "better than cosine to 10 %"),
@@ -207,6 +375,7 @@ TRACKS: dict[str, Track] = {
         target_loss=3.0,
         target_source="chosen: below the entropy of single bytes (3.1 nats), reached in seconds",
         recipes={"baseline": (), "record": ("modern", "muon")},
+        tuning={"batch_stages": dict(batch_tokens=512)},
     ),
     "cpu": Track(
         summary="bytes of State of the Union addresses on a laptop: baseline in about 10 minutes",
@@ -251,6 +420,7 @@ TRACKS: dict[str, Track] = {
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
             "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
+            "batch_stages": dict(batch_tokens=2048),
         },
     ),
     # Workloads on which optimizers are tuned and scored: each a minute of one slow core. Their models are fixed.
@@ -313,6 +483,7 @@ TRACKS: dict[str, Track] = {
         recipe_steps={"record": 3250},
         tuning={
             "wide_heads": dict(heads=6),
+            "batch_stages": dict(batch_tokens=262144),  # the mean is the track's batch
             "muon": dict(
                 optimizer="muon:lr=0.025,weight_decay=0.05,steps=12,coefficients=cubic,embedding_lr=0.7,head_lr=0.004,"
                 "adamw_lr=0.015,adamw_beta1=0.8,adamw_beta2=0.95",
@@ -332,6 +503,7 @@ TRACKS: dict[str, Track] = {
         recipe_steps={"record": 7500},
         tuning={
             "wide_heads": dict(heads=8),
+            "batch_stages": dict(batch_tokens=262144),
             "muon": dict(optimizer="muon:lr=0.025,weight_decay=0.05", schedule="wsd:cooldown=0.7"),
         },
     ),

@@ -13,6 +13,7 @@ import math
 import sys
 from pathlib import Path
 
+import schedules
 import tricks
 from data import corpora, shards, tokenizers
 from spec import UsageError
@@ -45,7 +46,9 @@ def shards_for(recipe: str) -> int:
     """Training shards that `TRACK:TRICKS` reads without repeating data."""
     track, _, words = recipe.partition(":")
     settings, _ = tricks.apply(track, words)
-    return max(1, math.ceil((settings["steps"] * settings["batch_tokens"] + 1) / shards.SHARD_TOKENS))
+    batches = schedules.build_batches(settings.get("batch_schedule", "constant"), settings["steps"])
+    tokens = batches.before(settings["steps"]) * settings["batch_tokens"]
+    return max(1, math.ceil((tokens + 1) / shards.SHARD_TOKENS))
 
 
 def main(argv: list[str]) -> int:

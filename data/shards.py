@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
@@ -330,16 +330,17 @@ class Loader:
 
     The stream of N x T + 1 tokens is N sequences of T inputs. Position p of a run is sequence p mod N of epoch p div N,
     in an order shuffled anew each epoch. Step s takes positions s B ... (s + 1) B - 1, and each rank its own part.
+    B is `batch_sequences`; where steps grow, `before(s)` says how many batches of B come before step s.
     """
 
     def __init__(
         self, dataset: Dataset, sequence_length: int, batch_sequences: int, *, seed: int = 0, shuffle: bool = True,
         rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
+        before: Callable[[int], int] = lambda step: step,
     ):  # fmt: skip
         self.dataset, self.sequence_length, self.batch_sequences = dataset, sequence_length, batch_sequences
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
-        self.share = batch_sequences // world_size
-        self.first = rank * self.share
+        self.rank, self.share, self.before = rank, batch_sequences // world_size, before
         self.sequences = (len(dataset) - 1) // sequence_length
         if self.sequences < 1:
             raise UsageError(f"{dataset.folder} has too few {dataset.split} tokens for a sequence of {sequence_length}")
@@ -357,12 +358,13 @@ class Loader:
 
     def epochs(self, steps: int) -> float:
         """Passes over the corpus after `steps` steps."""
-        return steps * self.batch_sequences / self.sequences
+        return self.before(steps) * self.batch_sequences / self.sequences
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's inputs and targets at `step`: two [batch_sequences / world_size, T] int64, on the CPU. Pure."""
-        first = step * self.batch_sequences + self.first
-        return self.dataset.batch(self.starts(np.arange(first, first + self.share)), self.sequence_length)
+        """This rank's inputs and targets at `step`: two [sequences of the step / world_size, T] int64, on the CPU. Pure."""
+        share = self.share * (self.before(step + 1) - self.before(step))
+        first = self.before(step) * self.batch_sequences + self.rank * share
+        return self.dataset.batch(self.starts(np.arange(first, first + share)), self.sequence_length)
 
     def _fetch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self.batch(step)

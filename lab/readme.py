@@ -180,8 +180,8 @@ def tables() -> dict[str, str]:
             ],
         ),
         "tricks": table(
-            ("trick", "kind", "source", "what its authors claim"),
-            [(f"`{n}`", t.kind, t.source, t.claim) for n, t in tricks.TRICKS.items()],
+            ("trick", "kind", "source", "what its authors claim", "at other sizes"),
+            [(f"`{n}`", t.kind, t.source, t.claim, t.scale or "-") for n, t in tricks.TRICKS.items()],
         ),
         "optimizers": table(
             ("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"),
@@ -198,6 +198,10 @@ def tables() -> dict[str, str]:
         "momentum schedules": table(
             ("momentum schedule", "shape", "settings and defaults"),
             [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.MOMENTUM_SCHEDULES.items()],
+        ),
+        "batch schedules": table(
+            ("batch-size schedule", "shape", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.BATCH_SCHEDULES.items()],
         ),
         "cpu records": records.history("cpu", "open", "records/"),
         "corpora": table(

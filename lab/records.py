@@ -19,12 +19,14 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import schedules
 import tricks
 from data.shards import dataset_folder, read_manifest
 from lab import markdown, overlap, stats
@@ -120,12 +122,17 @@ class Log:
     def train_time(self) -> float:
         return sum(self.step_times)
 
-    @property
-    def robust_train_time(self) -> float | None:
-        """Steps x median step; None where the log has spans of several steps."""
+    def robust_train_time(self, size: Callable[[int], int]) -> float | None:
+        """Steps x median step, over the stages with steps of one size; None where the log has spans of several steps.
+
+        size: of the batch of each step, in any unit.
+        """
         if any(e["span"] != 1 for e in self.of("train")):
             return None
-        return len(self.step_times) * statistics.median(self.step_times)
+        stages = defaultdict(list)
+        for step, seconds in enumerate(self.step_times):
+            stages[size(step)].append(seconds)
+        return sum(len(times) * statistics.median(times) for times in stages.values())
 
     @property
     def loss(self) -> float:
@@ -188,11 +195,16 @@ def of_track(track: str, category: str | None = None) -> list[Record]:
     return [r for r in found if category in (None, r.about["category"])]
 
 
-def statistics_of(logs: list[Log], target: float, flops_per_token: float, batch_tokens: int) -> dict[str, Any]:
+def batches_of(settings: dict[str, Any]) -> schedules.Batches:
+    """The batch-size schedule of a run. Records from before there were such are of one size."""
+    return schedules.build_batches(settings.get("batch_schedule", "constant"), settings["steps"])
+
+
+def statistics_of(logs: list[Log], target: float, flops_per_token: float, settings: dict[str, Any]) -> dict[str, Any]:
     """What record.json says of its runs, from their logs alone. Rounded: every figure is compared to the printed digit."""
     losses, times = [log.loss for log in logs], [log.train_time for log in logs]
     sample, clock = stats.Sample.of(losses), stats.Sample.of(times)
-    tokens = logs[0].end["step"] * batch_tokens
+    tokens = batches_of(settings).before(logs[0].end["step"]) * settings["batch_tokens"]
     mean = lambda key: statistics.mean(log.end[key] for log in logs)  # noqa: E731
     return {
         "n": sample.n, "mean": round(sample.mean, 5), "sd": round(sample.sd, 5),
@@ -365,7 +377,7 @@ def write(folder: Path, runs: list[Finished], rivals: list[Finished], rival: Rec
         "recipe": ",".join(tricks.spelled_out(settings["track"], settings["tricks"])) or "baseline",
         "settings": settings, "config_sha256": settings_hash(settings),
         "steps": settings["steps"], "seeds": seeds, "target_loss": goal,
-        "statistics": statistics_of(logs, goal, flops, settings["batch_tokens"]),
+        "statistics": statistics_of(logs, goal, flops, settings),
         "machine": machine_of(runs[0]), "versions": software_of(runs[0]), "numerics": numerics_of(runs[0]),
         "commit": env["commit"],
         "source_sha256": env["source_sha256"],

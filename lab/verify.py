@@ -148,7 +148,7 @@ def numbers(record: Record) -> str:
     """The statistics follow from the logs, to the printed digit."""
     about = record.about
     config = model_config(record)
-    found = records.statistics_of(record.logs, about["target_loss"], flops_per_token(config), about["settings"]["batch_tokens"])
+    found = records.statistics_of(record.logs, about["target_loss"], flops_per_token(config), about["settings"])
     for key, value in found.items():
         need(about["statistics"][key] == value, f"{key} is {about['statistics'][key]}, the logs give {value}")
     return f"n = {found['n']}, mean {found['mean']:.4f}, sd {found['sd']:.4f}, p = {found['p']:.2g}"
@@ -222,7 +222,7 @@ def clock(record: Record) -> str:
             need(math.isclose(e["train_time"], sums.get(e["step"], math.nan), rel_tol=1e-4),
                  f"{name}: the steps to {e['step']} add up to {sums.get(e['step'], math.nan):.3f} s, "
                  f"the log says {e['train_time']:.3f}")  # fmt: skip
-        robust = log.robust_train_time
+        robust = log.robust_train_time(records.batches_of(record.about["settings"]).size)
         if robust is not None:
             need(
                 math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3),

@@ -6,7 +6,7 @@
 
     base.py            settings, groups, base classes        elementwise.py  the classics, Adam and its relatives
     schedule_free.py   methods without a schedule            matrix.py       Muon, Shampoo, CASPR, SOAP, Kron
-    sparse.py          tables with sparse gradients
+    sparse.py          tables with sparse gradients          cautious.py     AdamW as the speedrun has it
     average.py         averages of the weights               this file       the registry and the way in
 
 To add a method: in its family's file a frozen dataclass of its settings, whose docstring is the update rule and its
@@ -19,7 +19,7 @@ Weight decay acts on matrices, embeddings and the head; never on vectors (gains,
 
 import importlib
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from model import roles as roles_of
 from optimizers.average import AVERAGES, Averaged, build_average
 from optimizers.base import ALL_ROLES, ROLES, Chain, Settings, decay_groups, groups, parts
+from optimizers.cautious import CautiousAdamWSettings
 from optimizers.elementwise import (
     AdadeltaSettings,
     AdafactorSettings,
@@ -49,7 +50,7 @@ from optimizers.elementwise import (
 from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from optimizers.sparse import TABLE_OPTIMIZERS
-from spec import UsageError, nearest, parse
+from spec import UsageError, convert, nearest, parse
 
 __all__ = [
     "AVERAGES",
@@ -58,6 +59,7 @@ __all__ = [
     "build",
     "check",
     "compile_update",
+    "copy_state",
     "own_schedule",
     "parts",
     "schedule_free",
@@ -72,6 +74,7 @@ OPTIMIZERS: dict[str, type[Settings]] = {
     "adadelta": AdadeltaSettings,
     "adam": AdamSettings,
     "adamw": AdamWSettings,
+    "cautious_adamw": CautiousAdamWSettings,
     "nadamw": NAdamWSettings,
     "nadamp": NAdamPSettings,
     "generalized_adam": GeneralizedAdamSettings,
@@ -96,7 +99,12 @@ COLLECTIONS = ("pytorch_optimizer", "heavyball")  # public packages whose classe
 
 
 def build(
-    spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", tables: str = "sparse_adagrad"
+    spec: str,
+    gpt: nn.Module,
+    steps: int = 1000,
+    average: str = "none",
+    tables: str = "sparse_adagrad",
+    rates: str = "",
 ) -> torch.optim.Optimizer:
     """The optimizer that `spec` names, over all trainable parameters of `gpt`.
 
@@ -106,6 +114,7 @@ def build(
         steps: length of the run, for settings that are a fraction of it.
         average: SPEC of an average of the weights to evaluate at (AVERAGES), or none.
         tables: SPEC of the optimizer of tables with sparse gradients (TABLE_OPTIMIZERS), where the model has any.
+        rates: factors on learning rates, see `multiply_rates`.
 
     Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label).
     `train()` and `eval()` exist on the result: call eval() before validation and checkpoints, train() after.
@@ -132,6 +141,7 @@ def build(
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {spec!r}: {error}") from error
     check_every_parameter_once(spec, optimizer, gpt)
+    multiply_rates(optimizer, gpt, rates)
     if average != "none":
         optimizer = Averaged(optimizer, build_average(average, steps))
     role = {p: roles_of(gpt)[name] for name, p in gpt.named_parameters()}
@@ -223,6 +233,48 @@ def check_every_parameter_once(spec: str, optimizer: torch.optim.Optimizer, gpt:
     for name, p in gpt.named_parameters():
         if p.requires_grad and times[p] != 1:
             raise UsageError(f"optimizer {spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
+
+
+def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
+    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ.
+
+    A word is a role, or what stands between dots in a parameter's name; of several that fit a parameter the last counts.
+
+    Raises:
+        UsageError: a word that fits no parameter, or no number of 0 or more after it.
+    """
+    role, factors = roles_of(gpt), {}
+    for pair in filter(None, rates.split(",")):
+        word, _, text = (part.strip() for part in pair.partition("="))
+        factor = convert(text, float, f"--rates {word}=")
+        if not factor >= 0:
+            raise UsageError(f"--rates {word}= takes 0 or more, not {text}")
+        fitting = [p for name, p in gpt.named_parameters() if word in (role[name], *name.split("."))]
+        if not fitting:
+            words = {w for name in role for w in (role[name], *name.split(".")) if not w.isdigit()}
+            raise UsageError(f"--rates: no parameter is called {word!r}: {nearest(word, words)}")
+        factors |= dict.fromkeys(fitting, factor)
+    if not factors:
+        return
+    divided = []
+    for group in optimizer.param_groups:
+        alike = defaultdict(list)
+        for p in group["params"]:
+            alike[factors.get(p, 1.0)].append(p)
+        for factor, params in alike.items():
+            found = {role[name] for name, p in gpt.named_parameters() if any(p is own for own in params)}
+            label = "+".join(sorted(found, key=ALL_ROLES.index))
+            divided.append(group | {"params": params, "lr": group["lr"] * factor, "roles": label})
+    optimizer.param_groups = divided
+    if isinstance(optimizer, Chain):
+        optimizer._link()
+
+
+def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: nn.Parameter) -> None:
+    """Have `target` go on with the state that `source` has, where both are updated by the same method."""
+    optimizer.state[target] = {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in optimizer.state[source].items()
+    }
 
 
 def schedule_free(optimizer: torch.optim.Optimizer) -> bool:

@@ -151,12 +151,13 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def keep_fp32(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Undo torch's cast of loaded state to the type of its parameter: averages of bf16 weights must stay fp32."""
+    """Undo torch's cast of loaded state to the type of its parameter: averages of bf16 weights must stay fp32, for one."""
     numbers = [i for g in state_dict["param_groups"] for i in g["params"]]
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in zip(numbers, params, strict=True):
-        if p.dtype != torch.float32 and i in state_dict["state"]:
-            optimizer.state[p] = moved(state_dict["state"][i], p.device)
+        saved = state_dict["state"].get(i, {})
+        if any(isinstance(value, Tensor) and value.dtype != p.dtype for value in saved.values()):
+            optimizer.state[p] = moved(saved, p.device)
 
 
 def moved(value, device: torch.device):

@@ -18,6 +18,7 @@ from torch import Tensor
 from hardware import has_native_bf16
 from kernels import gram, polynomial
 from optimizers.base import Chain, Optimizer, Settings, evaluate, groups, hyper, keep, rest
+from optimizers.cautious import CautiousAdamW
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class MatrixSettings(Settings):
     adamw_beta2: float = rest(0.95, "AdamW's average of squares")
     adamw_eps: float = rest(1e-10, "floor of AdamW's denominator")
     adamw_weight_decay: float = rest(0.0, "wd of embeddings and head")
+    adamw_cautious: bool = rest(False, "decay only weights that the update shrinks (modded-nanogpt #50)")
+    adamw_every: int = rest(1, "steps between AdamW's updates, each by the sum of the gradients since (modded-nanogpt #39)")
 
     roles = ("matrix",)
 
@@ -42,8 +45,11 @@ class MatrixSettings(Settings):
         others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
         if not others:
             return method
-        betas = (self.adamw_beta1, self.adamw_beta2)
-        return Chain(method, torch.optim.AdamW(others, lr=self.adamw_lr, betas=betas, eps=self.adamw_eps, fused=True))
+        lr, beta1, beta2, eps = self.adamw_lr, self.adamw_beta1, self.adamw_beta2, self.adamw_eps
+        if self.adamw_cautious or self.adamw_every > 1:
+            how = dict(beta1=beta1, beta2=beta2, eps=eps, cautious=self.adamw_cautious, every=self.adamw_every)
+            return Chain(method, CautiousAdamW(others, lr=lr, **how))
+        return Chain(method, torch.optim.AdamW(others, lr=lr, betas=(beta1, beta2), eps=eps, fused=True))
 
 
 @dataclass(frozen=True)

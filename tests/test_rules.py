@@ -122,6 +122,16 @@ def adamw(w, gradients, wd, lr, beta1, beta2, eps):
     return w
 
 
+def cautious_adamw(w, gradients, wd, lr, beta1, beta2, eps, cautious=True, every=1):
+    m = v = 0
+    for t in range(1, len(gradients) // every + 1):
+        g = sum(gradients[(t - 1) * every : t * every])
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        u = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        w = w - lr * u - lr * wd * torch.where((u * w > 0) | (not cautious), w, 0)
+    return w
+
+
 def nadamp(w, gradients, wd, lr, beta1, beta2, eps, root=2):
     m = v = 0
     for t, g in enumerate(gradients, 1):
@@ -258,6 +268,12 @@ ELEMENTWISE = {
     "adam": (adam, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, amsgrad=False, weight_decay=0.1)),
     "adam amsgrad": (adam, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, amsgrad=True, weight_decay=0.1)),
     "adamw": (adamw, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3)),
+    "cautious_adamw": (cautious_adamw, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3)),
+    "cautious_adamw every": (cautious_adamw, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3, every=3)),
+    "cautious_adamw plain": (
+        cautious_adamw,
+        dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3, every=2, cautious=False),
+    ),
     "nadamw": (nadamp, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3)),
     "nadamp": (nadamp, dict(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, root=1.5, weight_decay=0.3)),
     "generalized_adam": (

@@ -1,0 +1,676 @@
+"""The speedrun's tricks: each against its formula written out; every trick alone in training, compiled, resumed, causal."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA_ROOT, events, losses, result, same, stored, torchrun
+
+import optimizers
+import schedules
+import train_gpt
+from data.shards import Dataset, Loader
+from model import GPT, ModelConfig, future_loss, roles, splits
+from optimizers.cautious import CautiousAdamW
+from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
+from residual import GATE_CHANNELS, Backout, SingleSkip, value_table
+from spec import UsageError
+from tricks import TRICKS
+
+SMALL = {"vocab_size": 61, "sequence_length": 24, "layers": 4, "heads": 2, "width": 32}
+TOKENS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+MODEL_FIELDS = {f for f in ModelConfig.__dataclass_fields__}
+SMALL_TABLES = ("--ngram-buckets", "512")
+# what has no effect but speed, or is another's size: tested where it belongs
+HERE = [name for name in TRICKS if name not in ("compile", "shallow", "narrow", "wide_heads", "padded_vocab")]
+
+
+def small(**settings) -> GPT:
+    """Every weight random, so that nothing is hidden behind a start at zero."""
+    torch.manual_seed(0)
+    gpt = GPT(ModelConfig(**SMALL | settings))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.normal_(std=0.3)
+    return gpt.eval()
+
+
+def embedded(gpt: GPT) -> torch.Tensor:
+    return gpt.embedding(TOKENS) + gpt.positions.weight
+
+
+def logits(gpt: GPT, x: torch.Tensor) -> torch.Tensor:
+    return gpt.head(gpt.norm(x))
+
+
+def gate(module, x: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x[..., :GATE_CHANNELS] @ module.weight.T)
+
+
+def flags_of(name: str, *more: str) -> tuple[str, ...]:
+    return ("--tricks", name, "--schedule", "constant", *(SMALL_TABLES if "ngrams" in name or "ngram" in name else ()), *more)
+
+
+def training(tmp_path, *flags: str) -> train_gpt.Training:
+    base = ["--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
+    made = train_gpt.Training(*train_gpt.resolve([*base, *flags]), train_gpt.World("cpu"))
+    made.model.train()
+    made.optimizer.train()
+    return made
+
+
+# ---------------------------------------------------------------- every trick alone
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_trick_trains(sotu, tmp_path, name):
+    """On `tiny`: the loss falls, a gradient reaches every weight, what is put away at step 12 goes on as it would have, bit by
+    bit, and after all that no logit depends on a later token."""
+    flags = flags_of(name, "--steps", "15")
+    made = training(tmp_path, *flags)
+    reached = set()
+    for parameter, p in made.gpt.named_parameters():
+
+        def note(p, parameter=parameter):
+            if (p.grad.coalesce().values() if p.grad.is_sparse else p.grad).abs().sum() > 0:
+                reached.add(parameter)
+
+        p.register_post_accumulate_grad_hook(note)
+    found = []
+    for step in range(15):
+        if step == 12:
+            saved = copy.deepcopy((made.gpt.state_dict(), made.optimizer.state_dict()))
+        found.append(made.step()[0])
+    made.close()
+    assert sum(found[-3:]) < sum(found[:3]) - 0.3 * 3
+    assert reached == {parameter for parameter, _ in made.gpt.named_parameters()}
+
+    again = training(tmp_path, *flags)
+    again.gpt.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.steps_done = 12
+    assert [again.step()[0] for _ in range(3)] == found[12:]
+    again.close()
+    assert same((again.gpt.state_dict(), again.optimizer.state_dict()), (made.gpt.state_dict(), made.optimizer.state_dict()))
+
+    gpt = again.gpt.eval()
+    tokens = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 256
+    with torch.no_grad():
+        before, after = gpt(tokens), gpt(changed)
+    assert torch.allclose(before[:, :40], after[:, :40], atol=1e-5)
+    assert not torch.allclose(before[:, 40], after[:, 40], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in HERE if TRICKS[n].settings.keys() & (MODEL_FIELDS | {"future_tokens", "weights"})])
+def test_trick_is_one_graph(name):
+    """No graph break, and the graph's numbers are those of the code. (Sparse gradients break it on purpose: model.sparse.)"""
+    settings = TRICKS[name].settings
+    if settings.get("ngram_sparse"):
+        pytest.skip("only acts with n-gram tables, whose sparse lookup torch.compile does not take")
+    gpt = small(
+        layers=2,
+        **{k: v for k, v in settings.items() if k in MODEL_FIELDS - {"layers"}}
+        | ({"ngram_buckets": 64} if "ngram" in name else {}),
+    )
+    if settings.get("weights") == "bf16":
+        to_bf16([p for n, p in gpt.named_parameters() if roles(gpt)[n] == "matrix"])
+    future = torch.tensor([0.5, 0.25]) if settings.get("future_tokens") else None
+    torch._dynamo.reset()
+    compiled = torch.compile(gpt, backend="eager", fullgraph=True)
+    expected = gpt(TOKENS, TOKENS.roll(-1, 1), future)
+    wanted = torch.autograd.grad(expected, list(gpt.parameters()))
+    got = compiled(TOKENS, TOKENS.roll(-1, 1), future)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, list(gpt.parameters())), wanted)
+
+
+TOGETHER = (
+    "normuon,cautious_decay,cautious_rest,adam_every_other,value_gates,input_shortcut,single_skip,smear,backout,attention_gate,"
+    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown"
+)
+
+
+def stop_at(step: int):
+    real = train_gpt.Training.log_step
+
+    def patched(self, *args):
+        real(self, *args)
+        if self.steps_done == step:
+            raise KeyboardInterrupt
+
+    return patched
+
+
+@pytest.mark.parametrize("name", [TOGETHER, "muon,bf16_weights", "cautious_adamw,bf16_weights"])
+@pytest.mark.parametrize("checkpoint", [5, 9])
+def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
+    """Cut short and continued: the same losses, weights and state, bit by bit. At 9 the head has just been untied."""
+    flags = flags_of(name, "--steps", "12", "--checkpoint-every", str(checkpoint), "--deterministic", "--val-every", "12")
+    whole = train(*flags, out="whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt.Training, "log_step", stop_at(checkpoint + 1))
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags, out="cut")
+    cut = train(*flags, out="cut")
+    assert [e["step"] for e in events(cut, "resume")] == [checkpoint]
+    assert losses(cut) == losses(whole) and losses(cut, "val") == losses(whole, "val")
+    assert [e["tokens"] for e in events(cut, "train")] == [e["tokens"] for e in events(whole, "train")]
+    assert same(stored(whole, *flags), stored(cut, *flags))
+
+
+@pytest.mark.parametrize("name", ["baseline", TOGETHER], ids=["baseline", "together"])
+def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name):
+    """The warm-up compiles what every step of every stage runs."""
+    monkeypatch.setattr(train_gpt.hardware, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = training(tmp_path, *flags_of(name, "--steps", "6", "--micro-batch-tokens", "128", "--compile"))
+    train_gpt.warm_up(made.model, made.micro, made.model_config, made.world.device, made.future())
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(6):
+        made.step()
+    made.close()
+    assert graphs == 1 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
+    flags = flags_of(TOGETHER, "--steps", "9", "--micro-batch-tokens", "128", "--rates", "tables=2,smear=0.5")
+    one, two = train(*flags), tmp_path / "two"
+    torchrun(2, two, *flags)
+    for kind in ("train", "val"):
+        assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
+    assert [e["tokens"] for e in events(two, "train")] == [e["tokens"] for e in events(one, "train")]
+    assert result(two)["tokens"] == result(one)["tokens"] == 3 * 512 * (1 + 2 + 3)
+
+
+def test_bf16_weights_on_two_ranks(train, tmp_path):
+    """Their gradients are added up in bf16, 8 bits: as near as that allows."""
+    flags = flags_of("muon,bf16_weights", "--steps", "6", "--check-ranks", "2")
+    one, two = train(*flags), tmp_path / "two"
+    torchrun(2, two, *flags)  # whose --check-ranks compares the weights of both, bit by bit
+    assert losses(two) == pytest.approx(losses(one), rel=5e-3)
+
+
+def test_recomputed_activations_change_nothing():
+    fields = dict(value_embeddings=1, skips="unet", input_shortcut=True, backout=True, exclusive_attention=True)
+    found = []
+    for recompute in (False, True):
+        gpt = small(**fields, checkpoint_activations=recompute)
+        loss = gpt(TOKENS, TOKENS.roll(-1, 1))
+        found.append((loss, torch.autograd.grad(loss, list(gpt.parameters()))))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_what_a_recipe_does_not_use_is_not_there():
+    names = {name for name, _ in small().named_modules()}
+    assert names == {name for name, _ in small(qk_norm=True, logit_softcap=15.0).named_modules()}
+    words = {part for name in names for part in name.split(".") if part and not part.isdigit()}
+    assert words == {"embedding", "positions", "dropout", "blocks", "norm1", "attention", "qkv", "projection", "norm2", "mlp",
+                     "up", "norm", "head"}  # fmt: skip
+
+
+def test_roles_of_what_tricks_add():
+    gpt = small(
+        value_embeddings=1, value_gates=True, input_shortcut=True, skips="single", smear=True, backout=True,
+        attention_gate=True, exclusive_attention=True,
+    )  # fmt: skip
+    plain, found = roles(small()), roles(gpt)
+    added = {name: role for name, role in found.items() if name not in plain}
+    assert {name: found[name] for name in plain} == plain and splits(gpt) == splits(small())
+    expected = {"paths.values.tables.0.weight": "embedding", "smear.gate.weight": "vector", "smear.strength": "scalar",
+                "paths.skips.gate.weight": "vector", "paths.skips.strength": "scalar", "paths.backout.strength": "scalar",
+                "paths.shortcut.stream": "vector", "paths.shortcut.inputs": "vector"}  # fmt: skip
+    for block in range(4):
+        expected |= {f"blocks.{block}.attention.extras.{part}": "vector" for part in ("gate.weight", "exclusion.strength")}
+    expected |= {f"blocks.{block}.attention.extras.values.gate.weight": "vector" for block in (0, 3)}
+    assert added == expected
+    assert roles(small(value_embeddings=1))["blocks.0.attention.extras.values.weights"] == "vector"
+    assert roles(small(skips="unet"))["paths.skips.weights"] == "vector"
+
+
+# ---------------------------------------------------------------- definitions: between the blocks
+
+
+def test_smear():
+    gpt = small(smear=True)
+    x = embedded(gpt)
+    expected = x.clone()
+    for t in range(1, 24):
+        expected[:, t] = x[:, t] + gpt.smear.strength * gate(gpt.smear.gate, x[:, t]) * x[:, t - 1]
+    torch.testing.assert_close(gpt.smear(x), expected)
+    for block in gpt.blocks:
+        expected = block(expected, None)
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, expected))
+
+
+def test_input_shortcut():
+    gpt = small(input_shortcut=True)
+    x0 = x = embedded(gpt)
+    for block, a, b in zip(gpt.blocks, gpt.paths.shortcut.stream, gpt.paths.shortcut.inputs):
+        x = block(a * x + b * x0, None)
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, x))
+    fresh = GPT(ModelConfig(**SMALL, input_shortcut=True)).paths.shortcut
+    assert fresh.stream.tolist() == [1] * 4 and fresh.inputs.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(("layers", "pairs"), [(4, {2: 1, 3: 0}), (5, {3: 1, 4: 0})])
+def test_unet_skips(layers, pairs):
+    gpt = small(layers=layers, skips="unet")
+    x, outputs = embedded(gpt), []
+    for i, block in enumerate(gpt.blocks):
+        if i in pairs:
+            x = x + gpt.paths.skips.weights[pairs[i]] * outputs[pairs[i]]
+        x = block(x, None)
+        outputs.append(x)
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, x))
+    assert GPT(ModelConfig(**SMALL, skips="unet")).paths.skips.weights.tolist() == [1, 1]
+
+
+def test_single_skip():
+    gpt = small(skips="single")
+    skip = gpt.paths.skips
+    x0 = embedded(gpt)
+    after0 = gpt.blocks[0](x0, None)
+    after1 = gpt.blocks[1](after0, None)
+    x = after1 + torch.sigmoid(skip.strength) * 2 * gate(skip.gate, x0) * after1
+    x = gpt.blocks[3](gpt.blocks[2](x, None), None)
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, x))
+    published = SingleSkip(ModelConfig())  # 12 blocks
+    assert (published.source, published.target) == (4, 7)
+    assert published.strength.sigmoid().item() == pytest.approx(0.18, abs=0.005)
+    for kind in ("single", "unet"):
+        assert small(layers=1, skips=kind).state_dict().keys() == small(layers=1).state_dict().keys()
+    assert (SingleSkip(ModelConfig(layers=2)).source, SingleSkip(ModelConfig(layers=2)).target) == (0, 1)
+
+
+def test_backout():
+    gpt = small(backout=True)
+    x = embedded(gpt)
+    for i, block in enumerate(gpt.blocks):
+        x = block(x, None)
+        if i == 2:
+            middle = x
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, x - gpt.paths.backout.strength * middle))
+    published = Backout(ModelConfig())
+    assert published.source == 8 and published.strength.item() == 0.5
+
+
+# ---------------------------------------------------------------- definitions: inside attention
+
+
+def attention_written_out(gpt: GPT, block: int, x: torch.Tensor) -> torch.Tensor:
+    """One token and head at a time, from what the module's parameters say."""
+    module, config = gpt.blocks[block].attention, gpt.config
+    B, T, C = x.shape
+    D = config.head_width
+    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).view(B, T, 3, config.heads, D).unbind(2)
+
+    def turned(z: torch.Tensor, t: int) -> torch.Tensor:
+        if config.positions == "learned":
+            return z
+        first, second = z[..., : D // 2], z[..., D // 2 :]
+        cos, sin = gpt.cos[t], gpt.sin[t]
+        return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
+
+    still = [i for i in range(D) if i % (D // 2) >= D // 4]
+    table = value_table(config, block)
+    y = torch.zeros(B, T, config.heads, D)
+    for b in range(B):
+        for h in range(config.heads):
+            keys, values = [], []
+            for t in range(T):
+                key, value = turned(k[b, t, h], t), v[b, t, h]
+                if config.key_offset and t:
+                    key = key.clone()
+                    key[still] = turned(k[b, t - 1, h], t - 1)[still]
+                if table is not None:
+                    e = gpt.paths.values.tables[table].weight[TOKENS[b, t]].view(config.heads, D)[h]
+                    mix = module.extras.values
+                    if config.value_gates:
+                        value = value + 2 * gate(mix.gate, x[b, t])[h] * e
+                    else:
+                        value = mix.weights[0] * value + mix.weights[1] * e
+                keys.append(key)
+                values.append(value)
+                scores = torch.stack(keys) @ turned(q[b, t, h], t) / math.sqrt(D)
+                out = scores.softmax(0) @ torch.stack(values)
+                if config.exclusive_attention:
+                    own = value / value.norm()
+                    out = out - torch.tanh(module.extras.exclusion.strength[h]) * (out @ own) * own
+                if config.attention_gate:
+                    out = out * gate(module.extras.gate, x[b, t])[h]
+                y[b, t, h] = out
+    return y.view(B, T, C) @ module.projection.weight.T + module.projection.bias
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"value_embeddings": 1},
+        {"value_embeddings": 1, "value_gates": True},
+        {"attention_gate": True},
+        {"exclusive_attention": True},
+        {"positions": "half_rotary", "key_offset": True},
+        {"value_embeddings": 1, "attention_gate": True, "exclusive_attention": True, "positions": "half_rotary",
+         "key_offset": True},
+    ],
+    ids=lambda fields: "+".join(fields) or "plain",
+)  # fmt: skip
+def test_attention_is_its_formula(fields):
+    gpt = small(**fields)
+    x = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(1))
+    rotary = None if gpt.positions is not None else (gpt.cos, gpt.sin)
+    for block in (0, 1, 3):
+        values = None if gpt.paths is None else gpt.paths.values(block, TOKENS, x.dtype)
+        got = gpt.blocks[block].attention(x, rotary, values)
+        torch.testing.assert_close(got, attention_written_out(gpt, block, x), atol=1e-4, rtol=1e-4)
+
+
+def test_value_embeddings_reach_the_blocks_that_they_serve():
+    table = lambda n, layers: [value_table(ModelConfig(layers=layers, value_embeddings=n), i) for i in range(layers)]  # noqa: E731
+    assert table(3, 12) == [0, 1, 2, *[None] * 6, 0, 1, 2]
+    assert table(3, 4) == [0, 1, 2, 2] and table(3, 2) == [0, 1] and table(0, 3) == [None] * 3
+    gpt = small(value_embeddings=1)
+    asked = {}
+    for i, block in enumerate(gpt.blocks):
+        block.attention.register_forward_hook(lambda module, given, out, i=i: asked.update({i: given[2]}))
+    gpt(TOKENS)
+    expected = gpt.paths.values.tables[0](TOKENS)
+    assert torch.equal(asked[0], expected) and torch.equal(asked[3], expected) and asked[1] is asked[2] is None
+
+
+def test_gates_start_as_published():
+    gpt = GPT(ModelConfig(**SMALL, value_embeddings=1, value_gates=True, attention_gate=True, exclusive_attention=True))
+    attention = gpt.blocks[0].attention.extras
+    assert attention.gate(torch.randn(3, 32)).tolist() == [[0.5, 0.5]] * 3  # halves each head (#28)
+    assert attention.values.gate.weight.abs().max() == 0 == attention.exclusion.strength.abs().max()  # v + e; y
+    assert attention.gate.weight.shape == (2, 12)
+    mixed = GPT(ModelConfig(**SMALL, value_embeddings=1)).blocks[0].attention.extras.values.weights
+    assert mixed.tolist() == [0.5, 0.5]
+
+
+# ---------------------------------------------------------------- definitions: head and loss
+
+
+def test_logit_rescale():
+    x = torch.linspace(-40, 40, 9)
+    free, bound = small(), small(logit_softcap=23.0, softcap_form="sigmoid")
+    torch.testing.assert_close(bound(TOKENS), 23 / (1 + torch.exp(-(free(TOKENS) + 5) / 7.5)))
+    assert (23 * torch.sigmoid((x + 5) / 7.5)).max() < 23
+
+
+def test_future_loss():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 7, 11, generator=generator, requires_grad=True)
+    targets = torch.randint(11, (3, 7), generator=generator)
+    targets[0, 3] = -100  # left out, as in F.cross_entropy
+    weights = torch.tensor([0.5, 0.2])
+    expected = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+    for k, weight in enumerate(weights, 1):
+        pairs = [(scores[b, t], targets[b, t + k]) for b in range(3) for t in range(7 - k) if targets[b, t + k] >= 0]
+        ahead = [F.cross_entropy(score, target) for score, target in pairs]
+        expected = expected + weight * torch.stack(ahead).mean()
+    got = future_loss(scores, targets, weights)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, scores), torch.autograd.grad(expected, scores))
+    torch.testing.assert_close(
+        future_loss(scores, targets, torch.zeros(2)), F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+    )
+
+
+def test_future_weights_are_those_of_record_53():
+    """[1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
+    at = lambda step: schedules.future_weights(2, step, 600)  # noqa: E731
+    assert at(0) == [0.5, 0.25] and at(100) == [0.5, 0.125] and at(200) == [0.5, 0] and at(300) == [0.25, 0]
+    assert at(400) == [0, 0] == at(599)
+    assert schedules.future_weights(0, 5, 10) == []
+
+
+def test_future_tokens_do_not_touch_validation(train):
+    """The same weights are validated alike; the training loss is larger by the further terms."""
+    plain = train("--steps", "2", "--val-every", "1", "--optimizer", "sgd:lr=0", out="plain")
+    more = train("--steps", "2", "--val-every", "1", "--optimizer", "sgd:lr=0", "--tricks", "multi_token", out="more")
+    assert losses(plain, "val") == losses(more, "val")
+    assert losses(more)[0] == pytest.approx(1.75 * losses(plain)[0], rel=0.02)
+
+
+def test_retied_head_is_a_tied_head_until_it_is_not(train, sotu, tmp_path):
+    """Twelve steps, eight of them tied: the losses of a tied model; then two weights that went on from one state."""
+    flags = ("--steps", "12", "--clip", "1")
+    tied = train(*flags, out="tied")
+    retied = train(*flags, "--tricks", "retied_head", out="retied")
+    assert losses(retied)[:9] == pytest.approx(losses(tied)[:9], rel=1e-5)
+    assert [e["grad_norm"] for e in events(retied, "train")][:9] == pytest.approx(
+        [e["grad_norm"] for e in events(tied, "train")][:9], rel=1e-4
+    )
+    assert abs(losses(retied)[10] - losses(tied)[10]) > 1e-6
+    made = training(tmp_path, *flags, "--tricks", "retied_head")
+    embedding, head, state = made.gpt.embedding.weight, made.gpt.head.weight, made.optimizer.state
+    for step in range(12):
+        made.step()
+        # 0.667 of 12: steps 1 to 9 are tied
+        assert torch.equal(embedding, head) == (step <= 8)
+        assert (embedding in state) == (step >= 8)
+        if step == 8:
+            assert same(state[embedding], state[head]) and state[embedding]["exp_avg"] is not state[head]["exp_avg"]
+    made.close()
+
+
+# ---------------------------------------------------------------- definitions: optimizers and schedules
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("normuon", dict(normuon=True)),
+        ("cautious_decay", dict(cautious=True)),
+        ("polar_express", dict(coefficients="polar_express")),
+    ],
+)
+def test_muon_tricks_set_their_keys(name, keys):
+    """The rules behind the keys are tested in test_rules.py and test_optimizers.py."""
+    config, model_config, _ = train_gpt.resolve(["--track", "tiny", "--tricks", f"muon,{name}"])
+    muon, _ = optimizers.build(config.optimizer, GPT(model_config)).parts
+    assert keys.items() <= muon.param_groups[0].items()
+
+
+def test_cautious_muon_decays_what_it_shrinks():
+    """Of w, u = orthogonalize(m): w - lr u - lr wd [u w >= 0] w."""
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(6, 8))
+    before, gradient = w.detach().clone(), torch.randn(6, 8)
+    make = lambda p, wd, cautious: optimizers.matrix.Muon([p], lr=0.1, weight_decay=wd, cautious=cautious, dtype="fp32")  # noqa: E731
+    free = torch.nn.Parameter(before.clone())
+    w.grad, free.grad = gradient.clone(), gradient.clone()
+    make(w, 0.5, True).step()
+    make(free, 0.0, False).step()
+    u = (before - free.detach()) / 0.1
+    torch.testing.assert_close(w.detach(), before - 0.1 * u - 0.1 * 0.5 * torch.where(u * before >= 0, before, 0))
+
+
+def test_what_muon_leaves_can_be_cautious_and_rare():
+    gpt = small(tied_head=False)
+    spec = "muon:dtype=fp32,adamw_cautious=true,adamw_every=2,adamw_weight_decay=0.3,adamw_lr=0.1,embedding_lr=0.2"
+    optimizer = optimizers.build(spec, gpt)
+    assert isinstance(optimizer.parts[1], CautiousAdamW)
+    found = {g["roles"]: (g["lr"], g["weight_decay"], g["every"], g["cautious"]) for g in optimizer.parts[1].param_groups}
+    assert found == {
+        "embedding": (0.2, 0.3, 2, True), "head": (0.1, 0.3, 2, True), "vector": (0.1, 0.0, 2, True),
+    }  # fmt: skip
+    moved = []
+    for step in range(4):
+        before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+        for p in gpt.parameters():
+            p.grad = torch.full_like(p, 0.1 * (step + 1)) + 0.01 * torch.randn_like(p)
+        optimizer.step()
+        moved.append({roles(gpt)[n] for n, p in gpt.named_parameters() if not torch.equal(p, before[n])})
+    assert moved == [{"matrix"}, {"matrix", "embedding", "head", "vector"}] * 2
+
+
+def test_momentum_of_record_39():
+    """2,420 steps: 0.85 to 0.95 over 300, back over the last 50."""
+    momentum = schedules.build_momentum(TRICKS["momentum_cooldown"].settings["momentum_schedule"], 2420)
+    assert momentum(0) == 0.85 and momentum(150) == pytest.approx(0.9, abs=1e-3)
+    assert momentum(301) == momentum(2369) == 0.95 and momentum(2419) == pytest.approx(0.852, abs=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["adamw", "muon:dtype=fp32", "lion", "schedule_free_adamw"])
+def test_rates_multiply(spec):
+    gpt = small(tied_head=False, smear=True)
+    plain = {p: g["lr"] for g in optimizers.build(spec, gpt).param_groups for p in g["params"]}
+    optimizer = optimizers.build(spec, gpt, rates="embedding=3,head=0.5,smear=0.25,norm1=0")
+    factors = {"embedding.weight": 3, "positions.weight": 3, "head.weight": 0.5, "smear.gate.weight": 0.25,
+               "smear.strength": 0.25} | {f"blocks.{i}.norm1.{w}": 0 for i in range(4) for w in ("weight", "bias")}  # fmt: skip
+    for name, p in gpt.named_parameters():
+        (group,) = (g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+        assert group["lr"] == group["initial_lr"] == pytest.approx(plain[p] * factors.get(name, 1)), name
+        assert roles(gpt)[name] in group["roles"].split("+")
+    before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+    gpt(TOKENS, TOKENS.roll(-1, 1)).backward()
+    optimizer.step()
+    assert {n for n, p in gpt.named_parameters() if torch.equal(p, before[n])} == {n for n, f in factors.items() if f == 0}
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [("embeding=2", "did you mean 'embedding'"), ("head=-1", "0 or more"), ("head", "type float"), ("head=nan", "0 or more")],
+)
+def test_wrong_rates_are_said(rates, message):
+    with pytest.raises(UsageError, match=message):
+        optimizers.build("adamw", small(tied_head=False), rates=rates)
+
+
+def test_halves_make_a_whole():
+    bits = torch.randint(-(2**31), 2**31, (10000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    weight = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40])])
+    high, low = halves(weight)
+    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    assert torch.equal(whole(high, low).view(torch.int32), weight.view(torch.int32))
+    finite = weight.isfinite() & (weight.abs() > 1e-30)
+    assert ((high.float() - weight).abs() <= weight.abs() * 2**-7)[finite].all()
+
+
+@pytest.mark.parametrize("spec", ["adamw", "muon:dtype=fp32", "cautious_adamw:every=2", "soap:every=2"])
+def test_bf16_weights_lose_nothing(spec):
+    """The same gradients give the same fp32 weights, bit by bit, as if they were kept in one piece; a state_dict too."""
+    full, split = small(), small()
+    split.load_state_dict(full.state_dict())
+    matrices = {n for n, role in roles(full).items() if role == "matrix"}
+    lower = to_bf16([p for n, p in split.named_parameters() if n in matrices])
+    one, two = optimizers.build(spec, full), keep_mantissas(optimizers.build(spec, split), lower)
+    for step in range(6):
+        for number, (p, q) in enumerate(zip(full.parameters(), split.parameters(), strict=True)):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            q.grad = torch.randn(p.shape, generator=generator).to(q.dtype)
+            p.grad = q.grad.float()
+        one.step()
+        two.step()
+        if step == 2:  # continued from its state, in a new optimizer
+            saved = copy.deepcopy(two.state_dict())
+            two = keep_mantissas(optimizers.build(spec, split), lower)
+            two.load_state_dict(saved)
+    mantissas = [state["mantissa"] for state in two.state.values() if "mantissa" in state]
+    assert len(mantissas) == len(matrices)
+    for (name, p), w in zip(split.named_parameters(), full.parameters(), strict=True):
+        if name in matrices:
+            assert p.dtype == torch.bfloat16
+            made = [whole(p.data, m) for m in mantissas if m.shape == p.shape]
+            assert sum(torch.equal(candidate, w) for candidate in made) == 1, name
+        else:
+            assert torch.equal(p, w), name
+
+
+def test_bf16_weights_refuse_averages():
+    gpt = small()
+    lower = to_bf16([gpt.blocks[0].mlp.up.weight])
+    for optimizer in (optimizers.build("schedule_free_adamw", gpt), optimizers.build("adamw", gpt, average="lawa_ema")):
+        with pytest.raises(UsageError, match="no averages"):
+            keep_mantissas(optimizer, lower)
+
+
+# ---------------------------------------------------------------- definitions: batches that grow
+
+
+def test_stages():
+    batches = schedules.build_batches("stages:sizes=1/2/3,rates=1/1.5/2", 10)
+    assert [batches.size(s) for s in range(12)] == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert [batches.rate(s) for s in (0, 4, 9)] == [1, 1.5, 2]
+    for step in range(13):
+        assert batches.before(step) == sum(batches.size(s) for s in range(step))
+    constant = schedules.build_batches("constant", 10)
+    assert [constant.before(s) for s in (0, 3, 11)] == [0, 3, 11] and constant.size(5) == 1 == constant.rate(5)
+    two = schedules.build_batches("stages", 2)  # fewer steps than stages
+    assert [two.before(s) for s in range(4)] == [sum(two.size(i) for i in range(s)) for s in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("stages:sizes=1/2", "2 sizes and 3 rates"), ("stages:sizes=1/1.5/2", "whole multiples"), ("stagse", "did you")],
+)
+def test_wrong_batch_schedules_are_said(spec, message):
+    with pytest.raises(UsageError, match=message):
+        schedules.build_batches(spec, 10)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_growing_batches_read_the_same_stream(sotu, ranks):
+    """Step by step the sequences that steps of one size would read, none twice, none left out, whatever the ranks."""
+    batches, data = schedules.build_batches("stages", 7), Dataset(sotu, "train")
+    plain = Loader(data, 64, 4, seed=3)
+    expected = torch.cat([plain.batch(step)[0] for step in range(batches.before(7))])
+    loaders = [Loader(data, 64, 4, seed=3, rank=r, world_size=ranks, before=batches.before) for r in range(ranks)]
+    steps = [torch.cat([loader.batch(step)[0] for loader in loaders]) for step in range(7)]
+    assert [len(step) for step in steps] == [4 * batches.size(s) for s in range(7)]
+    assert torch.equal(torch.cat(steps), expected)
+    assert loaders[0].epochs(7) == plain.epochs(batches.before(7))
+
+
+def test_growing_batches_are_counted(train):
+    folder = train("--steps", "6", "--tricks", "batch_stages", "--schedule", "constant", "--val-every", "2")
+    steps, vals, end = events(folder, "train"), events(folder, "val"), result(folder)
+    assert [e["tokens"] for e in steps] == [512, 1024, 2048, 3072, 4608, 6144]
+    assert [e["tokens"] for e in vals] == [1024, 3072, 6144] and end["tokens"] == 6144
+    assert end["tokens_per_second"] == pytest.approx(6144 / end["train_time"])
+    assert [e["lr"] for e in steps] == pytest.approx([3e-3 * rate for rate in (1, 1, 1.52, 1.52, 1.73, 1.73)])
+    times = [e["step_time"] for e in steps]
+    assert end["robust_train_time"] == pytest.approx(sum(times))  # the median of two is their mean
+
+
+def test_a_step_of_a_later_stage_is_one_large_batch(train):
+    """The last stage alone, as a run of large steps, gives the same losses: the mean is over the whole batch."""
+    flags = ("--steps", "3", "--optimizer", "sgd:lr=0")
+    grown = train(*flags, "--tricks", "batch_stages", out="grown")
+    assert losses(grown)[0] != losses(grown)[1]
+    whole = train(*flags, "--batch-tokens", "512", "--batch-schedule", "stages:sizes=3,rates=1", out="whole")
+    parts = train(*flags, "--batch-tokens", "512", "--steps", "9", out="parts")
+    assert losses(whole)[0] == pytest.approx(sum(losses(parts)[:3]) / 3, rel=1e-5)
+    assert losses(grown)[1] == pytest.approx(sum(losses(parts)[1:3]) / 2, rel=1e-5)
+
+
+def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
+    """Runs of 12 and 18 steps at one rate and momentum: they part where batches, weights of losses or the head do."""
+    for trick, first in (("batch_stages", 4), ("multi_token", 0), ("retied_head", 8)):
+        flags = ("--schedule", "constant", "--checkpoint-every", "2", "--keep", "9", "--deterministic", "--tricks", trick)
+        stem, whole = train(*flags, "--steps", "12", out=f"{trick}-stem"), train(*flags, "--steps", "18", out=f"{trick}-whole")
+        branch = train(*flags, "--steps", "18", "--branch", str(stem), out=f"{trick}-branch")
+        assert [e["step"] for e in events(branch, "branch")] == ([first] if first else [])
+        assert losses(branch) == losses(whole)
+        assert same(stored(branch, *flags), stored(whole, *flags))
+
+
+def test_contradicting_tricks_are_said():
+    for flags, message in (
+        (("--tied-until", "0.5"), "--no-tied-head"),
+        (("--future-tokens", "64"), "0 to 63"),
+        (("--key-offset",), "half_rotary"),
+        (("--value-gates",), "value_embeddings"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train_gpt.resolve(["--track", "tiny", *flags])
