@@ -122,7 +122,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
         assert said in capsys.readouterr().err
     own = (*small, "--optimizer", "schedule_free_adamw:warmup=0.2", "--schedule", "constant", "--checkpoint-every", "4")
     train(*own, "--steps", "8", out="own")
-    train(*own, "--steps", "12", "--branch", str(whole.parent / "own"), out="worse", code=2)
+    train(*own, "--steps", "16", "--branch", str(whole.parent / "own"), out="worse", code=2)
     assert "fractions of the run's length" in capsys.readouterr().err
 
 

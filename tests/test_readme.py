@@ -11,7 +11,7 @@ import cost
 import scaling
 import train_gpt
 from data import __main__ as data_command
-from lab import readme, records
+from lab import readme, records, tune
 from optimizers.__main__ import show
 from spec import UsageError
 
@@ -44,7 +44,10 @@ def test_command_parses(words):
         train_gpt.resolve(rest)
     if verb == "optimizers":
         assert all(show(name) for name in rest)
-    if verb == "compare":
+    if verb == "compare" and rest[0] == "tune":
+        if "mine.py" not in rest[2]:
+            assert tune.parse(rest[1:])
+    elif verb == "compare":
         options = compare.parse(rest)
         assert options.report or len(compare.make_arms(options)) > 1
     if verb == "scaling" and rest[0] != "fit":
