@@ -108,6 +108,20 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a CUDA GPU, of tensors; else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # of Linux, whose ru_maxrss begins with what the process that started this one held
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has what it needs: on CPU a C++ compiler and Python's headers."""
     if device.type != "cpu":

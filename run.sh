@@ -82,7 +82,9 @@ case "$verb" in
 esac
 case "$verb" in
   main) setup && main_job "$@" ;;
-  test) setup && install requirements-test.txt && exec .venv/bin/python -m pytest "$@" ;;
+  test) # on all cores: a process each, with one thread
+    setup && install requirements-test.txt && OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto "$@"
+    ;;
   train) setup && exec .venv/bin/python train_gpt.py "$@" ;;
   data) setup && exec .venv/bin/python -m data "$@" ;;
   sample) setup && exec .venv/bin/python sample.py "$@" ;;

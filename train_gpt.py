@@ -778,13 +778,7 @@ class Training:
         seconds = clock.train_time
         tokens = self.tokens
         rate = tokens / seconds if seconds else 0.0
-        if self.world.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            import resource  # not on Windows
-
-            unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory = hardware.peak_memory(self.world.device)
         everyone = self.world.gather((clock.process_time, memory, optimizers.state_bytes(self.optimizer)))
         result = {
             "status": status,

@@ -17,7 +17,7 @@ SHAPE = ("--track", "cpu", "--layers", "3", "--heads", "3", "--width", "96")
 
 # Two steps after small ones that load and set up the libraries; prints by how much the peak of the process's memory grew.
 MEASURE = """
-import dataclasses, resource, sys, torch, optimizers, train_gpt
+import dataclasses, sys, torch, hardware, optimizers, train_gpt
 from model import GPT
 
 def steps(config, sequences):
@@ -31,9 +31,9 @@ def steps(config, sequences):
 
 _, config, _ = train_gpt.resolve(sys.argv[3:])
 steps(dataclasses.replace(config, layers=1, width=32, heads=1, sequence_length=16), 1)
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
 steps(config, int(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(hardware.peak_memory(torch.device("cpu")) - before)
 """
 
 

@@ -375,7 +375,7 @@ def test_registered_settings_are_documented():
             assert f.metadata["help"], (name, f.name)
             if f.metadata["search"]:
                 low, high, kind = f.metadata["search"]
-                assert low < high and kind in ("log", "linear")
+                assert low < high and kind in ("log", "linear", "complement")
                 assert f.default in (None, 0.0) or low <= f.default <= high, (name, f.name)
 
 
