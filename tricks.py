@@ -466,7 +466,7 @@ TRACKS: dict[str, Track] = {
         summary="workload: a / b modulo 97, half of all equations; loss on the answer",
         settings=WORKLOAD
         | dict(corpus="division", tokenizer="mod97", vocab_size=98, sequence_length=4, loss_tokens=2)
-        | dict(layers=1, heads=2, width=128, batch_tokens=1024, val_tokens=18620, steps=500),
+        | dict(layers=1, heads=2, width=128, batch_tokens=1024, val_tokens=18620, steps=1000),
         target_loss=0.0,
         target_source="records/tuning",
         recipes={"baseline": (), "record": ("muon",)},

@@ -386,15 +386,15 @@ def winners(found: dict[str, dict[str, Table]]) -> dict[str, dict[str, dict[str,
 
 
 def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None:
-    """Final loss of every search trial against its learning rate, relative to the submission's best; the neighbours joined."""
+    """Final loss of every search trial against its learning rate; the best one joined with half and twice its rate."""
     shown = [(name, table) for name, table in tables.items() if table.best()]
     columns = min(6, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure, axes = plots.pyplot().subplots(
-        rows, columns, figsize=(2.3 * columns, 1.9 * rows), constrained_layout=True, sharey=True, squeeze=False
+    pyplot = plots.pyplot()
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(2.3 * columns, 1.9 * rows + 0.4), constrained_layout=True, sharey=True, squeeze=False
     )
-    least = min(table.best().val_loss for _, table in shown)
-    most = max(statistics.median(r.val_loss for r in table.of("search") if math.isfinite(r.val_loss)) for _, table in shown)
+    least, most = math.inf, -math.inf
     for axis, (name, table) in zip(axes.flat, shown):
         best = table.best()
         ended = [r for r in table.of("search") if math.isfinite(r.val_loss)]
@@ -404,11 +404,16 @@ def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None
         line = sorted([(r.settings["lr"], r.val_loss) for r in near] + [(best.settings["lr"], best.val_loss)])
         axis.plot(*zip(*line), "o-", ms=3, color="tab:orange")
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(pyplot.NullFormatter())
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
-        axis.set_ylim(least - 0.03 * (most - least), most + 0.3 * (most - least))
+        least = min(least, *(loss for _, loss in line), best.val_loss)
+        most = max(most, statistics.median(r.val_loss for r in ended), *(loss for _, loss in line))
+    for axis in axes.flat:  # what is far above the others' medians is cut off
+        axis.set_ylim(least - 0.05 * (most - least), most + 0.3 * (most - least))
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
-    figure.supxlabel("learning rate", fontsize=9)
-    figure.supylabel(f"final validation loss on {track}, nats per token", fontsize=9)
+    figure.suptitle(track, fontsize=9)
+    figure.supxlabel("learning rate", fontsize=8)
+    figure.supylabel("final loss, nats", fontsize=8)
     plots.save(figure, folder, f"sensitivity-{track}")
