@@ -20,7 +20,6 @@ and SVG. Exit codes: 0 compared, 2 the command was wrong or nothing can be said,
 """
 
 import argparse
-import errno
 import json
 import math
 import shlex
@@ -37,7 +36,7 @@ import tricks
 from lab import comparison, plots, score, stats
 from lab.comparison import Row
 from lab.horizon import Search, search
-from lab.runner import Runner, add_launcher_flags, make_launcher, read_curves, say
+from lab.runner import Runner, add_launcher_flags, command, make_launcher, read_curves, say
 from lab.trials import Arm, Trial
 from run_folder import atomic_write, lock
 from spec import UsageError, nearest
@@ -332,22 +331,12 @@ def main(argv: list[str]) -> int:
         from lab import tune  # here: only this verb needs Optuna
 
         return tune.main(argv[1:])
-    try:
+
+    def work() -> str:
         options = parse(argv)
-        lines = report_again(options.report, options.allow_mixed) if options.report else run(options)
-        print("\n".join(lines))
-        return 0
-    except UsageError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print("compare.py: no space left on the disk; finished trials are kept: free some and run this again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare.py: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
-        return 130
+        return "\n".join(report_again(options.report, options.allow_mixed) if options.report else run(options))
+
+    return command("compare.py", work)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ SVG. Exit codes: 0 judged or planned, 2 the command was wrong or nothing can be 
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from data.shards import Dataset, dataset_folder
 from lab import comparison, ladder, plan, plots, published, survival, survival_report, trials
 from lab.ladder import Ladder, Rung, retune_factors, size_of, size_words
 from lab.plan import HERE, Work
-from lab.runner import Runner, add_launcher_flags, make_launcher
+from lab.runner import Runner, add_launcher_flags, command, make_launcher
 from lab.trials import Arm, Trial
 from run_folder import atomic_write, lock, settings_hash
 from spec import UsageError, nearest, split
@@ -480,21 +479,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["fit"]:
         return published.main(argv[1:])
-    try:
+
+    def work() -> str:
         options = parse(argv)
-        print("\n".join(report_again(options.report) if options.report else run(options)))
-        return 0
-    except UsageError as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print("scaling.py: no space left on the disk; finished trials are kept: free some and run this again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("scaling.py: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
-        return 130
+        return "\n".join(report_again(options.report) if options.report else run(options))
+
+    return command("scaling.py", work)
 
 
 if __name__ == "__main__":

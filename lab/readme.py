@@ -169,13 +169,17 @@ def tables() -> dict[str, str]:
     return {
         "tracks": table(
             ("track", "what", "target, nats per token", "where the target is from"),
-            [(f"`{n}`", t.summary, f"{t.target_loss:g}", t.target_source) for n, t in tricks.TRACKS.items()],
+            [
+                (f"`{n}`", t.summary, f"{t.target_loss:g}" if t.target_loss else "-", t.target_source)
+                for n, t in tricks.TRACKS.items()
+            ],
         ),
         "recipes": table(
             ("track", "recipe", "tricks"),
             [
                 (f"`{track}`", f"`{name}`", ", ".join(f"`{w}`" for w in words) or "none: GPT-2 as published + AdamW")
                 for track, t in tricks.TRACKS.items()
+                if not t.workload
                 for name, words in t.recipes.items()
             ],
         ),

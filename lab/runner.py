@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import errno
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from lab import trials
 from lab.comparison import Ledger, Row
 from lab.trials import Launcher, Trial
 from run_folder import source_hash
+from spec import UsageError
 
 POINTS = 100  # of a loss curve that is kept
 
@@ -100,6 +102,24 @@ class Runner:
                 if new:
                     writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
                 writer.writerows(lines)
+
+
+def command(name: str, work: Callable[[], str]) -> int:
+    """Print what `work` returns; its exit code. What the user can mend is one line: bad words, a full disk, an interruption."""
+    try:
+        print(work())
+        return 0
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{name}: no space left on the disk; finished trials are kept: free some and run this again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
+        return 130
 
 
 def say(bar: tqdm, line: str) -> None:

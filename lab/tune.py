@@ -20,6 +20,7 @@ storage URL, so that several machines work on one study.
 import argparse
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import train_gpt
 import tricks
 from lab import trials, tuned
+from lab.runner import command
 from lab.space import EXTRAS, Submission, points, submission, values
 from lab.trials import Arm, Trial
 from lab.tuned import SETTERS, Row, Table
@@ -41,7 +43,7 @@ from optimizers import OPTIMIZERS
 from run_folder import lock
 from spec import UsageError, nearest
 
-WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.summary.startswith("workload")]
+WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
 VALIDATIONS = 20  # of a run: how finely the time to a target is known
 SELF_LENGTH = 3  # budget of the self-tuning ruleset, times that of the external one
 SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
@@ -91,7 +93,8 @@ class Tuner:
     studies: dict[tuple[str, str, int], optuna.Study] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     deadline: float = math.inf
-    left_out: int = 0
+    late: int = 0  # trials that were not begun in time
+    elsewhere: int = 0  # trials that another machine has claimed
 
     def run(self, jobs: list[Job], what: str) -> None:
         """Train what is not there yet, in this order, until the deadline."""
@@ -107,7 +110,6 @@ class Tuner:
                 row, job = future.result(), left[done.index(future)]
                 bar.update()
                 if row is None:
-                    self.left_out += 1
                     continue
                 rest = (time.monotonic() - begun) / count * (len(left) - count) / 60
                 words = f"{row.val_loss:.4f}" if row.status in ("ok", "pruned") else row.status
@@ -120,11 +122,13 @@ class Tuner:
     def one(self, job: Job) -> Row | None:
         """Train a job; its row. None where no time was left, or another machine has taken it."""
         if time.monotonic() > self.deadline:
+            self.late += 1
             return None
         asked, settings = None, job.settings
         if job.kind == "search":
             asked = self.ask(job)
             if asked is None:
+                self.elsewhere += 1
                 return None
             settings = values(job.submission.dimensions, asked.params)
         trial = job.trial(settings)
@@ -133,7 +137,9 @@ class Tuner:
         outcome = trials.train(trial, threads=self.options.threads, watch=watch)
         row = Row.of(job.kind, job.study, job.number, settings, outcome, time.monotonic() - begun, job.submission.version)
         self.tables[job.table].add(row)
-        if asked:
+        if asked and row.status == "crashed":  # no result: the number is free again
+            asked.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        elif asked:
             asked.set_user_attr("row", row.cells())
             asked.study.tell(asked, self.objective(job, row))
         return row
@@ -207,7 +213,7 @@ class Tuner:
                 table.add(Row.read(trial.user_attrs["row"]))
         known = {trial.user_attrs.get("number") for trial in there if trial.state == optuna.trial.TrialState.COMPLETE}
         for row in table.of("search", job.study):
-            if row.number not in known:
+            if row.number not in known and row.status != "crashed":
                 study.add_trial(optuna.trial.create_trial(
                     params={d.name: d.searched(row.settings[d.name]) for d in entry.dimensions},
                     distributions={d.name: d.distribution for d in entry.dimensions},
@@ -284,19 +290,18 @@ def seconds_of_a_trial(options: argparse.Namespace, tables: dict[tuple[str, str]
 def calibrate(options: argparse.Namespace, track: str) -> float:
     """By a run of one step and a run of a tenth of the length, both with validations as often as a trial has them."""
     print(f"plan: timing {track}", flush=True)
-    steps, walls = length(track), []
-    adamw = submission("adamw")
-    for part in (1, max(2, steps // 10)):
-        job = Job("plan", track, adamw, 0, 0, 0, part, adamw.defaults())
-        flags = (*job.trial(job.settings).arm.flags[:-1], str(max(1, steps // VALIDATIONS)))
+    steps, adamw, walls = length(track), submission("adamw"), []
+    flags = ("--track", track, *adamw.flags(adamw.defaults()), "--val-every", str(max(1, steps // VALIDATIONS)))
+    part = max(2, steps // 10)
+    for count in (1, part):
+        trial = Trial(Arm("plan", flags), count, time.time_ns() % 10**9)  # a seed that no run has had: it must be trained
         begun = time.monotonic()
-        outcome = trials.train(Trial(Arm("plan", flags), part, 0), threads=options.threads)
+        outcome = trials.train(trial, threads=options.threads)
+        walls.append(time.monotonic() - begun)
+        shutil.rmtree(trial.folder, ignore_errors=True)
         if outcome.result is None:
             raise UsageError(f"{track} does not train: {outcome.error}")
-        walls.append((part, time.monotonic() - begun, outcome.fresh))
-    (_, start, fresh), (part, longer, also) = walls
-    if not (fresh and also):
-        return 60.0  # both were there: nothing to time
+    start, longer = walls
     return start + (longer - start) * steps / part
 
 
@@ -434,24 +439,21 @@ def run(options: argparse.Namespace) -> None:
             tuner.run(target_jobs(options, tables), "target")
             if options.neighbours:
                 tuner.run(neighbour_jobs(options, tables), "neighbours")
-        if tuner.left_out:
-            print(f"the hours are over: {tuner.left_out} trials were not begun; the same command continues", flush=True)
+        if tuner.late:
+            print(f"the hours are over: {tuner.late} trials were not begun; the same command continues", flush=True)
+        if tuner.elsewhere:
+            print(f"{tuner.elsewhere} trials are on other machines: the same command takes them over once they have ended")
     finally:
         held.release()
 
 
 def main(argv: list[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+
+    def work() -> str:
         options = parse(argv)
         if not options.report:
             run(options)
-        if not options.plan:
-            print(tuned.report(options.out))
-        return 0
-    except UsageError as error:
-        print(f"compare.py tune: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare.py tune: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
-        return 130
+        return "" if options.plan else tuned.report(options.out)
+
+    return command("compare.py tune", work)

@@ -261,26 +261,27 @@ def workload_table(track: str, tables: dict[str, Table]) -> str:
     lines, changes = [], ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")
     for name, table in tables.items():
         search, best = table.of("search"), table.best()
-        if not search:
+        if not search and not table.of("self"):
             continue
-        lost = sensitivity(table)
+        lost, untuned = sensitivity(table), table.of("self")
         steps = steps_to(best, target["loss"]) if best and target else None
         lines.append((
             best.val_loss if best else math.inf,
             (
                 f"[`{name}`]({track}/{name}.csv)", str(len(search)),
                 str(sum(r.status == "diverged" for r in search)), words(best.val_loss) if best else "-",
-                words(statistics.median(r.val_loss for r in search)),
+                words(statistics.median(r.val_loss for r in search)) if search else "-",
                 f"{steps:,}" if steps else "missed" if target else "-",
                 f"{cost[name] / cost['adamw']:.2f}" if name in cost else "-",
                 f"{sum(r.seconds for r in search):,.0f}",
+                words(statistics.median(r.val_loss for r in untuned)) if untuned else "-",
                 *(f"{lost[c]:+.4f}" if c in lost else "-" for c in changes),
                 "`" + " ".join(f"{k}={v:g}" for k, v in best.settings.items()) + "`" if best else "-",
             ),
         ))  # fmt: skip
     head = (
         "submission", "trials", "diverged", "best loss", "median loss", "steps to target", "step, x AdamW", "CPU s of training",
-        *changes, "best settings",
+        "defaults, 3 x the steps", *changes, "best settings",
     )  # fmt: skip
     about = (
         f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {target['runs']} reruns at {target['steps']} steps."
@@ -299,7 +300,7 @@ def report(folder: Path) -> str:
     found = {t: tables for t, tables in found.items() if tables}
     if not found:
         raise UsageError(f"{folder} holds no finished trial: ./run.sh compare tune --optimizers ...")
-    if not any(table.best() for tables in found.values() for table in tables.values()):
+    if not any(row.status == "ok" for tables in found.values() for table in tables.values() for row in table.rows):
         raise UsageError(f"{folder}: every trial diverged or crashed: nothing to choose from")
     times = studies(found)
     lines = ["submission,workload,study,seconds"]
@@ -307,8 +308,9 @@ def report(folder: Path) -> str:
     atomic_write(folder / "studies.csv", "\n".join(lines) + "\n")
     atomic_write(folder / "tuned.json", json.dumps(winners(found), indent=1) + "\n")
     scored = score_table(folder, times)
-    for track, tables in found.items():
-        draw_sensitivity(folder, track, tables)
+    drawn = [track for track, tables in found.items() if any(table.best() for table in tables.values())]
+    for track in drawn:
+        draw_sensitivity(folder, track, found[track])
     text = [
         "# Tuning",
         "",
@@ -320,7 +322,8 @@ def report(folder: Path) -> str:
         *scored,
     ]
     for track, tables in found.items():
-        text += ["", workload_table(track, tables), "", f"![loss of every trial](sensitivity-{track}.png)"]
+        text += ["", workload_table(track, tables)]
+        text += ["", f"![loss of every trial](sensitivity-{track}.png)"] if track in drawn else []
     atomic_write(folder / "README.md", "\n".join(text) + "\n")
     trials_there = sum(len(table.rows) for tables in found.values() for table in tables.values())
     return f"{trials_there} trials on {len(found)} workloads: {folder / 'README.md'}"
