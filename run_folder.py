@@ -110,35 +110,27 @@ class Run:
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         self.finished = resume != "never" and (folder / "result.json").exists()
 
-    def open(self, env: dict[str, Any], log_bytes: int) -> None:
+    def open(self, env: dict[str, Any], log_bytes: int, stem: Path | None = None) -> None:
         """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint.
+
+        stem: folder of the run that this one branches off from, whose log up to there is this run's too.
 
         Raises:
             UsageError: the log is shorter than that.
         """
-        log = self.folder / "log.jsonl"
-        there = log.stat().st_size if log.exists() else 0
+        log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"
+        there = source.stat().st_size if source.exists() else 0
         if there < log_bytes:
-            raise UsageError(f"{log} has {there} bytes, its checkpoint speaks of {log_bytes}: add --resume never to start anew")
+            repair = "leave out --branch" if stem else "add --resume never to start anew"
+            raise UsageError(f"{source} has {there} bytes, its checkpoint speaks of {log_bytes}: {repair}")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
+        if stem:
+            log.write_bytes(source.read_bytes()[:log_bytes])
         self.log = log.open("ab")
         self.log.truncate(log_bytes)
         self.log.seek(0, os.SEEK_END)
-
-    def begin_with(self, log: Path, count: int) -> None:
-        """Take over the first `count` bytes of another run's log.
-
-        Raises:
-            UsageError: it is shorter than that.
-        """
-        with log.open("rb") as file:
-            text = file.read(count)
-        if len(text) < count:
-            raise UsageError(f"{log} has {len(text)} bytes, its checkpoint speaks of {count}: it cannot be branched off from")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "log.jsonl").write_bytes(text)
 
     def event(self, event: str, **values: Any) -> None:
         # JSON has no NaN: a non-finite number is logged as null and named by its event

@@ -515,9 +515,7 @@ class Training:
             UsageError: the settings or the data are not those that the checkpoint was trained with.
         """
         optimizer, saved, generators = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
-        if self.branched:  # its log up to here is this run's too
-            self.run_folder.begin_with(self.start.parent.parent / "log.jsonl", saved["log_bytes"])
-        elif saved["config"] != settings_hash(self.run_folder.config):
+        if not self.branched and saved["config"] != settings_hash(self.run_folder.config):
             raise UsageError(f"{self.start} is of a run with other settings: choose another --out")
         if saved["data"] != self.fingerprint:
             raise UsageError(f"{self.start} was trained on other data ({saved['data']}, here {self.fingerprint})")
@@ -688,7 +686,7 @@ class Training:
             warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
             optimizers.compile_update(self.optimizer)
         if main:
-            self.run_folder.open(self.environment(), log_bytes)
+            self.run_folder.open(self.environment(), log_bytes, self.start.parent.parent if self.branched else None)
             about = dict(seed=config.seed, config=settings_hash(self.run_folder.config, ("seed",)), source=source_hash())
             kind = "branch" if self.branched else "resume" if self.start else "start"
             self.run_folder.event(kind, step=first, **about, data=self.fingerprint, utc=now())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimizers.base import Elementwise, Settings, adam_numbers, hyper
+from optimizers.base import Elementwise, Settings, adam_numbers, hyper, lerp_
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class CautiousAdamWSettings(Settings):
     """
 
     lr: float = hyper(3e-3, "peak learning rate", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "linear"))
-    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "linear"))
+    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
+    beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     weight_decay: float = hyper(0.1, "wd, decayed roles only", (1e-2, 1.0, "log"))
     cautious: bool = hyper(True, "false: decay all weights, as AdamW does")
@@ -39,8 +39,8 @@ class CautiousAdamW(Elementwise):
         if gathered is not None:
             g = gathered + g
             gathered.mul_(0)
-        m.lerp_(g, new1)
-        v.lerp_(g * g, new2)
+        lerp_(m, g, new1)
+        lerp_(v, g * g, new2)
         u = m / (v.sqrt() * correction + eps)
         if cautious:
             w.sub_((w * u).sign().clamp(0) * w * decay + u * rate)

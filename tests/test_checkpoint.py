@@ -113,6 +113,11 @@ def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
     train(*cosine, "--steps", "8", out="cosine")
     alone = train(*cosine, "--steps", "9", "--branch", str(whole.parent / "cosine"), out="alone")
     assert not events(alone, "branch")  # no two steps have the same learning rate
+    killed = shutil.copytree(branch, branch.parent / "killed")  # before its first step: all but the files of the start
+    for name in ("log.jsonl", "result.json", "checkpoints"):
+        shutil.rmtree(killed / name) if (killed / name).is_dir() else (killed / name).unlink()
+    again = train(*flags, "--steps", str(steps), "--branch", str(stem), out="killed")
+    assert losses(again) == losses(whole)
     capsys.readouterr()
     for words, said in (
         (("--seed", "1"), "differs from this run in more than its steps"),
