@@ -500,6 +500,10 @@ def dry_run(argv: list[str]) -> int:
 
     own, rest = own_flags(argv)
     config, model_config, recipe = train_gpt.resolve(rest)
+    for setting in ("batch_schedule", "weights"):  # not modelled: what would be printed is not what such a run takes
+        usual = getattr(train_gpt.Config, setting)
+        if getattr(config, setting) != usual:
+            raise UsageError(f"--dry-run knows --{setting.replace('_', '-')} {usual} alone, not {getattr(config, setting)}")
     where = machine(own.hardware)
     ranks = own.world_size or where.cards
     if ranks < 1 or (ranks > where.cards and ranks % where.cards):

@@ -131,6 +131,10 @@ def make_experiment(options: argparse.Namespace) -> Experiment:
     for name in arms:
         (trial,) = made.cell("curve", name, rungs[0], 1).trials(range(1))
         config, model, _ = train_gpt.resolve(trial.flags)  # the trainer's own check of every setting
+        if config.batch_schedule != "constant":  # the same number of steps would be more tokens than the others get
+            raise UsageError(
+                f"{name}: --batch-schedule {config.batch_schedule} is not for a ladder, whose batch is set by size"
+            )
         settings = settings_hash(vars(config) | vars(model), ("tricks",))
         if settings in seen:
             raise UsageError(

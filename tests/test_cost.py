@@ -177,6 +177,8 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
         (["--hardware", "8xH100", "--world-size", "12"], "at most 8, or a multiple of it"),
         (["--hardware", "8xH100", "--world-size", "many"], "invalid int value"),
         (["--hardware", "8xH100", "--tricks", "recrod"], "did you mean 'record'?"),
+        (["--batch-schedule", "stages"], "--dry-run knows --batch-schedule constant alone"),
+        (["--weights", "bf16"], "--dry-run knows --weights fp32 alone"),
     ],
 )
 def test_bad_input_is_one_line(flags, answer, capsys):

@@ -420,6 +420,7 @@ def test_all_runs_diverged_at_a_size(fake, tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [([], "scale what"), (["--tricks", "muno"], "did you mean 'muon'"), (["--tricks", "muon", "muon"], "twice"),
      (["--tricks", "wide_heads"], "are the same settings on this ladder"),
+     (["--tricks", "batch_stages"], "is not for a ladder, whose batch is set by size"),
      (["--tricks", "muon", "--seeds", "1"], "no variance"), (["--tricks", "muon", "--ladder", "cpus"], "did you mean 'cpu'"),
      (["--tricks", "muon", "--sizes", "1M"], "one size is no ladder"),
      (["--tricks", "muon", "--sizes", "1M", "0.1M"], "out of order"),
