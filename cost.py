@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -447,13 +448,21 @@ def check_fp8(settings: dict[str, object], where: Machine) -> None:
         raise UsageError(f"--{asking[0].replace('_', '-')}: {where.name} has no fp8; cards that have it: {able}")
 
 
+class TooLittleMemory(UsageError):
+    """A step does not fit on a card. fits: tokens of the largest micro-batch with which it would; None: no micro-batch."""
+
+    def __init__(self, message: str, fits: int | None):
+        super().__init__(message)
+        self.fits = fits
+
+
 def check_memory(where: Machine, record: Callable[[int], Step], sequences: int, micro: int, length: int) -> Step:
     """The step with micro-batches of `micro` sequences, where it fits.
 
     Args:
         record: sequences in a micro-batch -> the step.
     Raises:
-        UsageError: it does not fit; says which micro-batch would, or that none does.
+        TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
     """
     step = record(micro)
     room = HEADROOM * where.card.memory
@@ -466,11 +475,11 @@ def check_memory(where: Machine, record: Callable[[int], Step], sequences: int, 
     smaller = [n for n in range(micro - 1, 0, -1) if sequences % n == 0 and rest + memory.activations * n / micro <= room]
     for n in smaller:  # weights are cast whatever the micro-batch, so what it takes is not in proportion: look
         if record(n).memory.total <= room:
-            raise UsageError(f"a step {least}: it fits with --micro-batch-tokens {n * length}")
-    raise UsageError(
+            raise TooLittleMemory(f"a step {least}: it fits with --micro-batch-tokens {n * length}", n * length)
+    raise TooLittleMemory(
         f"a step {least}, and {rest / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
-        "take a card with more memory, or an optimizer with less state"
-    )
+        "take a card with more memory, or an optimizer with less state", None,
+    )  # fmt: skip
 
 
 def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -490,8 +499,34 @@ def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(str(error)) from None
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """A run as it would be. times: seconds of a step by part. price: dollars an hour and card; 0: not known."""
+
+    config: Any  # train_gpt.Config
+    model_config: ModelConfig
+    recipe: str
+    where: Machine
+    ranks: int
+    dtype: torch.dtype
+    step: Step
+    times: dict[str, float]
+    price: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.times.values())
+
+
 def dry_run(argv: list[str]) -> int:
-    """`train_gpt.py --dry-run ...`: print what the run would cost. Nothing is written.
+    """`train_gpt.py --dry-run ...`: print what the run would cost. Nothing is written. Raises as `predict`."""
+    print(report(**vars(predict(argv))))
+    return 0
+
+
+def predict(argv: list[str]) -> Prediction:
+    """What a run with these flags, of the dry run and of the trainer, would take.
 
     Raises:
         UsageError: bad flags, a batch that the ranks do not divide, too little memory.
@@ -531,8 +566,7 @@ def dry_run(argv: list[str]) -> int:
         step = record(micro)
         seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
     times = step_time(step, seconds, ranks, where.link(ranks), constants)
-    print(report(config, model_config, recipe, where, ranks, dtype, step, times, price))
-    return 0
+    return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price)
 
 
 def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks: int, dtype: torch.dtype, step: Step,
