@@ -7,8 +7,8 @@
 
 What comes out: one run folder (runs/<track>/<recipe>-s<seed>-<hash>) with config.json, env.json, log.jsonl (an event
 a line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (whether the target was reached stands in
-result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written) or the disk is full, 3 diverged,
-75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
+result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written), or memory or disk is full,
+3 diverged, 75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
 
 The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends on the
 seed and the step alone; so one rank, eight ranks, and a resumed run train on the same data in the same order.
@@ -681,6 +681,7 @@ class Training:
         config, main = self.config, self.world.main
         log_bytes = self.restore() if self.start else 0
         first = self.steps_done
+        cards = self.world.gather(hardware.device_name(self.world.device))
         if self.compiled:
             self.world.beat("compiling")
             warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
@@ -691,7 +692,7 @@ class Training:
             kind = "branch" if self.branched else "resume" if self.start else "start"
             self.run_folder.event(kind, step=first, **about, data=self.fingerprint, utc=now())
             self.display = Display(config, self.run_folder.folder, self.flops, self.peak, first)
-            self.display.note(self.greeting())
+            self.display.note("\n".join([self.greeting(), *self.fallbacks(cards)]))
         every = config.val_every or math.ceil(config.steps / 5)
         status, self.saved_at = "ok", time.monotonic()
         self.model.train()
@@ -763,13 +764,25 @@ class Training:
         counts = parameter_counts(self.gpt)
         epochs = self.loader.epochs(self.config.steps)
         sizes = " / ".join(f"{self.config.batch_tokens * size:,}" for size in self.batches.sizes)
-        without = "" if self.compiled == self.config.compile else "\nno C++ compiler with Python headers here: not compiled"
         return (
-            f"{self.run_folder.folder}{without}\n"
+            f"{self.run_folder.folder}\n"
             f"{counts['total'] / 1e6:.1f}M parameters on {self.world.size} x {self.world.device.type}, "
             f"{str(self.dtype).removeprefix('torch.')} ({self.dtype_reason}), {self.config.steps:,} steps of "
             f"{sizes} tokens ({epochs:.2f} epochs of {self.config.corpus})"
         )
+
+    def fallbacks(self, cards: list[str]) -> list[str]:
+        """What this machine lacks and the run does without. cards: the device of each rank."""
+        device, found = self.world.device, []
+        if self.compiled != self.config.compile:
+            found.append(f"{hardware.compiler_lacks(device)}: not compiled")
+        if device.type == "cuda" and kernels.triton is None and self.config.kernels == "auto" and self.dtype == torch.bfloat16:
+            found.append("no Triton here: plain PyTorch in place of the fused kernels")
+        if device.type == "cuda" and self.world.size > 1 and not torch.distributed.is_nccl_available():
+            found.append("this PyTorch has no NCCL: ranks talk through gloo, which is slower")
+        if len(set(cards)) > 1:
+            found.append(f"GPUs of different kinds, {hardware.counted(cards)}: the slowest sets the pace of all")
+        return found
 
     def finish(self, status: str) -> dict[str, Any]:
         config, clock = self.config, self.clock
@@ -816,6 +829,16 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
     )
 
 
+def more_memory(config: Config, model_config: ModelConfig, world: World) -> str:
+    """What to change where a step does not fit."""
+    sequences, micro = shares(config, model_config, world)
+    smaller = next((n for n in range(micro // 2, 0, -1) if sequences % n == 0), None)
+    ways = [f"--micro-batch-tokens {smaller * model_config.sequence_length}"] if smaller else []
+    ways += [] if model_config.checkpoint_activations else ["--checkpoint-activations"]
+    tokens = micro * model_config.sequence_length
+    return f"micro-batches have {tokens} tokens; try {' or '.join(ways) or 'more GPUs, or an optimizer with less state'}"
+
+
 def main(argv: list[str]) -> int:
     world = training = None
     try:
@@ -841,9 +864,21 @@ def main(argv: list[str]) -> int:
             print(describe_result(result, folder))
         return 3 if result["status"] == "diverged" else 0
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine: it may be wrong on one of several
             print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        if world.first("out of memory"):
+            said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+            print(
+                f"train_gpt.py: rank {world.rank}, {world.doing}: {said}; {more_memory(config, model_config, world)}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return 2
+    except torch.distributed.DistBackendError as error:  # NCCL's; it tells of its causes in its own log only
+        said = str(error).strip().splitlines()[0]
+        print(f"train_gpt.py: rank {os.environ.get('RANK', 0)}: {said}; NCCL_DEBUG=INFO says more", file=sys.stderr, flush=True)
+        return 1
     except RankError as error:
         if world.main:
             print(f"train_gpt.py: {error}", file=sys.stderr)

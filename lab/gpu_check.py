@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import hardware
 from lab import gpu_report, gpu_runs
 from lab.gpu_report import FAIL, MARGIN, Finding, cause
 from lab.gpu_runs import Check
@@ -90,9 +91,7 @@ def parse(argv: list[str]) -> Options:
 
 def write(check: Check, facts: dict) -> dict:
     """Both files, as far as the check has come; what the JSON holds."""
-    devices = check.machine.get("devices", [])
-    names = [d["name"] for d in devices] or ["unknown device"]
-    device = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    device = hardware.counted(d["name"] for d in check.machine.get("devices", [{"name": "unknown device"}]))
     text = gpu_report.as_json(check.findings, **facts, device=device, machine=check.machine, seconds=check.seconds)
     path = check.out / "gpu-check.json"
     atomic_write(path, text)

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from hardware import Card
 from lab import attention_cases, kernel_cases
 from lab.gpu_report import FAIL, MARGIN, NOT_RUN, PASS, SLOWER, Finding, cause
 from lab.kernel_cases import COLUMNS, TOKENS, VOCABULARY, Case, Drawn
-from operations import WIRE, Recorder, operations
+from operations import Recorder, operations
 from ranks import World
 from spec import UsageError
 
@@ -143,16 +143,10 @@ def devices(device: torch.device) -> list[dict[str, Any]]:
     return found
 
 
-def kinds(names: Iterable[str]) -> str:
-    """4 x NVIDIA H100, 4 x NVIDIA A100."""
-    names = list(names)
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-
-
 def machine_tasks(device: torch.device) -> list[Task]:
     def gpus(at: At) -> Finding:
         found = devices(device)
-        words, figures = kinds(d["name"] for d in found), {"devices": found, "topology": query("topo", "-m")}
+        words, figures = hardware.counted(d["name"] for d in found), {"devices": found, "topology": query("topo", "-m")}
         if device.type != "cuda":
             return Finding("machine", "processor", PASS, words, figures)
         mixed = len({d["name"] for d in found}) > 1
@@ -253,6 +247,9 @@ def check_cases(what: str, cases: list[Case], device: torch.device, at: At) -> F
         except torch.OutOfMemoryError:
             notes.append(f"{case.what}: too large for this GPU's memory")
         except Exception as error:
+            if case.dtype == torch.float32 and type(error).__name__ == "OutOfResources":  # Triton's, of shared memory
+                notes.append(f"{case.what}: its tiles do not fit this chip in fp32, for which the trainer takes plain PyTorch")
+                continue
             wrong.append(f"{case.what}: {cause(error)}")
             if spoilt(device):
                 break
@@ -452,7 +449,7 @@ def wire(world: World, size: int) -> Finding:
             synchronize(world.device)
             times.append(time.perf_counter() - start)
         figures[what] = {"bytes": part, "seconds": (took := statistics.median(times)),
-                         "bytes_per_second": WIRE["allreduce"](world.size) * part / took}  # fmt: skip
+                         "bytes_per_second": cost.WIRE["allreduce"](world.size) * part / took}  # fmt: skip
     rate = figures["whole"]["bytes_per_second"]
     figures["predicted"] = expected
     words = ", ".join(

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,10 @@ import spec
 import train_gpt
 import tricks
 from data.shards import write, write_manifest
+from lab.gpu_runs import GOLDEN, GOLDEN_FLAGS, GOLDEN_TOLERANCE
 from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 
-GOLDEN = Path(__file__).with_name("golden_tiny.json")
-GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record")
 OWN_OPTIMIZER = """
 import torch
 
@@ -52,8 +50,8 @@ def test_golden_curve(train):
     """fp32 losses of a stored run. Machines round differently, hence not to the last digit."""
     folder = train(*GOLDEN_FLAGS)
     golden = json.loads(GOLDEN.read_text())
-    assert close(losses(folder), golden["train"], 1e-3)
-    assert close(losses(folder, "val"), golden["val"], 1e-3)
+    assert close(losses(folder), golden["train"], GOLDEN_TOLERANCE)
+    assert close(losses(folder, "val"), golden["val"], GOLDEN_TOLERANCE)
 
 
 def test_first_loss_is_ln_vocabulary(train):
