@@ -71,20 +71,18 @@ def check_on(tmp_path: Path, **given) -> Check:
 
 
 def test_rehearsal(tmp_path, device_stage, monkeypatch, capsys, sotu):
-    """Every stage on the CPU, the trainer on two ranks; the JSON tells the same report again."""
+    """Every stage on the CPU; the JSON tells the same report again."""
     device_stage(FEWER + RUN)
     monkeypatch.setattr(gpu_runs, "RECIPES", {("gpt2-small", "record"): 1.0})
-    found = rehearse(tmp_path / "out")
+    found = rehearse(tmp_path / "out", "--gpus", "1")
     verdicts = {stage: [f.verdict for f in findings] for stage, findings in found.items()}
     assert list(found) == ["machine", "kernels", "attention", "numerics", "recipes"]
     assert {f.what: f.verdict for f in found["attention"]}["flex"] == NOT_RUN and set(verdicts["attention"]) == {PASS, NOT_RUN}
     assert all(set(verdicts[stage]) == {PASS} for stage in ("machine", "kernels", "numerics", "recipes"))
     kernels = {f.what.split(",")[0] for f in found["kernels"]}
     assert kernels >= {"gram", "polynomial", "orthogonalize", "cross_entropy", "linear_relu2", "quantise", "fp8_linear"}
-    curve = found["numerics"][1]
-    assert "2 CPU ranks" in curve.what and len(curve.figures["found"]["train"]) == 20
-    wire, recipe = found["recipes"]
-    assert wire.figures["whole"]["bytes_per_second"] > 0 and wire.figures["ranks"] == 2
+    (curve,), (recipe,) = found["numerics"], found["recipes"]
+    assert "on 1 CPU rank" in curve.what and len(curve.figures["found"]["train"]) == 20
     figures = recipe.figures
     assert len(figures["losses"]) == 50 and figures["losses"][-1] < figures["losses"][0]
     assert figures["step"] == pytest.approx(np.median(figures["step_times"][10:]))
@@ -98,6 +96,18 @@ def test_rehearsal(tmp_path, device_stage, monkeypatch, capsys, sotu):
     capsys.readouterr()
     assert gpu_check.main(["--read", str(tmp_path / "out" / "gpu-check.json")]) == 0
     assert capsys.readouterr().out == report
+
+
+def test_the_wire_between_two_ranks(tmp_path):
+    check = check_on(tmp_path, ranks=2)
+    gpu_runs.wire(check)
+    (finding,) = check.findings
+    whole = finding.figures["whole"]
+    assert finding.verdict == PASS and finding.figures["ranks"] == 2 and whole["bytes"] == 2**20
+    assert whole["bytes_per_second"] == pytest.approx(whole["bytes"] / whole["seconds"]), "each of two ranks sends all of it"
+    check.ranks = 1
+    gpu_runs.wire(check)
+    assert check.findings == [finding], "one GPU has no wire"
 
 
 def test_no_gpu_is_one_line(monkeypatch, capsys):
