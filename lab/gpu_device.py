@@ -338,6 +338,8 @@ def kernel_tasks(device: torch.device) -> list[Task]:
     """bf16 first, in which alone the trainer uses them; then the times; then fp32, which proves the arithmetic."""
     if kernels.triton is None:
         return [("all", lambda at: Finding("kernels", "all", NOT_RUN, "no Triton here: the trainer takes plain PyTorch"))]
+    if device.type == "cuda" and not hardware.has_native_bf16(device):
+        return [("all", lambda at: Finding("kernels", "all", NOT_RUN, "no bf16 on this GPU: the trainer takes plain PyTorch"))]
     large = device.type == "cuda"
     tasks: dict[torch.dtype, list[Task]] = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -494,6 +496,8 @@ def run_tasks(stage: str, tasks: list[Task], device: torch.device, results: Path
             try:
                 finding = work(at)
                 synchronize(device)
+            except torch.OutOfMemoryError:
+                finding = Finding(stage, name, NOT_RUN, "too large for this GPU's memory")
             except Exception as error:
                 where = f", at {last}" if last else ""
                 finding = Finding(stage, name, FAIL, f"{cause(error)}{where}")

@@ -204,6 +204,33 @@ def test_a_fault_that_spoils_cuda_ends_the_process(tmp_path, monkeypatch):
     ]
 
 
+def test_what_is_too_large_is_not_a_failure(tmp_path, monkeypatch):
+    """For the memory, or in fp32, in which the trainer uses no kernel, for a chip's shared memory."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def wide(drawn):
+        raise OutOfResources("out of resource: shared memory, Required: 131072, Hardware limit: 101376.")
+
+    results = tmp_path / "results"
+    gpu_device.run_tasks("kernels", [("it", full)], torch.device("cpu"), results, 0)
+    assert json.loads(results.read_text().splitlines()[-1])["finding"]["verdict"] == NOT_RUN
+    verdicts = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for attempt in (full, wide):
+            monkeypatch.setattr(kernel_cases, "both_forms", attempt)
+            cases = kernel_cases.layers((1, 1, 3), 1, dtype)
+            verdicts[dtype, attempt] = gpu_device.check_cases("it", cases, torch.device("cpu"), lambda where: None)
+    bad = verdicts.pop((torch.bfloat16, wide))
+    assert bad.verdict == FAIL and bad.detail.startswith("1 x 1 x 3 x 1: OutOfResources: out of resource: shared memory")
+    assert {f.verdict for f in verdicts.values()} == {NOT_RUN}
+    assert "for which the trainer takes plain PyTorch" in verdicts[torch.float32, wide].detail
+
+
 # A stage by its protocol alone: one task is well, one dies, one spoils its process, one hangs, one is well again.
 PROTOCOL = """
 import json, os, signal, sys, time
