@@ -38,7 +38,7 @@ class ModelConfig:
 
     vocab_size: int = setting(50257, "tokens in the vocabulary")
     sequence_length: int = setting(1024, "context, tokens")
-    layers: int = setting(12, "transformer blocks")
+    layers: int = setting(12, "transformer blocks; 0: embeddings, norm and head alone")
     heads: int = setting(12, "attention heads per block")
     width: int = setting(768, "residual width, channels")
     mlp_ratio: int = setting(4, "hidden width of the MLP over residual width")
@@ -95,8 +95,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_ratio", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "layers" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.attention == "flex" and self.dropout:
             raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
         if self.width % self.heads:
@@ -109,6 +110,9 @@ class ModelConfig:
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
+        round_blocks = ("value_embeddings", "input_shortcut", "backout")
+        if not self.layers and (wrong := [name for name in round_blocks if getattr(self, name)]):
+            raise ValueError(f"layers 0: there are no blocks for {wrong[0]}")
         if self.value_gates and not self.value_embeddings:
             raise ValueError("value_gates need value_embeddings: such as 3")
         if self.key_offset and self.positions != "half_rotary":

@@ -245,6 +245,13 @@ TRICKS: dict[str, Trick] = {
         "as `shallow`: what the tables know needs no arithmetic, and a smaller model takes more steps in the same time",
         "for byte models with tables; not a GPT-2 any more",
     ),
+    "blockless": Trick(
+        "architecture",
+        dict(layers=0, optimizer="adamw:lr=0.02,beta2=0.95,weight_decay=0"),
+        "`shallow` to its end: embeddings of the last bytes are added, normed and read by the head, a log-linear n-gram model "
+        "(Mikolov et al. 2011, its hashed maximum-entropy part)",
+        "for byte models with tables; no transformer any more",
+    ),
     "muon": Trick(
         "optimizer",
         dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
@@ -430,6 +437,7 @@ TRACKS: dict[str, Track] = {
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
             "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
             "batch_stages": dict(batch_tokens=2048),
+            "blockless": dict(optimizer="adamw:lr=0.02,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.4"),
         },
     ),
     # On these optimizers are tuned and scored (`compare tune`): each a minute of one slow core, its model fixed.

@@ -674,3 +674,13 @@ def test_contradicting_tricks_are_said():
     ):
         with pytest.raises(UsageError, match=message):
             train_gpt.resolve(["--track", "tiny", *flags])
+
+
+def test_blockless(tmp_path):
+    gpt = small(layers=0)
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, embedded(gpt)))
+    assert "matrix" not in roles(gpt).values()
+    with pytest.raises(UsageError, match="optimizer 'muon' is for matrix weights, and there are none: use adamw"):
+        training(tmp_path, "--layers", "0", "--optimizer", "muon")
+    with pytest.raises(ValueError, match="layers 0: there are no blocks for backout"):
+        small(layers=0, backout=True)
