@@ -14,8 +14,10 @@ which halves the memory traffic that autocast would leave in fp32. The loss is c
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,9 @@ class ModelConfig:
         ("learned", "rotary", "half_rotary"),
     )
     rotary_base: float = setting(10000.0, "slowest rotary wavelength over 2 pi, tokens (modded-nanogpt: 1024)")
+    yarn: bool = setting(
+        False, "rotary frequencies and the factor on q.k follow a window that grows (arXiv 2309.00071, modded-nanogpt #31)"
+    )
     qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
     attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
     activation: str = setting("gelu", "MLP activation; relu2 = ReLU(x)^2, arXiv 2109.08668", ("gelu", "relu2"))
@@ -86,6 +91,10 @@ class ModelConfig:
     key_offset: bool = setting(
         False, "keys of half-rotary attention: the channels without position from the token before (modded-nanogpt #49)"
     )
+    window: int = setting(0, "long attention window, tokens that a token sees, itself included; 0: all before it")
+    window_pattern: str = setting(
+        "L", "windows of the blocks, repeated: L long, S half as long; the last block's is long (modded-nanogpt #20)"
+    )
     attention: str = setting(
         "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
     )
@@ -113,6 +122,12 @@ class ModelConfig:
             raise ValueError("value_gates need value_embeddings: such as 3")
         if self.key_offset and self.positions != "half_rotary":
             raise ValueError(f"key_offset needs positions half_rotary, got {self.positions}")
+        if not 0 <= self.window <= self.sequence_length:
+            raise ValueError(f"window must be 0 to {self.sequence_length}, the sequence length; got {self.window}")
+        if not self.window_pattern or set(self.window_pattern) - set("LS"):
+            raise ValueError(f"window_pattern takes the letters L and S, such as LSSS; not {self.window_pattern!r}")
+        if self.yarn and self.positions == "learned":
+            raise ValueError("yarn needs positions rotary or half_rotary, got learned")
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
 
@@ -123,6 +138,17 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    def long_window(self, part: float = 1.0) -> int:
+        """The long window, tokens, in a stage of a run that has `part` of it; never 0."""
+        return max(1, round(part * (self.window or self.sequence_length)))
+
+    def windows(self, part: float = 1.0) -> list[int]:
+        """The window of each block, tokens; 0: all before a token."""
+        long, pattern = self.long_window(part), self.window_pattern
+        kinds = [pattern[layer % len(pattern)] for layer in range(self.layers - 1)] + ["L"]
+        windows = [long if kind == "L" else max(1, long // 2) for kind in kinds]
+        return [window if window < self.sequence_length else 0 for window in windows]
 
 
 # The four published sizes (GPT-2 paper, table 2; sizes as counted since its correction).
@@ -161,11 +187,15 @@ class Norm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], weight, None if self.bias is None else self.bias.to(x.dtype), 1e-5)
 
 
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, parts: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
     """cos and sin, each [sequence_length, head_width / 2], fp32.
 
     Full: frequencies base^(-i / (D/2)), i < D/2. Half: D/4 frequencies from 1 to 1/base inclusive, the other D/4
     stand still, so that half of each head carries no position (modded-nanogpt record 17).
+
+    parts: of the long window, in the stages of a run so far. At each change, from a to b tokens, YaRN (arXiv 2309.00071)
+    stretches the waves that turn less than once in a by b / a, leaves those that turn more than 32 times, and does a part of
+    it between; q.k grows by 1 + 0.2 ln(b / a), as in modded-nanogpt record 31, here by the root of that on both tables.
     """
     half = config.head_width // 2
     if config.positions == "half_rotary":
@@ -173,8 +203,13 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
         frequencies = torch.cat([turning, torch.zeros(half // 2)])
     else:
         frequencies = (1 / config.rotary_base) ** (torch.arange(half) / half)
+    factor = 1.0
+    for before, after in pairwise(config.long_window(part) for part in parts):
+        kept = ((before * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) * before / after)
+        factor *= 1 + 0.2 * math.log(after / before)
     angles = torch.outer(torch.arange(config.sequence_length).float(), frequencies)
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor**0.5, angles.sin() * factor**0.5
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -195,6 +230,7 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
         self.projection = Linear(config.width, config.width, bias=config.bias)
         self.scale = config.attention_scale or config.head_width**-0.5
+        self.window = config.windows()[layer]
         self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
@@ -211,7 +247,7 @@ class Attention(nn.Module):
         if self.extras is not None:
             k, v = self.extras.before(k, v, x, values)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        y = attention(q, k, v, self.scale, dropout, backend=config.attention).transpose(1, 2)  # [B, T, H, D]
+        y = attention(q, k, v, self.scale, dropout, self.window, backend=config.attention).transpose(1, 2)  # [B, T, H, D]
         if self.extras is not None:
             y = self.extras.after(y, v.transpose(1, 2), x)
         return self.projection(y.reshape(B, T, C))
@@ -410,6 +446,18 @@ class GPT(nn.Module):
             logits.flatten(0, 1), targets.flatten(), config.vocab_size, config.logit_softcap, config.softcap_form
         )
 
+    @torch.no_grad()
+    def see(self, parts: Sequence[float]) -> None:
+        """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far.
+
+        A window is a constant of the graph: under torch.compile each stage is compiled, once.
+        """
+        for block, window in zip(self.blocks, self.config.windows(parts[-1]), strict=True):
+            block.attention.window = window
+        if self.config.yarn:
+            for table, now in zip((self.cos, self.sin), rotary_tables(self.config, parts), strict=True):
+                table.copy_(now)
+
     def tables(self) -> list[nn.Parameter]:
         """Those with sparse gradients."""
         return [self.ngrams.table.weight] if self.config.ngram_sparse and self.ngrams is not None else []
@@ -474,14 +522,19 @@ def parameter_counts(gpt: nn.Module) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: ModelConfig) -> int:
+def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> int:
     """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add.
 
     6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys,
     once for q.k and once for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer.
-    nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors, softmax,
-    norms, gates, embeddings and the optimizer are left out.
+    A window of w tokens meets w - w^2 / 2T keys instead of T/2. nanoGPT's and PaLM's formula counts 12 T C, the masked half
+    included; ours does not flatter MFU. Vectors, softmax, norms, gates, embeddings and the optimizer are left out.
+
+    Args:
+        part: of the model's long window, in a stage of a window schedule.
+        length: of the sequences, tokens, in a stage of a length schedule; 0: the model's.
     """
-    C = config.width
+    C, T = config.width, length or config.sequence_length
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C
-    return 6 * weights + 6 * config.layers * config.sequence_length * C
+    seen = [min(window or T, T) for window in config.windows(part)]
+    return 6 * weights + 6 * C * sum(2 * w - w * w // T for w in seen)

@@ -72,6 +72,7 @@ class Config:
     steps: int = setting(1000, "optimizer updates")
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks")
     batch_schedule: str = setting("constant", "batch-size schedule SPEC: multiples of --batch-tokens")
+    window_schedule: str = setting("constant", "attention-window schedule SPEC: parts of --window")
     micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
     clip: float = setting(0.0, "largest global gradient norm; 0 is off")
     future_tokens: int = setting(
@@ -178,6 +179,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     schedules.build(config.schedule, config.steps)
     schedules.build_momentum(config.momentum_schedule, config.steps)
     schedules.build_batches(config.batch_schedule, config.steps)
+    schedules.build_windows(config.window_schedule, config.steps)
     try:
         model_config = pick(ModelConfig)
     except ValueError as error:
@@ -269,10 +271,25 @@ def scheduled(config: Config, steps: int) -> Callable[[int], tuple]:
     """step -> everything in it that depends on the length of the run."""
     rate, momentum = schedules.build(config.schedule, steps), schedules.build_momentum(config.momentum_schedule, steps)
     batches = schedules.build_batches(config.batch_schedule, steps)
+    windows = schedules.build_windows(config.window_schedule, steps)
     return lambda step: (
         rate(step), momentum(step), batches.size(step), batches.rate(step), step + 1 < config.tied_until * steps,
-        schedules.future_weights(config.future_tokens, step, steps),
+        schedules.future_weights(config.future_tokens, step, steps), windows.until(step),
     )  # fmt: skip
+
+
+def mean_flops(config: Config, model_config: ModelConfig) -> int:
+    """FLOPs that training needs per token: `model.flops_per_token`, the mean over a run whose windows change."""
+    batches, windows = (
+        schedules.build_batches(config.batch_schedule, config.steps),
+        schedules.build_windows(config.window_schedule, config.steps),
+    )
+    units: dict[float, int] = {}
+    for step in range(config.steps):
+        part = windows.until(step)[-1]
+        units[part] = units.get(part, 0) + batches.size(step)
+    total = sum(n * flops_per_token(model_config, part) for part, n in units.items())
+    return round(total / sum(units.values()))
 
 
 @torch.no_grad()
@@ -364,7 +381,10 @@ class Training:
             role = roles(self.gpt)
             mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
+        self.windows, self.seen = schedules.build_windows(config.window_schedule, config.steps), (1.0,)
         self.compiled = config.compile and hardware.can_compile(world.device)
+        if self.compiled:  # a graph a stage for training and two for validation, whose last micro-batch may be smaller
+            torch._dynamo.config.recompile_limit = max(8, 3 * len(self.windows.starts))
         self.model = self.alone = torch.compile(self.gpt) if self.compiled else self.gpt
         if world.size > 1:
             sparse = [name for name, p in self.alone.named_parameters() if any(p is t for t in self.gpt.tables())]
@@ -388,7 +408,7 @@ class Training:
         # clock and log
         self.clock = Clock(world.device)
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
-        self.flops = flops_per_token(model_config)
+        self.flops = mean_flops(config, model_config)
         self.steps_done, self.last_val, self.reached, self.skipped = 0, None, None, 0
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
         settings = vars(config) | vars(model_config) | {"recipe": recipe}
@@ -583,6 +603,13 @@ class Training:
         loss_now, norm_now, *self.wishes = self.world.sum(everyone).tolist()
         return loss_now / self.world.size, norm_now / self.world.size
 
+    def follow(self, step: int) -> None:
+        """Give the model the attention windows of `step`."""
+        parts = self.windows.until(step)
+        if parts != self.seen:
+            self.gpt.see(parts)
+            self.seen = parts
+
     def future(self) -> torch.Tensor | None:
         """Weights of the losses on the tokens after the next, in this step."""
         if not self.config.future_tokens:
@@ -604,6 +631,7 @@ class Training:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite: no update."""
         config, step = self.config, self.steps_done
         self.clock.start()
+        self.follow(step)
         self.world.beat(f"step {step + 1}: data")
         x, y = self.loader.next(step)
         self.world.beat(f"step {step + 1}: forward and backward")
@@ -673,6 +701,13 @@ class Training:
             if self.world.main:
                 self.run_folder.event("target", step=step, loss=loss, target_loss=config.target_loss, train_time=now)
 
+    def warm_up(self) -> None:
+        """Compile what each stage still to come needs."""
+        stages = {max(start, self.steps_done) for start in self.windows.starts if start < self.config.steps}
+        for step in sorted(stages):
+            self.follow(step)
+            warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
+
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
 
@@ -683,7 +718,7 @@ class Training:
         first = self.steps_done
         if self.compiled:
             self.world.beat("compiling")
-            warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
+            self.warm_up()
             optimizers.compile_update(self.optimizer)
         if main:
             self.run_folder.open(self.environment(), log_bytes, self.start.parent.parent if self.branched else None)

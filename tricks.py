@@ -208,6 +208,27 @@ TRICKS: dict[str, Trick] = {
         "partial key offset, modded-nanogpt #49, which has it in the blocks with long windows alone",
         "2.170 to 2.146 min; 2.4 s on one machine. Lowest loss in every block, its README says",
     ),
+    "long_short_windows": Trick(
+        "architecture",
+        dict(window_pattern="LSSS"),
+        "modded-nanogpt #20, after Gemma 2 (arXiv 2408.00118): in one block of four attention sees the whole window, in the "
+        "others half of it",
+        "part of 3.142 to 2.992 min; the windows themselves: #12, #13",
+        "nanochat keeps sliding windows to 26 layers",
+    ),
+    "window_warmup": Trick(
+        "schedule",
+        dict(window_schedule="stages"),
+        "modded-nanogpt #13 (each block of 64 tokens), #29 (stages)",
+        "5.03 to 4.66 min; 1,875 to 1,750 steps",
+        "350M: a cubic course and twice the largest window, part of 25.29 to 24.50 min (track 2 #8)",
+    ),
+    "yarn": Trick(
+        "schedule",
+        dict(positions="half_rotary", rotary_base=1024.0, window_schedule="stages", yarn=True),
+        "YaRN, arXiv 2309.00071, at each change of the window: modded-nanogpt #31",
+        "2.717 to 2.656 min; 1,705 to 1,670 steps",
+    ),
     "large_ngrams": Trick(
         "architecture",
         dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6"),

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from conftest import DATA_ROOT, events, losses, result, same, stored, torchrun
 
 import optimizers
+import sample
 import schedules
 import train_gpt
 from data.shards import Dataset, Loader
-from model import GPT, ModelConfig, future_loss, roles, splits
+from model import GPT, ModelConfig, flops_per_token, future_loss, roles, rotary_tables, rotate, splits
 from optimizers.cautious import CautiousAdamW
 from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
 from residual import GATE_CHANNELS, Backout, SingleSkip, value_table
@@ -131,7 +133,7 @@ def test_trick_is_one_graph(name):
 
 TOGETHER = (
     "normuon,cautious_decay,cautious_rest,adam_every_other,value_gates,input_shortcut,single_skip,smear,backout,attention_gate,"
-    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown"
+    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown,long_short_windows,yarn"
 )
 
 
@@ -163,20 +165,20 @@ def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
     assert same(stored(whole, *flags), stored(cut, *flags))
 
 
-@pytest.mark.parametrize("name", ["baseline", TOGETHER], ids=["baseline", "together"])
-def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "stages"), [("baseline", 1), (TOGETHER, 3)], ids=["baseline", "together"])
+def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, stages):
     """The warm-up compiles what every step of every stage runs."""
     monkeypatch.setattr(train_gpt.hardware, "can_compile", lambda device: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     made = training(tmp_path, *flags_of(name, "--steps", "6", "--micro-batch-tokens", "128", "--compile"))
-    train_gpt.warm_up(made.model, made.micro, made.model_config, made.world.device, made.future())
+    made.warm_up()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(6):
         made.step()
     made.close()
-    assert graphs == 1 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert graphs == stages and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
@@ -595,6 +597,119 @@ def test_bf16_weights_refuse_averages():
             keep_mantissas(optimizer, lower)
 
 
+# ---------------------------------------------------------------- definitions: attention windows
+
+
+def seen_by_the_last(gpt: GPT) -> list[int]:
+    """Positions that the logits of the last token depend on."""
+    x = gpt.embedding(TOKENS[:1]).detach().requires_grad_()
+    hook = gpt.embedding.register_forward_hook(lambda *_: x)
+    (grad,) = torch.autograd.grad(gpt(TOKENS[:1])[0, -1].sum(), x)
+    hook.remove()
+    return grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({}, [0, 0, 0, 0]),
+        ({"window": 4}, [4, 4, 4, 4]),
+        ({"window": 8, "window_pattern": "LSS"}, [8, 4, 4, 8]),
+        ({"window": 6, "window_pattern": "S"}, [3, 3, 3, 6]),
+        ({"window_pattern": "LS"}, [0, 12, 0, 0]),
+        ({"window": 24, "window_pattern": "SL"}, [12, 0, 12, 0]),
+        ({"window": 1, "window_pattern": "SL"}, [1, 1, 1, 1]),
+    ],
+)
+def test_windows(settings, windows):
+    """A block of window w reaches w - 1 tokens back; blocks add up."""
+    gpt = small(**settings)
+    assert [block.attention.window for block in gpt.blocks] == windows
+    reach = sum((w or 24) - 1 for w in windows)
+    assert seen_by_the_last(gpt) == list(range(max(0, 23 - reach), 24))
+
+
+def test_pattern_of_twelve_blocks_can_be_modded_nanogpts():
+    windows = ModelConfig(window=768, window_pattern="LSSSLSSLSSSL").windows()
+    assert [w == 768 for w in windows] == [layer in (0, 4, 7, 11) for layer in range(12)] and set(windows) == {768, 384}
+
+
+def test_windows_follow_their_schedule(sotu, tmp_path):
+    flags = ("--window-schedule", "stages:parts=0.25/0.5/1", "--window-pattern", "SL", "--window", "48", "--steps", "7")
+    made = training(tmp_path, *flags)
+    found = []
+    for _ in range(7):
+        made.step()
+        found.append([block.attention.window for block in made.gpt.blocks])
+    made.close()
+    assert found == 3 * [[6, 12]] + 2 * [[12, 24]] + 2 * [[24, 48]]
+
+
+def test_window_schedule():
+    windows = schedules.build_windows("stages:parts=0.2/0.6/1", 10)
+    assert [windows.until(s) for s in (0, 3, 4, 6, 7, 9, 12)] == 2 * [(0.2,)] + 2 * [(0.2, 0.6)] + 3 * [(0.2, 0.6, 1)]
+    assert schedules.build_windows("constant", 10).until(7) == (1,)
+    assert schedules.build_windows("stages", 2).until(1) == (0.25, 0.5)  # fewer steps than stages
+    for spec, message in (("stages:parts=0.5", "ends with all"), ("stages:parts=0/1", "above 0"), ("stagse", "did you mean")):
+        with pytest.raises(UsageError, match=message):
+            schedules.build_windows(spec, 10)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "half_rotary"])
+def test_yarn(positions):
+    """Frequency by frequency, after windows of 6, 12 and 24 tokens; the tables are those of the stages, whatever was before."""
+    config = dict(positions=positions, rotary_base=1024.0, yarn=True, width=64)
+    gpt, parts = small(**config), (0.25, 0.5, 1.0)
+    plain_cos, plain_sin = rotary_tables(gpt.config)
+    assert torch.equal(gpt.cos, plain_cos) and torch.equal(gpt.sin, plain_sin)
+    gpt.see(parts)
+    scale, stretched = 1.0, 0
+    for i in range(16):
+        frequency = 1024 ** -(i / 16) if positions == "rotary" else 1024 ** -(i / 7) if i < 8 else 0.0
+        original, scale = frequency, 1.0
+        for a, b in ((6, 12), (12, 24)):
+            turns = a * frequency / (2 * math.pi)
+            keep = 0.0 if turns < 1 else 1.0 if turns > 32 else (turns - 1) / 31
+            frequency *= a / b * (1 - keep) + keep
+            scale *= 1 + 0.2 * math.log(b / a)
+        stretched += frequency < original
+        for t in (0, 1, 23):
+            assert gpt.cos[t, i].item() == pytest.approx(math.sqrt(scale) * math.cos(t * frequency), abs=1e-5)
+            assert gpt.sin[t, i].item() == pytest.approx(math.sqrt(scale) * math.sin(t * frequency), abs=1e-5)
+    assert stretched == (16 if positions == "rotary" else 8)
+    q, k = torch.randn(2, 32)
+    turned = rotate(q, gpt.cos[5], gpt.sin[5]) @ rotate(k, gpt.cos[5], gpt.sin[5])
+    assert turned.item() == pytest.approx(scale * (q @ k).item(), rel=1e-4)
+    gpt.see(parts[:1])
+    assert torch.equal(gpt.cos, plain_cos)
+
+
+def test_text_is_sampled_with_the_windows_of_the_checkpoint(train):
+    flags = ("--tricks", "long_short_windows,yarn", "--steps", "6", "--checkpoint-every", "3", "--keep", "9")
+    folder = train(*flags, "--window", "32")
+    whole, _ = sample.load_model(folder)
+    assert [block.attention.window for block in whole.blocks] == [32, 32]
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    half, _ = sample.load_model(folder)
+    assert [block.attention.window for block in half.blocks] == [16, 16]
+    assert torch.equal(half.cos, rotary_tables(half.config, (0.25, 0.5))[0]) and not torch.equal(half.cos, whole.cos)
+
+
+def test_flops_count_windows():
+    """Keys met by each token, one by one, up to the half token by which a mean over positions is above T / 2."""
+    config = ModelConfig(**SMALL, window=8, window_pattern="LSS")
+    met = sum(sum(min(t + 1, w) - 0.5 * w / 24 for t in range(24)) / 24 for w in config.windows())
+    without = 6 * (4 * 12 * 32**2 + 61 * 32)
+    assert flops_per_token(config) == pytest.approx(without + 12 * 32 * met, abs=12 * 32 * 4)
+    assert flops_per_token(config, 0.5) < flops_per_token(config) < flops_per_token(ModelConfig(**SMALL))
+    run = train_gpt.resolve(["--track", "tiny", "--tricks", "window_warmup", "--steps", "9"])
+    expected = sum(flops_per_token(run[1], part) for part in (0.25, 0.5, 1)) / 3
+    assert train_gpt.mean_flops(*run[:2]) == pytest.approx(expected)
+    grown = train_gpt.resolve(["--track", "tiny", "--tricks", "window_warmup,batch_stages", "--steps", "9"])
+    expected = sum(n * flops_per_token(run[1], part) for n, part in ((1, 0.25), (2, 0.5), (3, 1))) / 6
+    assert train_gpt.mean_flops(*grown[:2]) == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------- definitions: batches that grow
 
 
@@ -656,7 +771,7 @@ def test_a_step_of_a_later_stage_is_one_large_batch(train):
 
 def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
     """Runs of 12 and 18 steps at one rate and momentum: they part where batches, weights of losses or the head do."""
-    for trick, first in (("batch_stages", 4), ("multi_token", 0), ("retied_head", 8)):
+    for trick, first in (("batch_stages", 4), ("multi_token", 0), ("retied_head", 8), ("window_warmup", 4)):
         flags = ("--schedule", "constant", "--checkpoint-every", "2", "--keep", "9", "--deterministic", "--tricks", trick)
         stem, whole = train(*flags, "--steps", "12", out=f"{trick}-stem"), train(*flags, "--steps", "18", out=f"{trick}-whole")
         branch = train(*flags, "--steps", "18", "--branch", str(stem), out=f"{trick}-branch")
@@ -671,6 +786,9 @@ def test_contradicting_tricks_are_said():
         (("--future-tokens", "64"), "0 to 63"),
         (("--key-offset",), "half_rotary"),
         (("--value-gates",), "value_embeddings"),
+        (("--window", "65"), "window must be 0 to 64"),
+        (("--window-pattern", "LX"), "letters L and S"),
+        (("--yarn",), "yarn needs positions"),
     ):
         with pytest.raises(UsageError, match=message):
             train_gpt.resolve(["--track", "tiny", *flags])
