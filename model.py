@@ -95,6 +95,10 @@ class ModelConfig:
     window_pattern: str = setting(
         "L", "windows of the blocks, repeated: L long, S half as long; the last block's is long (modded-nanogpt #20)"
     )
+    document_mask: bool = setting(
+        False, "attention within a token's own document alone, in validation too (modded-nanogpt #12)"
+    )
+    end_of_text: int = setting(50256, "the tokenizer's token before each document")
     attention: str = setting(
         "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
     )
@@ -233,7 +237,9 @@ class Attention(nn.Module):
         self.window = config.windows()[layer]
         self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         config = self.config
         qk, v = self.qkv(x).view(B, T, 3, config.heads, config.head_width).split([2, 1], dim=2)
@@ -247,7 +253,8 @@ class Attention(nn.Module):
         if self.extras is not None:
             k, v = self.extras.before(k, v, x, values)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        y = attention(q, k, v, self.scale, dropout, self.window, backend=config.attention).transpose(1, 2)  # [B, T, H, D]
+        y = attention(q, k, v, self.scale, dropout, self.window, documents, config.attention)
+        y = y.transpose(1, 2)  # [B, T, H, D]
         if self.extras is not None:
             y = self.extras.after(y, v.transpose(1, 2), x)
         return self.projection(y.reshape(B, T, C))
@@ -278,8 +285,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), rotary, values))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), rotary, values, documents))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -430,13 +439,15 @@ class GPT(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rotary = None if self.positions is not None else (self.cos, self.sin)
+        # by number; what precedes the first end-of-text is 0
+        documents = (tokens == self.config.end_of_text).cumsum(1) if self.config.document_mask else None
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
         blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.blocks] if recompute else self.blocks
         if self.paths is None:
             for block in blocks:
-                x = block(x, rotary)
+                x = block(x, rotary, documents=documents)
         else:
-            x = self.paths(blocks, x, rotary, tokens)
+            x = self.paths(blocks, x, rotary, tokens, documents)
         logits = self.head(self.norm(x))
         config = self.config
         if targets is None or future is not None:

@@ -88,6 +88,7 @@ class Config:
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes or gpt2")
     data_root: str = setting("corpora", "folder of the prepared corpora")
+    align_documents: bool = setting(False, "training sequences begin with a document (modded-nanogpt #26)")
     shuffle: bool = setting(True, "shuffle sequences every epoch; otherwise the corpus in its own order")
     val_tokens: int = setting(262144, "validation tokens, fixed per track")
     val_spread: bool = setting(True, "validate on sequences spread over the whole split; otherwise on its beginning")
@@ -361,12 +362,14 @@ class Training:
         self.loader = Loader(
             Dataset(folder, "train", config.loss_tokens), T, self.sequences * world.size, seed=config.seed,
             shuffle=config.shuffle, rank=world.rank, world_size=world.size, device=world.device,
-            before=self.batches.before,
+            before=self.batches.before, align=model_config.end_of_text if config.align_documents else None,
         )  # fmt: skip
         self.val = Dataset(folder, "val", config.loss_tokens)
         self.val_starts = validation_starts(self.val, T, config.val_tokens, config.val_spread)
         if (self.val.vocab_size or 0) > model_config.vocab_size:
             raise UsageError(f"{folder} has a vocabulary of {self.val.vocab_size}: add --vocab-size {self.val.vocab_size}")
+        if model_config.document_mask:
+            self.val.documents(model_config.end_of_text)  # there are some
         self.fingerprint = f"{self.loader.dataset.fingerprint}-{self.val.fingerprint}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine
             for dataset in (self.loader.dataset, self.val):

@@ -5,6 +5,7 @@ import functools
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import optimizers
 import sample
 import schedules
 import train_gpt
+from data import shards
 from data.shards import Dataset, Loader
 from model import GPT, ModelConfig, flops_per_token, future_loss, roles, rotary_tables, rotate, splits
 from optimizers.cautious import CautiousAdamW
@@ -133,7 +135,8 @@ def test_trick_is_one_graph(name):
 
 TOGETHER = (
     "normuon,cautious_decay,cautious_rest,adam_every_other,value_gates,input_shortcut,single_skip,smear,backout,attention_gate,"
-    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown,long_short_windows,yarn"
+    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown,long_short_windows,"
+    "yarn,document_mask,align_documents"
 )
 
 
@@ -693,6 +696,39 @@ def test_text_is_sampled_with_the_windows_of_the_checkpoint(train):
     half, _ = sample.load_model(folder)
     assert [block.attention.window for block in half.blocks] == [16, 16]
     assert torch.equal(half.cos, rotary_tables(half.config, (0.25, 0.5))[0]) and not torch.equal(half.cos, whole.cos)
+
+
+def test_document_mask():
+    """With positions that are relative, each document of a sequence gives the logits that it gives alone."""
+    gpt = small(positions="half_rotary", document_mask=True, end_of_text=7)
+    documents = [
+        torch.tensor(words) for words in ([3, 1, 4], [7, 5, 9, 2, 6, 5], [7, 3], [7], [7, 8, 9, 7 + 1])
+    ]  # the first is cut
+    tokens = torch.cat(documents)[None]
+    alone = torch.cat([gpt(document[None]) for document in documents], 1)
+    torch.testing.assert_close(gpt(tokens), alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(small(positions="half_rotary")(tokens), alone, atol=1e-2)
+    expected = F.cross_entropy(alone[0, :-1], tokens[0, 1:])  # the loss is of the same logits, in validation too
+    assert gpt(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-4)
+    both = small(positions="half_rotary", document_mask=True, end_of_text=7, window=2)
+    assert not torch.allclose(both(tokens), alone, atol=1e-2)
+
+
+def test_corpora_without_separators_are_refused(train, tmp_path, capsys):
+    root = tmp_path / "data"
+    for end_of_text, words in ((0, "begin with token 0: add --end-of-text 0"), (None, "has no token 9 before its documents")):
+        folder, document = root / f"mine{end_of_text}-bytes", np.full(5000, 65, dtype=np.uint16)
+        splits = {s: shards.write(folder, "mine", s, [document], 0) for s in ("train", "val")}
+        shards.write_manifest(
+            folder, {"corpus": "mine", "splits": splits} | ({} if end_of_text is None else {"eot": end_of_text})
+        )
+        for trick in ("document_mask", "align_documents"):
+            flags = ("--corpus", f"mine{end_of_text}", "--data-root", str(root), "--val-tokens", "640", "--tricks", trick)
+            out = train(*flags, "--end-of-text", "9", out="refused", code=2)
+            printed = capsys.readouterr().err
+            assert words in printed and printed.count("\n") == 1 and not out.exists()
+            train(*flags, "--steps", "2", out=f"{trick}{end_of_text}")
+            capsys.readouterr()
 
 
 def test_flops_count_windows():
