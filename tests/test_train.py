@@ -382,9 +382,12 @@ def test_tricks_on_one_optimizer_add_their_keys():
     optimizer = lambda words: spec.split(tricks.apply("gpt2-small", words)[0]["optimizer"])  # noqa: E731
     name, keys = optimizer("muon")
     assert name == "muon" and keys["coefficients"] == "cubic"
-    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express"})
+    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express", "steps": "5"})
     assert optimizer("polar_express,muon") == ("muon", keys)  # the later one wins
-    assert optimizer("polar_express") == ("muon", {"coefficients": "polar_express"})  # nothing of the track's AdamW
+    assert optimizer("polar_express") == (
+        "muon",
+        {"coefficients": "polar_express", "steps": "5"},
+    )  # nothing of the track's AdamW
 
 
 def test_wrong_verb_and_help():

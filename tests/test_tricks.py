@@ -22,7 +22,7 @@ from optimizers.cautious import CautiousAdamW
 from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
 from residual import GATE_CHANNELS, Backout, SingleSkip, value_table
 from spec import UsageError
-from tricks import TRICKS
+from tricks import TRACKS, TRICKS
 
 SMALL = {"vocab_size": 61, "sequence_length": 24, "layers": 4, "heads": 2, "width": 32}
 TOKENS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -192,6 +192,22 @@ def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
         assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
     assert [e["tokens"] for e in events(two, "train")] == [e["tokens"] for e in events(one, "train")]
     assert result(two)["tokens"] == result(one)["tokens"] == 3 * 512 * (1 + 2 + 3)
+
+
+def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
+    """Its tricks at the sizes of `tiny`, documents shortened so that the mask acts; fp32 weights, whose sums are exact enough,
+    and not compiled: both have tests of their own."""
+    root, generator = tmp_path / "data", np.random.default_rng(0)
+    documents = [generator.integers(65, 91, n).astype(np.uint16) for n in generator.integers(5, 150, 300)]
+    splits = {s: shards.write(root / "mine-bytes", "mine", s, documents, 0) for s in ("train", "val")}
+    shards.write_manifest(root / "mine-bytes", {"corpus": "mine", "eot": 0, "splits": splits})
+    tricks = [t for t in TRACKS["gpt2-small"].recipes["record"] if t not in ("compile", "bf16_weights")]
+    flags = ("--tricks", ",".join(tricks), "--corpus", "mine", "--data-root", str(root), "--steps", "6", "--clip", "0")
+    one, eight = train(*flags), tmp_path / "eight"
+    torchrun(8, eight, *flags)
+    for kind in ("train", "val"):
+        assert losses(eight, kind) == pytest.approx(losses(one, kind), rel=1e-5)
+    assert losses(one)[-1] < losses(one)[0]
 
 
 def test_bf16_weights_on_two_ranks(train, tmp_path):
