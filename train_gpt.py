@@ -27,6 +27,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,18 +280,18 @@ def scheduled(config: Config, steps: int) -> Callable[[int], tuple]:
     )  # fmt: skip
 
 
+def stages(config: Config) -> Counter[tuple[float, int]]:
+    """(part of the windows, size of the batch in --batch-tokens) -> in how many steps of the run."""
+    windows = schedules.build_windows(config.window_schedule, config.steps)
+    batches = schedules.build_batches(config.batch_schedule, config.steps)
+    return Counter((windows.until(step)[-1], batches.size(step)) for step in range(config.steps))
+
+
 def mean_flops(config: Config, model_config: ModelConfig) -> int:
     """FLOPs that training needs per token: `model.flops_per_token`, the mean over a run whose windows change."""
-    batches, windows = (
-        schedules.build_batches(config.batch_schedule, config.steps),
-        schedules.build_windows(config.window_schedule, config.steps),
-    )
-    units: dict[float, int] = {}
-    for step in range(config.steps):
-        part = windows.until(step)[-1]
-        units[part] = units.get(part, 0) + batches.size(step)
-    total = sum(n * flops_per_token(model_config, part) for part, n in units.items())
-    return round(total / sum(units.values()))
+    units = [(steps * size, part) for (part, size), steps in stages(config).items()]
+    total = sum(n * flops_per_token(model_config, part) for n, part in units)
+    return round(total / sum(n for n, _ in units))
 
 
 @torch.no_grad()
