@@ -222,12 +222,13 @@ def record_tables(gpt: GPT, tokens: torch.Tensor, optimizer: str, compiled: bool
     return [sorting, *operations(passes.events, False, set())], operations(update.events, compiled, kept)
 
 
-def in_window(step: Step, model_config: ModelConfig, part: float) -> Step:
+def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0) -> Step:
     """A step recorded with attention to all tokens before, as it is with the windows of the model in a stage that has `part` of
     them: its arithmetic as `model.flops_per_token` counts it. Blocks of a mask that are computed in part, the making of masks,
     and what a mask of documents saves are left out."""
-    T = model_config.sequence_length
-    share = sum(2 * w - w * w / T for w in (w or T for w in model_config.windows(part))) / (model_config.layers * T)
+    T = length or model_config.sequence_length
+    seen = [min(window or T, T) for window in model_config.windows(part)]
+    share = sum(2 * w - w * w / T for w in seen) / (model_config.layers * T)
     passes = [dataclasses.replace(w, flops=w.flops * share) if w.kind == "attention" else w for w in step.passes]
     return dataclasses.replace(step, passes=passes)
 
@@ -533,29 +534,38 @@ def dry_run(argv: list[str]) -> int:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
 
     # on a card masked attention is fused: recorded without its masks, and counted by `in_window`
-    recorded = (
-        dataclasses.replace(model_config, window=0, window_pattern="L", document_mask=False) if where.card else model_config
+    unmasked = dataclasses.replace(
+        model_config, window=0, window_pattern="L", document_mask=model_config.document_mask and not where.card
     )
+    whole = model_config.sequence_length
 
-    def record(micro: int, part: float = 1.0) -> Step:
+    def record(micro: int, part: float = 1.0, length: int = whole) -> Step:
+        def prepare(gpt: GPT) -> None:
+            for block, window in zip(gpt.blocks, model_config.windows(part), strict=True):
+                block.attention.window = 0 if where.card else window
+
         return record_step(
-            recorded, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
-            config.table_optimizer, "meta" if where.card else "cpu", prepare=lambda gpt: gpt.see((part,)),
-            weights=config.weights,
+            dataclasses.replace(unmasked, sequence_length=length), config.optimizer, sequences * whole // length,
+            micro * whole // length, ranks, dtype, config.compile, config.average,
+            config.table_optimizer, "meta" if where.card else "cpu", prepare=prepare, weights=config.weights,
         )  # fmt: skip
 
     stages = train_gpt.stages(config)
+    forms = {(part, round(whole * cut)) for part, cut, _ in stages}
     if where.card:
         step = check_memory(where, record, sequences, micro, model_config.sequence_length)
-        by_part = {part: in_window(step, model_config, part) for part, _ in stages}
+        of_length = {length: step if length == whole else record(micro, length=length) for _, length in forms}
+        by_form = {(part, length): in_window(of_length[length], model_config, part, length) for part, length in forms}
         seconds, constants, price = roofline(where.card), FITTED, own.gpu_price or where.card.price
     else:
-        by_part = {part: record(micro, part) for part, _ in stages}
-        step = by_part[max(by_part)]
+        by_form = {(part, length): record(micro, part, length) for part, length in forms}
+        step = by_form[max(by_form)]
         seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
     times: Counter[str] = Counter()  # the mean over all steps
-    for (part, size), steps in stages.items():
-        now = dataclasses.replace(by_part[part], micro_batches=step.micro_batches * size, tables=step.tables * size)
+    for (part, cut, size), steps in stages.items():
+        now = dataclasses.replace(
+            by_form[part, round(whole * cut)], micro_batches=step.micro_batches * size, tables=step.tables * size
+        )
         for what, value in step_time(now, seconds, ranks, where.link(ranks), constants).items():
             times[what] += value * steps / config.steps
     print(report(config, model_config, recipe, where, ranks, dtype, step, dict(times), price))
@@ -585,7 +595,7 @@ def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks
         "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of "
         f"{tokens:,} tokens{' in the mean' if size > 1 else ''}",
         "memory a rank, GB": f"{listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
-        f"sent a{' largest' if size > 1 else ''} step, MB": f"{listed(communication(step, ranks), 1e6, ',.0f')}   by each rank"
+        f"sent {'at most' if size > 1 else 'a step'}, MB": f"{listed(communication(step, ranks), 1e6, ',.0f')}   by each rank"
         if ranks > 1
         else "nothing",
         "time, ms": listed(times, 1e-3, ",.1f"),

@@ -543,7 +543,7 @@ def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> 
 
     Args:
         part: of the model's long window, in a stage of a window schedule.
-        length: of the sequences, tokens, in a stage of a length schedule; 0: the model's.
+        length: of the sequences, tokens, in a stage of a schedule of lengths; 0: the model's.
     """
     C, T = config.width, length or config.sequence_length
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C

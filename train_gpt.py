@@ -74,6 +74,7 @@ class Config:
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks")
     batch_schedule: str = setting("constant", "batch-size schedule SPEC: multiples of --batch-tokens")
     window_schedule: str = setting("constant", "attention-window schedule SPEC: parts of --window")
+    length_schedule: str = setting("constant", "sequence-length schedule SPEC: parts of --sequence-length")
     micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
     clip: float = setting(0.0, "largest global gradient norm; 0 is off")
     future_tokens: int = setting(
@@ -182,6 +183,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     schedules.build_momentum(config.momentum_schedule, config.steps)
     schedules.build_batches(config.batch_schedule, config.steps)
     schedules.build_windows(config.window_schedule, config.steps)
+    lengths = schedules.build_lengths(config.length_schedule, config.steps).parts
     try:
         model_config = pick(ModelConfig)
     except ValueError as error:
@@ -191,8 +193,14 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
         raise UsageError(f"--loss-tokens must be 0 to {most}, the sequence length; got {config.loss_tokens}")
     if config.tied_until and model_config.tied_head:
         raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
-    if not 0 <= config.future_tokens < model_config.sequence_length:
-        raise UsageError(f"--future-tokens must be 0 to {model_config.sequence_length - 1}, got {config.future_tokens}")
+    T = model_config.sequence_length
+    if any(T % max(1, round(T * part)) for part in lengths):
+        raise UsageError(f"--length-schedule: its parts of {T} tokens must divide them, such as parts=0.25/0.5/1")
+    if config.loss_tokens and min(lengths) < 1:
+        raise UsageError("--length-schedule cuts sequences, of which --loss-tokens counts the end: give one of them")
+    shortest = round(T * min(lengths))
+    if not 0 <= config.future_tokens < shortest:
+        raise UsageError(f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}")
     return config, model_config, recipe
 
 
@@ -274,24 +282,31 @@ def scheduled(config: Config, steps: int) -> Callable[[int], tuple]:
     rate, momentum = schedules.build(config.schedule, steps), schedules.build_momentum(config.momentum_schedule, steps)
     batches = schedules.build_batches(config.batch_schedule, steps)
     windows = schedules.build_windows(config.window_schedule, steps)
+    lengths = schedules.build_lengths(config.length_schedule, steps)
     return lambda step: (
         rate(step), momentum(step), batches.size(step), batches.rate(step), step + 1 < config.tied_until * steps,
         schedules.future_weights(config.future_tokens, step, steps), windows.until(step),
+        lengths.until(step)[-1],
     )  # fmt: skip
 
 
-def stages(config: Config) -> Counter[tuple[float, int]]:
-    """(part of the windows, size of the batch in --batch-tokens) -> in how many steps of the run."""
+def stages(config: Config) -> Counter[tuple[float, float, int]]:
+    """(part of the windows, part of the sequences, size of the batch in --batch-tokens) -> in how many steps of the run."""
+    lengths = schedules.build_lengths(config.length_schedule, config.steps)
     windows = schedules.build_windows(config.window_schedule, config.steps)
     batches = schedules.build_batches(config.batch_schedule, config.steps)
-    return Counter((windows.until(step)[-1], batches.size(step)) for step in range(config.steps))
+    each = ((windows.until(step)[-1], lengths.until(step)[-1], batches.size(step)) for step in range(config.steps))
+    return Counter(each)
 
 
 def mean_flops(config: Config, model_config: ModelConfig) -> int:
-    """FLOPs that training needs per token: `model.flops_per_token`, the mean over a run whose windows change."""
-    units = [(steps * size, part) for (part, size), steps in stages(config).items()]
-    total = sum(n * flops_per_token(model_config, part) for n, part in units)
-    return round(total / sum(n for n, _ in units))
+    """FLOPs that training needs per token: `model.flops_per_token`, the mean over a run whose windows or sequences change."""
+    T = model_config.sequence_length
+    units = [
+        (steps * size, flops_per_token(model_config, part, round(T * cut)))
+        for (part, cut, size), steps in stages(config).items()
+    ]
+    return round(sum(n * flops for n, flops in units) / sum(n for n, _ in units))
 
 
 @torch.no_grad()
@@ -310,14 +325,15 @@ def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length
 
 
 def warm_up(
-    model: torch.nn.Module, micro: int, model_config: ModelConfig, device: torch.device, future: torch.Tensor | None = None
-) -> None:
-    """Compile by one forward and backward on random tokens, off the clock.
+    model: torch.nn.Module, shape: tuple[int, int], model_config: ModelConfig, device: torch.device,
+    future: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Compile by one forward and backward on random tokens [sequences, length], off the clock.
 
     Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tokens = torch.randint(model_config.vocab_size, (micro, model_config.sequence_length), device=device)
+        tokens = torch.randint(model_config.vocab_size, shape, device=device)
         # targets in memory of their own, as in training: torch.compile would make another graph for one tensor given twice
         model(tokens, tokens.clone(), future).backward()
     model.zero_grad(set_to_none=True)
@@ -387,9 +403,13 @@ class Training:
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
         self.windows, self.seen = schedules.build_windows(config.window_schedule, config.steps), (1.0,)
         self.compiled = config.compile and hardware.can_compile(world.device)
+        self.lengths = schedules.build_lengths(config.length_schedule, config.steps)
         if self.compiled:  # a graph a stage for training and two for validation, whose last micro-batch may be smaller
-            torch._dynamo.config.recompile_limit = max(8, 3 * len(self.windows.starts))
-        self.model = self.alone = torch.compile(self.gpt) if self.compiled else self.gpt
+            torch._dynamo.config.recompile_limit = max(8, 3 * (len(self.windows.starts) + len(self.lengths.starts)))
+        shapes = (
+            {} if len(self.lengths.parts) == 1 else {"dynamic": False}
+        )  # a graph a length, not one for all, which is slower
+        self.model = self.alone = torch.compile(self.gpt, **shapes) if self.compiled else self.gpt
         if world.size > 1:
             sparse = [name for name, p in self.alone.named_parameters() if any(p is t for t in self.gpt.tables())]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.alone, sparse)  # `sum_sparse` adds them up
@@ -580,9 +600,10 @@ class Training:
         """
         future = self.future()
         loss = torch.zeros((), device=self.world.device)
-        parts = range(0, len(x), self.micro)
+        micro, _ = self.micro_batch(self.steps_done)
+        parts = range(0, len(x), micro)
         for i in parts:
-            tokens = x[i : i + self.micro]
+            tokens = x[i : i + micro]
             # DDP averages gradients over ranks once per step: no_sync must cover forward and backward of the others
             with self.model.no_sync() if self.world.size > 1 and i != parts[-1] else contextlib.nullcontext():
                 if y is None:
@@ -590,7 +611,7 @@ class Training:
                     drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
                     part = F.cross_entropy(logits, drawn) / len(parts)
                 else:
-                    part = self.model(tokens, y[i : i + self.micro], future) / len(parts)
+                    part = self.model(tokens, y[i : i + micro], future) / len(parts)
                 part.backward()
             loss += part.detach()
         for p in self.gpt.parameters():
@@ -613,6 +634,11 @@ class Training:
         if parts != self.seen:
             self.gpt.see(parts)
             self.seen = parts
+
+    def micro_batch(self, step: int) -> tuple[int, int]:
+        """Sequences of a micro-batch of `step` and their length: where they are cut shorter, there are as many more."""
+        length = round(self.model_config.sequence_length * self.lengths.until(step)[-1])
+        return self.micro * self.model_config.sequence_length // length, length
 
     def future(self) -> torch.Tensor | None:
         """Weights of the losses on the tokens after the next, in this step."""
@@ -637,7 +663,7 @@ class Training:
         self.clock.start()
         self.follow(step)
         self.world.beat(f"step {step + 1}: data")
-        x, y = self.loader.next(step)
+        x, y = (tokens.view(-1, self.micro_batch(step)[1]) for tokens in self.loader.next(step))
         self.world.beat(f"step {step + 1}: forward and backward")
         loss_now, norm_now = self.backward(x, y)
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
@@ -707,10 +733,11 @@ class Training:
 
     def warm_up(self) -> None:
         """Compile what each stage still to come needs."""
-        stages = {max(start, self.steps_done) for start in self.windows.starts if start < self.config.steps}
-        for step in sorted(stages):
+        starts = (*self.windows.starts, *self.lengths.starts)
+        for step in sorted({max(start, self.steps_done) for start in starts if start < self.config.steps}):
             self.follow(step)
-            warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
+            shape = self.micro_batch(step)
+            warm_up(self.model, shape, self.model_config, self.world.device, self.future())
 
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.

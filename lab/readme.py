@@ -211,6 +211,10 @@ def tables() -> dict[str, str]:
             ("window schedule", "shape", "settings and defaults"),
             [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.WINDOW_SCHEDULES.items()],
         ),
+        "length schedules": table(
+            ("sequence-length schedule", "shape", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.LENGTH_SCHEDULES.items()],
+        ),
         "cpu records": records.history("cpu", "open", "records/"),
         "corpora": table(
             ("corpus", "what", "source"),

@@ -203,6 +203,16 @@ def test_stages_are_a_mean_over_the_steps(capsys):
     assert milliseconds(printed) == pytest.approx(sum(single) / 3, abs=0.11)
 
 
+def test_lengths_are_a_mean_over_the_steps(capsys):
+    shape = ["--hardware", "H100", "--steps", "8", "--width", "512", "--heads", "4", "--layers", "4", "--batch-tokens", "16384"]
+    shape += ["--micro-batch-tokens", "4096", "--window-pattern", "LS", "--window", "256"]
+    found = []
+    for more in (["--length-schedule", "stages"], [], ["--sequence-length", "256"]):
+        assert train_gpt.main([*DRY, *shape, "--sequence-length", "512", *more]) == 0
+        found.append(milliseconds(capsys.readouterr().out))
+    assert found[0] == pytest.approx((found[1] + found[2]) / 2, abs=0.11)
+
+
 def test_windows_take_arithmetic_from_attention_alone():
     config = ModelConfig(vocab_size=256, sequence_length=512, layers=4, heads=4, width=512, window=128, window_pattern="LS")
     dense = step_of(dataclasses.replace(config, window=0, window_pattern="L"))

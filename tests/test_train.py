@@ -99,7 +99,7 @@ def test_warm_up_leaves_no_trace(sotu):
     training = train_gpt.Training(config, model_config, recipe, train_gpt.World("cpu"))
     before = {name: p.clone() for name, p in training.gpt.named_parameters()}
     rng = torch.get_rng_state()
-    train_gpt.warm_up(training.model, training.micro, model_config, training.world.device)
+    training.warm_up()
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in training.gpt.named_parameters())
     assert not training.optimizer.state and training.loader.ahead is None

@@ -136,7 +136,7 @@ def test_trick_is_one_graph(name):
 TOGETHER = (
     "normuon,cautious_decay,cautious_rest,adam_every_other,value_gates,input_shortcut,single_skip,smear,backout,attention_gate,"
     "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown,long_short_windows,"
-    "yarn,document_mask,align_documents"
+    "yarn,document_mask,align_documents,short_sequences"
 )
 
 
@@ -168,7 +168,7 @@ def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
     assert same(stored(whole, *flags), stored(cut, *flags))
 
 
-@pytest.mark.parametrize(("name", "stages"), [("baseline", 1), (TOGETHER, 3)], ids=["baseline", "together"])
+@pytest.mark.parametrize(("name", "stages"), [("baseline", 1), (TOGETHER, 4)], ids=["baseline", "together"])
 def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, stages):
     """The warm-up compiles what every step of every stage runs."""
     monkeypatch.setattr(train_gpt.hardware, "can_compile", lambda device: True)
@@ -762,6 +762,40 @@ def test_flops_count_windows():
     assert train_gpt.mean_flops(*grown[:2]) == pytest.approx(expected)
 
 
+# ---------------------------------------------------------------- definitions: sequences that grow
+
+
+def test_short_sequences_are_the_same_tokens_cut(sotu, tmp_path, monkeypatch):
+    flags = ("--length-schedule", "stages:parts=0.25/0.5/1", "--steps", "6", "--micro-batch-tokens", "256")
+    made, seen = training(tmp_path, *flags), []
+    made.gpt.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    for step in range(6):
+        seen.clear()
+        made.step()
+        length = (16, 16, 32, 32, 64, 64)[step]
+        assert [tokens.shape for tokens, _ in seen] == 4 * [(256 // length, length)]
+        for uncut, parts in zip(made.loader.batch(step), zip(*seen, strict=True), strict=True):
+            assert torch.equal(torch.cat(parts).flatten(), uncut.flatten())
+    made.close()
+
+
+def test_loss_of_short_sequences(sotu, tmp_path):
+    """That of a run on sequences of this length, in the corpus's own order, where these are the same."""
+    flags = ("--no-shuffle", "--steps", "4", "--optimizer", "sgd:lr=0", "--schedule", "constant", "--positions", "rotary")
+    found = []
+    for more in (("--length-schedule", "stages"), ("--sequence-length", "32")):
+        made = training(tmp_path, *flags, *more)
+        found.append([made.step()[0] for _ in range(2)])
+        made.close()
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_flops_of_short_sequences():
+    run = train_gpt.resolve(["--track", "tiny", "--tricks", "short_sequences,long_short_windows", "--steps", "8"])
+    short = train_gpt.resolve(["--track", "tiny", "--sequence-length", "32"])[1]  # in which a window of 32 tokens is all
+    assert train_gpt.mean_flops(*run[:2]) == (flops_per_token(short) + flops_per_token(run[1])) / 2
+
+
 # ---------------------------------------------------------------- definitions: batches that grow
 
 
@@ -823,7 +857,13 @@ def test_a_step_of_a_later_stage_is_one_large_batch(train):
 
 def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
     """Runs of 12 and 18 steps at one rate and momentum: they part where batches, weights of losses or the head do."""
-    for trick, first in (("batch_stages", 4), ("multi_token", 0), ("retied_head", 8), ("window_warmup", 4)):
+    for trick, first in (
+        ("batch_stages", 4),
+        ("multi_token", 0),
+        ("retied_head", 8),
+        ("window_warmup", 4),
+        ("short_sequences", 6),
+    ):
         flags = ("--schedule", "constant", "--checkpoint-every", "2", "--keep", "9", "--deterministic", "--tricks", trick)
         stem, whole = train(*flags, "--steps", "12", out=f"{trick}-stem"), train(*flags, "--steps", "18", out=f"{trick}-whole")
         branch = train(*flags, "--steps", "18", "--branch", str(stem), out=f"{trick}-branch")
@@ -841,6 +881,10 @@ def test_contradicting_tricks_are_said():
         (("--window", "65"), "window must be 0 to 64"),
         (("--window-pattern", "LX"), "letters L and S"),
         (("--yarn",), "yarn needs positions"),
+        (("--length-schedule", "stages:parts=0.3/1"), "must divide"),
+        (("--length-schedule", "stages:parts=1/0.5"), "ends with all"),
+        (("--length-schedule", "stages", "--loss-tokens", "2"), "give one of them"),
+        (("--length-schedule", "stages", "--future-tokens", "32"), "0 to 31"),
     ):
         with pytest.raises(UsageError, match=message):
             train_gpt.resolve(["--track", "tiny", *flags])
