@@ -550,6 +550,14 @@ def dry_run(argv: list[str]) -> int:
             config.table_optimizer, "meta" if where.card else "cpu", prepare=prepare, weights=config.weights,
         )  # fmt: skip
 
+    def as_run(step: Step) -> Step:
+        """With the head in 8-bit floats, where it will be. (Their rounding is left out.)"""
+        if model_config.head_dtype == "same" or not (where.card and where.card.fp8):
+            return step
+        eighth = lambda w: w.kind == "product" and model_config.padded_vocab in w.shape  # noqa: E731
+        passes = [dataclasses.replace(w, dtype=torch.float8_e4m3fn) if eighth(w) else w for w in step.passes]
+        return dataclasses.replace(step, passes=passes)
+
     stages = train_gpt.stages(config)
     forms = {(part, round(whole * cut)) for part, cut, _ in stages}
     if where.card:
@@ -564,7 +572,7 @@ def dry_run(argv: list[str]) -> int:
     times: Counter[str] = Counter()  # the mean over all steps
     for (part, cut, size), steps in stages.items():
         now = dataclasses.replace(
-            by_form[part, round(whole * cut)], micro_batches=step.micro_batches * size, tables=step.tables * size
+            as_run(by_form[part, round(whole * cut)]), micro_batches=step.micro_batches * size, tables=step.tables * size
         )
         for what, value in step_time(now, seconds, ranks, where.link(ranks), constants).items():
             times[what] += value * steps / config.steps

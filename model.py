@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, attention
-from kernels import cross_entropy, linear_relu2, rms_norm, softcap
+from kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
 from residual import AttentionExtras, ResidualPaths, Smear
 
 
@@ -73,6 +73,12 @@ class ModelConfig:
         ("rational", "tanh", "sigmoid"),
     )
     vocab_multiple: int = setting(1, "pad embedding and head rows to a multiple of this; logits of padding are cut off")
+    head_dtype: str = setting(
+        "same",
+        "head's products in training; same: type of the activations; auto: 8-bit floats where the card has them "
+        "(modded-nanogpt #19); fp8: there alone, simulated on CPUs",
+        ("same", "auto", "fp8"),
+    )
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
     ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
@@ -132,6 +138,11 @@ class ModelConfig:
             raise ValueError(f"window_pattern takes the letters L and S, such as LSSS; not {self.window_pattern!r}")
         if self.yarn and self.positions == "learned":
             raise ValueError("yarn needs positions rotary or half_rotary, got learned")
+        if self.head_dtype != "same" and (self.padded_vocab % 16 or self.width % 16):
+            raise ValueError(
+                f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {self.width} and "
+                f"{self.padded_vocab}: such as vocab_multiple 128"
+            )
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
 
@@ -173,6 +184,23 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, *self.cast(x.dtype))
+
+
+class Head(Linear):
+    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so.
+
+    What is divided by before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in
+    modded-nanogpt since record 19; a gradient of the mean over N tokens is at most 1 / N.
+    """
+
+    fp8 = False  # set by the trainer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fp8 and self.training):
+            return super().forward(x)
+        flat = x.flatten(0, -2)
+        scales = (x.size(-1) ** 0.5 / 448, 24 / 448, 1 / len(flat) / 448)
+        return fp8_linear(flat, self.weight.to(x.dtype), scales).unflatten(0, x.shape[:-1])
 
 
 class Norm(nn.Module):
@@ -387,7 +415,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.paths = ResidualPaths(config) if ResidualPaths.wanted(config) else None
         self.norm = Norm(config, config.width)
-        self.head = Linear(config.width, config.padded_vocab, bias=False)
+        self.head = Head(config.width, config.padded_vocab, bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
         if not learned:

@@ -219,8 +219,8 @@ class WholeLength:
 
 @dataclass(frozen=True)
 class LengthStages:
-    """Stages of equal length in which sequences are cut into pieces, `parts` of the model's length, at the same tokens a step; the
-    last has them whole (speedrun record 72 cuts documents at 896 tokens first and then at 2,048).
+    """Stages of equal length in which sequences are cut into pieces, `parts` of the model's length, at the same tokens a step;
+    the last has them whole (speedrun record 72 cuts documents at 896 tokens first and then at 2,048).
     """
 
     parts: tuple[float, ...] = (0.5, 1.0)

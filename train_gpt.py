@@ -395,6 +395,7 @@ class Training:
         torch.manual_seed(config.seed)
         self.gpt = GPT(model_config).to(world.device)
         self.gpt.compute_dtype = self.dtype
+        self.gpt.head.fp8, self.head_note = hardware.pick_fp8(model_config.head_dtype, world.device)
         if config.tied_until:
             self.gpt.head.weight.data.copy_(self.gpt.embedding.weight)
         if config.weights == "bf16":
@@ -830,6 +831,7 @@ class Training:
         epochs = self.loader.epochs(self.config.steps)
         sizes = " / ".join(f"{self.config.batch_tokens * size:,}" for size in self.batches.sizes)
         without = "" if self.compiled == self.config.compile else "\nno C++ compiler with Python headers here: not compiled"
+        without += f"\n{self.head_note}" * bool(self.head_note)
         return (
             f"{self.run_folder.folder}{without}\n"
             f"{counts['total'] / 1e6:.1f}M parameters on {self.world.size} x {self.world.device.type}, "

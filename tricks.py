@@ -128,6 +128,14 @@ TRICKS: dict[str, Trick] = {
     "padded_vocab": Trick(
         "systems", dict(vocab_multiple=128), "nanoGPT (50,304 rows); modded-nanogpt #5", "faster head on tensor cores"
     ),
+    "fp8_head": Trick(
+        "systems",
+        dict(head_dtype="auto", vocab_multiple=128),
+        "modded-nanogpt #19: the head's products in 8-bit floats; on cards without them it is said and left out",
+        "part of 3.4 to 3.142 min",
+        "350M: no gain in time, taken out (track 2 #7, #18); nanochat, in all layers: 5 % at equal quality at 24 layers, none "
+        "at 12",
+    ),
     "compile": Trick(
         "systems",
         {"compile": True},

@@ -213,6 +213,16 @@ def test_lengths_are_a_mean_over_the_steps(capsys):
     assert found[0] == pytest.approx((found[1] + found[2]) / 2, abs=0.11)
 
 
+@pytest.mark.parametrize(("card", "faster"), [("H100", True), ("A100", False)])
+def test_fp8_head_is_faster_where_the_card_has_it(card, faster, capsys):
+    shape = ["--hardware", card, "--width", "512", "--heads", "4", "--vocab-size", "50304", "--batch-tokens", "16384"]
+    found = []
+    for head in ("same", "auto"):
+        assert train_gpt.main([*DRY, *shape, "--head-dtype", head]) == 0
+        found.append(milliseconds(capsys.readouterr().out))
+    assert found[1] < found[0] if faster else found[1] == found[0]
+
+
 def test_windows_take_arithmetic_from_attention_alone():
     config = ModelConfig(vocab_size=256, sequence_length=512, layers=4, heads=4, width=512, window=128, window_pattern="LS")
     dense = step_of(dataclasses.replace(config, window=0, window_pattern="L"))

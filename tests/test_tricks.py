@@ -762,6 +762,68 @@ def test_flops_count_windows():
     assert train_gpt.mean_flops(*grown[:2]) == pytest.approx(expected)
 
 
+# ---------------------------------------------------------------- definitions: the head in 8-bit floats
+
+
+def rounded(x: torch.Tensor, scale: float, kind: torch.dtype) -> torch.Tensor:
+    return (x / scale).to(kind).float() * scale
+
+
+def test_fp8_head():
+    """The products written out, forward and backward, of the model's own normalised stream; evaluation is not touched."""
+    gpt = small(vocab_multiple=16, norm_gains=False, norm="rmsnorm", head_dtype="fp8", tied_head=False)
+    wanted_in_evaluation, stream = gpt(TOKENS), []
+    gpt.head.fp8 = True
+    assert torch.equal(gpt(TOKENS), wanted_in_evaluation)
+    gpt.train()
+    gpt.norm.register_forward_hook(lambda _, __, out: stream.append(out))
+    loss = gpt(TOKENS, TOKENS.roll(-1, 1))
+    (found,) = torch.autograd.grad(loss, gpt.head.weight)
+    x, w = stream[0].detach().flatten(0, 1), gpt.head.weight.detach()
+    assert x.abs().max() <= 32**0.5 and w.abs().max() < 24
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    x8 = rounded(x, 32**0.5 / 448, e4m3)
+    made = (x8 @ rounded(w, 24 / 448, e4m3).T)[:, :61].requires_grad_()
+    expected = F.cross_entropy(made, TOKENS.roll(-1, 1).flatten())
+    torch.testing.assert_close(loss, expected)
+    (g,) = torch.autograd.grad(expected, made)
+    assert g.abs().max() <= 1 / 48
+    torch.testing.assert_close(found[:61], rounded(g, 1 / 48 / 448, e5m2).T @ x8, atol=1e-6, rtol=1e-4)
+    assert (found[61:] == 0).all()
+    exact = F.cross_entropy(x @ w[:61].T, TOKENS.roll(-1, 1).flatten())
+    assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
+
+
+def test_fp8_head_is_one_graph():
+    gpt = small(vocab_multiple=16, head_dtype="fp8", layers=2).train()
+    gpt.head.fp8 = True
+    torch._dynamo.reset()
+    compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)
+    found = [torch.autograd.grad(f(TOKENS, TOKENS.roll(-1, 1)), list(gpt.parameters())) for f in (gpt, compiled)]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_fp8_head_trains_and_says_where_it_cannot(train, capsys, monkeypatch):
+    flags = ("--steps", "12", "--schedule", "constant", "--tricks", "fp8_head", "--deterministic")
+    simulated = train(*flags, "--head-dtype", "fp8", out="fp8")
+    assert "simulated on this cpu" in capsys.readouterr().out
+    plain = train(*flags, out="auto")
+    assert "cpu has no 8-bit floats" in capsys.readouterr().out
+    assert losses(simulated) != losses(plain) == losses(train(*flags, "--head-dtype", "same", out="same"))
+    fall = lambda folder: losses(folder)[0] - sum(losses(folder)[-3:]) / 3  # noqa: E731
+    assert fall(simulated) == pytest.approx(fall(plain), rel=0.1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    cuda = torch.device("cuda")
+    for capability, able in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert train_gpt.hardware.pick_fp8("auto", cuda)[0] == able
+        if able:
+            assert train_gpt.hardware.pick_fp8("fp8", cuda) == (True, "")
+        else:
+            with pytest.raises(UsageError, match="fp8: NVIDIA A100-SXM4-80GB has no 8-bit floats"):
+                train_gpt.hardware.pick_fp8("fp8", cuda)
+
+
 # ---------------------------------------------------------------- definitions: sequences that grow
 
 
@@ -882,6 +944,7 @@ def test_contradicting_tricks_are_said():
         (("--window-pattern", "LX"), "letters L and S"),
         (("--yarn",), "yarn needs positions"),
         (("--length-schedule", "stages:parts=0.3/1"), "must divide"),
+        (("--head-dtype", "fp8", "--vocab-size", "250"), "divisible by 16"),
         (("--length-schedule", "stages:parts=1/0.5"), "ends with all"),
         (("--length-schedule", "stages", "--loss-tokens", "2"), "give one of them"),
         (("--length-schedule", "stages", "--future-tokens", "32"), "0 to 31"),
