@@ -110,6 +110,27 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
 
 
+def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
+    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)?
+
+    name: same, auto or fp8 (ModelConfig.head_dtype).
+
+    Raises:
+        UsageError: fp8 asked for on a GPU that has none.
+    """
+    if name == "same":
+        return False, ""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
+        return True, ""
+    if name == "fp8" and device.type == "cpu":
+        return True, "8-bit floats of the head are simulated on this cpu"
+    lacking = f"{card} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
+    if name == "fp8":
+        raise UsageError(f"--head-dtype fp8: {lacking}: use auto or same")
+    return False, f"{lacking}: the head's products stay in the type of the others"
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at most: on a CUDA GPU, of tensors; else resident. 0 where the system does not say."""
     if device.type == "cuda":

@@ -207,6 +207,14 @@ def tables() -> dict[str, str]:
             ("batch-size schedule", "shape", "settings and defaults"),
             [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.BATCH_SCHEDULES.items()],
         ),
+        "window schedules": table(
+            ("window schedule", "shape", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.WINDOW_SCHEDULES.items()],
+        ),
+        "length schedules": table(
+            ("sequence-length schedule", "shape", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.LENGTH_SCHEDULES.items()],
+        ),
         "cpu records": records.history("cpu", "open", "records/"),
         "tuning": tuned.overview(ROOT / "records" / "tuning"),
         "corpora": table(

@@ -97,7 +97,7 @@ def test_warm_up_leaves_no_trace(sotu):
     training = train_gpt.Training(config, model_config, recipe, train_gpt.World("cpu"))
     before = {name: p.clone() for name, p in training.gpt.named_parameters()}
     rng = torch.get_rng_state()
-    train_gpt.warm_up(training.model, training.micro, model_config, training.world.device)
+    training.warm_up()
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in training.gpt.named_parameters())
     assert not training.optimizer.state and training.loader.ahead is None
@@ -380,9 +380,12 @@ def test_tricks_on_one_optimizer_add_their_keys():
     optimizer = lambda words: spec.split(tricks.apply("gpt2-small", words)[0]["optimizer"])  # noqa: E731
     name, keys = optimizer("muon")
     assert name == "muon" and keys["coefficients"] == "cubic"
-    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express"})
+    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express", "steps": "5"})
     assert optimizer("polar_express,muon") == ("muon", keys)  # the later one wins
-    assert optimizer("polar_express") == ("muon", {"coefficients": "polar_express"})  # nothing of the track's AdamW
+    assert optimizer("polar_express") == (
+        "muon",
+        {"coefficients": "polar_express", "steps": "5"},
+    )  # nothing of the track's AdamW
 
 
 def test_wrong_verb_and_help():
