@@ -194,7 +194,7 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     if config.tied_until and model_config.tied_head:
         raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
     T = model_config.sequence_length
-    if any(T % max(1, round(T * part)) for part in lengths):
+    if any(round(T * part) < 1 or T % round(T * part) for part in lengths):
         raise UsageError(f"--length-schedule: its parts of {T} tokens must divide them, such as parts=0.25/0.5/1")
     if config.loss_tokens and min(lengths) < 1:
         raise UsageError("--length-schedule cuts sequences, of which --loss-tokens counts the end: give one of them")
@@ -407,10 +407,8 @@ class Training:
         self.lengths = schedules.build_lengths(config.length_schedule, config.steps)
         if self.compiled:  # a graph a stage for training and two for validation, whose last micro-batch may be smaller
             torch._dynamo.config.recompile_limit = max(8, 3 * (len(self.windows.starts) + len(self.lengths.starts)))
-        shapes = (
-            {} if len(self.lengths.parts) == 1 else {"dynamic": False}
-        )  # a graph a length, not one for all, which is slower
-        self.model = self.alone = torch.compile(self.gpt, **shapes) if self.compiled else self.gpt
+        dynamic = None if len(self.lengths.parts) == 1 else False  # a graph a length, not one for all, which is slower
+        self.model = self.alone = torch.compile(self.gpt, dynamic=dynamic) if self.compiled else self.gpt
         if world.size > 1:
             sparse = [name for name, p in self.alone.named_parameters() if any(p is t for t in self.gpt.tables())]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.alone, sparse)  # `sum_sparse` adds them up

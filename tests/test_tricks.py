@@ -944,6 +944,7 @@ def test_contradicting_tricks_are_said():
         (("--window-pattern", "LX"), "letters L and S"),
         (("--yarn",), "yarn needs positions"),
         (("--length-schedule", "stages:parts=0.3/1"), "must divide"),
+        (("--length-schedule", "stages:parts=0.001/1"), "must divide"),
         (("--head-dtype", "fp8", "--vocab-size", "250"), "divisible by 16"),
         (("--length-schedule", "stages:parts=1/0.5"), "ends with all"),
         (("--length-schedule", "stages", "--loss-tokens", "2"), "give one of them"),
