@@ -33,11 +33,13 @@ import hardware
 import optimizers
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, flops_per_token, roles
-from operations import WIRE, Operation, Recorder, operations, peak
+from operations import Operation, Recorder, operations, peak
 from optimizers import TABLE_OPTIMIZERS
+from ranks import WIRE
 from spec import UsageError, nearest, parse
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
+STATISTICS = 16  # bytes that the ranks add up before an update: loss, norm, two wishes
 HIDDEN = 2 / 3  # of the last micro-batch is backward pass, behind which DDP's buckets travel
 
 
@@ -102,6 +104,7 @@ def record_step(
     table_optimizer: str = "sparse_adagrad",
     device: str = "meta",
     autocast: bool = False,
+    reduce: str = "fp32",
     prepare: Callable[[GPT], None] = lambda gpt: None,
 ) -> Step:
     """Go through one step without computing it.
@@ -112,6 +115,7 @@ def record_step(
         compiled: element-wise passes are fused, as by torch.compile.
         device: meta: what the trainer does on a GPU; cpu: what it does there.
         autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
+        reduce: bf16: gradients travel in it.
         prepare: may change the model first.
     """
     fake = FakeTensorMode() if device == "cpu" else contextlib.nullcontext()
@@ -143,13 +147,15 @@ def record_step(
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     rows = micro * model_config.sequence_length * len(gpt.ngrams.orders) if sparse else 0
     table_bytes = rows * (4 * model_config.width + 8)
+    sent = lambda t: t.numel() * (2 if reduce == "bf16" else t.element_size())  # noqa: E731
+    rows_sent = rows * ((2 if reduce == "bf16" else 4) * model_config.width + 8)
     passed = operations(passes.events, compiled, keep) + lookups
     if sparse:
         updates.append((1.0, rows_updated, 0))
     state = optimizers.state_bytes(built) + sum(4 * p.numel() for p in sparse)
     return Step(
-        passed, sequences // micro, [(share, work) for share, work, _ in updates], size(grads),
-        size([gpt.embedding.weight]), table_bytes * (sequences // micro),
+        passed, sequences // micro, [(share, work) for share, work, _ in updates], sum(map(sent, grads)),
+        sent(gpt.embedding.weight), rows_sent * (sequences // micro),
         Memory(
             size(gpt.parameters()), size(grads) + table_bytes, state,
             max(peak(passes.events, compiled, keep), *(most for _, _, most in updates)),
@@ -283,6 +289,7 @@ def step_time(
 def communication(step: Step, ranks: int) -> dict[str, float]:
     """Bytes that one rank sends in a step, by what they are."""
     found = {"gradients, all-reduce": WIRE["allreduce"](ranks) * step.gradients}
+    found["loss, norm, signals, all-reduce"] = WIRE["allreduce"](ranks) * STATISTICS
     if step.tables:
         found["table rows, all-gather"] = float(step.tables * (ranks - 1))
     sent = sum(share * WIRE[w.kind](ranks) * w.bytes for share, ops in step.update for w in ops if w.kind in WIRE)
@@ -521,7 +528,7 @@ def dry_run(argv: list[str]) -> int:
     def record(micro: int) -> Step:
         return record_step(
             model_config, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
-            config.table_optimizer, "meta" if where.card else "cpu",
+            config.table_optimizer, "meta" if where.card else "cpu", reduce=config.reduce,
         )  # fmt: skip
 
     if where.card:

@@ -46,7 +46,7 @@ from checkpoint import Checkpoints, damage, listing, newest, step_of
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, roles, setting
 from optimizers.mantissa import keep_mantissas, to_bf16
-from ranks import RankError, World
+from ranks import RankError, Traffic, World, reduce_in_bf16
 from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
 
@@ -82,6 +82,9 @@ class Config:
     )
     weights: str = setting(
         "fp32", "hidden matrices: fp32, or bf16 with the other 16 bits in the optimizer (modded-nanogpt #57)", ("fp32", "bf16")
+    )
+    reduce: str = setting(
+        "fp32", "gradients on their way between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16")
     )
     seed: int = setting(0, "seed of weights, dropout and data order")
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
@@ -374,6 +377,8 @@ class Training:
             self.model = DistributedDataParallel(
                 self.alone, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
+            if config.reduce == "bf16":
+                self.model.register_comm_hook(None, reduce_in_bf16)
         # optimizer and schedules
         self.optimizer = optimizers.build(
             config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer, config.rates
@@ -390,6 +395,7 @@ class Training:
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = flops_per_token(model_config)
         self.steps_done, self.last_val, self.reached, self.skipped = 0, None, None, 0
+        self.wire_bytes = 0  # that this rank sends in a step
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
         settings = vars(config) | vars(model_config) | {"recipe": recipe}
         out = config.out or default_folder(settings, recipe)
@@ -571,7 +577,7 @@ class Training:
             loss += part.detach()
         for p in self.gpt.parameters():
             if p.grad is not None and p.grad.is_sparse:
-                p.grad = self.world.sum_sparse(p.grad)
+                p.grad = self.world.sum_sparse(p.grad, torch.bfloat16 if self.config.reduce == "bf16" else p.grad.dtype)
                 p.grad.values().div_(self.world.size)
         if self.tied:
             self.gpt.head.weight.grad.add_(self.gpt.embedding.weight.grad)
@@ -632,6 +638,15 @@ class Training:
                 self.gpt.zero_grad(set_to_none=True)
         self.steps_done += 1
         return loss_now, norm_now, self.clock.stop(str(config.batch_tokens * self.batches.size(step)))
+
+    def measured_step(self) -> tuple[float, float, float] | None:
+        """`step`, with a look at what this rank sends in it: the first step of several ranks, a little slower for that."""
+        with Traffic(self.world.size) as traffic:
+            done = self.step()
+        self.wire_bytes = traffic.sent if done else 0
+        if self.world.main and done:
+            self.display.note(f"each rank sends {self.wire_bytes / 1e6:,.3g} MB a step")
+        return done
 
     def leave_out(self) -> bool:
         """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
@@ -704,7 +719,7 @@ class Training:
                     self.display.note(f"step {self.steps_done}: all data seen {epoch} times, it repeats from here")
                 due = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
                 self.wishes = [float(interrupt.name is not None), float(main and due)]
-                done = self.step()
+                done = self.step() if self.world.size == 1 or self.wire_bytes else self.measured_step()
                 stop, due = self.wishes  # of any rank: all hear of them in the same step
                 if done is None and not self.leave_out():
                     status = "diverged"
@@ -777,7 +792,8 @@ class Training:
         tokens = self.tokens
         rate = tokens / seconds if seconds else 0.0
         memory = hardware.peak_memory(self.world.device)
-        everyone = self.world.gather((clock.process_time, memory, optimizers.state_bytes(self.optimizer)))
+        everyone = self.world.gather((clock.process_time, memory, optimizers.state_bytes(self.optimizer), self.wire_bytes))
+        process_times, memories, states, sent = zip(*everyone, strict=True)
         result = {
             "status": status,
             "steps": self.steps_done,
@@ -790,12 +806,13 @@ class Training:
             "train_time": seconds,
             "robust_train_time": clock.robust_train_time,
             "stalled": seconds > 1.1 * clock.robust_train_time,
-            "process_time": sum(p for p, _, _ in everyone),
+            "process_time": sum(process_times),
             "tokens_per_second": rate,
             "flops_per_token": self.flops,
             "mfu": rate * self.flops / (self.peak * self.world.size) if self.peak else None,
-            "peak_memory": max(m for _, m, _ in everyone),
-            "optimizer_state_bytes": max(b for _, _, b in everyone),
+            "peak_memory": max(memories),
+            "optimizer_state_bytes": max(states),
+            "wire_bytes": max(sent),
             "parameters": parameter_counts(self.gpt),
         }
         if self.world.main:

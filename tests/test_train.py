@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_optimizer
 
+import cost
 import run_folder
 import spec
 import train_gpt
@@ -85,6 +86,50 @@ def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
         )
         assert result(folder)["tokens"] == result(one)["tokens"] == 8 * 1024
         assert json.loads((folder / "env.json").read_text())["world_size"] == ranks
+
+
+def predicted(ranks: int, *flags: str) -> dict[str, float]:
+    """What the dry run has each rank send in a step."""
+    config, model_config, _ = train_gpt.resolve(["--track", "tiny", *flags])
+    world = types.SimpleNamespace(size=ranks, device=torch.device("cpu"))
+    how = dict(dtype=torch.float32, compiled=False, device="cpu", reduce=config.reduce)
+    shares = train_gpt.shares(config, model_config, world)
+    return cost.communication(cost.record_step(model_config, config.optimizer, *shares, ranks, **how), ranks)
+
+
+def test_gradients_may_travel_in_bf16(train, tmp_path):
+    """The gradient of two ranks, taken from a step of plain descent, is that of one but for bf16's rounding; half the bytes."""
+    flags = ("--steps", "1", "--optimizer", "sgd:lr=100,momentum=0", "--schedule", "constant", "--clip", "0")
+    torch.manual_seed(0)
+    start = train_gpt.GPT(train_gpt.resolve(["--track", "tiny"])[1]).state_dict()
+    one, _ = stored(train(*flags))
+    for reduce, least, most in (("fp32", 0.0, 1e-5), ("bf16", 2**-11, 2**-8)):
+        folder = tmp_path / reduce
+        torchrun(2, folder, *flags, "--reduce", reduce)
+        two, _ = stored(folder)
+        for name, w in one.items():
+            error = (two[name] - w).norm() / (w - start[name]).norm()
+            assert least <= error < most, (reduce, name, error)
+        end = result(folder)
+        weight = {"fp32": 4, "bf16": 2}[reduce] * end["parameters"]["total"]
+        assert end["wire_bytes"] == weight + 16 == sum(predicted(2, *flags, "--reduce", reduce).values())  # of two in a ring
+
+
+def test_bytes_on_the_wire_are_those_of_the_dry_run(tmp_path):
+    """Counted in the collectives of a step: here also the gathers of a matrix method, whose shares are padded."""
+    flags = ("--optimizer", "muon:dtype=fp32", "--micro-batch-tokens", "128")
+    torchrun(4, tmp_path / "run", "--steps", "1", *flags)
+    assert result(tmp_path / "run")["wire_bytes"] == sum(predicted(4, *flags).values())
+
+
+def test_bytes_on_the_wire_of_sparse_rows(train, tmp_path):
+    """The dry run takes every lookup for a row of its own: no less than what is sent. One rank sends nothing."""
+    flags = ("--steps", "2", "--tricks", "ngram_embedding,sparse_ngrams")
+    assert result(train(*flags, "--tricks", "ngram_embedding,sparse_ngrams"))["wire_bytes"] == 0
+    torchrun(2, tmp_path / "two", *flags)
+    sent = predicted(2, *flags)
+    rows = result(tmp_path / "two")["wire_bytes"] - sum(sent.values()) + sent["table rows, all-gather"]
+    assert 0.1 < rows / sent["table rows, all-gather"] <= 1
 
 
 def test_compiled_equals_eager(train):
