@@ -35,6 +35,7 @@ from hardware import CARDS, Card
 from model import GPT, ModelConfig, flops_per_token, roles
 from operations import Operation, Recorder, operations, peak
 from optimizers import TABLE_OPTIMIZERS
+from optimizers.shard import Sharded
 from ranks import WIRE
 from spec import UsageError, nearest, parse
 
@@ -105,6 +106,7 @@ def record_step(
     device: str = "meta",
     autocast: bool = False,
     reduce: str = "fp32",
+    shard: bool = False,
     prepare: Callable[[GPT], None] = lambda gpt: None,
 ) -> Step:
     """Go through one step without computing it.
@@ -116,6 +118,7 @@ def record_step(
         device: meta: what the trainer does on a GPU; cpu: what it does there.
         autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
         reduce: bf16: gradients travel in it.
+        shard: state of element-wise optimizers is divided over the ranks.
         prepare: may change the model first.
     """
     fake = FakeTensorMode() if device == "cpu" else contextlib.nullcontext()
@@ -124,6 +127,8 @@ def record_step(
         prepare(gpt)
         gpt.compute_dtype = dtype
         built = optimizers.build(optimizer, gpt, 1000, average, table_optimizer)
+        if shard:
+            built = Sharded(built)
         if device == "cpu" and compiled:
             for part in optimizers.parts(built):
                 part.compiled = hasattr(part, "compile")
@@ -528,7 +533,7 @@ def dry_run(argv: list[str]) -> int:
     def record(micro: int) -> Step:
         return record_step(
             model_config, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
-            config.table_optimizer, "meta" if where.card else "cpu", reduce=config.reduce,
+            config.table_optimizer, "meta" if where.card else "cpu", reduce=config.reduce, shard=config.shard_optimizer,
         )  # fmt: skip
 
     if where.card:

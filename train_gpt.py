@@ -46,6 +46,7 @@ from checkpoint import Checkpoints, damage, listing, newest, step_of
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, roles, setting
 from optimizers.mantissa import keep_mantissas, to_bf16
+from optimizers.shard import Sharded
 from ranks import RankError, Traffic, World, reduce_in_bf16
 from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
@@ -85,6 +86,9 @@ class Config:
     )
     reduce: str = setting(
         "fp32", "gradients on their way between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16")
+    )
+    shard_optimizer: bool = setting(
+        False, "divide the state of element-wise optimizers over the ranks (ZeRO-1, arXiv 1910.02054)"
     )
     seed: int = setting(0, "seed of weights, dropout and data order")
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
@@ -404,6 +408,8 @@ class Training:
         self.optimizer = optimizers.build(
             config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer, config.rates
         )
+        if config.shard_optimizer:
+            self.optimizer = Sharded(self.optimizer)
         if config.weights == "bf16":
             self.optimizer = keep_mantissas(self.optimizer, mantissas)
         if optimizers.schedule_free(self.optimizer) and config.schedule != "constant":
