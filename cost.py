@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hardware
@@ -138,7 +139,10 @@ def record_step(
             gpt.ngrams.is_sparse = False
         tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
         with Recorder(autocast) as passes:
-            gpt(tokens, tokens).backward()
+            loss = gpt(tokens, tokens)
+            # loss.backward(), which would have activations computed again without the recorder's function mode
+            how = dict(allow_unreachable=True, accumulate_grad=True)
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **how)
         lookups, rows_updated = record_tables(gpt, tokens, table_optimizer, compiled) if sparse else ([], [])
     grads = [p.grad for p in gpt.parameters() if p.grad is not None]
     keep = {g.untyped_storage()._cdata for g in grads}

@@ -100,8 +100,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grads = [torch.empty_like(t) for t in ctx.saved_tensors[:3]]
-        ctx.recorder.attention([*ctx.saved_tensors, grad], grads, 2)
+        saved = ctx.saved_tensors  # once: what is computed again is handed out once
+        grads = [torch.empty_like(t) for t in saved[:3]]
+        ctx.recorder.attention([*saved, grad], grads, 2)
         return *grads, None
 
 
