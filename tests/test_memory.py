@@ -1,4 +1,4 @@
-"""What the dry run takes memory for (cost.py) against a real process; activation checkpointing against the pass that keeps all."""
+"""The dry run's model of memory (cost.py) against a real process; activation checkpointing against the pass that keeps all."""
 
 import dataclasses
 import os
