@@ -153,6 +153,8 @@ def attention(
     Raises:
         UsageError: the back-end cannot do this here.
     """
+    if window >= q.size(-2):
+        window = 0
     if backend == "auto":
         backend = choose(q.device, dropout, bool(window) or documents is not None)
     return ATTENTION[backend](q, k, v, scale, dropout, window, documents)

@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,10 +33,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hardware
 import optimizers
+import schedules
 from hardware import CARDS, Card
-from model import GPT, ModelConfig, flops_per_token, roles
+from model import GPT, ModelConfig, roles
 from operations import Operation, Recorder, operations, peak
 from optimizers import TABLE_OPTIMIZERS
+from optimizers.mantissa import keep_mantissas, to_bf16
 from optimizers.shard import Sharded
 from ranks import WIRE
 from spec import UsageError, nearest, parse
@@ -109,6 +112,7 @@ def record_step(
     reduce: str = "fp32",
     shard: bool = False,
     prepare: Callable[[GPT], None] = lambda gpt: None,
+    weights: str = "fp32",
 ) -> Step:
     """Go through one step without computing it.
 
@@ -121,15 +125,21 @@ def record_step(
         reduce: bf16: gradients travel in it.
         shard: state of element-wise optimizers is divided over the ranks.
         prepare: may change the model first.
+        weights: of hidden matrices, fp32 or bf16.
     """
     fake = FakeTensorMode() if device == "cpu" else contextlib.nullcontext()
     with pretended(ranks), fake, torch.device(device):
         gpt = GPT(model_config)
         prepare(gpt)
         gpt.compute_dtype = dtype
+        kind = roles(gpt)
+        if weights == "bf16":
+            mantissas = to_bf16([p for name, p in gpt.named_parameters() if kind[name] == "matrix"])
         built = optimizers.build(optimizer, gpt, 1000, average, table_optimizer)
         if shard:
             built = Sharded(built)
+        if weights == "bf16":
+            built = keep_mantissas(built, mantissas)
         if device == "cpu" and compiled:
             for part in optimizers.parts(built):
                 part.compiled = hasattr(part, "compile")
@@ -149,7 +159,6 @@ def record_step(
     with pretended(ranks), fake:
         settle(built, dtype)
         updates = record_updates(built)
-    kind = roles(gpt)
     by_role: Counter[str] = Counter()
     for name, p in gpt.named_parameters():
         by_role[kind[name]] += p.numel()
@@ -227,6 +236,17 @@ def record_tables(gpt: GPT, tokens: torch.Tensor, optimizer: str, compiled: bool
     kept = {t.untyped_storage()._cdata for t in (table, squares)}
     sorting = Operation("pass", 16.0 * n, special=4 * n * math.log2(n))  # a comparison counts as four exponentials
     return [sorting, *operations(passes.events, False, set())], operations(update.events, compiled, kept)
+
+
+def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0) -> Step:
+    """A step recorded with attention to all tokens before, as it is with the windows of the model in a stage that has `part` of
+    them: its arithmetic as `model.flops_per_token` counts it. Blocks of a mask that are computed in part, the making of masks,
+    and what a mask of documents saves are left out."""
+    T = length or model_config.sequence_length
+    seen = [min(window or T, T) for window in model_config.windows(part)]
+    share = sum(2 * w - w * w / T for w in seen) / (model_config.layers * T)
+    passes = [dataclasses.replace(w, flops=w.flops * share) if w.kind == "attention" else w for w in step.passes]
+    return dataclasses.replace(step, passes=passes)
 
 
 # ---------------------------------------------------------------- time
@@ -463,13 +483,21 @@ def check_fp8(settings: dict[str, object], where: Machine) -> None:
         raise UsageError(f"--{asking[0].replace('_', '-')}: {where.name} has no fp8; cards that have it: {able}")
 
 
+class TooLittleMemory(UsageError):
+    """A step does not fit on a card. fits: tokens of the largest micro-batch with which it would; None: no micro-batch."""
+
+    def __init__(self, message: str, fits: int | None):
+        super().__init__(message)
+        self.fits = fits
+
+
 def check_memory(where: Machine, record: Callable[[int], Step], sequences: int, micro: int, length: int) -> Step:
     """The step with micro-batches of `micro` sequences, where it fits.
 
     Args:
         record: sequences in a micro-batch -> the step.
     Raises:
-        UsageError: it does not fit; says which micro-batch would, or that none does.
+        TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
     """
     step = record(micro)
     room = HEADROOM * where.card.memory
@@ -482,11 +510,11 @@ def check_memory(where: Machine, record: Callable[[int], Step], sequences: int, 
     smaller = [n for n in range(micro - 1, 0, -1) if sequences % n == 0 and rest + memory.activations * n / micro <= room]
     for n in smaller:  # weights are cast whatever the micro-batch, so what it takes is not in proportion: look
         if record(n).memory.total <= room:
-            raise UsageError(f"a step {least}: it fits with --micro-batch-tokens {n * length}")
-    raise UsageError(
+            raise TooLittleMemory(f"a step {least}: it fits with --micro-batch-tokens {n * length}", n * length)
+    raise TooLittleMemory(
         f"a step {least}, and {rest / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
-        "take a card with more memory, or an optimizer with less state"
-    )
+        "take a card with more memory, or an optimizer with less state", None,
+    )  # fmt: skip
 
 
 def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -506,8 +534,34 @@ def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(str(error)) from None
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """A run as it would be. times: seconds of a step by part. price: dollars an hour and card; 0: not known."""
+
+    config: Any  # train_gpt.Config
+    model_config: ModelConfig
+    recipe: str
+    where: Machine
+    ranks: int
+    dtype: torch.dtype
+    step: Step
+    times: dict[str, float]
+    price: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.times.values())
+
+
 def dry_run(argv: list[str]) -> int:
-    """`train_gpt.py --dry-run ...`: print what the run would cost. Nothing is written.
+    """`train_gpt.py --dry-run ...`: print what the run would cost. Nothing is written. Raises as `predict`."""
+    print(report(**vars(predict(argv))))
+    return 0
+
+
+def predict(argv: list[str]) -> Prediction:
+    """What a run with these flags, of the dry run and of the trainer, would take.
 
     Raises:
         UsageError: bad flags, a batch that the ranks do not divide, too little memory.
@@ -516,10 +570,6 @@ def dry_run(argv: list[str]) -> int:
 
     own, rest = own_flags(argv)
     config, model_config, recipe = train_gpt.resolve(rest)
-    for setting in ("batch_schedule", "weights"):  # not modelled: what would be printed is not what such a run takes
-        usual = getattr(train_gpt.Config, setting)
-        if getattr(config, setting) != usual:
-            raise UsageError(f"--dry-run knows --{setting.replace('_', '-')} {usual} alone, not {getattr(config, setting)}")
     where = machine(own.hardware)
     ranks = own.world_size or where.cards
     if ranks < 1 or (ranks > where.cards and ranks % where.cards):
@@ -534,44 +584,81 @@ def dry_run(argv: list[str]) -> int:
     else:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
 
-    def record(micro: int) -> Step:
+    # on a card masked attention is fused: recorded without its masks, and counted by `in_window`
+    unmasked = dataclasses.replace(
+        model_config, window=0, window_pattern="L", document_mask=model_config.document_mask and not where.card
+    )
+    whole = model_config.sequence_length
+
+    def record(micro: int, part: float = 1.0, length: int = whole) -> Step:
+        def prepare(gpt: GPT) -> None:
+            for block, window in zip(gpt.blocks, model_config.windows(part), strict=True):
+                block.attention.window = 0 if where.card else window
+
         return record_step(
-            model_config, config.optimizer, sequences, micro, ranks, dtype, config.compile, config.average,
+            dataclasses.replace(unmasked, sequence_length=length), config.optimizer, sequences * whole // length,
+            micro * whole // length, ranks, dtype, config.compile, config.average,
             config.table_optimizer, "meta" if where.card else "cpu", reduce=config.reduce, shard=config.shard_optimizer,
+            prepare=prepare, weights=config.weights,
         )  # fmt: skip
 
+    def as_run(step: Step) -> Step:
+        """With the head in 8-bit floats, where it will be. (Their rounding is left out.)"""
+        if model_config.head_dtype == "same" or not (where.card and where.card.fp8):
+            return step
+        eighth = lambda w: w.kind == "product" and model_config.padded_vocab in w.shape  # noqa: E731
+        passes = [dataclasses.replace(w, dtype=torch.float8_e4m3fn) if eighth(w) else w for w in step.passes]
+        return dataclasses.replace(step, passes=passes)
+
+    stages = train_gpt.stages(config)
+    forms = {(part, round(whole * cut)) for part, cut, _ in stages}
     if where.card:
         step = check_memory(where, record, sequences, micro, model_config.sequence_length)
+        of_length = {length: step if length == whole else record(micro, length=length) for _, length in forms}
+        by_form = {(part, length): in_window(of_length[length], model_config, part, length) for part, length in forms}
         seconds, constants, price = roofline(where.card), FITTED, own.gpu_price or where.card.price
     else:
-        step = record(micro)
+        by_form = {(part, length): record(micro, part, length) for part, length in forms}
+        step = by_form[max(by_form)]
         seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
-    times = step_time(step, seconds, ranks, where.link(ranks), constants)
-    print(report(config, model_config, recipe, where, ranks, dtype, step, times, price))
-    return 0
+    times: Counter[str] = Counter()  # the mean over all steps
+    for (part, cut, size), steps in stages.items():
+        now = dataclasses.replace(
+            as_run(by_form[part, round(whole * cut)]), micro_batches=step.micro_batches * size, tables=step.tables * size
+        )
+        for what, value in step_time(now, seconds, ranks, where.link(ranks), constants).items():
+            times[what] += value * steps / config.steps
+    return Prediction(config, model_config, recipe, where, ranks, dtype, step, dict(times), price)
 
 
 def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks: int, dtype: torch.dtype, step: Step,
            times: dict[str, float], price: float) -> str:  # fmt: skip
     """What the dry run prints."""
+    import train_gpt  # as above
+
     listed = lambda values, scale, form: "   ".join(f"{name} {value / scale:{form}}" for name, value in values.items())  # noqa: E731
-    flops, total = flops_per_token(model_config), sum(times.values())
+    batches = schedules.build_batches(config.batch_schedule, config.steps)
+    tokens, size = round(config.batch_tokens * batches.before(config.steps) / config.steps), max(batches.sizes)
+    step = dataclasses.replace(step, tables=step.tables * size)
+    flops, total = train_gpt.mean_flops(config, model_config), sum(times.values())
     whole = total * config.steps
     memory = {f.name.replace("_", " "): getattr(step.memory, f.name) for f in dataclasses.fields(Memory)}
     room = f" of {where.card.memory / 1e9:.0f}" if where.card else ""
     peak_flops = where.card.bf16 if where.card and dtype == torch.bfloat16 else None
-    mfu = f"   MFU {config.batch_tokens * flops / (total * ranks * peak_flops):.1%}" if peak_flops else ""
+    mfu = f"   MFU {tokens * flops / (total * ranks * peak_flops):.1%}" if peak_flops else ""
     named = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
     times = {named.get(part, part): value for part, value in times.items()}
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
     lines = {
         "parameters, M": listed(step.parameters, 1e6, ".3g"),
-        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * config.batch_tokens / 1e12:,.4g} TFLOP a step of "
-        f"{config.batch_tokens:,} tokens",
+        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of "
+        f"{tokens:,} tokens{' in the mean' if size > 1 else ''}",
         "memory a rank, GB": f"{listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
-        "sent a step, MB": f"{listed(communication(step, ranks), 1e6, ',.0f')}   by each rank" if ranks > 1 else "nothing",
+        f"sent {'at most' if size > 1 else 'a step'}, MB": f"{listed(communication(step, ranks), 1e6, ',.0f')}   by each rank"
+        if ranks > 1
+        else "nothing",
         "time, ms": listed(times, 1e-3, ",.1f"),
-        "a step": f"{total * 1e3:,.1f} ms, {config.batch_tokens / total:,.0f} tokens/s{mfu}",
+        "a step": f"{total * 1e3:,.1f} ms, {tokens / total:,.0f} tokens/s{mfu}",
         f"{config.steps:,} steps": f"{whole / 60:,.1f} min without compilation and validation{goal}",
     }
     if price:

@@ -2,11 +2,13 @@
 
 CARDS is the table of accelerators, with what their data sheets say."""
 
+import importlib.util
 import os
 import platform
 import shutil
 import sysconfig
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,26 +110,67 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
 
 
+def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
+    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)?
+
+    name: same, auto or fp8 (ModelConfig.head_dtype).
+
+    Raises:
+        UsageError: fp8 asked for on a GPU that has none.
+    """
+    if name == "same":
+        return False, ""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
+        return True, ""
+    if name == "fp8" and device.type == "cpu":
+        return True, "8-bit floats of the head are simulated on this cpu"
+    lacking = f"{card} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
+    if name == "fp8":
+        raise UsageError(f"--head-dtype fp8: {lacking}: use auto or same")
+    return False, f"{lacking}: the head's products stay in the type of the others"
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on a CUDA GPU, of tensors; else resident."""
+    """Bytes that this process has held at most: on a CUDA GPU, of tensors; else resident. 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")  # of Linux, whose ru_maxrss begins with what the process that started this one held
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
     unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: on CPU a C++ compiler and Python's headers."""
+def compiler_lacks(device: torch.device) -> str:
+    """What torch.compile lacks here: on a CPU a C++ compiler and Python's headers, on CUDA Triton. Nothing: empty."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "no Triton here"
     if device.type != "cpu":
-        return True
+        return ""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    there = compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    return "" if there else "no C++ compiler with Python headers here"
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs."""
+    return not compiler_lacks(device)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def counted(names: Iterable[str]) -> str:
+    """4 x NVIDIA H100 80GB HBM3, 4 x NVIDIA A100-SXM4-80GB."""
+    names = list(names)
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

@@ -14,8 +14,10 @@ which halves the memory traffic that autocast would leave in fp32. The loss is c
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, attention
-from kernels import cross_entropy, linear_relu2, rms_norm, softcap
+from kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
 from residual import AttentionExtras, ResidualPaths, Smear
 
 
@@ -38,7 +40,7 @@ class ModelConfig:
 
     vocab_size: int = setting(50257, "tokens in the vocabulary")
     sequence_length: int = setting(1024, "context, tokens")
-    layers: int = setting(12, "transformer blocks")
+    layers: int = setting(12, "transformer blocks; 0: embeddings, norm and head alone")
     heads: int = setting(12, "attention heads per block")
     width: int = setting(768, "residual width, channels")
     mlp_ratio: int = setting(4, "hidden width of the MLP over residual width")
@@ -52,6 +54,9 @@ class ModelConfig:
         ("learned", "rotary", "half_rotary"),
     )
     rotary_base: float = setting(10000.0, "slowest rotary wavelength over 2 pi, tokens (modded-nanogpt: 1024)")
+    yarn: bool = setting(
+        False, "rotary frequencies and the factor on q.k follow a window that grows (arXiv 2309.00071, modded-nanogpt #31)"
+    )
     qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
     attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
     activation: str = setting("gelu", "MLP activation; relu2 = ReLU(x)^2, arXiv 2109.08668", ("gelu", "relu2"))
@@ -68,6 +73,12 @@ class ModelConfig:
         ("rational", "tanh", "sigmoid"),
     )
     vocab_multiple: int = setting(1, "pad embedding and head rows to a multiple of this; logits of padding are cut off")
+    head_dtype: str = setting(
+        "same",
+        "head's products in training; same: type of the activations; auto: 8-bit floats where the card has them "
+        "(modded-nanogpt #19); fp8: there alone, simulated on CPUs",
+        ("same", "auto", "fp8"),
+    )
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
     ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
@@ -86,6 +97,14 @@ class ModelConfig:
     key_offset: bool = setting(
         False, "keys of half-rotary attention: the channels without position from the token before (modded-nanogpt #49)"
     )
+    window: int = setting(0, "long attention window, tokens that a token sees, itself included; 0: all before it")
+    window_pattern: str = setting(
+        "L", "windows of the blocks, repeated: L long, S half as long; the last block's is long (modded-nanogpt #20)"
+    )
+    document_mask: bool = setting(
+        False, "attention within a token's own document alone, in validation too (modded-nanogpt #12)"
+    )
+    end_of_text: int = setting(50256, "the tokenizer's token before each document")
     attention: str = setting(
         "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
     )
@@ -95,8 +114,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_ratio", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "layers" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.attention == "flex" and self.dropout:
             raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
         if self.width % self.heads:
@@ -109,10 +129,24 @@ class ModelConfig:
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
+        round_blocks = ("value_embeddings", "input_shortcut", "backout")
+        if not self.layers and (wrong := [name for name in round_blocks if getattr(self, name)]):
+            raise ValueError(f"layers 0: there are no blocks for {wrong[0]}")
         if self.value_gates and not self.value_embeddings:
             raise ValueError("value_gates need value_embeddings: such as 3")
         if self.key_offset and self.positions != "half_rotary":
             raise ValueError(f"key_offset needs positions half_rotary, got {self.positions}")
+        if not 0 <= self.window <= self.sequence_length:
+            raise ValueError(f"window must be 0 to {self.sequence_length}, the sequence length; got {self.window}")
+        if not self.window_pattern or set(self.window_pattern) - set("LS"):
+            raise ValueError(f"window_pattern takes the letters L and S, such as LSSS; not {self.window_pattern!r}")
+        if self.yarn and self.positions == "learned":
+            raise ValueError("yarn needs positions rotary or half_rotary, got learned")
+        if self.head_dtype != "same" and (self.padded_vocab % 16 or self.width % 16):
+            raise ValueError(
+                f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {self.width} and "
+                f"{self.padded_vocab}: such as vocab_multiple 128"
+            )
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
 
@@ -123,6 +157,17 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    def long_window(self, part: float = 1.0) -> int:
+        """The long window, tokens, in a stage of a run that has `part` of it; never 0."""
+        return max(1, round(part * (self.window or self.sequence_length)))
+
+    def windows(self, part: float = 1.0) -> list[int]:
+        """The window of each block, tokens; 0: all before a token."""
+        long, pattern = self.long_window(part), self.window_pattern
+        kinds = [pattern[layer % len(pattern)] for layer in range(self.layers - 1)] + ["L"]
+        windows = [long if kind == "L" else max(1, long // 2) for kind in kinds]
+        return [window if window < self.sequence_length else 0 for window in windows]
 
 
 # The four published sizes (GPT-2 paper, table 2; sizes as counted since its correction).
@@ -145,6 +190,23 @@ class Linear(nn.Linear):
         return F.linear(x, *self.cast(x.dtype))
 
 
+class Head(Linear):
+    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so.
+
+    What is divided by before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in
+    modded-nanogpt since record 19; a gradient of the mean over N tokens is at most 1 / N.
+    """
+
+    fp8 = False  # set by the trainer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fp8 and self.training):
+            return super().forward(x)
+        flat = x.flatten(0, -2)
+        scales = (x.size(-1) ** 0.5 / 448, 24 / 448, 1 / len(flat) / 448)
+        return fp8_linear(flat, self.weight.to(x.dtype), scales).unflatten(0, x.shape[:-1])
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension."""
 
@@ -161,11 +223,15 @@ class Norm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], weight, None if self.bias is None else self.bias.to(x.dtype), 1e-5)
 
 
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, parts: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
     """cos and sin, each [sequence_length, head_width / 2], fp32.
 
     Full: frequencies base^(-i / (D/2)), i < D/2. Half: D/4 frequencies from 1 to 1/base inclusive, the other D/4
     stand still, so that half of each head carries no position (modded-nanogpt record 17).
+
+    parts: of the long window, in the stages of a run so far. At each change, from a to b tokens, YaRN (arXiv 2309.00071)
+    stretches the waves that turn less than once in a by b / a, leaves those that turn more than 32 times, and does a part of
+    it between; q.k grows by 1 + 0.2 ln(b / a), as in modded-nanogpt record 31, here by the root of that on both tables.
     """
     half = config.head_width // 2
     if config.positions == "half_rotary":
@@ -173,8 +239,13 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
         frequencies = torch.cat([turning, torch.zeros(half // 2)])
     else:
         frequencies = (1 / config.rotary_base) ** (torch.arange(half) / half)
+    factor = 1.0
+    for before, after in pairwise(config.long_window(part) for part in parts):
+        kept = ((before * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) * before / after)
+        factor *= 1 + 0.2 * math.log(after / before)
     angles = torch.outer(torch.arange(config.sequence_length).float(), frequencies)
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor**0.5, angles.sin() * factor**0.5
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -195,9 +266,12 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
         self.projection = Linear(config.width, config.width, bias=config.bias)
         self.scale = config.attention_scale or config.head_width**-0.5
+        self.window = config.windows()[layer]
         self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         config = self.config
         qk, v = self.qkv(x).view(B, T, 3, config.heads, config.head_width).split([2, 1], dim=2)
@@ -211,7 +285,8 @@ class Attention(nn.Module):
         if self.extras is not None:
             k, v = self.extras.before(k, v, x, values)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        y = attention(q, k, v, self.scale, dropout, backend=config.attention).transpose(1, 2)  # [B, T, H, D]
+        y = attention(q, k, v, self.scale, dropout, self.window, documents, config.attention)
+        y = y.transpose(1, 2)  # [B, T, H, D]
         if self.extras is not None:
             y = self.extras.after(y, v.transpose(1, 2), x)
         return self.projection(y.reshape(B, T, C))
@@ -242,8 +317,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), rotary, values))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), rotary, values, documents))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -342,7 +419,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.paths = ResidualPaths(config) if ResidualPaths.wanted(config) else None
         self.norm = Norm(config, config.width)
-        self.head = Linear(config.width, config.padded_vocab, bias=False)
+        self.head = Head(config.width, config.padded_vocab, bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
         if not learned:
@@ -394,13 +471,15 @@ class GPT(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rotary = None if self.positions is not None else (self.cos, self.sin)
+        # by number; what precedes the first end-of-text is 0
+        documents = (tokens == self.config.end_of_text).cumsum(1) if self.config.document_mask else None
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
         blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.blocks] if recompute else self.blocks
         if self.paths is None:
             for block in blocks:
-                x = block(x, rotary)
+                x = block(x, rotary, documents=documents)
         else:
-            x = self.paths(blocks, x, rotary, tokens)
+            x = self.paths(blocks, x, rotary, tokens, documents)
         logits = self.head(self.norm(x))
         config = self.config
         if targets is None or future is not None:
@@ -409,6 +488,18 @@ class GPT(nn.Module):
         return cross_entropy(
             logits.flatten(0, 1), targets.flatten(), config.vocab_size, config.logit_softcap, config.softcap_form
         )
+
+    @torch.no_grad()
+    def see(self, parts: Sequence[float]) -> None:
+        """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far.
+
+        A window is a constant of the graph: under torch.compile each stage is compiled, once.
+        """
+        for block, window in zip(self.blocks, self.config.windows(parts[-1]), strict=True):
+            block.attention.window = window
+        if self.config.yarn:
+            for table, now in zip((self.cos, self.sin), rotary_tables(self.config, parts), strict=True):
+                table.copy_(now)
 
     def tables(self) -> list[nn.Parameter]:
         """Those with sparse gradients."""
@@ -474,14 +565,19 @@ def parameter_counts(gpt: nn.Module) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: ModelConfig) -> int:
+def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> int:
     """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add.
 
     6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys,
     once for q.k and once for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer.
-    nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors, softmax,
-    norms, gates, embeddings and the optimizer are left out.
+    A window of w tokens meets w - w^2 / 2T keys instead of T/2. nanoGPT's and PaLM's formula counts 12 T C, the masked half
+    included; ours does not flatter MFU. Vectors, softmax, norms, gates, embeddings and the optimizer are left out.
+
+    Args:
+        part: of the model's long window, in a stage of a window schedule.
+        length: of the sequences, tokens, in a stage of a schedule of lengths; 0: the model's.
     """
-    C = config.width
+    C, T = config.width, length or config.sequence_length
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C
-    return 6 * weights + 6 * config.layers * config.sequence_length * C
+    seen = [min(window or T, T) for window in config.windows(part)]
+    return 6 * weights + 6 * C * sum(2 * w - w * w // T for w in seen)

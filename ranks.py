@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hardware
+from spec import UsageError
 
 # What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
 # PERFORMANCE.md).
@@ -38,6 +39,8 @@ class World:
     Args:
         device_name: auto, cpu, cuda or mps.
         timeout: seconds that a rank waits for the others before it gives up.
+    Raises:
+        UsageError: no such device, or too few of it for the ranks of this machine.
     """
 
     def __init__(self, device_name: str, timeout: float = 600):
@@ -46,14 +49,22 @@ class World:
         self.main, self.timeout = self.rank == 0, timeout
         self.beats, self.doing, self.since = 0, "the start", time.monotonic()
         self.store = None
+        if self.device.type == "mps" and self.size > 1:
+            raise UsageError(f"{self.size} ranks on --device mps, which has no collectives: start one, or use --device cpu")
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            here, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+            if here > there:
+                seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+                why = f" (CUDA_VISIBLE_DEVICES={seen})" if seen else ""
+                raise UsageError(f"{here} ranks on a machine with {there} CUDA GPUs{why}: torchrun --nproc_per_node={there}")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout)))
             self.store = own_corner(store, self.rank, self.size)
             # collectives wait a little longer than the thread below, which knows whom they wait for
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
             wait = timedelta(seconds=timeout * 1.5 + 30)
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait)
             threading.Thread(target=self._watch, daemon=True, name="watch").start()
@@ -148,6 +159,10 @@ class World:
         odd = [rank for rank, value in enumerate(found) if value != usual]
         if odd:
             raise RankError(f"{what} of rank {', '.join(map(str, odd))} differ from those of the other ranks")
+
+    def first(self, what: str) -> bool:
+        """Is this the first rank that asks? So what befalls several is said once."""
+        return self.store is None or self.store.add(f"first/{what}", 1) == 1
 
     def close(self) -> None:
         self.store = None

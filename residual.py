@@ -68,8 +68,9 @@ class ResidualPaths(nn.Module):
         return bool(config.value_embeddings or config.skips != "none" or config.input_shortcut or config.backout)
 
     def forward(
-        self, blocks: Iterable[Callable[..., Tensor]], x: Tensor, rotary: tuple[Tensor, Tensor] | None, tokens: Tensor
-    ) -> Tensor:
+        self, blocks: Iterable[Callable[..., Tensor]], x: Tensor, rotary: tuple[Tensor, Tensor] | None, tokens: Tensor,
+        documents: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """x [B, T, C] -> [B, T, C], through all blocks; tokens [B, T] are those that x embeds."""
         inputs, outputs = x, []
         for layer, block in enumerate(blocks):
@@ -78,7 +79,7 @@ class ResidualPaths(nn.Module):
             if self.shortcut is not None:
                 x = self.shortcut(layer, x, inputs)
             values = None if self.values is None else self.values(layer, tokens, x.dtype)
-            x = block(x, rotary, values)
+            x = block(x, rotary, values, documents)
             outputs.append(x)
         return x if self.backout is None else self.backout(x, outputs)
 

@@ -3,6 +3,7 @@
 #   ./run.sh [trainer flags]      the main job: train to the target, print a summary and a sample
 #   ./run.sh test [pytest args]   the tests
 #   ./run.sh compare|scaling|records ...   what a trick saves, at one size and at several; kept evidence
+#   ./run.sh gpu-check            what this machine's GPUs compute, and how fast: ten minutes, unattended
 #   ./run.sh train|data|sample|schedules|optimizers ...            the tools, with their own --help
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -91,10 +92,11 @@ case "$verb" in
   compare) setup && install lab/requirements.txt && exec .venv/bin/python compare.py "$@" ;;
   scaling) setup && install lab/requirements.txt && exec .venv/bin/python scaling.py "$@" ;;
   records) setup && install lab/requirements.txt && exec .venv/bin/python -m lab.records "$@" ;;
+  gpu-check) setup && exec .venv/bin/python -m lab.gpu_check "$@" ;;
   schedules) setup && exec .venv/bin/python schedules.py "$@" ;;
   optimizers) setup && exec .venv/bin/python -m optimizers "$@" ;;
   *)
-    say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, scaling, records, data, sample, schedules, optimizers"
+    say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, scaling, records, gpu-check, data, sample, schedules, optimizers"
     exit 2
     ;;
 esac

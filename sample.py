@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import schedules
 from data import tokenizers
 from model import GPT, ModelConfig
 from spec import UsageError
@@ -33,6 +34,8 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     fields = {f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}
     gpt = GPT(ModelConfig(**fields))
     checkpoint.load_weights(gpt, path)
+    windows = schedules.build_windows(config.get("window_schedule", "constant"), config["steps"])
+    gpt.see(windows.until(max(0, checkpoint.step_of(path) - 1)))
     return gpt.eval(), config
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate, momentum and batch-size schedules: pure functions of the step, chosen by SPEC.
+"""Schedules of learning rate, momentum, batches, windows and sequence lengths: pure functions of the step, chosen by SPEC.
 
     python schedules.py wsd cosine:warmup=0.1 --out schedules.png       draw them (needs matplotlib)
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
@@ -191,12 +191,71 @@ class Stages:
             raise UsageError("batch schedule stages takes whole multiples of --batch-tokens as sizes, such as sizes=1/2/3")
 
 
+@dataclass(frozen=True)
+class WholeWindow:
+    """The model's own windows in every step."""
+
+    parts = (1.0,)
+
+
+@dataclass(frozen=True)
+class WindowStages:
+    """Stages of equal length in which the long window is `parts` of the model's; the last has it whole (speedrun record 13:
+    from 64 tokens to 1,792 in the course of the run; record 29: in stages; today's trainer: 384, 896, 1,408, 1,664).
+    """
+
+    parts: tuple[float, ...] = (0.25, 0.5, 1.0)
+
+    def __post_init__(self):
+        check_parts(self.parts, "window schedule")
+
+
+@dataclass(frozen=True)
+class WholeLength:
+    """The model's --sequence-length in every step."""
+
+    parts = (1.0,)
+
+
+@dataclass(frozen=True)
+class LengthStages:
+    """Stages of equal length in which sequences are cut into pieces, `parts` of the model's length, at the same tokens a step;
+    the last has them whole (speedrun record 72 cuts documents at 896 tokens first and then at 2,048).
+    """
+
+    parts: tuple[float, ...] = (0.5, 1.0)
+
+    def __post_init__(self):
+        check_parts(self.parts, "length schedule")
+
+
+def check_parts(parts: tuple[float, ...], what: str) -> None:
+    if parts[-1] != 1 or min(parts) <= 0 or max(parts) > 1:
+        raise UsageError(f"{what} stages takes parts above 0 of what the model has, and ends with all of it: parts=0.5/1")
+
+
+def stage_starts(stages: int, steps: int) -> list[int]:
+    """First step of each of so many stages of equal length."""
+    return [math.ceil(i * steps / stages) for i in range(stages)]
+
+
+class Parts:
+    """A schedule of parts of something that the model has whole, over a run of `steps`."""
+
+    def __init__(self, stages: WholeWindow | WindowStages | WholeLength | LengthStages, steps: int):
+        self.parts, self.starts = stages.parts, stage_starts(len(stages.parts), steps)
+
+    def until(self, step: int) -> tuple[float, ...]:
+        """The parts of all stages that have begun at `step`; the last holds in it."""
+        return self.parts[: bisect.bisect_right(self.starts, step)]
+
+
 class Batches:
     """A batch-size schedule over a run of `steps`, in units of --batch-tokens. Steps past the end are of the last stage."""
 
     def __init__(self, stages: SameBatch | Stages, steps: int):
         self.sizes, self.rates = [int(size) for size in stages.sizes], stages.rates
-        self.starts = [math.ceil(i * steps / len(self.sizes)) for i in range(len(self.sizes))]
+        self.starts = stage_starts(len(self.sizes), steps)
 
     def stage(self, step: int) -> int:
         return bisect.bisect_right(self.starts, step) - 1
@@ -237,6 +296,8 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 BATCH_SCHEDULES: dict[str, type] = {"constant": SameBatch, "stages": Stages}
+WINDOW_SCHEDULES: dict[str, type] = {"constant": WholeWindow, "stages": WindowStages}
+LENGTH_SCHEDULES: dict[str, type] = {"constant": WholeLength, "stages": LengthStages}
 
 
 def build(spec: str, steps: int) -> Callable[[int], float]:
@@ -265,6 +326,26 @@ def build_batches(spec: str, steps: int) -> Batches:
     """
     cls, settings = parse(spec, BATCH_SCHEDULES, "batch schedule")
     return Batches(cls(**settings), steps)
+
+
+def build_windows(spec: str, steps: int) -> Parts:
+    """Window schedule: parts of the model's long window.
+
+    Raises:
+        UsageError: unknown schedule or key, or parts that are none.
+    """
+    cls, settings = parse(spec, WINDOW_SCHEDULES, "window schedule")
+    return Parts(cls(**settings), steps)
+
+
+def build_lengths(spec: str, steps: int) -> Parts:
+    """Schedule of sequence lengths: parts of the model's.
+
+    Raises:
+        UsageError: unknown schedule or key, or parts that are none.
+    """
+    cls, settings = parse(spec, LENGTH_SCHEDULES, "length schedule")
+    return Parts(cls(**settings), steps)
 
 
 def main() -> None:

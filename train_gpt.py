@@ -7,8 +7,8 @@
 
 What comes out: one run folder (runs/<track>/<recipe>-s<seed>-<hash>) with config.json, env.json, log.jsonl (an event
 a line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (whether the target was reached stands in
-result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written) or the disk is full, 3 diverged,
-75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
+result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written), or memory or disk is full,
+3 diverged, 75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
 
 The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends on the
 seed and the step alone; so one rank, eight ranks, and a resumed run train on the same data in the same order.
@@ -27,6 +27,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class Config:
     steps: int = setting(1000, "optimizer updates")
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks")
     batch_schedule: str = setting("constant", "batch-size schedule SPEC: multiples of --batch-tokens")
+    window_schedule: str = setting("constant", "attention-window schedule SPEC: parts of --window")
+    length_schedule: str = setting("constant", "sequence-length schedule SPEC: parts of --sequence-length")
     micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
     clip: float = setting(0.0, "largest global gradient norm; 0 is off")
     future_tokens: int = setting(
@@ -94,6 +97,7 @@ class Config:
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes or gpt2")
     data_root: str = setting("corpora", "folder of the prepared corpora")
+    align_documents: bool = setting(False, "training sequences begin with a document (modded-nanogpt #26)")
     shuffle: bool = setting(True, "shuffle sequences every epoch; otherwise the corpus in its own order")
     val_tokens: int = setting(262144, "validation tokens, fixed per track")
     val_spread: bool = setting(True, "validate on sequences spread over the whole split; otherwise on its beginning")
@@ -185,6 +189,8 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     schedules.build(config.schedule, config.steps)
     schedules.build_momentum(config.momentum_schedule, config.steps)
     schedules.build_batches(config.batch_schedule, config.steps)
+    schedules.build_windows(config.window_schedule, config.steps)
+    lengths = schedules.build_lengths(config.length_schedule, config.steps).parts
     try:
         model_config = pick(ModelConfig)
     except ValueError as error:
@@ -194,8 +200,14 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
         raise UsageError(f"--loss-tokens must be 0 to {most}, the sequence length; got {config.loss_tokens}")
     if config.tied_until and model_config.tied_head:
         raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
-    if not 0 <= config.future_tokens < model_config.sequence_length:
-        raise UsageError(f"--future-tokens must be 0 to {model_config.sequence_length - 1}, got {config.future_tokens}")
+    T = model_config.sequence_length
+    if any(T % max(1, round(T * part)) for part in lengths):
+        raise UsageError(f"--length-schedule: its parts of {T} tokens must divide them, such as parts=0.25/0.5/1")
+    if config.loss_tokens and min(lengths) < 1:
+        raise UsageError("--length-schedule cuts sequences, of which --loss-tokens counts the end: give one of them")
+    shortest = round(T * min(lengths))
+    if not 0 <= config.future_tokens < shortest:
+        raise UsageError(f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}")
     return config, model_config, recipe
 
 
@@ -297,10 +309,32 @@ def scheduled(config: Config, steps: int) -> Callable[[int], tuple]:
     """step -> everything in it that depends on the length of the run."""
     rate, momentum = schedules.build(config.schedule, steps), schedules.build_momentum(config.momentum_schedule, steps)
     batches = schedules.build_batches(config.batch_schedule, steps)
+    windows = schedules.build_windows(config.window_schedule, steps)
+    lengths = schedules.build_lengths(config.length_schedule, steps)
     return lambda step: (
         rate(step), momentum(step), batches.size(step), batches.rate(step), step + 1 < config.tied_until * steps,
-        schedules.future_weights(config.future_tokens, step, steps),
+        schedules.future_weights(config.future_tokens, step, steps), windows.until(step),
+        lengths.until(step)[-1],
     )  # fmt: skip
+
+
+def stages(config: Config) -> Counter[tuple[float, float, int]]:
+    """(part of the windows, part of the sequences, size of the batch in --batch-tokens) -> in how many steps of the run."""
+    lengths = schedules.build_lengths(config.length_schedule, config.steps)
+    windows = schedules.build_windows(config.window_schedule, config.steps)
+    batches = schedules.build_batches(config.batch_schedule, config.steps)
+    each = ((windows.until(step)[-1], lengths.until(step)[-1], batches.size(step)) for step in range(config.steps))
+    return Counter(each)
+
+
+def mean_flops(config: Config, model_config: ModelConfig) -> int:
+    """FLOPs that training needs per token: `model.flops_per_token`, the mean over a run whose windows or sequences change."""
+    T = model_config.sequence_length
+    units = [
+        (steps * size, flops_per_token(model_config, part, round(T * cut)))
+        for (part, cut, size), steps in stages(config).items()
+    ]
+    return round(sum(n * flops for n, flops in units) / sum(n for n, _ in units))
 
 
 @torch.no_grad()
@@ -319,14 +353,15 @@ def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length
 
 
 def warm_up(
-    model: torch.nn.Module, micro: int, model_config: ModelConfig, device: torch.device, future: torch.Tensor | None = None
-) -> None:
-    """Compile by one forward and backward on random tokens, off the clock.
+    model: torch.nn.Module, shape: tuple[int, int], model_config: ModelConfig, device: torch.device,
+    future: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Compile by one forward and backward on random tokens [sequences, length], off the clock.
 
     Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tokens = torch.randint(model_config.vocab_size, (micro, model_config.sequence_length), device=device)
+        tokens = torch.randint(model_config.vocab_size, shape, device=device)
         # targets in memory of their own, as in training: torch.compile would make another graph for one tensor given twice
         model(tokens, tokens.clone(), future).backward()
     model.zero_grad(set_to_none=True)
@@ -372,12 +407,14 @@ class Training:
         self.loader = Loader(
             Dataset(folder, "train", config.loss_tokens), T, self.sequences * world.size, seed=config.seed,
             shuffle=config.shuffle, rank=world.rank, world_size=world.size, device=world.device,
-            before=self.batches.before,
+            before=self.batches.before, align=model_config.end_of_text if config.align_documents else None,
         )  # fmt: skip
         self.val = Dataset(folder, "val", config.loss_tokens)
         self.val_starts = validation_starts(self.val, T, config.val_tokens, config.val_spread)
         if (self.val.vocab_size or 0) > model_config.vocab_size:
             raise UsageError(f"{folder} has a vocabulary of {self.val.vocab_size}: add --vocab-size {self.val.vocab_size}")
+        if model_config.document_mask:
+            self.val.documents(model_config.end_of_text)  # there are some
         self.fingerprint = f"{self.loader.dataset.fingerprint}-{self.val.fingerprint}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine
             for dataset in (self.loader.dataset, self.val):
@@ -386,14 +423,22 @@ class Training:
         torch.manual_seed(config.seed)
         self.gpt = GPT(model_config).to(world.device)
         self.gpt.compute_dtype = self.dtype
+        self.gpt.head.fp8, self.head_note = hardware.pick_fp8(model_config.head_dtype, world.device)
         if config.tied_until:
             self.gpt.head.weight.data.copy_(self.gpt.embedding.weight)
         if config.weights == "bf16":
             role = roles(self.gpt)
             mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
+        self.windows, self.seen = schedules.build_windows(config.window_schedule, config.steps), (1.0,)
         self.compiled = config.compile and hardware.can_compile(world.device)
-        self.model = self.alone = torch.compile(self.gpt) if self.compiled else self.gpt
+        self.lengths = schedules.build_lengths(config.length_schedule, config.steps)
+        if self.compiled:  # a graph a stage for training and two for validation, whose last micro-batch may be smaller
+            torch._dynamo.config.recompile_limit = max(8, 3 * (len(self.windows.starts) + len(self.lengths.starts)))
+        shapes = (
+            {} if len(self.lengths.parts) == 1 else {"dynamic": False}
+        )  # a graph a length, not one for all, which is slower
+        self.model = self.alone = torch.compile(self.gpt, **shapes) if self.compiled else self.gpt
         if world.size > 1:
             sparse = [name for name, p in self.alone.named_parameters() if any(p is t for t in self.gpt.tables())]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.alone, sparse)  # `sum_sparse` adds them up
@@ -420,7 +465,7 @@ class Training:
         # clock and log
         self.clock = Clock(world.device)
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
-        self.flops = flops_per_token(model_config)
+        self.flops = mean_flops(config, model_config)
         self.steps_done, self.last_val, self.reached, self.skipped = 0, None, None, 0
         self.wire_bytes = 0  # that this rank sends in a step
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
@@ -590,9 +635,10 @@ class Training:
         """
         future = self.future()
         loss = torch.zeros((), device=self.world.device)
-        parts = range(0, len(x), self.micro)
+        micro, _ = self.micro_batch(self.steps_done)
+        parts = range(0, len(x), micro)
         for i in parts:
-            tokens = x[i : i + self.micro]
+            tokens = x[i : i + micro]
             # DDP averages gradients over ranks once per step: no_sync must cover forward and backward of the others
             with self.model.no_sync() if self.world.size > 1 and i != parts[-1] else contextlib.nullcontext():
                 if y is None:
@@ -600,7 +646,7 @@ class Training:
                     drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
                     part = F.cross_entropy(logits, drawn) / len(parts)
                 else:
-                    part = self.model(tokens, y[i : i + self.micro], future) / len(parts)
+                    part = self.model(tokens, y[i : i + micro], future) / len(parts)
                 part.backward()
             loss += part.detach()
         for p in self.gpt.parameters():
@@ -619,6 +665,18 @@ class Training:
         everyone = torch.cat([torch.stack([loss, norm]), upload(self.wishes, self.world.device)])
         loss_now, norm_now, *self.wishes = self.world.sum(everyone).tolist()
         return loss_now / self.world.size, norm_now / self.world.size
+
+    def follow(self, step: int) -> None:
+        """Give the model the attention windows of `step`."""
+        parts = self.windows.until(step)
+        if parts != self.seen:
+            self.gpt.see(parts)
+            self.seen = parts
+
+    def micro_batch(self, step: int) -> tuple[int, int]:
+        """Sequences of a micro-batch of `step` and their length: where they are cut shorter, there are as many more."""
+        length = round(self.model_config.sequence_length * self.lengths.until(step)[-1])
+        return self.micro * self.model_config.sequence_length // length, length
 
     def future(self) -> torch.Tensor | None:
         """Weights of the losses on the tokens after the next, in this step."""
@@ -641,8 +699,9 @@ class Training:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite: no update."""
         config, step = self.config, self.steps_done
         self.clock.start()
+        self.follow(step)
         self.world.beat(f"step {step + 1}: data")
-        x, y = self.loader.next(step)
+        x, y = (tokens.view(-1, self.micro_batch(step)[1]) for tokens in self.loader.next(step))
         self.world.beat(f"step {step + 1}: forward and backward")
         loss_now, norm_now = self.backward(x, y)
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
@@ -721,6 +780,14 @@ class Training:
             if self.world.main:
                 self.run_folder.event("target", step=step, loss=loss, target_loss=config.target_loss, train_time=now)
 
+    def warm_up(self) -> None:
+        """Compile what each stage still to come needs."""
+        starts = (*self.windows.starts, *self.lengths.starts)
+        for step in sorted({max(start, self.steps_done) for start in starts if start < self.config.steps}):
+            self.follow(step)
+            shape = self.micro_batch(step)
+            warm_up(self.model, shape, self.model_config, self.world.device, self.future())
+
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
 
@@ -729,9 +796,10 @@ class Training:
         config, main = self.config, self.world.main
         log_bytes = self.restore() if self.start else 0
         first = self.steps_done
+        cards = self.world.gather(hardware.device_name(self.world.device))
         if self.compiled:
             self.world.beat("compiling")
-            warm_up(self.model, self.micro, self.model_config, self.world.device, self.future())
+            self.warm_up()
             optimizers.compile_update(self.optimizer)
         if main:
             self.run_folder.open(self.environment(), log_bytes, self.start.parent.parent if self.branched else None)
@@ -739,7 +807,7 @@ class Training:
             kind = "branch" if self.branched else "resume" if self.start else "start"
             self.run_folder.event(kind, step=first, **about, data=self.fingerprint, utc=now())
             self.display = Display(config, self.run_folder.folder, self.flops, self.peak, first)
-            self.display.note(self.greeting())
+            self.display.note("\n".join([self.greeting(), *self.fallbacks(cards)]))
         every = config.val_every or math.ceil(config.steps / 5)
         status, self.saved_at = "ok", time.monotonic()
         self.model.train()
@@ -812,13 +880,27 @@ class Training:
         counts = parameter_counts(self.gpt)
         epochs = self.loader.epochs(self.config.steps)
         sizes = " / ".join(f"{self.config.batch_tokens * size:,}" for size in self.batches.sizes)
-        without = "" if self.compiled == self.config.compile else "\nno C++ compiler with Python headers here: not compiled"
         return (
-            f"{self.run_folder.folder}{without}\n"
+            f"{self.run_folder.folder}\n"
             f"{counts['total'] / 1e6:.1f}M parameters on {self.world.size} x {self.world.device.type}, "
             f"{str(self.dtype).removeprefix('torch.')} ({self.dtype_reason}), {self.config.steps:,} steps of "
             f"{sizes} tokens ({epochs:.2f} epochs of {self.config.corpus})"
         )
+
+    def fallbacks(self, cards: list[str]) -> list[str]:
+        """What this machine lacks and the run does without. cards: the device of each rank."""
+        device, found = self.world.device, []
+        if self.compiled != self.config.compile:
+            found.append(f"{hardware.compiler_lacks(device)}: not compiled")
+        if device.type == "cuda" and kernels.triton is None and self.config.kernels == "auto" and self.dtype == torch.bfloat16:
+            found.append("no Triton here: plain PyTorch in place of the fused kernels")
+        if device.type == "cuda" and self.world.size > 1 and not torch.distributed.is_nccl_available():
+            found.append("this PyTorch has no NCCL: ranks talk through gloo, which is slower")
+        if self.head_note:
+            found.append(self.head_note)
+        if len(set(cards)) > 1:
+            found.append(f"GPUs of different kinds, {hardware.counted(cards)}: the slowest sets the pace of all")
+        return found
 
     def finish(self, status: str) -> dict[str, Any]:
         config, clock = self.config, self.clock
@@ -873,6 +955,16 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
     )
 
 
+def more_memory(config: Config, model_config: ModelConfig, world: World) -> str:
+    """What to change where a step does not fit."""
+    sequences, micro = shares(config, model_config, world)
+    smaller = next((n for n in range(micro // 2, 0, -1) if sequences % n == 0), None)
+    ways = [f"--micro-batch-tokens {smaller * model_config.sequence_length}"] if smaller else []
+    ways += [] if model_config.checkpoint_activations else ["--checkpoint-activations"]
+    tokens = micro * model_config.sequence_length
+    return f"micro-batches have {tokens} tokens; try {' or '.join(ways) or 'more GPUs, or an optimizer with less state'}"
+
+
 def main(argv: list[str]) -> int:
     world = training = None
     try:
@@ -898,9 +990,21 @@ def main(argv: list[str]) -> int:
             print(describe_result(result, folder))
         return 3 if result["status"] == "diverged" else 0
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine: it may be wrong on one of several
             print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        if world.first("out of memory"):
+            said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+            print(
+                f"train_gpt.py: rank {world.rank}, {world.doing}: {said}; {more_memory(config, model_config, world)}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return 2
+    except torch.distributed.DistBackendError as error:  # NCCL's; it tells of its causes in its own log only
+        said = str(error).strip().splitlines()[0]
+        print(f"train_gpt.py: rank {os.environ.get('RANK', 0)}: {said}; NCCL_DEBUG=INFO says more", file=sys.stderr, flush=True)
+        return 1
     except RankError as error:
         if world.main:
             print(f"train_gpt.py: {error}", file=sys.stderr)

@@ -117,7 +117,7 @@ def ours(name: str, block: int = BLOCK) -> Make:
             keys |= {"momentum": 0.9, "nesterov": True}
         return lambda params: getattr(torch.optim, torch_class)(params, lr=1e-3, **keys)
     keys = {key: value for key, value in (("every", EVERY), ("block", block), ("start", 1)) if hasattr(settings, key)}
-    if name == "sophia":
+    if name in ("sophia", "cautious_adamw"):  # their `every` is part of the method, no work that is put off
         keys.pop("every")
     values = settings(**keys).own(steps=1000)
 

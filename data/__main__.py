@@ -48,6 +48,8 @@ def shards_for(recipe: str) -> int:
     settings, _ = tricks.apply(track, words)
     batches = schedules.build_batches(settings.get("batch_schedule", "constant"), settings["steps"])
     tokens = batches.before(settings["steps"]) * settings["batch_tokens"]
+    if settings.get("align_documents"):  # which leaves the ends of documents out: half as much again is chosen
+        tokens += tokens // 2
     return max(1, math.ceil((tokens + 1) / shards.SHARD_TOKENS))
 
 

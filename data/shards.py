@@ -219,6 +219,7 @@ class Dataset:
         manifest = read_manifest(self.folder)
         self.entries = manifest["splits"][split] if manifest else [{"tokens": len(shard)} for shard in self.shards]
         self.vocab_size = manifest and manifest.get("vocab_size")  # None where nobody wrote it down
+        self.end_of_text = manifest and manifest.get("eot")  # likewise
         # the same on every machine that holds the same data: no paths, no times
         self.fingerprint = hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()[:16]
         self.proof: Future | None = None
@@ -258,6 +259,27 @@ class Dataset:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def documents(self, end_of_text: int) -> np.ndarray:
+        """Where documents begin, with their end-of-text token: [n] int64. Reads the whole split.
+
+        Raises:
+            UsageError: nowhere, or dataset.json names another token.
+        """
+        if self.end_of_text not in (None, end_of_text):
+            raise UsageError(
+                f"documents in {self.folder} begin with token {self.end_of_text}: add --end-of-text {self.end_of_text}"
+            )
+        begins = [0, *map(int, self.ends[:-1])]
+        found = [
+            begin + at + np.flatnonzero(shard[at : at + (1 << 22)] == end_of_text)
+            for begin, shard in zip(begins, self.shards, strict=True)
+            for at in range(0, len(shard), 1 << 22)
+        ]
+        starts = np.concatenate([np.zeros(0, np.int64), *found])
+        if not len(starts):
+            raise UsageError(f"{self.folder} has no token {end_of_text} before its documents: they cannot be told apart")
+        return starts
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length), across shard borders: [length] uint16."""
@@ -325,10 +347,33 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
+def aligned(documents: np.ndarray, tokens: int, length: int) -> np.ndarray:
+    """Where sequences of `length` inputs begin that begin with a document: [n] int64 (modded-nanogpt #26).
+
+    After a sequence the rest of the document that it ends in is left out, unless this document fills all of the sequence: then
+    the next one goes on with it. (modded-nanogpt leaves that out too; of corpora with long documents little would stay.)
+
+    Args:
+        documents: where documents begin in a stream of `tokens`, ascending.
+    """
+    ends = np.append(documents[1:], tokens)
+    pieces = -(-(ends - documents) // length)  # sequences that hold a document which begins one
+    after = np.searchsorted(documents, documents + pieces * length).tolist()
+    begun, at = [], 0
+    while at < len(documents):
+        begun.append(at)
+        at = after[at]
+    documents, pieces = documents[begun], pieces[begun]
+    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = np.repeat(documents, pieces) + length * within
+    return starts[starts + length < tokens]  # each needs a target more
+
+
 class Loader:
     """Batches of sequences whose content depends on (seed, position) alone, whatever the number of ranks.
 
-    The stream of N x T + 1 tokens is N sequences of T inputs. Position p of a run is sequence p mod N of epoch p div N,
+    The stream of N x T + 1 tokens is N sequences of T inputs; or, with `align`, the token before each document, N that are
+    `aligned` to documents. Position p of a run is sequence p mod N of epoch p div N,
     in an order shuffled anew each epoch. Step s takes positions s B ... (s + 1) B - 1, and each rank its own part.
     B is `batch_sequences`; where steps grow, `before(s)` says how many batches of B come before step s.
     """
@@ -336,12 +381,15 @@ class Loader:
     def __init__(
         self, dataset: Dataset, sequence_length: int, batch_sequences: int, *, seed: int = 0, shuffle: bool = True,
         rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
-        before: Callable[[int], int] = lambda step: step,
+        before: Callable[[int], int] = lambda step: step, align: int | None = None,
     ):  # fmt: skip
         self.dataset, self.sequence_length, self.batch_sequences = dataset, sequence_length, batch_sequences
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
         self.rank, self.share, self.before = rank, batch_sequences // world_size, before
-        self.sequences = (len(dataset) - 1) // sequence_length
+        self.sequences, self.aligned = (len(dataset) - 1) // sequence_length, None
+        if align is not None:
+            self.aligned = aligned(dataset.documents(align), len(dataset), sequence_length)
+            self.sequences = len(self.aligned)
         if self.sequences < 1:
             raise UsageError(f"{dataset.folder} has too few {dataset.split} tokens for a sequence of {sequence_length}")
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
@@ -354,7 +402,7 @@ class Loader:
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 within[here] = permute(within[here], self.sequences, self.seed * 100_003 + int(epoch))
-        return within * self.sequence_length
+        return within * self.sequence_length if self.aligned is None else self.aligned[within]
 
     def epochs(self, steps: int) -> float:
         """Passes over the corpus after `steps` steps."""

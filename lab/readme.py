@@ -13,7 +13,7 @@ import schedules
 import tricks
 from data.corpora import CORPORA
 from hardware import CARDS
-from lab import markdown, records
+from lab import markdown, records, tuned
 from lab.markdown import table
 
 ROOT = Path(__file__).parent.parent
@@ -207,7 +207,16 @@ def tables() -> dict[str, str]:
             ("batch-size schedule", "shape", "settings and defaults"),
             [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.BATCH_SCHEDULES.items()],
         ),
+        "window schedules": table(
+            ("window schedule", "shape", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.WINDOW_SCHEDULES.items()],
+        ),
+        "length schedules": table(
+            ("sequence-length schedule", "shape", "settings and defaults"),
+            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.LENGTH_SCHEDULES.items()],
+        ),
         "cpu records": records.history("cpu", "open", "records/"),
+        "tuning": tuned.overview(ROOT / "records" / "tuning"),
         "corpora": table(
             ("corpus", "what", "source"),
             [(f"`{n}`", c.summary, c.source) for n, c in CORPORA.items()],

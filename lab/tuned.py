@@ -330,48 +330,70 @@ def report(folder: Path) -> str:
 
 
 def score_table(folder: Path, times: score.Studies) -> list[str]:
-    """The AlgoPerf score over the workloads that have a target, as Markdown; empty where there are fewer than two."""
-    workloads = list(dict.fromkeys(w for _, w in times))
-    if len(workloads) < 2 or not any(math.isfinite(t) for each in times.values() for t in each):
-        return ["No score yet: it needs two workloads with a target."]
-    # a submission that was not run everywhere would be scored as if it had missed
-    whole = [s for s in dict.fromkeys(s for s, _ in times) if all((s, w) in times for w in workloads)]
-    times = {(s, w): each for (s, w), each in times.items() if s in whole}
-    if len(whole) < 2:
-        return ["No score yet: it needs two submissions that were run on every workload."]
-    table = score.medians(times)
-    repeated = any(len(each) > 1 for each in times.values())
-    reference = "adamw" if "adamw" in whole and np.isfinite(table.seconds[whole.index("adamw")]).any() else ""
-    found = score.summary(table, {}, score.TAU_MAX, reference, times if repeated else None)
+    """The AlgoPerf score over the workloads that have a target, as Markdown, with its profiles drawn; or why there is none."""
+    found = scored(times)
+    if isinstance(found, str):
+        return [found]
+    table, summary, reference = found
     score.draw(table, {}, score.TAU_MAX, folder / "profile")
-    rows = []
-    for row in found["submissions"]:
-        low, high = row["ranks_when_one_is_left_out"]
-        rows.append((
-            str(row["rank"]), f"`{row['submission']}`", f"{row['score']:.3f}",
-            "{:.3f} to {:.3f}".format(*row["interval"]) if "interval" in row else "-",
-            f"{row['targets_met']} of {len(workloads)}", f"{low} to {high}" if low < high else str(low),
-            f"{row['against_reference']:.3f}" if reference else "-",
-        ))  # fmt: skip
-    head = (
-        "rank",
-        "submission",
-        "AlgoPerf score",
-        "95 %, studies redrawn",
-        "targets met",
-        "rank if one is left out",
-        "against AdamW",
-    )
     command = f"./run.sh compare score --studies {folder}/studies.csv" + (f" --reference {reference}" * bool(reference))
     return [
         "## Score",
         "",
-        f"Over {', '.join(workloads)}: `{command}`",
+        f"Over {', '.join(table.workloads)}: `{command}`",
         "",
-        markdown_table(head, rows),
+        markdown_table(
+            ("rank", "submission", "AlgoPerf score", "95 %, studies redrawn", "targets met", "rank if one is left out",
+             "against AdamW"),
+            [score_cells(row, len(table.workloads), reference) for row in summary["submissions"]],
+        ),
         "",
         "![profiles](profile.png)",
-    ]
+    ]  # fmt: skip
+
+
+def scored(times: score.Studies) -> tuple[score.Times, dict[str, Any], str] | str:
+    """Times, score.summary and reference (AdamW, or none) of the submissions that were run on every workload with a target;
+    or why there is no score."""
+    workloads = list(dict.fromkeys(w for _, w in times))
+    if len(workloads) < 2 or not any(math.isfinite(t) for each in times.values() for t in each):
+        return "No score yet: it needs two workloads with a target."
+    # a submission that was not run everywhere would be scored as if it had missed
+    whole = [s for s in dict.fromkeys(s for s, _ in times) if all((s, w) in times for w in workloads)]
+    times = {(s, w): each for (s, w), each in times.items() if s in whole}
+    if len(whole) < 2:
+        return "No score yet: it needs two submissions that were run on every workload."
+    table = score.medians(times)
+    repeated = any(len(each) > 1 for each in times.values())
+    reference = "adamw" if "adamw" in whole and np.isfinite(table.seconds[whole.index("adamw")]).any() else ""
+    return table, score.summary(table, {}, score.TAU_MAX, reference, times if repeated else None), reference
+
+
+def score_cells(row: dict[str, Any], workloads: int, reference: str) -> tuple[str, ...]:
+    low, high = row["ranks_when_one_is_left_out"]
+    return (
+        str(row["rank"]), f"`{row['submission']}`", f"{row['score']:.3f}",
+        "{:.3f} to {:.3f}".format(*row["interval"]) if "interval" in row else "-",
+        f"{row['targets_met']} of {workloads}", f"{low} to {high}" if low < high else str(low),
+        f"{row['against_reference']:.3f}" if reference else "-",
+    )  # fmt: skip
+
+
+def overview(folder: Path) -> str:
+    """Of every submission its score and, for each workload, the best final loss of its search: a table for the README."""
+    found = {t: tables for t, tables in read_tables(folder).items() if any(table.best() for table in tables.values())}
+    result = scored(studies(found))
+    scores = {} if isinstance(result, str) else {row["submission"]: row for row in result[1]["submissions"]}
+    best = {(n, t): table.best() for t, tables in found.items() for n, table in tables.items()}
+    names = list(dict.fromkeys(name for name, _ in best))
+    cell = lambda name, track: f"{row.val_loss:.4f}" if (row := best.get((name, track))) else "-"  # noqa: E731
+    mean = lambda name: statistics.mean(row.val_loss if (row := best.get((name, t))) else math.inf for t in found)  # noqa: E731
+    names.sort(key=lambda name: (-scores[name]["score"] if name in scores else 0, mean(name)))
+    counts = {t: sum(len(table.of("search")) for table in tables.values()) for t, tables in found.items()}
+    return markdown_table(
+        ("submission", "AlgoPerf score", *(f"`{t}`, {n} trials" for t, n in counts.items())),
+        [(f"`{n}`", f"{scores[n]['score']:.3f}" if n in scores else "-", *(cell(n, t) for t in found)) for n in names],
+    )
 
 
 def winners(found: dict[str, dict[str, Table]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -22,7 +22,7 @@ from data.shards import dataset_folder, read_manifest
 from data.shards import verify as verify_shards
 from lab import overlap, records, trials
 from lab.records import ALPHA, LARGEST, Record
-from model import GPT, ModelConfig, flops_per_token
+from model import GPT, ModelConfig
 from spec import UsageError
 from spec import split as split_spec
 
@@ -148,7 +148,10 @@ def numbers(record: Record) -> str:
     """The statistics follow from the logs, to the printed digit."""
     about = record.about
     config = model_config(record)
-    found = records.statistics_of(record.logs, about["target_loss"], flops_per_token(config), about["settings"])
+    settings = about["settings"]
+    run = train_gpt.Config(**{f.name: settings[f.name] for f in fields(train_gpt.Config) if f.name in settings})
+    flops = train_gpt.mean_flops(run, config)
+    found = records.statistics_of(record.logs, about["target_loss"], flops, settings)
     for key, value in found.items():
         need(about["statistics"][key] == value, f"{key} is {about['statistics'][key]}, the logs give {value}")
     return f"n = {found['n']}, mean {found['mean']:.4f}, sd {found['sd']:.4f}, p = {found['p']:.2g}"

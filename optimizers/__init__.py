@@ -129,6 +129,8 @@ def build(
         if issubclass(cls, torch.optim.Optimizer):
             optimizer = build_own(cls, settings, gpt)
         elif issubclass(cls, Settings):
+            if not groups(gpt, cls.roles):
+                raise UsageError(f"optimizer {spec!r} is for {', '.join(cls.roles)} weights, and there are none: use adamw")
             optimizer = cls(**settings).build(gpt, steps)
         elif hasattr(cls, "build"):
             optimizer = cls(**settings).build(gpt)

@@ -7,21 +7,8 @@ from torch.nn.attention import flex_attention as torch_flex
 import attention
 import train_gpt
 from attention import ATTENTION, plain_attention
+from lab.attention_cases import LENGTHS, MASKS, NAMES, TOLERANCE, documents_of, errors, inputs
 from spec import UsageError
-
-LENGTHS = (1, 7, 200)
-MASKS = {"causal": (0, False), "window": (37, False), "documents": (0, True), "both": (150, True), "itself": (1, False)}
-
-
-def inputs(length: int, heads: int = 3, width: int = 16) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(length)
-    return tuple(torch.randn(2, heads, length, width, generator=generator, requires_grad=True) for _ in range(4))
-
-
-def documents_of(length: int) -> torch.Tensor:
-    """Documents of ragged lengths, other ones in each sequence; the last has the number of the first again."""
-    generator = torch.Generator().manual_seed(length + 1)
-    return (torch.rand(2, length, generator=generator) < 0.05).cumsum(1) % 4
 
 
 @pytest.fixture
@@ -36,21 +23,9 @@ def flex_trains_here(monkeypatch):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("backend", ATTENTION)
 def test_agrees_with_plain(backend, length, mask, flex_trains_here):
-    *qkv, upstream = inputs(length)
-    window, has_documents = MASKS[mask]
-    documents = documents_of(length) if has_documents else None
-    both = []
-    for attend in (plain_attention, ATTENTION[backend]):
-        y = attend(*qkv, 0.3, 0.0, window, documents)
-        grads = torch.autograd.grad((y * upstream).sum(), qkv)
-        half = [z.detach().bfloat16().requires_grad_() for z in qkv]
-        z = attend(*half, 0.3, 0.0, window, documents)
-        both.append(([y, *grads], [z, *torch.autograd.grad((z * upstream.bfloat16()).sum(), half)]))
-    (exact, _), (exact_here, half_here) = both
-    for a, b, c in zip(exact, exact_here, half_here):
-        size = a.abs().max()
-        assert (a - b).abs().max() <= 1e-5 * max(size, 1)
-        assert c.dtype == torch.bfloat16 and (a - c.float()).abs().max() <= 2e-2 * max(size, 1)
+    """Result and gradients."""
+    for dtype, found in errors(backend, length, mask).items():
+        assert max(found) <= TOLERANCE[dtype], dict(zip(NAMES, found))
 
 
 @pytest.mark.parametrize("mask", MASKS)

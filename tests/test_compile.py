@@ -14,7 +14,7 @@ from model import GPT
 from optimizers.matrix import orthogonalize
 from train_gpt import resolve
 
-TINY = ("--vocab-size", "200", "--sequence-length", "16", "--layers", "2", "--width", "32", "--heads", "2")
+TINY = ("--vocab-size", "200", "--sequence-length", "16", "--layers", "2", "--width", "32", "--heads", "2", "--window", "12")
 RECORD = ("--track", "gpt2-small", "--tricks", "record", *TINY)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

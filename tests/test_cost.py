@@ -177,14 +177,69 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
         (["--hardware", "8xH100", "--world-size", "12"], "at most 8, or a multiple of it"),
         (["--hardware", "8xH100", "--world-size", "many"], "invalid int value"),
         (["--hardware", "8xH100", "--tricks", "recrod"], "did you mean 'record'?"),
-        (["--batch-schedule", "stages"], "--dry-run knows --batch-schedule constant alone"),
-        (["--weights", "bf16"], "--dry-run knows --weights fp32 alone"),
     ],
 )
 def test_bad_input_is_one_line(flags, answer, capsys):
     assert train_gpt.main([*DRY, *flags]) == 2
     captured = capsys.readouterr()
     assert answer in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def milliseconds(printed: str) -> float:
+    return float(printed.split("\na step ")[1].split(" ms")[0])
+
+
+def test_stages_are_a_mean_over_the_steps(capsys):
+    """Batches of 1, 2 and 3 units with windows of a quarter, a half and all: by single runs of each."""
+    card = ["--hardware", "H100", "--steps", "9", "--window-pattern", "LS", "--sequence-length", "512"]
+    shape = ["--width", "512", "--heads", "4", "--layers", "4", "--micro-batch-tokens", "2048", "--batch-tokens"]
+    assert train_gpt.main([*DRY, *card, *shape, "2048", "--batch-schedule", "stages", "--window-schedule", "stages"]) == 0
+    printed = capsys.readouterr().out
+    assert "a step of 4,096 tokens in the mean" in printed
+    single = []
+    for n, window in ((1, 128), (2, 256), (3, 512)):
+        assert train_gpt.main([*DRY, *card, *shape, str(2048 * n), "--window", str(window)]) == 0
+        single.append(milliseconds(capsys.readouterr().out))
+    assert milliseconds(printed) == pytest.approx(sum(single) / 3, abs=0.11)
+
+
+def test_lengths_are_a_mean_over_the_steps(capsys):
+    shape = ["--hardware", "H100", "--steps", "8", "--width", "512", "--heads", "4", "--layers", "4", "--batch-tokens", "16384"]
+    shape += ["--micro-batch-tokens", "4096", "--window-pattern", "LS", "--window", "256"]
+    found = []
+    for more in (["--length-schedule", "stages"], [], ["--sequence-length", "256"]):
+        assert train_gpt.main([*DRY, *shape, "--sequence-length", "512", *more]) == 0
+        found.append(milliseconds(capsys.readouterr().out))
+    assert found[0] == pytest.approx((found[1] + found[2]) / 2, abs=0.11)
+
+
+@pytest.mark.parametrize(("card", "faster"), [("H100", True), ("A100", False)])
+def test_fp8_head_is_faster_where_the_card_has_it(card, faster, capsys):
+    shape = ["--hardware", card, "--width", "512", "--heads", "4", "--vocab-size", "50304", "--batch-tokens", "16384"]
+    found = []
+    for head in ("same", "auto"):
+        assert train_gpt.main([*DRY, *shape, "--head-dtype", head]) == 0
+        found.append(milliseconds(capsys.readouterr().out))
+    assert found[1] < found[0] if faster else found[1] == found[0]
+
+
+def test_windows_take_arithmetic_from_attention_alone():
+    config = ModelConfig(vocab_size=256, sequence_length=512, layers=4, heads=4, width=512, window=128, window_pattern="LS")
+    dense = step_of(dataclasses.replace(config, window=0, window_pattern="L"))
+    windowed = cost.in_window(dense, config, 1.0)
+    flops = lambda step: sum(w.flops for w in step.passes if w.kind in ("product", "attention"))  # noqa: E731
+    whole = dataclasses.replace(config, window=0, window_pattern="L")
+    saved = (flops_per_token(whole) - flops_per_token(config)) * 4 * 512  # tokens of a step_of
+    assert flops(dense) - flops(windowed) == pytest.approx(saved, rel=1e-3)
+    assert [w for w in windowed.passes if w.kind != "attention"] == [w for w in dense.passes if w.kind != "attention"]
+
+
+def test_bf16_weights_halve_weights_and_gradients_of_matrices():
+    full, half = step_of(), step_of(weights="bf16")
+    matrices = full.parameters["matrix"]
+    assert full.memory.weights - half.memory.weights == full.memory.gradients - half.memory.gradients == 2 * matrices
+    assert full.gradients - half.gradients == 2 * matrices
+    assert half.memory.optimizer_state - full.memory.optimizer_state == 2 * matrices
 
 
 def test_too_little_memory_says_what_fits(monkeypatch, capsys):

@@ -205,6 +205,55 @@ def test_batches(tmp_path):
     assert plain.starts(np.arange(5)).tolist() == [0, 10, 20, 30, 40]
 
 
+def naive_aligned(stream: list[int], length: int, end_of_text: int = 0) -> list[int]:
+    """Token by token: a sequence begins at the first end-of-text that is not in the one before, or goes on where that one held
+    a single document whole."""
+    found, at = [], 0
+    while at + length < len(stream):
+        if stream[at] == end_of_text:
+            found.append(at)
+            at += length
+            while at + length < len(stream) and end_of_text not in stream[found[-1] + 1 : at] and stream[at] != end_of_text:
+                found.append(at)
+                at += length
+        else:
+            at += 1
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 10, 25, 64, 500])
+def test_aligned_sequences(tmp_path, length):
+    generator = np.random.default_rng(length)
+    lengths = generator.integers(1, 60, 80)
+    folder = made(tmp_path, 300, [np.full(n, 5, dtype=np.uint16) for n in lengths])
+    dataset = Dataset(folder, "train")
+    stream = whole(dataset)
+    documents = dataset.documents(0)
+    assert documents.tolist() == [i for i, token in enumerate(stream) if token == 0]
+    found = shards.aligned(documents, len(dataset), length).tolist()
+    assert found == naive_aligned(stream.tolist(), length) and found
+    begins = set(documents.tolist())
+    for before, start in zip([None, *found], found):
+        assert start in begins or (start == before + length and not begins & set(range(before + 1, start)))
+
+
+def test_aligned_batches(tmp_path):
+    """Every aligned sequence once an epoch, in an order of the seed and the step alone, whatever the ranks."""
+    dataset = Dataset(made(tmp_path, 300, [np.arange(1, n, dtype=np.uint16) for n in (5, 40, 2, 90, 30, 12, 70)]), "train")
+    loader = Loader(dataset, 10, 4, seed=1, align=0)
+    starts = shards.aligned(dataset.documents(0), len(dataset), 10)
+    assert loader.sequences == len(starts) and loader.epochs(loader.sequences) == 4
+    epoch = loader.starts(np.arange(loader.sequences))
+    assert sorted(epoch) == starts.tolist() and epoch.tolist() != starts.tolist()
+    assert Loader(dataset, 10, 4, shuffle=False, align=0).starts(np.arange(len(starts))).tolist() == starts.tolist()
+    for step in (0, 3, 1000):
+        x, y = loader.batch(step)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        for world in (2, 4):
+            parts = [Loader(dataset, 10, 4, seed=1, rank=r, world_size=world, align=0).batch(step)[0] for r in range(world)]
+            assert torch.equal(torch.cat(parts), x)
+
+
 def test_prefetched_equals_asked_for(sotu):
     loader = Loader(Dataset(sotu, "train"), 32, 4)
     for step in (0, 1, 2, 7, 8, 3):  # in order, and after a jump
@@ -269,7 +318,8 @@ def test_fineweb10b_errors(tmp_path, monkeypatch):
 
 
 def test_shards_for_a_recipe():
-    assert command.shards_for("gpt2-small:record") == -(-3250 * 524288 // 100_000_000)
+    assert command.shards_for("gpt2-small:modern,muon,wide_heads") == -(-19560 * 524288 // 100_000_000)
+    assert command.shards_for("gpt2-small:align_documents") == -(-19560 * 524288 * 3 // 200_000_000)
 
 
 def test_local_files(tmp_path):

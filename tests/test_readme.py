@@ -11,7 +11,7 @@ import cost
 import scaling
 import train_gpt
 from data import __main__ as data_command
-from lab import readme, records, tune
+from lab import gpu_check, readme, records, tune
 from optimizers.__main__ import show
 from spec import UsageError
 
@@ -31,7 +31,7 @@ def test_commands_were_found():
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_command_parses(words):
+def test_command_parses(words, monkeypatch):
     if "train_gpt.py" in words:
         train_gpt.resolve(words[words.index("train_gpt.py") + 1 :])
         return
@@ -53,6 +53,9 @@ def test_command_parses(words):
     if verb == "scaling" and rest[0] != "fit":
         options = scaling.parse([*rest, "--plan"])  # needs no corpus
         assert len(scaling.make_experiment(options).arms) > 1
+    if verb == "gpu-check":
+        monkeypatch.setattr(gpu_check.torch.cuda, "device_count", lambda: 8)
+        assert gpu_check.parse(rest).ranks
     if verb == "records":
         assert records.parser().parse_args(rest).verb == "verify"
     if verb == "data":

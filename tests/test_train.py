@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +23,10 @@ import spec
 import train_gpt
 import tricks
 from data.shards import write, write_manifest
+from lab.gpu_runs import GOLDEN, GOLDEN_FLAGS, GOLDEN_TOLERANCE
 from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 
-GOLDEN = Path(__file__).with_name("golden_tiny.json")
-GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record")
 OWN_OPTIMIZER = """
 import torch
 
@@ -55,8 +53,8 @@ def test_golden_curve(train):
     """fp32 losses of a stored run. Machines round differently, hence not to the last digit."""
     folder = train(*GOLDEN_FLAGS)
     golden = json.loads(GOLDEN.read_text())
-    assert close(losses(folder), golden["train"], 1e-3)
-    assert close(losses(folder, "val"), golden["val"], 1e-3)
+    assert close(losses(folder), golden["train"], GOLDEN_TOLERANCE)
+    assert close(losses(folder, "val"), golden["val"], GOLDEN_TOLERANCE)
 
 
 def test_first_loss_is_ln_vocabulary(train):
@@ -146,7 +144,7 @@ def test_warm_up_leaves_no_trace(sotu):
     training = train_gpt.Training(config, model_config, recipe, train_gpt.World("cpu"))
     before = {name: p.clone() for name, p in training.gpt.named_parameters()}
     rng = torch.get_rng_state()
-    train_gpt.warm_up(training.model, training.micro, model_config, training.world.device)
+    training.warm_up()
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in training.gpt.named_parameters())
     assert not training.optimizer.state and training.loader.ahead is None
@@ -540,9 +538,12 @@ def test_tricks_on_one_optimizer_add_their_keys():
     optimizer = lambda words: spec.split(tricks.apply("gpt2-small", words)[0]["optimizer"])  # noqa: E731
     name, keys = optimizer("muon")
     assert name == "muon" and keys["coefficients"] == "cubic"
-    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express"})
+    assert optimizer("muon,polar_express") == ("muon", keys | {"coefficients": "polar_express", "steps": "5"})
     assert optimizer("polar_express,muon") == ("muon", keys)  # the later one wins
-    assert optimizer("polar_express") == ("muon", {"coefficients": "polar_express"})  # nothing of the track's AdamW
+    assert optimizer("polar_express") == (
+        "muon",
+        {"coefficients": "polar_express", "steps": "5"},
+    )  # nothing of the track's AdamW
 
 
 def test_wrong_verb_and_help():

@@ -3,22 +3,26 @@
 import copy
 import functools
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DATA_ROOT, events, losses, result, same, stored, torchrun
 
 import optimizers
+import sample
 import schedules
 import train_gpt
+from data import shards
 from data.shards import Dataset, Loader
-from model import GPT, ModelConfig, future_loss, roles, splits
+from model import GPT, ModelConfig, flops_per_token, future_loss, roles, rotary_tables, rotate, splits
 from optimizers.cautious import CautiousAdamW
 from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
 from residual import GATE_CHANNELS, Backout, SingleSkip, value_table
 from spec import UsageError
-from tricks import TRICKS
+from tricks import TRACKS, TRICKS
 
 SMALL = {"vocab_size": 61, "sequence_length": 24, "layers": 4, "heads": 2, "width": 32}
 TOKENS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -131,7 +135,8 @@ def test_trick_is_one_graph(name):
 
 TOGETHER = (
     "normuon,cautious_decay,cautious_rest,adam_every_other,value_gates,input_shortcut,single_skip,smear,backout,attention_gate,"
-    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown"
+    "exclusive_attention,key_offset,logit_rescale,multi_token,retied_head,batch_stages,momentum_cooldown,long_short_windows,"
+    "yarn,document_mask,align_documents,short_sequences"
 )
 
 
@@ -163,20 +168,20 @@ def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
     assert same(stored(whole, *flags), stored(cut, *flags))
 
 
-@pytest.mark.parametrize("name", ["baseline", TOGETHER], ids=["baseline", "together"])
-def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "stages"), [("baseline", 1), (TOGETHER, 4)], ids=["baseline", "together"])
+def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, stages):
     """The warm-up compiles what every step of every stage runs."""
     monkeypatch.setattr(train_gpt.hardware, "can_compile", lambda device: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     made = training(tmp_path, *flags_of(name, "--steps", "6", "--micro-batch-tokens", "128", "--compile"))
-    train_gpt.warm_up(made.model, made.micro, made.model_config, made.world.device, made.future())
+    made.warm_up()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(6):
         made.step()
     made.close()
-    assert graphs == 1 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert graphs == stages and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
@@ -187,6 +192,22 @@ def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
         assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
     assert [e["tokens"] for e in events(two, "train")] == [e["tokens"] for e in events(one, "train")]
     assert result(two)["tokens"] == result(one)["tokens"] == 3 * 512 * (1 + 2 + 3)
+
+
+def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
+    """Its tricks at the sizes of `tiny`, documents shortened so that the mask acts; fp32 weights, whose sums are exact enough,
+    and not compiled: both have tests of their own."""
+    root, generator = tmp_path / "data", np.random.default_rng(0)
+    documents = [generator.integers(65, 91, n).astype(np.uint16) for n in generator.integers(5, 150, 300)]
+    splits = {s: shards.write(root / "mine-bytes", "mine", s, documents, 0) for s in ("train", "val")}
+    shards.write_manifest(root / "mine-bytes", {"corpus": "mine", "eot": 0, "splits": splits})
+    tricks = [t for t in TRACKS["gpt2-small"].recipes["record"] if t not in ("compile", "bf16_weights")]
+    flags = ("--tricks", ",".join(tricks), "--corpus", "mine", "--data-root", str(root), "--steps", "6", "--clip", "0")
+    one, eight = train(*flags), tmp_path / "eight"
+    torchrun(8, eight, *flags)
+    for kind in ("train", "val"):
+        assert losses(eight, kind) == pytest.approx(losses(one, kind), rel=1e-5)
+    assert losses(one)[-1] < losses(one)[0]
 
 
 def test_bf16_weights_on_two_ranks(train, tmp_path):
@@ -595,6 +616,248 @@ def test_bf16_weights_refuse_averages():
             keep_mantissas(optimizer, lower)
 
 
+# ---------------------------------------------------------------- definitions: attention windows
+
+
+def seen_by_the_last(gpt: GPT) -> list[int]:
+    """Positions that the logits of the last token depend on."""
+    x = gpt.embedding(TOKENS[:1]).detach().requires_grad_()
+    hook = gpt.embedding.register_forward_hook(lambda *_: x)
+    (grad,) = torch.autograd.grad(gpt(TOKENS[:1])[0, -1].sum(), x)
+    hook.remove()
+    return grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({}, [0, 0, 0, 0]),
+        ({"window": 4}, [4, 4, 4, 4]),
+        ({"window": 8, "window_pattern": "LSS"}, [8, 4, 4, 8]),
+        ({"window": 6, "window_pattern": "S"}, [3, 3, 3, 6]),
+        ({"window_pattern": "LS"}, [0, 12, 0, 0]),
+        ({"window": 24, "window_pattern": "SL"}, [12, 0, 12, 0]),
+        ({"window": 1, "window_pattern": "SL"}, [1, 1, 1, 1]),
+    ],
+)
+def test_windows(settings, windows):
+    """A block of window w reaches w - 1 tokens back; blocks add up."""
+    gpt = small(**settings)
+    assert [block.attention.window for block in gpt.blocks] == windows
+    reach = sum((w or 24) - 1 for w in windows)
+    assert seen_by_the_last(gpt) == list(range(max(0, 23 - reach), 24))
+
+
+def test_pattern_of_twelve_blocks_can_be_modded_nanogpts():
+    windows = ModelConfig(window=768, window_pattern="LSSSLSSLSSSL").windows()
+    assert [w == 768 for w in windows] == [layer in (0, 4, 7, 11) for layer in range(12)] and set(windows) == {768, 384}
+
+
+def test_windows_follow_their_schedule(sotu, tmp_path):
+    flags = ("--window-schedule", "stages:parts=0.25/0.5/1", "--window-pattern", "SL", "--window", "48", "--steps", "7")
+    made = training(tmp_path, *flags)
+    found = []
+    for _ in range(7):
+        made.step()
+        found.append([block.attention.window for block in made.gpt.blocks])
+    made.close()
+    assert found == 3 * [[6, 12]] + 2 * [[12, 24]] + 2 * [[24, 48]]
+
+
+def test_window_schedule():
+    windows = schedules.build_windows("stages:parts=0.2/0.6/1", 10)
+    assert [windows.until(s) for s in (0, 3, 4, 6, 7, 9, 12)] == 2 * [(0.2,)] + 2 * [(0.2, 0.6)] + 3 * [(0.2, 0.6, 1)]
+    assert schedules.build_windows("constant", 10).until(7) == (1,)
+    assert schedules.build_windows("stages", 2).until(1) == (0.25, 0.5)  # fewer steps than stages
+    for spec, message in (("stages:parts=0.5", "ends with all"), ("stages:parts=0/1", "above 0"), ("stagse", "did you mean")):
+        with pytest.raises(UsageError, match=message):
+            schedules.build_windows(spec, 10)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "half_rotary"])
+def test_yarn(positions):
+    """Frequency by frequency, after windows of 6, 12 and 24 tokens; the tables are those of the stages, whatever was before."""
+    config = dict(positions=positions, rotary_base=1024.0, yarn=True, width=64)
+    gpt, parts = small(**config), (0.25, 0.5, 1.0)
+    plain_cos, plain_sin = rotary_tables(gpt.config)
+    assert torch.equal(gpt.cos, plain_cos) and torch.equal(gpt.sin, plain_sin)
+    gpt.see(parts)
+    scale, stretched = 1.0, 0
+    for i in range(16):
+        frequency = 1024 ** -(i / 16) if positions == "rotary" else 1024 ** -(i / 7) if i < 8 else 0.0
+        original, scale = frequency, 1.0
+        for a, b in ((6, 12), (12, 24)):
+            turns = a * frequency / (2 * math.pi)
+            keep = 0.0 if turns < 1 else 1.0 if turns > 32 else (turns - 1) / 31
+            frequency *= a / b * (1 - keep) + keep
+            scale *= 1 + 0.2 * math.log(b / a)
+        stretched += frequency < original
+        for t in (0, 1, 23):
+            assert gpt.cos[t, i].item() == pytest.approx(math.sqrt(scale) * math.cos(t * frequency), abs=1e-5)
+            assert gpt.sin[t, i].item() == pytest.approx(math.sqrt(scale) * math.sin(t * frequency), abs=1e-5)
+    assert stretched == (16 if positions == "rotary" else 8)
+    q, k = torch.randn(2, 32)
+    turned = rotate(q, gpt.cos[5], gpt.sin[5]) @ rotate(k, gpt.cos[5], gpt.sin[5])
+    assert turned.item() == pytest.approx(scale * (q @ k).item(), rel=1e-4)
+    gpt.see(parts[:1])
+    assert torch.equal(gpt.cos, plain_cos)
+
+
+def test_text_is_sampled_with_the_windows_of_the_checkpoint(train):
+    flags = ("--tricks", "long_short_windows,yarn", "--steps", "6", "--checkpoint-every", "3", "--keep", "9")
+    folder = train(*flags, "--window", "32")
+    whole, _ = sample.load_model(folder)
+    assert [block.attention.window for block in whole.blocks] == [32, 32]
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    half, _ = sample.load_model(folder)
+    assert [block.attention.window for block in half.blocks] == [16, 16]
+    assert torch.equal(half.cos, rotary_tables(half.config, (0.25, 0.5))[0]) and not torch.equal(half.cos, whole.cos)
+
+
+def test_document_mask():
+    """With positions that are relative, each document of a sequence gives the logits that it gives alone."""
+    gpt = small(positions="half_rotary", document_mask=True, end_of_text=7)
+    documents = [
+        torch.tensor(words) for words in ([3, 1, 4], [7, 5, 9, 2, 6, 5], [7, 3], [7], [7, 8, 9, 7 + 1])
+    ]  # the first is cut
+    tokens = torch.cat(documents)[None]
+    alone = torch.cat([gpt(document[None]) for document in documents], 1)
+    torch.testing.assert_close(gpt(tokens), alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(small(positions="half_rotary")(tokens), alone, atol=1e-2)
+    expected = F.cross_entropy(alone[0, :-1], tokens[0, 1:])  # the loss is of the same logits, in validation too
+    assert gpt(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-4)
+    both = small(positions="half_rotary", document_mask=True, end_of_text=7, window=2)
+    assert not torch.allclose(both(tokens), alone, atol=1e-2)
+
+
+def test_corpora_without_separators_are_refused(train, tmp_path, capsys):
+    root = tmp_path / "data"
+    for end_of_text, words in ((0, "begin with token 0: add --end-of-text 0"), (None, "has no token 9 before its documents")):
+        folder, document = root / f"mine{end_of_text}-bytes", np.full(5000, 65, dtype=np.uint16)
+        splits = {s: shards.write(folder, "mine", s, [document], 0) for s in ("train", "val")}
+        shards.write_manifest(
+            folder, {"corpus": "mine", "splits": splits} | ({} if end_of_text is None else {"eot": end_of_text})
+        )
+        for trick in ("document_mask", "align_documents"):
+            flags = ("--corpus", f"mine{end_of_text}", "--data-root", str(root), "--val-tokens", "640", "--tricks", trick)
+            out = train(*flags, "--end-of-text", "9", out="refused", code=2)
+            printed = capsys.readouterr().err
+            assert words in printed and printed.count("\n") == 1 and not out.exists()
+            train(*flags, "--steps", "2", out=f"{trick}{end_of_text}")
+            capsys.readouterr()
+
+
+def test_flops_count_windows():
+    """Keys met by each token, one by one, up to the half token by which a mean over positions is above T / 2."""
+    config = ModelConfig(**SMALL, window=8, window_pattern="LSS")
+    met = sum(sum(min(t + 1, w) - 0.5 * w / 24 for t in range(24)) / 24 for w in config.windows())
+    without = 6 * (4 * 12 * 32**2 + 61 * 32)
+    assert flops_per_token(config) == pytest.approx(without + 12 * 32 * met, abs=12 * 32 * 4)
+    assert flops_per_token(config, 0.5) < flops_per_token(config) < flops_per_token(ModelConfig(**SMALL))
+    run = train_gpt.resolve(["--track", "tiny", "--tricks", "window_warmup", "--steps", "9"])
+    expected = sum(flops_per_token(run[1], part) for part in (0.25, 0.5, 1)) / 3
+    assert train_gpt.mean_flops(*run[:2]) == pytest.approx(expected)
+    grown = train_gpt.resolve(["--track", "tiny", "--tricks", "window_warmup,batch_stages", "--steps", "9"])
+    expected = sum(n * flops_per_token(run[1], part) for n, part in ((1, 0.25), (2, 0.5), (3, 1))) / 6
+    assert train_gpt.mean_flops(*grown[:2]) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- definitions: the head in 8-bit floats
+
+
+def rounded(x: torch.Tensor, scale: float, kind: torch.dtype) -> torch.Tensor:
+    return (x / scale).to(kind).float() * scale
+
+
+def test_fp8_head():
+    """The products written out, forward and backward, of the model's own normalised stream; evaluation is not touched."""
+    gpt = small(vocab_multiple=16, norm_gains=False, norm="rmsnorm", head_dtype="fp8", tied_head=False)
+    wanted_in_evaluation, stream = gpt(TOKENS), []
+    gpt.head.fp8 = True
+    assert torch.equal(gpt(TOKENS), wanted_in_evaluation)
+    gpt.train()
+    gpt.norm.register_forward_hook(lambda _, __, out: stream.append(out))
+    loss = gpt(TOKENS, TOKENS.roll(-1, 1))
+    (found,) = torch.autograd.grad(loss, gpt.head.weight)
+    x, w = stream[0].detach().flatten(0, 1), gpt.head.weight.detach()
+    assert x.abs().max() <= 32**0.5 and w.abs().max() < 24
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    x8 = rounded(x, 32**0.5 / 448, e4m3)
+    made = (x8 @ rounded(w, 24 / 448, e4m3).T)[:, :61].requires_grad_()
+    expected = F.cross_entropy(made, TOKENS.roll(-1, 1).flatten())
+    torch.testing.assert_close(loss, expected)
+    (g,) = torch.autograd.grad(expected, made)
+    assert g.abs().max() <= 1 / 48
+    torch.testing.assert_close(found[:61], rounded(g, 1 / 48 / 448, e5m2).T @ x8, atol=1e-6, rtol=1e-4)
+    assert (found[61:] == 0).all()
+    exact = F.cross_entropy(x @ w[:61].T, TOKENS.roll(-1, 1).flatten())
+    assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
+
+
+def test_fp8_head_is_one_graph():
+    gpt = small(vocab_multiple=16, head_dtype="fp8", layers=2).train()
+    gpt.head.fp8 = True
+    torch._dynamo.reset()
+    compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)
+    found = [torch.autograd.grad(f(TOKENS, TOKENS.roll(-1, 1)), list(gpt.parameters())) for f in (gpt, compiled)]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_fp8_head_trains_and_says_where_it_cannot(train, capsys, monkeypatch):
+    flags = ("--steps", "12", "--schedule", "constant", "--tricks", "fp8_head", "--deterministic")
+    simulated = train(*flags, "--head-dtype", "fp8", out="fp8")
+    assert "simulated on this cpu" in capsys.readouterr().out
+    plain = train(*flags, out="auto")
+    assert "cpu has no 8-bit floats" in capsys.readouterr().out
+    assert losses(simulated) != losses(plain) == losses(train(*flags, "--head-dtype", "same", out="same"))
+    fall = lambda folder: losses(folder)[0] - sum(losses(folder)[-3:]) / 3  # noqa: E731
+    assert fall(simulated) == pytest.approx(fall(plain), rel=0.1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    cuda = torch.device("cuda")
+    for capability, able in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert train_gpt.hardware.pick_fp8("auto", cuda)[0] == able
+        if able:
+            assert train_gpt.hardware.pick_fp8("fp8", cuda) == (True, "")
+        else:
+            with pytest.raises(UsageError, match="fp8: NVIDIA A100-SXM4-80GB has no 8-bit floats"):
+                train_gpt.hardware.pick_fp8("fp8", cuda)
+
+
+# ---------------------------------------------------------------- definitions: sequences that grow
+
+
+def test_short_sequences_are_the_same_tokens_cut(sotu, tmp_path, monkeypatch):
+    flags = ("--length-schedule", "stages:parts=0.25/0.5/1", "--steps", "6", "--micro-batch-tokens", "256")
+    made, seen = training(tmp_path, *flags), []
+    made.gpt.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    for step in range(6):
+        seen.clear()
+        made.step()
+        length = (16, 16, 32, 32, 64, 64)[step]
+        assert [tokens.shape for tokens, _ in seen] == 4 * [(256 // length, length)]
+        for uncut, parts in zip(made.loader.batch(step), zip(*seen, strict=True), strict=True):
+            assert torch.equal(torch.cat(parts).flatten(), uncut.flatten())
+    made.close()
+
+
+def test_loss_of_short_sequences(sotu, tmp_path):
+    """That of a run on sequences of this length, in the corpus's own order, where these are the same."""
+    flags = ("--no-shuffle", "--steps", "4", "--optimizer", "sgd:lr=0", "--schedule", "constant", "--positions", "rotary")
+    found = []
+    for more in (("--length-schedule", "stages"), ("--sequence-length", "32")):
+        made = training(tmp_path, *flags, *more)
+        found.append([made.step()[0] for _ in range(2)])
+        made.close()
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_flops_of_short_sequences():
+    run = train_gpt.resolve(["--track", "tiny", "--tricks", "short_sequences,long_short_windows", "--steps", "8"])
+    short = train_gpt.resolve(["--track", "tiny", "--sequence-length", "32"])[1]  # in which a window of 32 tokens is all
+    assert train_gpt.mean_flops(*run[:2]) == (flops_per_token(short) + flops_per_token(run[1])) / 2
+
+
 # ---------------------------------------------------------------- definitions: batches that grow
 
 
@@ -656,7 +919,13 @@ def test_a_step_of_a_later_stage_is_one_large_batch(train):
 
 def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
     """Runs of 12 and 18 steps at one rate and momentum: they part where batches, weights of losses or the head do."""
-    for trick, first in (("batch_stages", 4), ("multi_token", 0), ("retied_head", 8)):
+    for trick, first in (
+        ("batch_stages", 4),
+        ("multi_token", 0),
+        ("retied_head", 8),
+        ("window_warmup", 4),
+        ("short_sequences", 6),
+    ):
         flags = ("--schedule", "constant", "--checkpoint-every", "2", "--keep", "9", "--deterministic", "--tricks", trick)
         stem, whole = train(*flags, "--steps", "12", out=f"{trick}-stem"), train(*flags, "--steps", "18", out=f"{trick}-whole")
         branch = train(*flags, "--steps", "18", "--branch", str(stem), out=f"{trick}-branch")
@@ -671,6 +940,24 @@ def test_contradicting_tricks_are_said():
         (("--future-tokens", "64"), "0 to 63"),
         (("--key-offset",), "half_rotary"),
         (("--value-gates",), "value_embeddings"),
+        (("--window", "65"), "window must be 0 to 64"),
+        (("--window-pattern", "LX"), "letters L and S"),
+        (("--yarn",), "yarn needs positions"),
+        (("--length-schedule", "stages:parts=0.3/1"), "must divide"),
+        (("--head-dtype", "fp8", "--vocab-size", "250"), "divisible by 16"),
+        (("--length-schedule", "stages:parts=1/0.5"), "ends with all"),
+        (("--length-schedule", "stages", "--loss-tokens", "2"), "give one of them"),
+        (("--length-schedule", "stages", "--future-tokens", "32"), "0 to 31"),
     ):
         with pytest.raises(UsageError, match=message):
             train_gpt.resolve(["--track", "tiny", *flags])
+
+
+def test_blockless(tmp_path):
+    gpt = small(layers=0)
+    torch.testing.assert_close(gpt(TOKENS), logits(gpt, embedded(gpt)))
+    assert "matrix" not in roles(gpt).values()
+    with pytest.raises(UsageError, match="optimizer 'muon' is for matrix weights, and there are none: use adamw"):
+        training(tmp_path, "--layers", "0", "--optimizer", "muon")
+    with pytest.raises(ValueError, match="layers 0: there are no blocks for backout"):
+        small(layers=0, backout=True)
