@@ -264,9 +264,13 @@ def test_fp8_is_refused_where_there_is_none():
 
 
 def test_products_are_timed_in_part_when_long():
-    here = cost.Here()
-    one, four = (here.product((1, 64 * n, 512, 2048), torch.float32) for n in (8, 32))
-    assert 2.5 < four / one < 6.5  # both cut to the same length, once timed apart
+    for _ in range(5):  # on a busy machine a timing may be off
+        here = cost.Here()
+        one, four = (here.product((1, 64 * n, 512, 2048), torch.float32) for n in (8, 32))
+        if 2.5 < four / one < 6.5:  # both cut to the same length, once timed apart
+            break
+    else:
+        pytest.fail(f"four times the work takes {four / one:.1f} times as long")
     assert min(here.rates.values()) > 0 and here.rate(1.0) == here.rates[min(here.rates)]
 
 
