@@ -93,7 +93,7 @@ def merged(ranks: list[Any]) -> Any:
 
 
 def only(packed: Any, own: Any) -> Any:
-    """`packed` without the blocks (optimizers.matrix) that the packed state `own` of this rank does not have."""
+    """`packed` without the blocks (optimizers.matrix, optimizers.shard) that the packed state `own` has no part in."""
     if "dict" not in packed:
         return packed
     here = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}
@@ -101,10 +101,18 @@ def only(packed: Any, own: Any) -> Any:
     for key, value in packed["dict"]:
         inner = here.get(json.dumps(key))
         if key == "blocks" and inner is not None:
-            mine = {json.dumps(k) for k, _ in inner["dict"]}
-            value = {"dict": [pair for pair in value["dict"] if json.dumps(pair[0]) in mine]}
+            mine = [k for k, _ in inner["dict"]]
+            value = {"dict": [pair for pair in value["dict"] if any(meet(pair[0], k) for k in mine)]}
         kept.append([key, only(value, inner)])
     return {"dict": kept}
+
+
+def meet(one: Any, other: Any) -> bool:
+    """Are two packed keys the same, or two ranges that overlap?"""
+    if isinstance(one, dict):
+        (a, b), (c, d) = one["tuple"], other["tuple"]
+        return a < d and c < b
+    return one == other
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
@@ -228,7 +236,7 @@ class Checkpoints:
         """Copy the state and begin to write it.
 
         Args:
-            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix) other ranks may hold in part.
+            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix, .shard) other ranks may hold in part.
             rng: states of this rank's generators, uint8.
             extra: plain values of rank 0, which `load` returns.
         Raises:

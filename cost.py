@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hardware
@@ -35,12 +36,15 @@ import optimizers
 import schedules
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, roles
-from operations import WIRE, Operation, Recorder, operations, peak
+from operations import Operation, Recorder, operations, peak
 from optimizers import TABLE_OPTIMIZERS
 from optimizers.mantissa import keep_mantissas, to_bf16
+from optimizers.shard import Sharded
+from ranks import WIRE
 from spec import UsageError, nearest, parse
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
+STATISTICS = 16  # bytes that the ranks add up before an update: loss, norm, two wishes
 HIDDEN = 2 / 3  # of the last micro-batch is backward pass, behind which DDP's buckets travel
 
 
@@ -105,6 +109,8 @@ def record_step(
     table_optimizer: str = "sparse_adagrad",
     device: str = "meta",
     autocast: bool = False,
+    reduce: str = "fp32",
+    shard: bool = False,
     prepare: Callable[[GPT], None] = lambda gpt: None,
     weights: str = "fp32",
 ) -> Step:
@@ -116,6 +122,8 @@ def record_step(
         compiled: element-wise passes are fused, as by torch.compile.
         device: meta: what the trainer does on a GPU; cpu: what it does there.
         autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
+        reduce: bf16: gradients travel in it.
+        shard: state of element-wise optimizers is divided over the ranks.
         prepare: may change the model first.
         weights: of hidden matrices, fp32 or bf16.
     """
@@ -128,6 +136,8 @@ def record_step(
         if weights == "bf16":
             mantissas = to_bf16([p for name, p in gpt.named_parameters() if kind[name] == "matrix"])
         built = optimizers.build(optimizer, gpt, 1000, average, table_optimizer)
+        if shard:
+            built = Sharded(built)
         if weights == "bf16":
             built = keep_mantissas(built, mantissas)
         if device == "cpu" and compiled:
@@ -139,7 +149,10 @@ def record_step(
             gpt.ngrams.is_sparse = False
         tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
         with Recorder(autocast) as passes:
-            gpt(tokens, tokens).backward()
+            loss = gpt(tokens, tokens)
+            # loss.backward(), which would have activations computed again without the recorder's function mode
+            how = dict(allow_unreachable=True, accumulate_grad=True)
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **how)
         lookups, rows_updated = record_tables(gpt, tokens, table_optimizer, compiled) if sparse else ([], [])
     grads = [p.grad for p in gpt.parameters() if p.grad is not None]
     keep = {g.untyped_storage()._cdata for g in grads}
@@ -152,13 +165,15 @@ def record_step(
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     rows = micro * model_config.sequence_length * len(gpt.ngrams.orders) if sparse else 0
     table_bytes = rows * (4 * model_config.width + 8)
+    sent = lambda t: t.numel() * (2 if reduce == "bf16" else t.element_size())  # noqa: E731
+    rows_sent = rows * ((2 if reduce == "bf16" else 4) * model_config.width + 8)
     passed = operations(passes.events, compiled, keep) + lookups
     if sparse:
         updates.append((1.0, rows_updated, 0))
     state = optimizers.state_bytes(built) + sum(4 * p.numel() for p in sparse)
     return Step(
-        passed, sequences // micro, [(share, work) for share, work, _ in updates], size(grads),
-        size([gpt.embedding.weight]), table_bytes * (sequences // micro),
+        passed, sequences // micro, [(share, work) for share, work, _ in updates], sum(map(sent, grads)),
+        sent(gpt.embedding.weight), rows_sent * (sequences // micro),
         Memory(
             size(gpt.parameters()), size(grads) + table_bytes, state,
             max(peak(passes.events, compiled, keep), *(most for _, _, most in updates)),
@@ -303,6 +318,7 @@ def step_time(
 def communication(step: Step, ranks: int) -> dict[str, float]:
     """Bytes that one rank sends in a step, by what they are."""
     found = {"gradients, all-reduce": WIRE["allreduce"](ranks) * step.gradients}
+    found["loss, norm, signals, all-reduce"] = WIRE["allreduce"](ranks) * STATISTICS
     if step.tables:
         found["table rows, all-gather"] = float(step.tables * (ranks - 1))
     sent = sum(share * WIRE[w.kind](ranks) * w.bytes for share, ops in step.update for w in ops if w.kind in WIRE)
@@ -582,7 +598,8 @@ def predict(argv: list[str]) -> Prediction:
         return record_step(
             dataclasses.replace(unmasked, sequence_length=length), config.optimizer, sequences * whole // length,
             micro * whole // length, ranks, dtype, config.compile, config.average,
-            config.table_optimizer, "meta" if where.card else "cpu", prepare=prepare, weights=config.weights,
+            config.table_optimizer, "meta" if where.card else "cpu", reduce=config.reduce, shard=config.shard_optimizer,
+            prepare=prepare, weights=config.weights,
         )  # fmt: skip
 
     def as_run(step: Step) -> Step:

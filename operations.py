@@ -22,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ranks import WIRE, collective
+
 # Operations for one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
-# What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
-# PERFORMANCE.md).
-WIRE = {"allreduce": lambda n: 2 * (n - 1) / n, "allgather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n}
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Event:
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
     special: int = 0
+    carried: int = 0  # of a collective: bytes of its larger side
 
 
 @dataclass
@@ -100,8 +100,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grads = [torch.empty_like(t) for t in ctx.saved_tensors[:3]]
-        ctx.recorder.attention([*ctx.saved_tensors, grad], grads, 2)
+        saved = ctx.saved_tensors  # once: what is computed again is handed out once
+        grads = [torch.empty_like(t) for t in saved[:3]]
+        ctx.recorder.attention([*saved, grad], grads, 2)
         return *grads, None
 
 
@@ -156,9 +157,9 @@ class Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.alive += [t.untyped_storage() for t in (*inputs, *outputs)]
         if func.namespace == "c10d":
-            kind = next((kind for kind in WIRE if kind in name), None)
-            if kind:  # the others carry no tensors of weight
-                self.add(Event(kind, {}, touched(inputs)))
+            kind, size = collective(func, args)
+            if kind:
+                self.add(Event(kind, {}, touched(inputs), carried=size))
             return out
         mutated = [
             t
@@ -268,7 +269,7 @@ def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[
         first = group.events[0]
         size = sum(group.reads.values()) + sum(group.writes.values())
         if first.kind in WIRE:
-            size = max(first.writes.values())
+            size = first.carried
         special = sum(e.special for e in group.events)
         work.append(Operation(first.kind, size, first.flops, first.dtype, first.shape, special))
     return work

@@ -17,9 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hardware
 from spec import UsageError
+
+# What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
+# PERFORMANCE.md).
+WIRE = {"allreduce": lambda n: 2 * (n - 1) / n, "allgather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n}
 
 
 class RankError(RuntimeError):
@@ -105,15 +112,18 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def sum_sparse(self, grad: torch.Tensor) -> torch.Tensor:
-        """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced."""
+    def sum_sparse(self, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced.
+
+        dtype: of the rows on their way; they are added up in their own.
+        """
         rows = grad._indices()[0]
         if bool((rows[1:] > rows[:-1]).all()):  # as the model makes them; autograd forgets to say so
             grad = grad._coalesced_(True)
         grad = grad.coalesce()  # adds up what a row got from several places
         if self.size == 1:
             return grad
-        rows, values = grad.indices()[0], grad.values()
+        rows, values = grad.indices()[0], grad.values().to(dtype)
         most = torch.tensor(len(rows), device=self.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         missing = most.item() - len(rows)
@@ -122,6 +132,7 @@ class World:
         for found, own in zip(everyone, (rows, values), strict=True):
             dist.all_gather(found, own)
         rows, values = map(torch.cat, everyone)
+        values = values.to(grad.dtype)
         return torch.sparse_coo_tensor(rows[None], values, grad.shape, check_invariants=False).coalesce()
 
     def gather(self, value: Any) -> list[Any]:
@@ -157,6 +168,36 @@ class World:
         self.store = None
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def collective(func: torch._ops.OpOverload, args: tuple) -> tuple[str | None, int]:
+    """Kind of a collective of WIRE and the bytes of its larger side; (None, 0) of other operations."""
+    kind = next((kind for kind in WIRE if func.namespace == "c10d" and kind in func._schema.name), None)
+    sides = (sum(t.numel() * t.element_size() for t in tree_leaves(side) if isinstance(t, torch.Tensor)) for side in args)
+    return kind, max(sides) if kind else 0
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that this rank sends in the collectives of what is done in here; DDP's buckets too."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks, self.sent = ranks, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind, size = collective(func, args)
+        if kind:
+            self.sent += round(WIRE[kind](self.ranks) * size)
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # what is compiled stays so in here
+
+
+def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """torch's hook for DistributedDataParallel: a bucket travels in bf16. By its own name DDP takes it with NCCL alone."""
+    return bf16_compress_hook(group, bucket)
 
 
 def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:

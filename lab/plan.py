@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+import cost
 import hardware
 import train_gpt
 from hardware import CARDS
-from lab import memory
 from lab.ladder import Rung, size_words
 from lab.markdown import table
 from lab.trials import Arm
@@ -79,12 +79,31 @@ class Work:
         return self.steps * self.rung.batch_tokens
 
 
+def memory_of(flags: Sequence[str], micro: int, ranks: int = 1, device: str = "cpu") -> cost.Memory:
+    """Of a rank in a step with micro-batches of `micro` sequences, as the dry run has it: of a model of more than 6 layers by a
+    straight line through 3 and 6, since every further block adds as much."""
+    config, model, _ = train_gpt.resolve(list(flags))
+    dtype = torch.bfloat16 if device == "cuda" and config.dtype != "fp32" else torch.float32
+
+    def recorded(layers: int) -> tuple[float, ...]:
+        step = cost.record_step(
+            dataclasses.replace(model, layers=layers), config.optimizer, micro, micro, ranks, dtype, config.compile,
+            config.average, config.table_optimizer, "meta" if device == "cuda" else "cpu", shard=config.shard_optimizer,
+        )  # fmt: skip
+        return dataclasses.astuple(step.memory)
+
+    if model.layers <= 6:
+        return cost.Memory(*recorded(model.layers))
+    shallow, deeper = recorded(3), recorded(6)
+    return cost.Memory(*(round(a + (b - a) * (model.layers - 3) / 3) for a, b in zip(shallow, deeper, strict=True)))
+
+
 @dataclass(frozen=True)
 class Fit:
-    """Memory of one rank at a size, and the micro-batch that it takes; `sequences` is 0 where not even one fits."""
+    """Bytes of one rank at a size, and the micro-batch that it takes; `sequences` is 0 where not even one fits."""
 
     sequences: int
-    memory: memory.Memory
+    memory: int
 
 
 def fits(flags: Sequence[str], machine: Machine) -> Fit:
@@ -92,31 +111,22 @@ def fits(flags: Sequence[str], machine: Machine) -> Fit:
     config, model, _ = train_gpt.resolve(list(flags))
     world = SimpleNamespace(size=machine.ranks, device=torch.device(machine.device))
     per_rank, sequences = train_gpt.shares(config, model, world)
-    dtype = torch.bfloat16 if machine.device == "cuda" and config.dtype != "fp32" else torch.float32
-    if machine.device == "cuda" and model.attention == "auto":  # fake tensors are on a CPU, where auto is another
-        model = dataclasses.replace(model, attention="sdpa")
-
-    def needed(n: int) -> memory.Memory:
-        return memory.estimate(model, config.optimizer, n, dtype, n < per_rank or machine.ranks > 1)
-
-    room, most, least = memory.HEADROOM * machine.memory, needed(sequences), needed(1)
-    if most.peak <= room:
+    needed = lambda micro: memory_of(flags, micro, machine.ranks, machine.device).total  # noqa: E731
+    room, most, least = cost.HEADROOM * machine.memory, needed(sequences), needed(1)
+    if most <= room:
         return Fit(sequences, most)
-    if least.peak > room:
+    if least > room:
         return Fit(0, least)
-    each = (most.peak - least.peak) / (sequences - 1)  # of a further sequence
-    fitting = 1 + int((room - least.peak) / each)
+    each = (most - least) / (sequences - 1)  # of a further sequence
+    fitting = 1 + int((room - least) / each)
     chosen = next(n for n in range(min(fitting, sequences - 1), 0, -1) if per_rank % n == 0)
     return Fit(chosen, needed(chosen))
 
 
 def hungriest(arms: dict[str, Arm]) -> str:
     """The arm whose step takes most memory, at the size given."""
-    peak = {}
-    for name, arm in arms.items():
-        config, model, _ = train_gpt.resolve(list(arm.flags))
-        peak[name] = memory.estimate(model, config.optimizer, 1).peak
-    return max(peak, key=peak.get)
+    total = {name: memory_of(arm.flags, 1).total for name, arm in arms.items()}
+    return max(total, key=total.get)
 
 
 def seconds_by_peak(flags: Sequence[str], machine: Machine) -> float:
@@ -150,15 +160,15 @@ def plan(work: Sequence[Work], machine: Machine, seconds: Callable[[Work], float
             {
                 "size": rung.size.name, "parameters": rung.parameters, "layers": rung.size.layers, "width": rung.size.width,
                 "batch_tokens": rung.batch_tokens, "tokens": rung.tokens, "runs": sum(w.runs for w in own),
-                "all_tokens": all_tokens, "flops": all_tokens * flops_per_token(model), "memory": fit.memory.peak,
+                "all_tokens": all_tokens, "flops": all_tokens * flops_per_token(model), "memory": fit.memory,
                 "fits": fit.sequences > 0, "micro_batch_tokens": fit.sequences * model.sequence_length, "hours": hours,
                 "hungriest": hungry,
             }
         )  # fmt: skip
     hours = sum(row["hours"] for row in rows)
     total = {key: sum(row[key] for row in rows) for key in ("runs", "all_tokens", "flops")}
-    cost = None if machine.price is None else hours * machine.price
-    return {"machine": machine.name, "room": machine.memory, "rows": rows, "total": total | {"hours": hours, "cost": cost}}
+    price = None if machine.price is None else hours * machine.price
+    return {"machine": machine.name, "room": machine.memory, "rows": rows, "total": total | {"hours": hours, "cost": price}}
 
 
 def text(found: dict[str, Any], how: str) -> str:
@@ -176,15 +186,15 @@ def text(found: dict[str, Any], how: str) -> str:
         "memory a rank", "micro-batch", "hours",
     )  # fmt: skip
     total = found["total"]
-    cost = "" if total["cost"] is None else f", {total['cost']:,.0f} $"
+    price = "" if total["cost"] is None else f", {total['cost']:,.0f} $"
     return "\n".join(
         [
             table(head, rows),
             "",
             f"{total['runs']:,} runs, {size_words(total['all_tokens'])} tokens, {total['flops']:.2g} FLOPs, "
-            f"{total['hours']:.1f} hours{cost} on {found['machine']} ({how}; starting processes is not counted).",
+            f"{total['hours']:.1f} hours{price} on {found['machine']} ({how}; starting processes is not counted).",
             f"Memory: of `{found['rows'][0]['hungriest']}`, the arm that takes most; there are {found['room'] / 1e9:.0f} GB, "
-            f"of which {memory.HEADROOM:.0%} are planned for.",
+            f"of which {cost.HEADROOM:.0%} are planned for.",
         ]
     )
 

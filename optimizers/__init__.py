@@ -7,7 +7,8 @@
     base.py            settings, groups, base classes        elementwise.py  the classics, Adam and its relatives
     schedule_free.py   methods without a schedule            matrix.py       Muon, Shampoo, CASPR, SOAP, Kron
     sparse.py          tables with sparse gradients          cautious.py     AdamW as the speedrun has it
-    average.py         averages of the weights               this file       the registry and the way in
+    average.py         averages of the weights               shard.py        state divided over ranks
+    mantissa.py        bf16 weights of which nothing is lost this file       the registry and the way in
 
 To add a method: in its family's file a frozen dataclass of its settings, whose docstring is the update rule and its
 source, and a class that states that rule once (or torch's own); here, one line in OPTIMIZERS. An element-wise rule
@@ -274,6 +275,8 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
 
 def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: nn.Parameter) -> None:
     """Have `target` go on with the state that `source` has, where both are updated by the same method."""
+    slices = getattr(optimizer, "slice_of", {})
+    source, target = slices.get(source, source), slices.get(target, target)
     optimizer.state[target] = {
         name: value.clone() if isinstance(value, Tensor) else value for name, value in optimizer.state[source].items()
     }

@@ -322,6 +322,7 @@ class Elementwise(Optimizer):
 
     buffers: tuple[str, ...] = ()
     compiled = False
+    of_slices = True  # may a slice of a weight be updated without the rest? False where the rule takes sums over all of it
 
     @staticmethod
     def rule(w: Value, g: Value, *buffers: Value, **numbers: float) -> None:

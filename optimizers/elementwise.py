@@ -405,6 +405,7 @@ class AmosSettings(Settings):
 
 class Amos(Elementwise):
     settings, buffers = AmosSettings, ("average",)
+    of_slices = False
 
     def initialise(self, group, p, state):
         super().initialise(group, p, state)
@@ -468,6 +469,7 @@ class MARSSettings(Settings):
 
 class MARS(Elementwise):
     settings, buffers = MARSSettings, ("average", "squares", "gradient_before")
+    of_slices = False
 
     def numbers(self, group, t):
         return adam_numbers(group, t) | self.factor(group)
@@ -516,6 +518,7 @@ class Sophia(Elementwise):
     """See SophiaSettings. The training loop owes it `curvature(tokens)` whenever `wants_curvature()` after a step."""
 
     settings, buffers = SophiaSettings, ("average", "curvature")
+    of_slices = False  # its estimates are made between steps, from whole gradients
 
     def wants_curvature(self) -> bool:
         """Is it time for an estimate: after every `every` steps."""
@@ -571,6 +574,7 @@ class Adafactor(Elementwise):
     Vectors, whose v is whole, go by `rule`, all at once."""
 
     settings, buffers = AdafactorSettings, ("squares",)
+    of_slices = False
     eps1, eps2 = torch.finfo(torch.float32).eps, 1e-3  # the least sqrt(v) and mean of row means; the least RMS(w)
     stack = 16  # rows that compiled code adds up side by side: the streams that a CPU prefetches
 

@@ -131,6 +131,7 @@ class Prodigy(Elementwise):
     """See ProdigySettings. The estimate stands in the first param group: tensors, so that no step waits for the device."""
 
     settings, buffers = ProdigySettings, ("average", "squares", "s", "start")
+    of_slices = False
 
     def initialise(self, group, p, state):
         super().initialise(group, p, state)

@@ -1,4 +1,4 @@
-"""The model of memory against what a real process takes, and activation checkpointing against the pass that keeps all."""
+"""The dry run's model of memory (cost.py) against a real process; activation checkpointing against the pass that keeps all."""
 
 import dataclasses
 import os
@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import cost
 import train_gpt
-from lab import memory
+from lab import plan
 from model import GPT
 
 SHAPE = ("--track", "cpu", "--layers", "3", "--heads", "3", "--width", "96")
@@ -50,26 +51,25 @@ def test_predicted_peak_is_the_measured_one(optimizer, sequences, flags):
     command = [sys.executable, "-c", MEASURE, optimizer, str(sequences), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1000:]
-    _, config, _ = train_gpt.resolve(words)
-    predicted = memory.of_step(config, optimizer, sequences)
-    assert predicted.peak == pytest.approx(int(done.stdout), rel=0.1)
+    assert plan.memory_of([*words, "--optimizer", optimizer], sequences).total == pytest.approx(int(done.stdout), rel=0.1)
 
 
-def test_parts_are_what_they_are_known_to_be():
-    _, config, _ = train_gpt.resolve([*SHAPE, "--tricks", "modern"])
-    n = sum(p.numel() for p in GPT(config).parameters())
-    found = memory.of_step(config, "adamw", 4)
-    assert found.gradients == 4 * n and found.optimizer_state == pytest.approx(8 * n, rel=0.001)
-    assert found.weights == pytest.approx(4 * n, rel=0.05)  # and the tables of rotary positions
-    more = memory.of_step(config, "adamw", 4, accumulate=True)
-    assert found.peak < more.peak <= found.peak + found.gradients
-    # a method whose step cannot be followed is counted by its registered state
-    assert memory.of_step(config, "prodigy", 4).optimizer_state == 16 * n
+def test_state_is_shared_over_ranks_in_the_plan():
+    flags = [*SHAPE, "--tricks", "modern"]
+    alone, eight, shared = (
+        plan.memory_of([*flags, *own], 4, 8) for own in ((), ("--optimizer", "muon"), ("--shard-optimizer",))
+    )
+    n = sum(p.numel() for p in GPT(train_gpt.resolve(flags)[1]).parameters())
+    assert alone.gradients == 4 * n and alone.optimizer_state == pytest.approx(8 * n, rel=0.001)
+    assert shared.optimizer_state == pytest.approx(8 * n / 8, rel=0.01) and eight.optimizer_state < alone.optimizer_state / 2
+    assert shared.total < alone.total
 
 
 def test_memory_grows_in_a_straight_line_with_depth():
-    _, config, _ = train_gpt.resolve([*SHAPE, "--layers", "8", "--attention", "sdpa"])
-    line, direct = (f(config, "adamw", 4, torch.bfloat16, True) for f in (memory.estimate, memory.of_step))
+    flags = [*SHAPE, "--layers", "8", "--dtype", "bf16"]
+    _, model, _ = train_gpt.resolve(flags)
+    direct = cost.record_step(model, "adamw", 4, 4, 2, torch.bfloat16, compiled=False).memory
+    line = plan.memory_of([*flags, "--optimizer", "adamw", "--no-compile"], 4, 2, "cuda")
     assert dataclasses.astuple(line) == pytest.approx(dataclasses.astuple(direct), rel=0.02)
 
 
@@ -88,7 +88,7 @@ def test_checkpointed_activations_give_the_same_gradients(flags):
         found.append([loss.detach(), *(p.grad for p in gpt.parameters())])
     assert all(map(torch.equal, *found))
     kept, again = (
-        memory.of_step(dataclasses.replace(config, layers=6, checkpoint_activations=c), "adamw", 8).activations
-        for c in (False, True)
+        plan.memory_of(["--track", "tiny", *flags, "--layers", "6", *own], 8).activations
+        for own in ((), ("--checkpoint-activations",))
     )
     assert again < kept / 2.5

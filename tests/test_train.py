@@ -8,13 +8,16 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 import types
 
 import pytest
 import torch
 from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import cost
 import run_folder
 import spec
 import train_gpt
@@ -85,6 +88,50 @@ def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
         assert json.loads((folder / "env.json").read_text())["world_size"] == ranks
 
 
+def predicted(ranks: int, *flags: str) -> dict[str, float]:
+    """What the dry run has each rank send in a step."""
+    config, model_config, _ = train_gpt.resolve(["--track", "tiny", *flags])
+    world = types.SimpleNamespace(size=ranks, device=torch.device("cpu"))
+    how = dict(dtype=torch.float32, compiled=False, device="cpu", reduce=config.reduce)
+    shares = train_gpt.shares(config, model_config, world)
+    return cost.communication(cost.record_step(model_config, config.optimizer, *shares, ranks, **how), ranks)
+
+
+def test_gradients_may_travel_in_bf16(train, tmp_path):
+    """The gradient of two ranks, taken from a step of plain descent, is that of one but for bf16's rounding; half the bytes."""
+    flags = ("--steps", "1", "--optimizer", "sgd:lr=100,momentum=0", "--schedule", "constant", "--clip", "0")
+    torch.manual_seed(0)
+    start = train_gpt.GPT(train_gpt.resolve(["--track", "tiny"])[1]).state_dict()
+    one, _ = stored(train(*flags))
+    for reduce, least, most in (("fp32", 0.0, 1e-5), ("bf16", 2**-11, 2**-8)):
+        folder = tmp_path / reduce
+        torchrun(2, folder, *flags, "--reduce", reduce)
+        two, _ = stored(folder)
+        for name, w in one.items():
+            error = (two[name] - w).norm() / (w - start[name]).norm()
+            assert least <= error < most, (reduce, name, error)
+        end = result(folder)
+        weight = {"fp32": 4, "bf16": 2}[reduce] * end["parameters"]["total"]
+        assert end["wire_bytes"] == weight + 16 == sum(predicted(2, *flags, "--reduce", reduce).values())  # of two in a ring
+
+
+def test_bytes_on_the_wire_are_those_of_the_dry_run(tmp_path):
+    """Counted in the collectives of a step: here also the gathers of a matrix method, whose shares are padded."""
+    flags = ("--optimizer", "muon:dtype=fp32", "--micro-batch-tokens", "128")
+    torchrun(4, tmp_path / "run", "--steps", "1", *flags)
+    assert result(tmp_path / "run")["wire_bytes"] == sum(predicted(4, *flags).values())
+
+
+def test_bytes_on_the_wire_of_sparse_rows(train, tmp_path):
+    """The dry run takes every lookup for a row of its own: no less than what is sent. One rank sends nothing."""
+    flags = ("--steps", "2", "--tricks", "ngram_embedding,sparse_ngrams")
+    assert result(train(*flags, "--tricks", "ngram_embedding,sparse_ngrams"))["wire_bytes"] == 0
+    torchrun(2, tmp_path / "two", *flags)
+    sent = predicted(2, *flags)
+    rows = result(tmp_path / "two")["wire_bytes"] - sum(sent.values()) + sent["table rows, all-gather"]
+    assert 0.1 < rows / sent["table rows, all-gather"] <= 1
+
+
 def test_compiled_equals_eager(train):
     flags = ("--steps", "4", "--layers", "1", "--tricks", "record")
     eager, compiled = train(*flags, out="eager"), train(*flags, "--compile", out="compiled")
@@ -144,6 +191,114 @@ def test_clock_excludes_what_it_says(train, monkeypatch):
     assert on["train_time"] == pytest.approx(4 * 0.201)
     assert on["robust_train_time"] == pytest.approx(4 * 0.201)
     assert on["process_time"] > 0
+
+
+def test_clock_of_a_device_that_is_still_at_work(monkeypatch):
+    """Steps that the device takes 3 s for and the host 1 s, two segments of three; a second of logging after each, which the
+    device does not notice, and 10 s of validation. All that is counted is what the steps take; the clock waits between
+    segments alone."""
+    now, free, waits = [0.0], [0.0], []
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    def wait() -> None:
+        waits.append(now[0])
+        now[0] = max(now[0], free[0])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(train_gpt, "time", types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0]))
+    clock, logged = train_gpt.Clock(torch.device("cuda")), []
+    for _ in range(2):
+        for _ in range(3):
+            clock.start()
+            spend(0.5)
+            free[0] = max(now[0], free[0]) + 2  # forward and backward
+            now[0] = free[0]  # read the loss
+            spend(0.5)
+            free[0] = max(now[0], free[0]) + 1  # update
+            logged.append(clock.stop("4096"))
+            spend(1.0)
+        clock.pause()
+        clock.pause()
+        assert now[0] >= free[0]
+        spend(10.0)
+    assert clock.train_time == pytest.approx(now[0] - 2 * 10.0) and clock.robust_train_time > 0
+    assert len(waits) == 4 and sum(logged) < clock.train_time
+    assert clock.process_time == pytest.approx(clock.train_time)  # of this host, which never sleeps
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+class Reads(TorchDispatchMode):
+    """Notes operations whose result, or its shape, the host has to wait for."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = name.startswith("index") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if masks or name in ("nonzero", "equal", "masked_select", "_unique2", "unique_consecutive"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def read_by(train, monkeypatch, *flags: str) -> tuple[list[str], int]:
+    """Who reads a number from a tensor, or waits for one, between the first step and the first validation; steps taken."""
+    found, watching, steps = [], [], []
+
+    def watch(target, name: str) -> None:
+        real = getattr(target, name)
+
+        def watched(*args, **kwargs):
+            if watching and threading.current_thread() is threading.main_thread():
+                found.append(sys._getframe(1).f_code.co_name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, watched)
+
+    for name in READS:
+        watch(torch.Tensor, name)
+    watch(torch.cuda, "synchronize")
+    step, validate = train_gpt.Training.step, train_gpt.Training.validate
+
+    def watched_step(self):
+        watching.append(True)
+        steps.append(self.steps_done)
+        with Reads(found):
+            return step(self)
+
+    def unwatched_validate(self):
+        watching.clear()
+        return validate(self)
+
+    monkeypatch.setattr(train_gpt.Training, "step", watched_step)
+    monkeypatch.setattr(train_gpt.Training, "validate", unwatched_validate)
+    train(*flags)
+    return found, len(steps)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_waits_for_the_device_once(train, monkeypatch, optimizer):
+    """Between forward and update, to learn whether all is finite; Sophia's estimate of the curvature is a backward pass of its
+    own. Not seen on a CPU: torch.linalg.eigh, with which Shampoo, CASPR and SOAP renew and begin, waits on a GPU."""
+    found, steps = read_by(train, monkeypatch, "--steps", "6", *with_optimizer(optimizer), "--clip", "0.1")
+    estimates = steps // OPTIMIZERS["sophia"]().every if optimizer == "sophia" else 0
+    assert steps == 6 and found == ["backward"] * (steps + estimates)
+
+
+@pytest.mark.parametrize("tricks", ["record", "baseline", "modern,muon,multi_token,retied_head,momentum_warmup,bf16_weights"])
+def test_recipes_wait_for_the_device_once(train, monkeypatch, tricks):
+    assert read_by(train, monkeypatch, "--steps", "6", "--tricks", tricks) == (["backward"] * 6, 6)
+
+
+def test_sparse_rows_are_counted_by_the_host(train, monkeypatch):
+    """How many distinct rows a batch looked up is known to the device alone: these steps wait for it once more."""
+    found, steps = read_by(train, monkeypatch, "--steps", "3", "--tricks", "ngram_embedding,sparse_ngrams")
+    assert set(found) == {"backward", "sum_sparse", "nonzero"} and found.count("backward") == steps
 
 
 def test_log_and_result_agree(train):
@@ -297,6 +452,9 @@ def test_sampling(train, capsys):
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--optimizer", "schedule_free_adamw"], "add --schedule constant"),
         (["--optimizer", "shampoo:grafting=adan"], "did you mean 'adam'?"),
+        (["--shard-optimizer", "--optimizer", "adafactor"], "the rule of Adafactor needs whole weights"),
+        (["--shard-optimizer", "--weights", "bf16"], "fp32 weights alone"),
+        (["--reduce", "fp16"], "--reduce takes fp32, bf16"),
         (["--average", "lawa"], "unknown average 'lawa'"),
         (["--average", "lawa_ema:decay=2"], "out of range"),
         (["--steps", "many"], "--steps takes a value of type int"),
