@@ -294,6 +294,12 @@ TRICKS: dict[str, Trick] = {
         "(Mikolov et al. 2011, its hashed maximum-entropy part)",
         "for byte models with tables; no transformer any more",
     ),
+    "thin": Trick(
+        "architecture",
+        dict(width=32, heads=1),
+        "`narrow` once more: without blocks a step costs what its rows of the tables weigh",
+        "for byte models with tables and no blocks",
+    ),
     "muon": Trick(
         "optimizer",
         dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
@@ -508,6 +514,7 @@ TRACKS: dict[str, Track] = {
             "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
             "batch_stages": dict(batch_tokens=2048),
             "blockless": dict(optimizer="adamw:lr=0.02,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.4"),
+            "thin": dict(optimizer="adamw:lr=0.04,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.25"),
             "small_batch": dict(batch_tokens=2048),
         },
     ),

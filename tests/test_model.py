@@ -21,7 +21,11 @@ from model import (
 from tricks import MODERN, TRICKS
 
 SMALL = {"vocab_size": 97, "sequence_length": 48, "layers": 2, "heads": 2, "width": 32}
-ARCHITECTURE = {name: t.settings for name, t in TRICKS.items() if t.kind == "architecture" or name == "padded_vocab"}
+FIELDS = ModelConfig.__dataclass_fields__
+ARCHITECTURE = {
+    name: {key: value for key, value in t.settings.items() if key in FIELDS}
+    for name, t in TRICKS.items() if t.kind == "architecture" or name == "padded_vocab"
+}  # fmt: skip
 TOKENS = torch.randint(97, (3, 48), generator=torch.Generator().manual_seed(0))
 
 

@@ -29,7 +29,7 @@ TOKENS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
 MODEL_FIELDS = {f for f in ModelConfig.__dataclass_fields__}
 SMALL_TABLES = ("--ngram-buckets", "512")
 # what has no effect but speed, or is another's size: tested where it belongs
-HERE = [name for name in TRICKS if name not in ("compile", "shallow", "narrow", "wide_heads", "padded_vocab")]
+HERE = [name for name in TRICKS if name not in ("compile", "shallow", "narrow", "thin", "wide_heads", "padded_vocab")]
 
 
 def small(**settings) -> GPT:
