@@ -2,7 +2,7 @@
 
     python compare.py --base modern --tricks muon no_bias compile         each alone on top of the base
     python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
-    python compare.py --base record --leave-out muon sparse_ngrams      each alone out of a stack
+    python compare.py --base record --leave-out sparse_ngrams compile     each alone out of a stack
     python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
     python compare.py --recipes baseline record --horizon baseline=2400 record=272
     python compare.py --again record                                      a recipe against itself: must show no difference
