@@ -152,20 +152,20 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
 
 
 def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[float]) -> str:
-    """Seconds to the target of every record of a track, by number: bar of the mean, whisker of the standard deviation;
-    above it `gained`, baseline over this record as the table has it: seconds of two machines are no ratio."""
+    """How much faster than the baseline every record of a track is, by number: bars of `gained`, as the table has it, with the
+    95 % interval of the record's own step. Seconds stand above: those of two machines are no ratio, and no bars."""
     figure, axis = pyplot().subplots(figsize=(max(6, 0.8 * len(about) + 2), 5), constrained_layout=True)
-    seconds = [a["statistics"]["train_time"] for a in about]
-    spread = [a["statistics"]["train_time_sd"] for a in about]
-    axis.bar(range(len(about)), seconds, yerr=spread, color=["0.6"] + ["C0"] * (len(about) - 1), capsize=3)
-    for i, value in enumerate(seconds):
+    steps = [a["against"] or {"ratio": 1.0, "low": 1.0, "high": 1.0} for a in about]
+    low = [g * (1 - step["low"] / step["ratio"]) for g, step in zip(gained, steps, strict=True)]
+    high = [g * (step["high"] / step["ratio"] - 1) for g, step in zip(gained, steps, strict=True)]
+    axis.bar(range(len(about)), gained, yerr=(low, high), color=["0.6"] + ["C0"] * (len(about) - 1), capsize=3)
+    for i, a in enumerate(about):
         axis.annotate(
-            f"{value:,.3g} s\n{gained[i]:.3g}x", (i, (value + spread[i]) * 1.03), ha="center", va="bottom", fontsize=8
-        )
+            f"{gained[i]:.3g}x\n{a['statistics']['train_time']:,.3g} s", (i, (gained[i] + high[i]) * 1.03), ha="center",
+            va="bottom", fontsize=8,
+        )  # fmt: skip
     axis.set_xticks(range(len(about)), [f"{a['number']:03d} {a['name']}" for a in about], rotation=35, ha="right", fontsize=8)
-    axis.set(
-        yscale="log", ylabel="training time to the target, s", title=f"{track} track", ylim=(min(seconds) / 2, max(seconds) * 2)
-    )
+    axis.set(yscale="log", ylabel="baseline / record, time to the target", title=f"{track} track", ylim=(0.7, 2 * max(gained)))
     axis.grid(axis="y", alpha=0.3)
     return save(figure, folder, f"history-{track}")
 
