@@ -77,7 +77,9 @@ def test_without_nccl_ranks_take_gloo(there, backend, gpus, monkeypatch):
 def training(**given) -> SimpleNamespace:
     """As much of Training as `fallbacks` reads: two CUDA ranks in bf16."""
     world = SimpleNamespace(device=torch.device("cuda", 0), size=2)
-    own = dict(world=world, compiled=True, dtype=torch.bfloat16, config=SimpleNamespace(compile=True, kernels="auto"))
+    own = dict(
+        world=world, head_note="", compiled=True, dtype=torch.bfloat16, config=SimpleNamespace(compile=True, kernels="auto")
+    )
     return SimpleNamespace(**own | given)
 
 

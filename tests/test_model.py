@@ -221,7 +221,7 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"heads": 3}, {"layers": 0}, {"dropout": 1.0}, {"norm": "batchnorm"}, {"ngram_buckets": 8, "ngram_orders": "2,x"}],
+    [{"heads": 3}, {"layers": -1}, {"dropout": 1.0}, {"norm": "batchnorm"}, {"ngram_buckets": 8, "ngram_orders": "2,x"}],
 )
 def test_contradictions_raise(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)) if "ngram_orders" not in wrong else "ngram_orders"):

@@ -519,6 +519,8 @@ def test_folder_of_another_run_is_left_alone(train, capsys):
 @pytest.mark.parametrize("track", TRACKS)
 def test_every_recipe_and_trick_resolves(track):
     for words in (*TRACKS[track].recipes, *TRICKS):
+        if words == "short_sequences" and TRACKS[track].settings.get("loss_tokens"):
+            continue  # refused: the loss is at the end of whole sequences
         config, model_config, _ = train_gpt.resolve(["--track", track, "--tricks", words])
         assert train_gpt.schedules.build(config.schedule, config.steps)(0) >= 0
         with torch.device("meta"):
