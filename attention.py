@@ -3,8 +3,8 @@
     plain     written out: the reference for the others
     chunked   plain, one block of queries at a time: skips what the mask would throw away. The default on CPUs
     sdpa      PyTorch's fused attention. The default on GPUs; with a window or documents it stores the mask, T x T
-    flex      FlexAttention: fused whatever the mask, and skips the blocks that it empties. The default on CUDA GPUs with a
-              window or documents. Backward on CUDA only; no dropout
+    flex      FlexAttention: fused whatever the mask, and skips the blocks that it empties. The default on CUDA GPUs with
+              Triton, with a window or documents. Backward on CUDA only; no dropout
 
 Each takes q, k, v [B, H, T, D], the factor `scale` on q.k, the probability `dropout` on the attention weights, and two limits
 on what a token sees beside causality:
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+import kernels
 from spec import UsageError
 
 
@@ -132,7 +133,8 @@ def choose(device: torch.device, dropout: float, masked: bool) -> str:
     """The back-end that `auto` stands for."""
     if device.type == "cpu":
         return "chunked"
-    return "flex" if masked and device.type == "cuda" and not dropout else "sdpa"
+    fused = device.type == "cuda" and kernels.triton is not None  # FlexAttention is compiled to Triton
+    return "flex" if masked and fused and not dropout else "sdpa"
 
 
 def attention(

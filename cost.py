@@ -244,7 +244,7 @@ def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 
     and what a mask of documents saves are left out."""
     T = length or model_config.sequence_length
     seen = [min(window or T, T) for window in model_config.windows(part)]
-    share = sum(2 * w - w * w / T for w in seen) / (model_config.layers * T)
+    share = sum(2 * w - w * w / T for w in seen) / (max(1, model_config.layers) * T)
     passes = [dataclasses.replace(w, flops=w.flops * share) if w.kind == "attention" else w for w in step.passes]
     return dataclasses.replace(step, passes=passes)
 

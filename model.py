@@ -165,7 +165,7 @@ class ModelConfig:
     def windows(self, part: float = 1.0) -> list[int]:
         """The window of each block, tokens; 0: all before a token."""
         long, pattern = self.long_window(part), self.window_pattern
-        kinds = [pattern[layer % len(pattern)] for layer in range(self.layers - 1)] + ["L"]
+        kinds = [*(pattern[layer % len(pattern)] for layer in range(self.layers - 1)), "L"][: self.layers]
         windows = [long if kind == "L" else max(1, long // 2) for kind in kinds]
         return [window if window < self.sequence_length else 0 for window in windows]
 

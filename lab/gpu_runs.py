@@ -25,7 +25,6 @@ import train_gpt
 import tricks
 from data import shards
 from lab.gpu_report import FAIL, MARGIN, NO_TIME, NOT_RUN, PASS, SLOWER, Finding, cause, cause_in
-from model import flops_per_token
 from spec import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +45,8 @@ RECIPES = {  # track and recipe -> the part of what is then left of the budget t
     ("gpt2-small", "baseline"): 1.0,
     ("gpt2-medium", "record"): 1.0,
 }
-REHEARSED = {"gpt2-small": ("--layers", "1", "--width", "32", "--heads", "2", "--sequence-length", "32", "--vocab-size", "512")}
+SMALL = {"sequence_length": 32, "vocab_size": 512, "end_of_text": 511, "layers": 1, "width": 32, "heads": 2, "window": 16}
+REHEARSED = {"gpt2-small": SMALL}  # the track's recipes on a CPU
 MADE_TOKENS = {"train": 4_000_000, "val": 1_000_000}
 
 
@@ -391,12 +391,14 @@ def fitted(check: Check, track: str, recipe: str, seconds: float) -> tuple[cost.
     Raises:
         UsageError: no micro-batch fits, or no batch.
     """
-    small = REHEARSED.get(track, ()) if not check.cuda else ()
-    settings = tricks.apply(track, recipe)[0] | ({"vocab_size": 512, "sequence_length": 32} if small else {})
+    small = REHEARSED.get(track, {}) if not check.cuda else {}
+    settings = tricks.apply(track, recipe)[0] | small
     length, vocab_size = settings["sequence_length"], settings["vocab_size"]
     flags = ["--track", track, "--tricks", recipe, "--steps", str(STEPS), "--schedule", "constant", "--check-ranks", "25"]
-    flags += ["--val-every", str(STEPS)]
-    flags += [*small, *(["--no-compile"] if small else []), *made_flags(check, settings["tokenizer"], vocab_size)]
+    # batches of one size: their time is to be one number, beside one prediction
+    flags += ["--val-every", str(STEPS), "--batch-schedule", "constant"]
+    flags += [word for key, value in small.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    flags += [*(["--no-compile"] if small else []), *made_flags(check, settings["tokenizer"], vocab_size)]
     unit = check.ranks * length
     sequences = max(1, (64 * unit if small else settings["batch_tokens"]) // unit)
     if check.cuda and card_word(check) is None:
@@ -446,7 +448,7 @@ def recipe_run(check: Check, track: str, recipe: str, seconds: float) -> Finding
     ]
     card = prediction.where.card if prediction else None
     if card and check.cuda:
-        figures["mfu"] = rate * flops_per_token(model_config) / (card.bf16 * check.ranks)
+        figures["mfu"] = rate * train_gpt.mean_flops(config, model_config) / (card.bf16 * check.ranks)
         words.append(f"MFU {figures['mfu']:.1%}")
     memory = f" (predicted {prediction.step.memory.total / 1e9:.3g})" if card else ""
     words.append(f"{peak / 1e9:.3g} GB at most{memory}")

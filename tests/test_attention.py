@@ -56,11 +56,13 @@ def test_flex_compiles_whole(mask, flex_trains_here):
     assert torch.allclose(y, plain_attention(*qkv, 0.3, 0.0, window, documents), atol=1e-5)
 
 
-def test_auto_chooses():
+def test_auto_chooses(monkeypatch):
     assert [attention.choose(torch.device(d), 0.0, masked=m) for d in ("cpu", "cuda", "mps") for m in (False, True)] == [
         "chunked", "chunked", "sdpa", "flex", "sdpa", "sdpa"
     ]  # fmt: skip
     assert attention.choose(torch.device("cuda"), 0.1, masked=True) == "sdpa", "FlexAttention has no dropout"
+    monkeypatch.setattr(attention.kernels, "triton", None)
+    assert attention.choose(torch.device("cuda"), 0.0, masked=True) == "sdpa", "nothing to compile it with"
     q, k, v, _ = inputs(20)
     chosen = attention.attention(q, k, v, 0.3, window=5)
     assert torch.equal(chosen, ATTENTION["chunked"](q, k, v, 0.3, 0.0, 5))

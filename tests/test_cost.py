@@ -203,6 +203,13 @@ def test_stages_are_a_mean_over_the_steps(capsys):
     assert milliseconds(printed) == pytest.approx(sum(single) / 3, abs=0.11)
 
 
+@pytest.mark.parametrize("where", [["--hardware", "H100"], []])
+def test_a_model_without_blocks(where, capsys):
+    assert train_gpt.main(["--dry-run", "--track", "tiny", "--layers", "0", *where]) == 0
+    printed = capsys.readouterr().out
+    assert "attention" not in printed and milliseconds(printed) > 0
+
+
 def test_lengths_are_a_mean_over_the_steps(capsys):
     shape = ["--hardware", "H100", "--steps", "8", "--width", "512", "--heads", "4", "--layers", "4", "--batch-tokens", "16384"]
     shape += ["--micro-batch-tokens", "4096", "--window-pattern", "LS", "--window", "256"]

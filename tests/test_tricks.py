@@ -957,7 +957,9 @@ def test_contradicting_tricks_are_said():
 def test_blockless(tmp_path):
     gpt = small(layers=0)
     torch.testing.assert_close(gpt(TOKENS), logits(gpt, embedded(gpt)))
-    assert "matrix" not in roles(gpt).values()
+    assert "matrix" not in roles(gpt).values() and gpt.config.windows() == []
+    assert flops_per_token(gpt.config) == 6 * gpt.head.weight.numel()
+    gpt.see((1.0,))  # as sampling does
     with pytest.raises(UsageError, match="optimizer 'muon' is for matrix weights, and there are none: use adamw"):
         training(tmp_path, "--layers", "0", "--optimizer", "muon")
     with pytest.raises(ValueError, match="layers 0: there are no blocks for backout"):
