@@ -230,6 +230,9 @@ def softcapped(x, cap, FORM: tl.constexpr):
     elif FORM == "tanh":
         t = 2 * tl.sigmoid(2 * x / cap) - 1
         return cap * t, 1 - t * t
+    elif FORM == "sigmoid":
+        s = tl.sigmoid((x + 5) / 7.5)
+        return cap * s, cap / 7.5 * s * (1 - s)
     else:
         return x, tl.full(x.shape, 1.0, tl.float32)
 
@@ -348,7 +351,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float =
         targets: [N] int64 below vocab_size; -100 where none counts.
         cap, form: see `softcap`; cap 0 leaves the logits as they are.
     """
-    if fused(logits) and form in ("rational", "tanh"):
+    if fused(logits) and form in ("rational", "tanh", "sigmoid"):
         return FusedCrossEntropy.apply(logits, targets.contiguous(), vocab_size, cap, form)
     return cross_entropy_reference(logits, targets, vocab_size, cap, form)
 

@@ -232,7 +232,13 @@ def cpu_track(name: str) -> dict:
         raise UsageError(done.stderr.strip().splitlines()[-1])
     result = json.loads((folder / "result.json").read_text())
     row = {key: result[key] for key in ("status", "val_loss", "optimizer_state_bytes")}
-    row |= {"step_time": result["robust_train_time"] / result["steps"], "schedule": schedule, "machine": MACHINE}
+    dtype = json.loads((folder / "env.json").read_text())["dtype"]
+    row |= {
+        "step_time": result["robust_train_time"] / result["steps"],
+        "schedule": schedule,
+        "machine": MACHINE,
+        "dtype": dtype,
+    }
     print(f"  {name:22s} {row['status']:8s} {row['val_loss'] or float('nan'):.4f}  {row['step_time'] * 1e3:.0f} ms", flush=True)
     return row
 

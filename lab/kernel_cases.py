@@ -17,7 +17,7 @@ import kernels
 from optimizers.matrix import orthogonalize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-FORMS = ((0.0, "rational"), (15.0, "rational"), (30.0, "tanh"))  # cap and form of softcapped logits; cap 0: none
+FORMS = ((0.0, "rational"), (15.0, "rational"), (30.0, "tanh"), (23.0, "sigmoid"))  # cap, form; cap 0: none
 TOKENS, WIDTH, HIDDEN, VOCABULARY, COLUMNS = 65536, 768, 3072, 50257, 50304  # GPT-2 124M, 64 sequences of 1,024 tokens
 LOSS_ROWS = 4096  # of logits at once: the reference keeps several fp32 copies of them
 FP8_SCALES = (4 / 448, 0.5 / 448)  # of activations and weights that are at most 4 and 0.5

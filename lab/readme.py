@@ -92,7 +92,7 @@ def measured_tables() -> dict[str, str]:
             shares.append((f"`{name}`", f"{step:.2f}", *(f"{p:.1%}" for p in parts)))
     losses = [
         (f"`{name}`", f"{row['val_loss']:.3f}" if row["val_loss"] else row["status"], f"{row['step_time'] * 1e3:.0f}",
-         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", processor(row))
+         f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", processor(row), row["dtype"])
         for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
     ]  # fmt: skip
     return cost_tables() | {
@@ -108,7 +108,9 @@ def measured_tables() -> dict[str, str]:
         ),
         "kernels": kernel_table(),
         "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
-        "cpu track": table(("method", "validation loss", "ms a step", "state, MB", "schedule", "processor"), losses),
+        "cpu track": table(
+            ("method", "validation loss", "ms a step", "state, MB", "schedule", "processor", "computes in"), losses
+        ),
     }
 
 
