@@ -8,13 +8,14 @@
 
 Triton's take bf16 tensors on CUDA GPUs, unless `use` says otherwise; under torch.compile too, to which each is one opaque
 operation. Everything else - CPUs, fp32, machines without Triton - gets the reference. Tiles and warps are fixed in the `plan_*`
-functions, from which benchmarks/kernels.py compiles the same code for GPUs that are not there. None was timed on a GPU yet.
+functions, from which benchmarks/kernels.py compiles the same code for GPUs that are not there; they were chosen by times on one H100.
 """
 
 from __future__ import annotations  # Triton's types in signatures must not be looked up where it is missing
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:  # PyTorch's builds for CPUs and Apple come without it
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 _mode = "auto"
 
@@ -62,8 +64,37 @@ class Plan:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
+def opaque(name: str) -> Callable[[Callable], Callable]:
+    """A function that torch.compile calls without looking into it. In eager mode it is called as it is: PyTorch's dispatcher,
+    on the way to such an operation, takes longer than Triton's launch."""
+
+    def wrap(function: Callable) -> Callable:
+        operation = torch.library.custom_op(name, function, mutates_args=())
+
+        @wraps(function)
+        def call(*arguments):
+            return (operation if torch.compiler.is_compiling() else function)(*arguments)
+
+        call.register_fake = operation.register_fake
+        return call
+
+    return wrap
+
+
 def tiles(size: int, block: int) -> int:
     return -(-size // block)
+
+
+@torch.compiler.assume_constant_result
+def has_descriptors(device: torch.device) -> bool:
+    """Units that move whole tiles, from Hopper on; Triton's interpreter has them too."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @jit
@@ -176,10 +207,10 @@ def plan_symmetric(x: Tensor, old: Tensor | None, out: Tensor, alpha: float, bet
     strides = dict(zip(("x_batch", "x_row", "x_column"), x.stride()))
     arguments = dict(x=x, old=out if old is None else old, out=out, M=M, K=K, alpha=alpha, beta=beta, BLOCK=block, BLOCK_K=64,
                      HAS_OLD=old is not None)  # fmt: skip
-    return Plan(symmetric_kernel, (n * (n + 1) // 2, batch), arguments | strides, num_warps=8, num_stages=3)
+    return Plan(symmetric_kernel, (n * (n + 1) // 2, batch), arguments | strides, num_warps=4, num_stages=3)
 
 
-@torch.library.custom_op("speedrun::symmetric", mutates_args=())
+@opaque("speedrun::symmetric")
 def symmetric(x: Tensor, old: Tensor | None, alpha: float, beta: float) -> Tensor:
     """alpha x x^T + beta old of x [batch, M, K] and symmetric old [batch, M, M]."""
     out = x.new_empty(x.size(0), x.size(1), x.size(1))
@@ -239,19 +270,24 @@ def softcapped(x, cap, FORM: tl.constexpr):
 
 @jit
 def cross_entropy_forward_kernel(
-    logits, targets, losses, normalisers, vocab_size, columns, cap, FORM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A program takes one row: its log-sum-exp in one pass, with the largest logit so far taken out."""
+    logits, targets, losses, normalisers, vocab_size, columns, cap, FORM: tl.constexpr, BOUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes one row: its log-sum-exp in one pass, with the largest logit so far taken out. BOUNDED: with the cap
+    taken out, which none exceeds; that saves one of two exponentials, which on an H100 cost more than the bytes do."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
-    most, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    most, total = tl.full((BLOCK,), cap if BOUNDED else -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x, _ = softcapped(tl.load(logits + at, mask=at < vocab_size, other=0.0).to(tl.float32), cap, FORM)
         x = tl.where(at < vocab_size, x, -1e30)  # finite: a lane that has met no logit yet must not become inf - inf
-        larger = tl.maximum(most, x)
-        total = total * tl.exp(most - larger) + tl.exp(x - larger)
-        most = larger
+        if BOUNDED:
+            total += tl.exp(x - cap)
+        else:
+            larger = tl.maximum(most, x)
+            total = total * tl.exp(most - larger) + tl.exp(x - larger)
+            most = larger
     highest = tl.max(most, 0)
     normaliser = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
     target = tl.load(targets + row)
@@ -279,8 +315,10 @@ def cross_entropy_backward_kernel(
 def plan_cross_entropy_forward(
     logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, vocab_size: int, cap: float, form: str
 ) -> Plan:
+    # logits of at least -cap: exp(-2 cap) of them is to be a normal fp32 number, 1e-38, with room to add up
     arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size,
-                     columns=logits.size(1), cap=cap, FORM=form if cap else "none", BLOCK=4096)  # fmt: skip
+                     columns=logits.size(1), cap=cap, FORM=form if cap else "none", BOUNDED=0 < cap <= 40,
+                     BLOCK=2048)  # fmt: skip
     return Plan(cross_entropy_forward_kernel, (len(logits),), arguments, num_warps=8, num_stages=3)
 
 
@@ -290,11 +328,11 @@ def plan_cross_entropy_backward(
     rows, columns = logits.shape
     arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size,
                      columns=columns, cap=cap, FORM=form if cap else "none",
-                     BLOCK=4096)  # fmt: skip
-    return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 4096)), arguments, num_warps=8, num_stages=1)
+                     BLOCK=1024)  # fmt: skip
+    return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 1024)), arguments, num_warps=4, num_stages=1)
 
 
-@torch.library.custom_op("speedrun::cross_entropy_forward", mutates_args=())
+@opaque("speedrun::cross_entropy_forward")
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -310,7 +348,7 @@ def _(logits, targets, vocab_size, cap, form):
     return empty(), empty()
 
 
-@torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
+@opaque("speedrun::cross_entropy_backward")
 def cross_entropy_backward(
     logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str
 ) -> Tensor:
@@ -366,20 +404,25 @@ def linear_relu2_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 @jit
 def linear_relu2_kernel(
-    x, weight, bias, out, M, N, K, x_row, weight_row,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, weight, bias, out, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, a tile a program; tiles that share rows run together."""
+    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor.
+
+    A program stays for all its tiles, and loads for the next one while it writes the last; tiles that share rows run together.
+    """
     high, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
-    rows, columns = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = product(x, weight, rows, columns, M, N, K, x_row, 1, weight_row, 1, BLOCK_K)
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    total = tl.maximum(total, 0.0)
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(out + at, (total * total).to(out.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+    for tile in tl.range(tl.program_id(0), high * wide, PROGRAMS, flatten=True):
+        i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            left, right = x.load([i * BLOCK_M, k]), weight.load([j * BLOCK_N, k])
+            total = tl.dot(left, right.T, total, input_precision="ieee")
+        if HAS_BIAS:
+            columns = j * BLOCK_N + tl.arange(0, BLOCK_N)
+            total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        total = tl.maximum(total, 0.0)
+        out.store([i * BLOCK_M, j * BLOCK_N], (total * total).to(out.dtype))
 
 
 @jit
@@ -392,10 +435,15 @@ def relu2_backward_kernel(y, upstream, out, size, BLOCK: tl.constexpr):
 
 
 def plan_linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Plan:
-    (M, K), N = x.shape, len(weight)
-    arguments = dict(x=x, weight=weight, bias=out if bias is None else bias, out=out, M=M, N=N, K=K, x_row=x.stride(0),
-                     weight_row=weight.stride(0), BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HAS_BIAS=bias is not None)  # fmt: skip
-    return Plan(linear_relu2_kernel, (tiles(M, 128) * tiles(N, 128),), arguments, num_warps=8, num_stages=3)
+    """Of contiguous tensors with rows of a multiple of 16 bytes."""
+    (M, K), N, high, wide, deep = x.shape, len(weight), 128, 256, 128 // x.element_size()
+    programs = min(multiprocessors(x.device), tiles(M, high) * tiles(N, wide))
+    arguments = dict(
+        x=TensorDescriptor.from_tensor(x, [high, deep]), weight=TensorDescriptor.from_tensor(weight, [wide, deep]),
+        out=TensorDescriptor.from_tensor(out, [high, wide]), bias=weight if bias is None else bias, M=M, N=N, K=K,
+        BLOCK_M=high, BLOCK_N=wide, BLOCK_K=deep, PROGRAMS=programs, HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return Plan(linear_relu2_kernel, (programs,), arguments, num_warps=8, num_stages=3)
 
 
 def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
@@ -403,7 +451,7 @@ def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
     return Plan(relu2_backward_kernel, (tiles(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
 
 
-@torch.library.custom_op("speedrun::linear_relu2_forward", mutates_args=())
+@opaque("speedrun::linear_relu2_forward")
 def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """relu(x weight^T + bias)^2 of x [N, C], weight [H, C], bias [H]."""
     out = x.new_empty(len(x), len(weight))
@@ -416,7 +464,7 @@ def _(x, weight, bias):
     return x.new_empty(len(x), len(weight))
 
 
-@torch.library.custom_op("speedrun::relu2_backward", mutates_args=())
+@opaque("speedrun::relu2_backward")
 def relu2_backward(y: Tensor, upstream: Tensor) -> Tensor:
     """2 sqrt(y) upstream."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -447,8 +495,11 @@ class FusedLinearReLU2(torch.autograd.Function):
 
 
 def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H]."""
-    if fused(x):
+    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H].
+
+    The kernel loads and stores by tensor descriptors, whose rows have a multiple of 16 bytes.
+    """
+    if fused(x) and has_descriptors(x.device) and not any(side * x.element_size() % 16 for side in weight.shape):
         return FusedLinearReLU2.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return linear_relu2_reference(x, weight, bias)
 
@@ -484,11 +535,11 @@ def quantise_kernel(
 def plan_quantise(x: Tensor, out: Tensor, transposed: Tensor, scale: float) -> Plan:
     M, N = x.shape
     arguments = dict(x=x, out=out, transposed=transposed, M=M, N=N, x_row=x.stride(0), x_column=x.stride(1), inverse=1 / scale,
-                     most=LARGEST[out.dtype], BLOCK_M=64, BLOCK_N=64)  # fmt: skip
-    return Plan(quantise_kernel, (tiles(M, 64), tiles(N, 64)), arguments, num_warps=4, num_stages=1)
+                     most=LARGEST[out.dtype], BLOCK_M=128, BLOCK_N=128)  # fmt: skip
+    return Plan(quantise_kernel, (tiles(M, 128), tiles(N, 128)), arguments, num_warps=4, num_stages=1)
 
 
-@torch.library.custom_op("speedrun::quantise", mutates_args=())
+@opaque("speedrun::quantise")
 def fused_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out, transposed = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
     plan_quantise(x, out, transposed, scale).run()

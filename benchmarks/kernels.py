@@ -5,7 +5,8 @@
 
 Needs Triton (`requirements-test.txt`), which brings NVIDIA's assembler, and no GPU. Each kernel is compiled with the tiles,
 warps and pipeline stages of its launch, specialised for the shapes of GPT-2 124M (64 sequences of 1,024 tokens). That says that
-the code exists for a chip and fits it, not how fast it is. 8-bit floats only where the chip computes in them.
+the code exists for a chip and fits it, not how fast it is. 8-bit floats and tensor descriptors only where the
+chip has them.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels
 from kernels import Plan
@@ -40,12 +42,13 @@ class Chip:
     shared: int  # bytes a thread block may have, opted in
     registers: int  # a thread
     fp8: bool  # arithmetic in 8-bit floats: from 8.9 on
+    descriptors: bool  # units that load and store whole tiles by tensor descriptors: from 9.0 on
 
 
 CHIPS = {
-    80: Chip("A100", 163 * 1024, 255, False),
-    90: Chip("H100, H200", 227 * 1024, 255, True),
-    100: Chip("B200", 227 * 1024, 255, True),
+    80: Chip("A100", 163 * 1024, 255, False, False),
+    90: Chip("H100, H200", 227 * 1024, 255, True, True),
+    100: Chip("B200", 227 * 1024, 255, True, True),
 }
 
 TYPES = {
@@ -74,7 +77,7 @@ def plans() -> dict[str, Plan]:
         "gram, transposed": kernels.plan_symmetric(tall, None, square, 1.0, 0.0),
         "polynomial": kernels.plan_symmetric(square, square, square, 2.0, -4.8),
     }
-    for form, cap in (("no cap", 0.0), ("rational", 15.0), ("tanh", 15.0)):
+    for form, cap in (("no cap", 0.0), ("rational", 15.0), ("tanh", 15.0), ("sigmoid", 23.0)):
         setting = (vocabulary, cap, form)
         found[f"cross_entropy, {form}, forward"] = kernels.plan_cross_entropy_forward(logits, targets, row, row, *setting)
         found[f"cross_entropy, {form}, backward"] = kernels.plan_cross_entropy_backward(
@@ -101,7 +104,9 @@ def source(plan: Plan) -> ASTSource:
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name], aligned = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>", False
+        elif isinstance(value, torch.Tensor):
             signature[name], aligned = TYPES[value.dtype], True  # as torch's allocator aligns
         elif isinstance(value, int):
             signature[name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
@@ -133,8 +138,11 @@ def compiled(plan: Plan, capability: int) -> dict[str, int | str]:
     return {"registers": int(registers), "spilled": sum(map(int, spills)), "shared": shared, "matrix_units": units}
 
 
-def uses_fp8(plan: Plan) -> bool:
-    return any(isinstance(x, torch.Tensor) and x.dtype in kernels.LARGEST for x in plan.arguments.values())
+def runs_on(chip: Chip, plan: Plan) -> bool:
+    """Would the trainer launch it there?"""
+    needs_fp8 = any(isinstance(x, torch.Tensor) and x.dtype in kernels.LARGEST for x in plan.arguments.values())
+    needs_descriptors = any(isinstance(x, TensorDescriptor) for x in plan.arguments.values())
+    return (chip.fp8 or not needs_fp8) and (chip.descriptors or not needs_descriptors)
 
 
 def row(work: tuple[str, int]) -> dict:
@@ -149,7 +157,7 @@ def measure() -> list[dict]:
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set, and nothing is compiled then: unset it")
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    work = [(name, chip) for name, plan in plans().items() for chip in CHIPS if CHIPS[chip].fp8 or not uses_fp8(plan)]
+    work = [(name, chip) for name, plan in plans().items() for chip in CHIPS if runs_on(CHIPS[chip], plan)]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor() as pool:
         triton.knobs.cache.dir = folder
         return list(tqdm(pool.map(row, work), total=len(work), unit="kernel", disable=None))

@@ -63,7 +63,7 @@ def kernel_table() -> str:
     }
     head = [f"sm_{capability} ({chip['name']})" for capability, chip in report["chips"].items()]
     rows = [
-        (name, *(cells.get((name, chip), "no 8-bit floats") for chip in report["chips"]))
+        (name, *(cells.get((name, chip), "not for this chip") for chip in report["chips"]))
         for name in dict.fromkeys(row["kernel"] for row in report["kernels"])
     ]
     limit = [f"{chip['registers']}, 0, {chip['shared'] / 1024:.0f}" for chip in report["chips"].values()]
