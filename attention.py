@@ -9,7 +9,8 @@
 Each takes q, k, v [B, H, T, D], the factor `scale` on q.k, the probability `dropout` on the attention weights, and two limits
 on what a token sees beside causality:
 
-    window      itself and the window - 1 tokens before it (arXiv 2310.06825, modded-nanogpt #13); 0: all before it
+    window      itself and the window - 1 tokens before it (arXiv 2310.06825, modded-nanogpt #13); 0: all before it. For flex
+                also a 0-dim integer tensor, whose change is no new graph for torch.compile
     documents   [B, T], a number per document: tokens of its own document only (modded-nanogpt #12); None: all
 """
 
@@ -76,16 +77,17 @@ def sdpa_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
-def block_mask(T: int, window: int, documents: Tensor | None, device: torch.device) -> BlockMask:
+def block_mask(T: int, window: int | Tensor, documents: Tensor | None, device: torch.device) -> BlockMask:
     """FlexAttention's form of `visible`. Layers that share a mask share it under torch.compile, which computes it once."""
 
     def seen(b, h, query, key):
         inside = query >= key
-        if window:
+        if isinstance(window, Tensor) or window:
             inside = inside & (query - key < window)
         return inside if documents is None else inside & (documents[b, query] == documents[b, key])
 
-    return create_block_mask(seen, None if documents is None else len(documents), None, T, T, device=device)
+    batch, apart = None if documents is None else len(documents), device.type == "cuda" and not torch.compiler.is_compiling()
+    return create_block_mask(seen, batch, None, T, T, device=device, _compile=apart)
 
 
 stored_mask = lru_cache(block_mask)  # of windows alone, outside torch.compile
@@ -93,7 +95,7 @@ fused_flex = lru_cache(lambda: torch.compile(flex_attention, dynamic=False))  # 
 
 
 def flexible_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int = 0, documents: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | Tensor = 0, documents: Tensor | None = None
 ) -> Tensor:
     """FlexAttention (arXiv 2412.05496): compiled on CUDA; on a CPU PyTorch's unfused form of it, forward only.
 
@@ -105,7 +107,7 @@ def flexible_attention(
     if q.requires_grad or k.requires_grad or v.requires_grad:
         check("flex", q.device)
     compiling = torch.compiler.is_compiling()
-    make = block_mask if compiling or documents is not None else stored_mask
+    make = stored_mask if isinstance(window, int) and documents is None and not compiling else block_mask
     mask = make(q.size(-2), window, documents, q.device)
     attend = flex_attention if compiling or q.device.type != "cuda" else fused_flex()
     return attend(q, k, v, block_mask=mask, scale=scale)
@@ -129,8 +131,10 @@ def check(backend: str, device: torch.device) -> None:
         raise UsageError(f"--attention flex trains on CUDA only, not on {device.type}: use --attention chunked or auto")
 
 
-def choose(device: torch.device, dropout: float, masked: bool) -> str:
-    """The back-end that `auto` stands for."""
+def choose(device: torch.device, dropout: float, masked: bool, backend: str = "auto") -> str:
+    """The back-end: what `auto` stands for, another as it is."""
+    if backend != "auto":
+        return backend
     if device.type == "cpu":
         return "chunked"
     fused = device.type == "cuda" and kernels.triton is not None  # FlexAttention is compiled to Triton
@@ -138,8 +142,8 @@ def choose(device: torch.device, dropout: float, masked: bool) -> str:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, window: int = 0, documents: Tensor | None = None,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, window: int | Tensor = 0,
+    documents: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + causal mask) v.
 
@@ -147,7 +151,7 @@ def attention(
         q, k, v: [B, H, T, D].
         scale: factor on q.k.
         dropout: probability, on the attention weights.
-        window: tokens that a token sees, itself included; 0: all up to itself.
+        window: tokens that a token sees, itself included; 0: all up to itself. A tensor: flex alone.
         documents: [B, T] int, a number per document, within which a token sees; None: no limit.
         backend: a key of ATTENTION or auto.
     Returns:
@@ -155,8 +159,7 @@ def attention(
     Raises:
         UsageError: the back-end cannot do this here.
     """
-    if window >= q.size(-2):
+    if isinstance(window, int) and window >= q.size(-2):
         window = 0
-    if backend == "auto":
-        backend = choose(q.device, dropout, bool(window) or documents is not None)
-    return ATTENTION[backend](q, k, v, scale, dropout, window, documents)
+    masked = isinstance(window, Tensor) or bool(window) or documents is not None
+    return ATTENTION[choose(q.device, dropout, masked, backend)](q, k, v, scale, dropout, window, documents)

@@ -489,14 +489,25 @@ class GPT(nn.Module):
             logits.flatten(0, 1), targets.flatten(), config.vocab_size, config.logit_softcap, config.softcap_form
         )
 
+    def free_windows(self) -> None:
+        """Make the windows inputs of the graph, for FlexAttention alone: one tensor for all blocks with the same window, which
+        then share a mask."""
+        windows, device = self.config.windows(), self.embedding.weight.device
+        tensors = {window: torch.tensor(window or self.config.sequence_length, device=device) for window in windows}
+        for block, window in zip(self.blocks, windows, strict=True):
+            block.attention.window = tensors[window]
+
     @torch.no_grad()
     def see(self, parts: Sequence[float]) -> None:
         """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far.
 
-        A window is a constant of the graph: under torch.compile each stage is compiled, once.
+        A window is a constant of the graph, so that under torch.compile each stage is compiled, once; unless `free_windows`.
         """
         for block, window in zip(self.blocks, self.config.windows(parts[-1]), strict=True):
-            block.attention.window = window
+            if isinstance(block.attention.window, Tensor):
+                block.attention.window.fill_(window or self.config.sequence_length)
+            else:
+                block.attention.window = window
         if self.config.yarn:
             for table, now in zip((self.cos, self.sin), rotary_tables(self.config, parts), strict=True):
                 table.copy_(now)

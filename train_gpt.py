@@ -433,6 +433,9 @@ class Training:
         self.windows, self.seen = schedules.build_windows(config.window_schedule, config.steps), (1.0,)
         self.compiled = config.compile and hardware.can_compile(world.device)
         self.lengths = schedules.build_lengths(config.length_schedule, config.steps)
+        flex = attention.choose(world.device, model_config.dropout, True, model_config.attention) == "flex"
+        if self.compiled and flex and len(self.windows.starts) > 1:
+            self.gpt.free_windows()  # else a graph a stage, each of which takes minutes to compile
         if self.compiled:  # a graph a stage for training and two for validation, whose last micro-batch may be smaller
             torch._dynamo.config.recompile_limit = max(8, 3 * (len(self.windows.starts) + len(self.lengths.starts)))
         dynamic = None if len(self.lengths.parts) == 1 else False  # a graph a length, not one for all, which is slower

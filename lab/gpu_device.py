@@ -56,7 +56,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, least: float = 0.05) -> float:
-    """Median seconds of a call on the device, of as many as take `least` seconds, after three that do not count."""
+    """Median seconds of a call, of as many as take `least` seconds, after three that do not count. On a GPU between two of its
+    events: of short work, what the host takes to launch it."""
     if device.type != "cuda":
         return cost.timed(call, time.perf_counter, least=1e-3)
 
@@ -70,6 +71,22 @@ def seconds_of(call: Callable[[], object], device: torch.device, least: float = 
 
     first = min(one() for _ in range(3))
     return statistics.median(one() for _ in range(max(5, min(100, int(least / max(first, 1e-6))))))
+
+
+def computing(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that the device computes for a call: it is captured as a CUDA graph, ten of whose replays are one measurement."""
+    if device.type != "cuda":
+        return seconds_of(call, device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return seconds_of(lambda: [graph.replay() for _ in range(10)], device) / 10
 
 
 def card_here(device: torch.device) -> Card | None:
@@ -288,7 +305,8 @@ def check_offsets(device: torch.device, at: At) -> Finding:
 
 
 def time_case(case: Case, device: torch.device, at: At) -> Finding:
-    """Forward and backward: the kernel, PyTorch, PyTorch compiled, the cost model."""
+    """Forward and backward: what the device computes for the kernel, PyTorch and PyTorch compiled; the cost model; and the
+    kernel with its launches."""
     what = f"time of {case}"
     if case.fp8 and not has_fp8(device):
         return Finding("kernels", what, NOT_RUN, "this card has no 8-bit floats")
@@ -298,15 +316,16 @@ def time_case(case: Case, device: torch.device, at: At) -> Finding:
     try:
         at("the kernel")
         kernels.use("triton")
-        figures["kernel"] = seconds_of(drawn, device)
+        figures["launched"] = {"kernel": seconds_of(drawn, device)}
+        figures["kernel"] = computing(drawn, device)
         at("PyTorch")
         kernels.use("off")
-        figures["torch"] = seconds_of(lambda: drawn(rival), device)
+        figures["torch"] = computing(lambda: drawn(rival), device)
         at("PyTorch, compiled")
         torch._dynamo.reset()
         compiled = torch.compile(rival, dynamic=False)
         try:
-            figures["compiled"] = seconds_of(lambda: drawn(compiled), device)
+            figures["compiled"] = computing(lambda: drawn(compiled), device)
         except Exception as error:
             figures["compiled"], figures["why_not_compiled"] = None, cause(error)
     finally:
@@ -321,6 +340,7 @@ def timed(stage: str, what: str, figures: dict[str, Any], own: str, device: torc
     if figures.get("predicted") and figures[own] > MARGIN * figures["predicted"]:
         slow.append("predicted")
     words = [f"{own} {ms(figures[own])}", *(f"{name} {ms(s)}" for name, s in rivals.items())]
+    words += [f"{own} with its launches {ms(s)}" for s in figures.get("launched", {}).values()]
     words.append(f"cost model {ms(figures.get('predicted'))}")
     words += [f"not compiled: {figures['why_not_compiled']}"] if "why_not_compiled" in figures else []
     slower = slow and device.type == "cuda"
@@ -411,7 +431,7 @@ def time_attention(mask: str, device: torch.device, at: At) -> Finding:
         with contextlib.suppress(UsageError, torch.OutOfMemoryError):  # not here, or too large
             torch._dynamo.reset()
             attention.check(backend, device)
-            figures[backend] = seconds_of(attention_drawn(backend, shape, window, documents, dtype, device), device)
+            figures[backend] = computing(attention_drawn(backend, shape, window, documents, dtype, device), device)
     figures["predicted"] = None
     if not window and not has_documents:  # the cost model knows no other mask
         card = card_here(device)

@@ -1,5 +1,7 @@
 """Every back-end of attention against the plain one: ragged lengths, windows, documents, gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
@@ -8,6 +10,7 @@ import attention
 import train_gpt
 from attention import ATTENTION, plain_attention
 from lab.attention_cases import LENGTHS, MASKS, NAMES, TOLERANCE, documents_of, errors, inputs
+from model import GPT, ModelConfig
 from spec import UsageError
 
 
@@ -78,6 +81,30 @@ def test_what_flex_cannot_do_is_one_line(tmp_path, capsys):
         assert train_gpt.main(["--track", "tiny", "--attention", "flex", "--out", str(tmp_path / "run"), *flags]) == 2
         printed = capsys.readouterr().err
         assert words in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_window_that_changes_is_no_new_graph(flex_trains_here):
+    """Where it is a tensor, as `free_windows` makes it; all blocks with one window have one mask."""
+    config = ModelConfig(sequence_length=24, vocab_size=61, layers=5, width=32, heads=2, window=12, window_pattern="SSL",
+                         positions="rotary", attention="flex")  # fmt: skip
+    gpt, tokens = GPT(config), torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+    plain = GPT(dataclasses.replace(config, attention="plain"))
+    plain.load_state_dict(gpt.state_dict())
+    gpt.free_windows()
+    assert len({id(block.attention.window) for block in gpt.blocks}) == 2
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager", dynamic=False)
+    for parts in ((0.25,), (0.25, 0.5), (0.25, 0.5, 1.0)):
+        for model in (gpt, plain):
+            model.see(parts)
+        with torch.compiler.set_stance("fail_on_recompile" if len(parts) > 1 else "default"):
+            loss = compiled(tokens, tokens.clone())
+        wanted = plain(tokens, tokens.clone())
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-5), parts
+        for model, value in ((gpt, loss), (plain, wanted)):
+            model.zero_grad()
+            value.backward()
+        for (name, p), q in zip(gpt.named_parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, atol=1e-5), (name, parts)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
