@@ -70,15 +70,15 @@ class Step:
     """One training step of one rank.
 
     passes: forward and backward of one micro-batch, of which there are `micro_batches`. update: (share of the steps in which
-    it happens, operations). gradients: bytes to be summed over ranks; last of them: those that are ready only when the
-    backward pass ends. tables: bytes of sparse gradients that each rank sends.
+    it happens, operations). gradients: bytes to be summed over ranks, by the collective that does it, a key of WIRE; last of
+    them: those that are ready only when the backward pass ends. tables: bytes of sparse gradients that each rank sends.
     """
 
     passes: list[Operation]
     micro_batches: int
     update: list[tuple[float, list[Operation]]]
-    gradients: int
-    last: int
+    gradients: dict[str, int]
+    last: dict[str, int]
     tables: int
     memory: Memory
     parameters: dict[str, int]  # by role
@@ -123,7 +123,7 @@ def record_step(
         device: meta: what the trainer does on a GPU; cpu: what it does there.
         autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
         reduce: bf16: gradients travel in it.
-        shard: state of element-wise optimizers is divided over the ranks.
+        shard: state of element-wise optimizers is divided over the ranks, and gradients are scattered.
         prepare: may change the model first.
         weights: of hidden matrices, fp32 or bf16.
     """
@@ -166,14 +166,18 @@ def record_step(
     rows = micro * model_config.sequence_length * len(gpt.ngrams.orders) if sparse else 0
     table_bytes = rows * (4 * model_config.width + 8)
     sent = lambda t: t.numel() * (2 if reduce == "bf16" else t.element_size())  # noqa: E731
+    how = built.collective if shard else lambda p: "allreduce"
+    gradients: Counter[str] = Counter()
+    for p in gpt.parameters():
+        gradients[how(p)] += sent(p.grad) if p.grad is not None else 0
     rows_sent = rows * ((2 if reduce == "bf16" else 4) * model_config.width + 8)
     passed = operations(passes.events, compiled, keep) + lookups
     if sparse:
         updates.append((1.0, rows_updated, 0))
     state = optimizers.state_bytes(built) + sum(4 * p.numel() for p in sparse)
     return Step(
-        passed, sequences // micro, [(share, work) for share, work, _ in updates], sum(map(sent, grads)),
-        sent(gpt.embedding.weight), rows_sent * (sequences // micro),
+        passed, sequences // micro, [(share, work) for share, work, _ in updates], dict(gradients),
+        {how(gpt.embedding.weight): sent(gpt.embedding.weight)}, rows_sent * (sequences // micro),
         Memory(
             size(gpt.parameters()), size(grads) + table_bytes, state,
             max(peak(passes.events, compiled, keep), *(most for _, _, most in updates)),
@@ -301,9 +305,9 @@ def step_time(
     compute = sum(found.values())
     rate = constants.link * link
     if ranks > 1:
-        wire = WIRE["allreduce"](ranks) / rate
+        everything, last = (sum(reduced(sizes, ranks).values()) / rate for sizes in (step.gradients, step.last))
         behind = HIDDEN * compute / step.micro_batches
-        found["communication"] += step.last * wire + max(0.0, (step.gradients - step.last) * wire - behind) + constants.latency
+        found["communication"] += last + max(0.0, everything - last - behind) + constants.latency
         found["communication"] += step.tables * (ranks - 1) / rate
     for share, operations_ in step.update:
         for work in operations_:
@@ -315,9 +319,15 @@ def step_time(
     return dict(found)
 
 
+def reduced(gradients: dict[str, int], ranks: int) -> dict[str, float]:
+    """Bytes that one rank sends to sum up gradients, by collective."""
+    return {kind: WIRE[kind](ranks) * size for kind, size in gradients.items()}
+
+
 def communication(step: Step, ranks: int) -> dict[str, float]:
     """Bytes that one rank sends in a step, by what they are."""
-    found = {"gradients, all-reduce": WIRE["allreduce"](ranks) * step.gradients}
+    names = {"allreduce": "all-reduce", "reduce_scatter": "reduce-scatter"}
+    found = {f"gradients, {names.get(kind, kind)}": sent for kind, sent in reduced(step.gradients, ranks).items()}
     found["loss, norm, signals, all-reduce"] = WIRE["allreduce"](ranks) * STATISTICS
     if step.tables:
         found["table rows, all-gather"] = float(step.tables * (ranks - 1))

@@ -151,7 +151,8 @@ def predicted(setup: Setup, constants: Constants, card: Card | None = None) -> f
         ]
         changes = [changed(work, setup, tokens // setup.cards, keys) for work in step.passes]
         step = dataclasses.replace(
-            step, passes=changes + (extra if table else []), gradients=step.gradients + int(table),
+            step, passes=changes + (extra if table else []),
+            gradients={"allreduce": step.gradients["allreduce"] + int(table)},
             update=step.update + ([(1.0, [Operation("pass", 7 * table / share)])] if table else []),
         )  # fmt: skip
         times.append(sum(step_time(step, seconds, setup.cards, card.link, constants).values()))
