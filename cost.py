@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import hardware
 import optimizers
 import schedules
+from data.shards import Dataset, aligned, dataset_folder
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, roles
 from operations import Operation, Recorder, operations, peak
@@ -242,13 +244,63 @@ def record_tables(gpt: GPT, tokens: torch.Tensor, optimizer: str, compiled: bool
     return [sorting, *operations(passes.events, False, set())], operations(update.events, compiled, kept)
 
 
-def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0) -> Step:
+# FineWeb documents in GPT-2 tokens: median about 400 (a comment in modded-nanogpt's loader, record 29), mean about 700 (15T
+# tokens in 23B documents, arXiv 2406.17557). A lognormal distribution with these has the sigma below.
+FINEWEB_MEDIAN, FINEWEB_MEAN = 400, 700
+FINEWEB_SIGMA = math.sqrt(2 * math.log(FINEWEB_MEAN / FINEWEB_MEDIAN))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin in a stream of so many tokens, [n] ascending; `source` says whose."""
+
+    starts: np.ndarray
+    tokens: int
+    source: str
+
+    def pieces(self, sequence: int, length: int, align: bool) -> np.ndarray:
+        """Tokens of each document in each sequence, where sequences are cut to `length`: [n]; what attention stays in."""
+        begins = aligned(self.starts, self.tokens, sequence) if align else np.arange(0, self.tokens - sequence, sequence)
+        begins = (begins[:, None] + np.arange(0, sequence, length)).ravel()
+        edges = np.union1d(self.starts, np.concatenate([begins, begins + length]))
+        edges = edges[edges >= begins[0]]
+        last = begins[np.searchsorted(begins, edges[:-1], side="right") - 1]  # to begin before
+        return np.diff(edges)[edges[:-1] < last + length]
+
+
+def documents_of(config: Any, model_config: ModelConfig) -> Documents | None:
+    """Those of the first shard of training data, if it is here; else of FineWeb by its distribution. None: nothing is known."""
+    try:
+        dataset = Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train")
+    except UsageError:
+        if not (config.corpus.startswith("fineweb") and config.tokenizer == "gpt2"):
+            return None
+        normal = statistics.NormalDist(math.log(FINEWEB_MEDIAN), FINEWEB_SIGMA)
+        lengths = np.exp([normal.inv_cdf((i + 0.5) / 2**14) for i in range(2**14)]).round().astype(int)
+        ends = np.cumsum(np.random.default_rng(0).permutation(lengths))
+        return Documents(ends - np.diff(ends, prepend=0), int(ends[-1]), "assumed lognormal as FineWeb's (cost.py)")
+    shard = dataset.shards[0]
+    starts = np.flatnonzero(shard == model_config.end_of_text)
+    enough = len(starts) and len(shard) > 2 * model_config.sequence_length
+    return Documents(starts, len(shard), f"as in {dataset.paths[0]}") if enough else None
+
+
+def attended(model_config: ModelConfig, part: float, pieces: np.ndarray) -> float:
+    """Keys that a query meets in the mean over all blocks, as `model.flops_per_token` counts them.
+
+    part: of the windows. pieces: tokens [n] in which each query meets those before it.
+    """
+    within = [np.minimum(window or pieces.max(), pieces) for window in model_config.windows(part)]
+    met = [(w * (pieces - w / 2)).sum() / pieces.sum() for w in within]
+    return float(sum(met) / max(1, len(met)))
+
+
+def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0, pieces: np.ndarray | None = None) -> Step:
     """A step recorded with attention to all tokens before, as it is with the windows of the model in a stage that has `part` of
-    them: its arithmetic as `model.flops_per_token` counts it. Blocks of a mask that are computed in part, the making of masks,
-    and what a mask of documents saves are left out."""
+    them, and inside `pieces` of sequences (`Documents`) where they are given. Blocks of a mask that are computed in part, and
+    the making of masks, are left out."""
     T = length or model_config.sequence_length
-    seen = [min(window or T, T) for window in model_config.windows(part)]
-    share = sum(2 * w - w * w / T for w in seen) / (max(1, model_config.layers) * T)
+    share = attended(model_config, part, np.array([T]) if pieces is None else pieces) / (T / 2)
     passes = [dataclasses.replace(w, flops=w.flops * share) if w.kind == "attention" else w for w in step.passes]
     return dataclasses.replace(step, passes=passes)
 
@@ -557,6 +609,7 @@ class Prediction:
     step: Step
     times: dict[str, float]
     price: float
+    documents: Documents | None  # that a mask keeps apart, where they are known
 
     @property
     def seconds(self) -> float:
@@ -625,11 +678,13 @@ def predict(argv: list[str]) -> Prediction:
     if where.card:
         step = check_memory(where, record, sequences, micro, model_config.sequence_length)
         of_length = {length: step if length == whole else record(micro, length=length) for _, length in forms}
-        by_form = {(part, length): in_window(of_length[length], model_config, part, length) for part, length in forms}
+        documents = documents_of(config, model_config) if model_config.document_mask else None
+        pieces = lambda length: documents and documents.pieces(whole, length, config.align_documents)  # noqa: E731
+        by_form = {(p, length): in_window(of_length[length], model_config, p, length, pieces(length)) for p, length in forms}
         seconds, constants, price = roofline(where.card), FITTED, own.gpu_price or where.card.price
     else:
         by_form = {(part, length): record(micro, part, length) for part, length in forms}
-        step = by_form[max(by_form)]
+        step, documents = by_form[max(by_form)], None
         seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
     times: Counter[str] = Counter()  # the mean over all steps
     for (part, cut, size), steps in stages.items():
@@ -638,11 +693,27 @@ def predict(argv: list[str]) -> Prediction:
         )
         for what, value in step_time(now, seconds, ranks, where.link(ranks), constants).items():
             times[what] += value * steps / config.steps
-    return Prediction(config, model_config, recipe, where, ranks, dtype, step, dict(times), price)
+    return Prediction(config, model_config, recipe, where, ranks, dtype, step, dict(times), price, documents)
+
+
+def mask_saves(config, model_config: ModelConfig, documents: Documents | None, fused: bool) -> str:
+    """What a mask of documents saves, in words."""
+    if documents is None:
+        return "what it saves is not counted: no documents here to know their lengths" if fused else "saves nothing on a CPU"
+    T = model_config.sequence_length
+    whole, masked = (
+        attended(model_config, 1.0, pieces)
+        for pieces in (np.array([T]), documents.pieces(T, T, config.align_documents))
+    )  # fmt: skip
+    saved = 12 * model_config.width * model_config.layers * (whole - masked)
+    return (
+        f"{masked:,.0f} keys a query, not {whole:,.0f}, saves {saved / 1e6:,.1f} MFLOP a token: in the time, not in arithmetic "
+        f"and MFU; documents of {documents.tokens / len(documents.starts):,.0f} tokens, {documents.source}"
+    )
 
 
 def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks: int, dtype: torch.dtype, step: Step,
-           times: dict[str, float], price: float) -> str:  # fmt: skip
+           times: dict[str, float], price: float, documents: Documents | None) -> str:  # fmt: skip
     """What the dry run prints."""
     import train_gpt  # as above
 
@@ -671,6 +742,8 @@ def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks
         "a step": f"{total * 1e3:,.1f} ms, {tokens / total:,.0f} tokens/s{mfu}",
         f"{config.steps:,} steps": f"{whole / 60:,.1f} min without compilation and validation{goal}",
     }
+    if model_config.document_mask:
+        lines["document mask"] = mask_saves(config, model_config, documents, fused=where.card is not None)
     if price:
         hours = whole / 3600 * ranks
         lines["cost"] = f"${hours * price:,.2f}: {hours:,.2f} card hours at ${price:g} (hardware.py, or --gpu-price)"
