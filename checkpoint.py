@@ -250,12 +250,12 @@ class Checkpoints:
         if self.group:
             shared = [None] * self.ranks
             dist.all_gather_object(shared, packed, group=self.group)
-        # what several ranks hold, all hold alike: each writes its part of that
+        # what several ranks hold, all hold alike: each writes its part of that, which all count out in the same order
         holders: dict[str, list[int]] = {}
         for rank, structure in enumerate(shared):
             for reference in references(structure):
                 holders.setdefault(reference["tensor"], []).append(rank)
-        mine = {k: v for i, (k, v) in enumerate(tensors.items()) if holders[k][i % len(holders[k])] == self.rank}
+        mine = {k: tensors[k] for i, (k, by) in enumerate(holders.items()) if by[i % len(by)] == self.rank}
         mine |= {f"rng/{self.rank}/{i}": state for i, state in enumerate(rng)}
         weights = {f"model/{k}": v for k, v in gpt.named_parameters()} if self.rank == 0 else {}
         copies = {k: self._copy(k, v) for k, v in (mine | weights).items()}

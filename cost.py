@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import hardware
 import optimizers
 import schedules
+from data.shards import Dataset, aligned, dataset_folder
 from hardware import CARDS, Card
 from model import GPT, ModelConfig, roles
 from operations import Operation, Recorder, operations, peak
@@ -70,15 +72,15 @@ class Step:
     """One training step of one rank.
 
     passes: forward and backward of one micro-batch, of which there are `micro_batches`. update: (share of the steps in which
-    it happens, operations). gradients: bytes to be summed over ranks; last of them: those that are ready only when the
-    backward pass ends. tables: bytes of sparse gradients that each rank sends.
+    it happens, operations). gradients: bytes to be summed over ranks, by the collective that does it, a key of WIRE; last of
+    them: those that are ready only when the backward pass ends. tables: bytes of sparse gradients that each rank sends.
     """
 
     passes: list[Operation]
     micro_batches: int
     update: list[tuple[float, list[Operation]]]
-    gradients: int
-    last: int
+    gradients: dict[str, int]
+    last: dict[str, int]
     tables: int
     memory: Memory
     parameters: dict[str, int]  # by role
@@ -123,7 +125,7 @@ def record_step(
         device: meta: what the trainer does on a GPU; cpu: what it does there.
         autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
         reduce: bf16: gradients travel in it.
-        shard: state of element-wise optimizers is divided over the ranks.
+        shard: state of element-wise optimizers is divided over the ranks, and gradients are scattered.
         prepare: may change the model first.
         weights: of hidden matrices, fp32 or bf16.
     """
@@ -166,14 +168,18 @@ def record_step(
     rows = micro * model_config.sequence_length * len(gpt.ngrams.orders) if sparse else 0
     table_bytes = rows * (4 * model_config.width + 8)
     sent = lambda t: t.numel() * (2 if reduce == "bf16" else t.element_size())  # noqa: E731
+    how = built.collective if shard else lambda p: "allreduce"
+    gradients: Counter[str] = Counter()
+    for p in gpt.parameters():
+        gradients[how(p)] += sent(p.grad) if p.grad is not None else 0
     rows_sent = rows * ((2 if reduce == "bf16" else 4) * model_config.width + 8)
     passed = operations(passes.events, compiled, keep) + lookups
     if sparse:
         updates.append((1.0, rows_updated, 0))
     state = optimizers.state_bytes(built) + sum(4 * p.numel() for p in sparse)
     return Step(
-        passed, sequences // micro, [(share, work) for share, work, _ in updates], sum(map(sent, grads)),
-        sent(gpt.embedding.weight), rows_sent * (sequences // micro),
+        passed, sequences // micro, [(share, work) for share, work, _ in updates], dict(gradients),
+        {how(gpt.embedding.weight): sent(gpt.embedding.weight)}, rows_sent * (sequences // micro),
         Memory(
             size(gpt.parameters()), size(grads) + table_bytes, state,
             max(peak(passes.events, compiled, keep), *(most for _, _, most in updates)),
@@ -238,13 +244,63 @@ def record_tables(gpt: GPT, tokens: torch.Tensor, optimizer: str, compiled: bool
     return [sorting, *operations(passes.events, False, set())], operations(update.events, compiled, kept)
 
 
-def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0) -> Step:
+# FineWeb documents in GPT-2 tokens: median about 400 (a comment in modded-nanogpt's loader, record 29), mean about 700 (15T
+# tokens in 23B documents, arXiv 2406.17557). A lognormal distribution with these has the sigma below.
+FINEWEB_MEDIAN, FINEWEB_MEAN = 400, 700
+FINEWEB_SIGMA = math.sqrt(2 * math.log(FINEWEB_MEAN / FINEWEB_MEDIAN))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin in a stream of so many tokens, [n] ascending; `source` says whose."""
+
+    starts: np.ndarray
+    tokens: int
+    source: str
+
+    def pieces(self, sequence: int, length: int, align: bool) -> np.ndarray:
+        """Tokens of each document in each sequence, where sequences are cut to `length`: [n]; what attention stays in."""
+        begins = aligned(self.starts, self.tokens, sequence) if align else np.arange(0, self.tokens - sequence, sequence)
+        begins = (begins[:, None] + np.arange(0, sequence, length)).ravel()
+        edges = np.union1d(self.starts, np.concatenate([begins, begins + length]))
+        edges = edges[edges >= begins[0]]
+        last = begins[np.searchsorted(begins, edges[:-1], side="right") - 1]  # to begin before
+        return np.diff(edges)[edges[:-1] < last + length]
+
+
+def documents_of(config: Any, model_config: ModelConfig) -> Documents | None:
+    """Those of the first shard of training data, if it is here; else of FineWeb by its distribution. None: nothing is known."""
+    try:
+        dataset = Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train")
+    except UsageError:
+        if not (config.corpus.startswith("fineweb") and config.tokenizer == "gpt2"):
+            return None
+        normal = statistics.NormalDist(math.log(FINEWEB_MEDIAN), FINEWEB_SIGMA)
+        lengths = np.exp([normal.inv_cdf((i + 0.5) / 2**14) for i in range(2**14)]).round().astype(int)
+        ends = np.cumsum(np.random.default_rng(0).permutation(lengths))
+        return Documents(ends - np.diff(ends, prepend=0), int(ends[-1]), "assumed lognormal as FineWeb's (cost.py)")
+    shard = dataset.shards[0]
+    starts = np.flatnonzero(shard == model_config.end_of_text)
+    enough = len(starts) and len(shard) > 2 * model_config.sequence_length
+    return Documents(starts, len(shard), f"as in {dataset.paths[0]}") if enough else None
+
+
+def attended(model_config: ModelConfig, part: float, pieces: np.ndarray) -> float:
+    """Keys that a query meets in the mean over all blocks, as `model.flops_per_token` counts them.
+
+    part: of the windows. pieces: tokens [n] in which each query meets those before it.
+    """
+    within = [np.minimum(window or pieces.max(), pieces) for window in model_config.windows(part)]
+    met = [(w * (pieces - w / 2)).sum() / pieces.sum() for w in within]
+    return float(sum(met) / max(1, len(met)))
+
+
+def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0, pieces: np.ndarray | None = None) -> Step:
     """A step recorded with attention to all tokens before, as it is with the windows of the model in a stage that has `part` of
-    them: its arithmetic as `model.flops_per_token` counts it. Blocks of a mask that are computed in part, the making of masks,
-    and what a mask of documents saves are left out."""
+    them, and inside `pieces` of sequences (`Documents`) where they are given. Blocks of a mask that are computed in part, and
+    the making of masks, are left out."""
     T = length or model_config.sequence_length
-    seen = [min(window or T, T) for window in model_config.windows(part)]
-    share = sum(2 * w - w * w / T for w in seen) / (max(1, model_config.layers) * T)
+    share = attended(model_config, part, np.array([T]) if pieces is None else pieces) / (T / 2)
     passes = [dataclasses.replace(w, flops=w.flops * share) if w.kind == "attention" else w for w in step.passes]
     return dataclasses.replace(step, passes=passes)
 
@@ -301,9 +357,9 @@ def step_time(
     compute = sum(found.values())
     rate = constants.link * link
     if ranks > 1:
-        wire = WIRE["allreduce"](ranks) / rate
+        everything, last = (sum(reduced(sizes, ranks).values()) / rate for sizes in (step.gradients, step.last))
         behind = HIDDEN * compute / step.micro_batches
-        found["communication"] += step.last * wire + max(0.0, (step.gradients - step.last) * wire - behind) + constants.latency
+        found["communication"] += last + max(0.0, everything - last - behind) + constants.latency
         found["communication"] += step.tables * (ranks - 1) / rate
     for share, operations_ in step.update:
         for work in operations_:
@@ -315,9 +371,15 @@ def step_time(
     return dict(found)
 
 
+def reduced(gradients: dict[str, int], ranks: int) -> dict[str, float]:
+    """Bytes that one rank sends to sum up gradients, by collective."""
+    return {kind: WIRE[kind](ranks) * size for kind, size in gradients.items()}
+
+
 def communication(step: Step, ranks: int) -> dict[str, float]:
     """Bytes that one rank sends in a step, by what they are."""
-    found = {"gradients, all-reduce": WIRE["allreduce"](ranks) * step.gradients}
+    names = {"allreduce": "all-reduce", "reduce_scatter": "reduce-scatter"}
+    found = {f"gradients, {names.get(kind, kind)}": sent for kind, sent in reduced(step.gradients, ranks).items()}
     found["loss, norm, signals, all-reduce"] = WIRE["allreduce"](ranks) * STATISTICS
     if step.tables:
         found["table rows, all-gather"] = float(step.tables * (ranks - 1))
@@ -547,6 +609,7 @@ class Prediction:
     step: Step
     times: dict[str, float]
     price: float
+    documents: Documents | None  # that a mask keeps apart, where they are known
 
     @property
     def seconds(self) -> float:
@@ -615,11 +678,13 @@ def predict(argv: list[str]) -> Prediction:
     if where.card:
         step = check_memory(where, record, sequences, micro, model_config.sequence_length)
         of_length = {length: step if length == whole else record(micro, length=length) for _, length in forms}
-        by_form = {(part, length): in_window(of_length[length], model_config, part, length) for part, length in forms}
+        documents = documents_of(config, model_config) if model_config.document_mask else None
+        pieces = lambda length: documents and documents.pieces(whole, length, config.align_documents)  # noqa: E731
+        by_form = {(p, length): in_window(of_length[length], model_config, p, length, pieces(length)) for p, length in forms}
         seconds, constants, price = roofline(where.card), FITTED, own.gpu_price or where.card.price
     else:
         by_form = {(part, length): record(micro, part, length) for part, length in forms}
-        step = by_form[max(by_form)]
+        step, documents = by_form[max(by_form)], None
         seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
     times: Counter[str] = Counter()  # the mean over all steps
     for (part, cut, size), steps in stages.items():
@@ -628,11 +693,27 @@ def predict(argv: list[str]) -> Prediction:
         )
         for what, value in step_time(now, seconds, ranks, where.link(ranks), constants).items():
             times[what] += value * steps / config.steps
-    return Prediction(config, model_config, recipe, where, ranks, dtype, step, dict(times), price)
+    return Prediction(config, model_config, recipe, where, ranks, dtype, step, dict(times), price, documents)
+
+
+def mask_saves(config, model_config: ModelConfig, documents: Documents | None, fused: bool) -> str:
+    """What a mask of documents saves, in words."""
+    if documents is None:
+        return "what it saves is not counted: no documents here to know their lengths" if fused else "saves nothing on a CPU"
+    T = model_config.sequence_length
+    whole, masked = (
+        attended(model_config, 1.0, pieces)
+        for pieces in (np.array([T]), documents.pieces(T, T, config.align_documents))
+    )  # fmt: skip
+    saved = 12 * model_config.width * model_config.layers * (whole - masked)
+    return (
+        f"{masked:,.0f} keys a query, not {whole:,.0f}, saves {saved / 1e6:,.1f} MFLOP a token: in the time, not in arithmetic "
+        f"and MFU; documents of {documents.tokens / len(documents.starts):,.0f} tokens, {documents.source}"
+    )
 
 
 def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks: int, dtype: torch.dtype, step: Step,
-           times: dict[str, float], price: float) -> str:  # fmt: skip
+           times: dict[str, float], price: float, documents: Documents | None) -> str:  # fmt: skip
     """What the dry run prints."""
     import train_gpt  # as above
 
@@ -661,6 +742,8 @@ def report(config, model_config: ModelConfig, recipe: str, where: Machine, ranks
         "a step": f"{total * 1e3:,.1f} ms, {tokens / total:,.0f} tokens/s{mfu}",
         f"{config.steps:,} steps": f"{whole / 60:,.1f} min without compilation and validation{goal}",
     }
+    if model_config.document_mask:
+        lines["document mask"] = mask_saves(config, model_config, documents, fused=where.card is not None)
     if price:
         hours = whole / 3600 * ranks
         lines["cost"] = f"${hours * price:,.2f}: {hours:,.2f} card hours at ${price:g} (hardware.py, or --gpu-price)"

@@ -25,8 +25,13 @@ import hardware
 from spec import UsageError
 
 # What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
-# PERFORMANCE.md).
-WIRE = {"allreduce": lambda n: 2 * (n - 1) / n, "allgather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n}
+# PERFORMANCE.md). Of a reduce to one rank the mean over ranks, since that one sends nothing.
+WIRE = {
+    "allreduce": lambda n: 2 * (n - 1) / n,
+    "allgather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "reduce": lambda n: (n - 1) / n,  # after those in whose names it is found, too
+}
 
 
 class RankError(RuntimeError):

@@ -91,7 +91,9 @@ class Config:
         "fp32", "gradients on their way between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16")
     )
     shard_optimizer: bool = setting(
-        False, "divide the state of element-wise optimizers over the ranks (ZeRO-1, arXiv 1910.02054)"
+        False,
+        "divide the state of element-wise optimizers over the ranks (ZeRO-1, arXiv 1910.02054), and give each rank only the "
+        "gradients that it needs",
     )
     seed: int = setting(0, "seed of weights, dropout and data order")
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
@@ -448,14 +450,17 @@ class Training:
             self.model = DistributedDataParallel(
                 self.alone, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
-            if config.reduce == "bf16":
-                self.model.register_comm_hook(None, reduce_in_bf16)
         # optimizer and schedules
         self.optimizer = optimizers.build(
             config.optimizer, self.gpt, config.steps, config.average, config.table_optimizer, config.rates
         )
         if config.shard_optimizer:
             self.optimizer = Sharded(self.optimizer)
+        self.scattered = config.shard_optimizer and world.size > 1  # gradients: each rank has the sums that it needs
+        if self.scattered:
+            self.model.register_comm_hook(torch.bfloat16 if config.reduce == "bf16" else None, self.optimizer.reduce)
+        elif config.reduce == "bf16" and world.size > 1:
+            self.model.register_comm_hook(None, reduce_in_bf16)
         if config.weights == "bf16":
             self.optimizer = keep_mantissas(self.optimizer, mantissas)
         if optimizers.schedule_free(self.optimizer) and config.schedule != "constant":
@@ -657,15 +662,16 @@ class Training:
         if self.tied:
             self.gpt.head.weight.grad.add_(self.gpt.embedding.weight.grad)
             self.gpt.embedding.weight.grad = None
-        norm = torch.nn.utils.get_total_norm(self.gradients())
+        norm = torch.nn.utils.get_total_norm(self.optimizer.counted() if self.scattered else self.gradients())
         self.loss_here = loss
         # The one place where a step waits for the device: a loss or gradient that is not finite must be seen before the
         # update. So the device idles until the update's first kernel, for as long as Python takes there: 0.8 ms for GPT-2's
         # 148 weights on a slow core, 1 % of an 80 ms step. To let it decide by itself would cost more: weights and state of
         # any method would have to be kept and put back, for AdamW 1.5 GB copied and selected from, over 2 ms on an H100.
-        everyone = torch.cat([torch.stack([loss, norm]), upload(self.wishes, self.world.device)])
+        numbers = torch.stack([loss, norm.square() if self.scattered else norm])  # squares add up to the whole norm's
+        everyone = torch.cat([numbers, upload(self.wishes, self.world.device)])
         loss_now, norm_now, *self.wishes = self.world.sum(everyone).tolist()
-        return loss_now / self.world.size, norm_now / self.world.size
+        return loss_now / self.world.size, math.sqrt(norm_now) if self.scattered else norm_now / self.world.size
 
     def follow(self, step: int) -> None:
         """Give the model the attention windows of `step`."""
@@ -743,8 +749,9 @@ class Training:
         """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
         self.clock.pause()
         bad = [n for n, p in self.gpt.named_parameters() if p.grad is not None and not all_finite(p.grad)]
-        losses = self.world.gather(bool(self.loss_here.isfinite()))
+        losses, found = zip(*self.world.gather((bool(self.loss_here.isfinite()), bad)), strict=True)
         ranks = [rank for rank, fine in enumerate(losses) if not fine]
+        bad = list(dict.fromkeys(name for names in found for name in names))  # scattered, each rank sees its own
         self.gpt.zero_grad(set_to_none=True)
         step, self.skipped = self.steps_done + 1, self.skipped + 1
         on = self.skipped <= allowed_skips(self.config.nonfinite)

@@ -22,7 +22,7 @@ from scipy.stats import lognorm
 from torch import nn
 from tqdm import tqdm
 
-from cost import Constants, Step, record_step, roofline, step_time
+from cost import FINEWEB_MEDIAN, FINEWEB_SIGMA, Constants, Step, record_step, roofline, step_time
 from hardware import CARDS, Card
 from model import GPT, ModelConfig
 from operations import Operation
@@ -35,9 +35,7 @@ START = Constants(products=0.81, attention=0.50, bandwidth=0.80, overhead=3e-3) 
 PULL = 0.3
 VOCABULARY = 50304
 
-# FineWeb documents in GPT-2 tokens: median about 400 (a comment in modded-nanogpt's loader, record 29); with a mean of
-# about 700 (15T tokens in 23B documents, arXiv 2406.17557) a lognormal has this sigma.
-DOCUMENTS = lognorm(s=math.sqrt(2 * math.log(700 / 400)), scale=400)
+DOCUMENTS = lognorm(s=FINEWEB_SIGMA, scale=FINEWEB_MEDIAN)
 
 
 @cache
@@ -151,7 +149,8 @@ def predicted(setup: Setup, constants: Constants, card: Card | None = None) -> f
         ]
         changes = [changed(work, setup, tokens // setup.cards, keys) for work in step.passes]
         step = dataclasses.replace(
-            step, passes=changes + (extra if table else []), gradients=step.gradients + int(table),
+            step, passes=changes + (extra if table else []),
+            gradients={"allreduce": step.gradients["allreduce"] + int(table)},
             update=step.update + ([(1.0, [Operation("pass", 7 * table / share)])] if table else []),
         )  # fmt: skip
         times.append(sum(step_time(step, seconds, setup.cards, card.link, constants).values()))

@@ -68,6 +68,13 @@ class Block:
         return tensor.view(self.split, -1, tensor[0].numel())[self.part, slice(*self.rows), slice(*self.columns)]
 
     @property
+    def span(self) -> tuple[int, int] | None:
+        """Its numbers [first, end) in p flattened, where they lie side by side: a block of whole rows."""
+        columns = self.p[0].numel()
+        above = self.part * self.p.size(0) // self.split
+        return ((above + self.rows[0]) * columns, (above + self.rows[1]) * columns) if self.shape[1] == columns else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
@@ -113,8 +120,8 @@ class MatrixMethod(Optimizer):
     A weight is cut into blocks: its `split` fused matrices (a param group says how many), each in tiles of at most
     `block` rows and columns. Blocks of one shape are one batch. Under torch.distributed each block has one owner, the
     ranks share the cost evenly, state lives with the owner alone, and updates are gathered while the next batch is being
-    computed; one rank is the same path with everything as its share. Gradients must be equal on all ranks, as DDP
-    leaves them. Checkpoints: checkpoint.py, which unites the blocks of all ranks.
+    computed; one rank is the same path with everything as its share. Of gradients a rank reads those of its own blocks.
+    Checkpoints: checkpoint.py, which unites the blocks of all ranks.
 
     A subclass says how a batch of blocks starts (`initial`), what it costs and how it is updated.
     """
@@ -159,9 +166,18 @@ class MatrixMethod(Optimizer):
 
     # the work
 
-    def _link(self) -> None:
-        """Cut, share out, and (re)connect the buckets with what `self.state` holds, dropping what others own."""
-        rank, ranks = world()
+    def spans(self) -> dict[Tensor, list[tuple[int, int, int]]]:
+        """Weights that are cut into whole rows -> (owner, first, end) of each block, in the weight flattened."""
+        found = [(b, owner) for bucket in self._cut() for b, owner in zip(bucket.blocks, bucket.owners, strict=True)]
+        torn = {b.p for b, _ in found if b.span is None}
+        spans: dict[Tensor, list[tuple[int, int, int]]] = {b.p: [] for b, _ in found if b.p not in torn}
+        for b, owner in found:
+            if b.p in spans:
+                spans[b.p].append((owner, *b.span))
+        return spans
+
+    def _cut(self) -> list[Bucket]:
+        """All blocks with their owners, by shape; without state."""
         alike: dict[tuple, list[Block]] = defaultdict(list)
         count = 0
         for i, group in enumerate(self.param_groups):
@@ -174,23 +190,28 @@ class MatrixMethod(Optimizer):
                             alike[i, piece.shape, p.device].append(piece)
                             count += 1
         batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
-        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], ranks))
-        self._buckets = []
-        loaded = {b.p: self.state[b.p].get("blocks", {}) for _, blocks in batches for b in blocks}
+        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], world()[1]))
+        buckets = []
+        for (i, *_), blocks in batches:
+            ranked = sorted(zip((next(owners) for _ in blocks), blocks, strict=True), key=lambda pair: pair[0])
+            buckets.append(Bucket(i, [b for _, b in ranked], [owner for owner, _ in ranked], {}))
+        return buckets
+
+    def _link(self) -> None:
+        """Cut, share out, and (re)connect the buckets with what `self.state` holds, dropping what others own."""
+        self._buckets = self._cut()
+        loaded = {b.p: self.state[b.p].get("blocks", {}) for bucket in self._buckets for b in bucket.blocks}
         for p in loaded:
             self.state[p]["blocks"] = {}
-        for (i, (m, n), device), blocks in batches:
-            ranked = sorted(zip((next(owners) for _ in blocks), blocks, strict=True), key=lambda pair: pair[0])
-            bucket = Bucket(i, [b for _, b in ranked], [owner for owner, _ in ranked], {})
-            mine = bucket.of_rank(rank)
-            with torch.device(device):
-                bucket.state = self.initial(self.param_groups[i], len(mine), m, n)
+        for bucket in self._buckets:
+            mine, first = bucket.of_rank(world()[0]), bucket.blocks[0]
+            with torch.device(first.p.device):
+                bucket.state = self.initial(self.param_groups[bucket.group], len(mine), *first.shape)
             for k, b in enumerate(mine):
                 views = {name: stacked[k] for name, stacked in bucket.state.items()}
                 for name, value in loaded[b.p].get(b.id, {}).items():
                     views[name].copy_(value)
                 self.state[b.p]["blocks"][b.id] = views
-            self._buckets.append(bucket)
         self._linked = self.state
 
     @torch.no_grad()

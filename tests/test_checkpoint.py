@@ -206,6 +206,18 @@ def test_a_checkpoint_continues_on_other_ranks(train, sotu, tmp_path, optimizer)
     assert len(shards) == 4 and max(sizes) < 0.6 * sum(sizes)
 
 
+def test_ranks_that_hold_unlike_shares_forget_nothing(train, tmp_path):
+    """5 ranks have 2 or 3 of Muon's 12 blocks; of AdamW's state, which all have alike, one must still write each tensor."""
+    flags = ("--steps", "2", "--optimizer", "muon:dtype=fp32", "--batch-tokens", "320", "--val-tokens", "320")
+    torchrun(5, tmp_path / "five", *flags)
+    one, five = (stored(folder, *flags)[1]["state"] for folder in (train(*flags, out="one"), tmp_path / "five"))
+    held = lambda state: {  # noqa: E731
+        number: {name: set(own) if name == "blocks" else torch.as_tensor(own).shape for name, own in kept.items()}
+        for number, kept in state.items()
+    }
+    assert held(one) == held(five)
+
+
 def test_weights_export_as_safetensors(train):
     """Any reader of safetensors takes them."""
     from safetensors.torch import load_file

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import cost
 import optimizers
 import train_gpt
+from data.shards import aligned
 from hardware import CARDS, card_named
 from lab import cost as published
 from model import GPT, ModelConfig, flops_per_token
@@ -245,7 +246,7 @@ def test_bf16_weights_halve_weights_and_gradients_of_matrices():
     full, half = step_of(), step_of(weights="bf16")
     matrices = full.parameters["matrix"]
     assert full.memory.weights - half.memory.weights == full.memory.gradients - half.memory.gradients == 2 * matrices
-    assert full.gradients - half.gradients == 2 * matrices
+    assert full.gradients["allreduce"] - half.gradients["allreduce"] == 2 * matrices
     assert half.memory.optimizer_state - full.memory.optimizer_state == 2 * matrices
 
 
@@ -279,6 +280,45 @@ def test_products_are_timed_in_part_when_long():
     else:
         pytest.fail(f"four times the work takes {four / one:.1f} times as long")
     assert min(here.rates.values()) > 0 and here.rate(1.0) == here.rates[min(here.rates)]
+
+
+# ---------------------------------------------------------------- documents
+
+
+@pytest.mark.parametrize(("length", "align"), [(32, False), (8, False), (32, True), (8, True)])
+def test_keys_inside_documents_against_a_count(length, align):
+    """Of every query in every sequence, as the loader cuts them, one by one; half of its own key left out, as in T / 2, but
+    where the window shuts out another."""
+    rng = np.random.default_rng(0)
+    starts = np.unique(np.r_[0, rng.integers(0, 4000, 300)])
+    documents = cost.Documents(starts, 4000, "")
+    config = ModelConfig(vocab_size=256, sequence_length=32, layers=2, heads=4, width=16, window=5, window_pattern="LS")
+    begins = aligned(starts, 4000, 32) if align else range(0, 4000 - 32, 32)
+    met = {window: [] for window in config.windows(1.0)}
+    for begin in begins:
+        for at in range(begin, begin + 32):
+            first = max(at - (at - begin) % length, starts[starts <= at].max())
+            for window, keys in met.items():
+                seen = sum(k > at - (window or 32) for k in range(first, at + 1))
+                keys.append(seen - 0.5 * (at - first < (window or 32)))
+    expected = np.mean([np.mean(met[window]) for window in config.windows(1.0)])
+    assert cost.attended(config, 1.0, documents.pieces(32, length, align)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_document_mask_saves_time_where_documents_are_known(capsys, tmp_path):
+    """Of FineWeb as stated; of a corpus that is not here nothing is claimed; and arithmetic is what a run's result has."""
+    shape = ["--sequence-length", "8192", "--batch-tokens", "65536", "--document-mask", "--data-root", str(tmp_path)]
+    shape += ["--hardware", "H100", "--width", "512", "--heads", "4", "--vocab-size", "50304", "--end-of-text", "50256"]
+    said, times = {}, {}
+    for corpus in ("fineweb10B", "nowhere"):
+        found = cost.predict(["--track", "cpu", *shape, "--corpus", corpus, "--tokenizer", "gpt2"])
+        text = cost.report(**vars(found))
+        said[corpus] = {line[:20].strip(): line[20:] for line in text.splitlines()}
+        times[corpus] = found.times
+    assert "not counted" in said["nowhere"]["document mask"] and "FineWeb" in said["fineweb10B"]["document mask"]
+    assert said["nowhere"]["arithmetic"] == said["fineweb10B"]["arithmetic"]
+    assert {name for name, value in times["nowhere"].items() if value != times["fineweb10B"][name]} == {"attention"}
+    assert times["fineweb10B"]["attention"] < 0.5 * times["nowhere"]["attention"]
 
 
 # ---------------------------------------------------------------- against published runs

@@ -1,17 +1,22 @@
-"""optimizers/shard.py: state divided over ranks changes no weight, takes its part of the memory, and moves to other ranks."""
+"""optimizers/shard.py: state divided over ranks and scattered gradients change no weight, take their part of memory and wire,
+and the state moves to other ranks."""
 
 import copy
+import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import events, losses, result, same, stored, torchrun
+from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun
 from torch import nn
 
 import cost
 import optimizers
 import train_gpt
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, roles
 from optimizers import OPTIMIZERS, shard
 from spec import UsageError
 
@@ -135,21 +140,102 @@ def test_two_weights_that_part_have_one_history():
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_run_on_ranks_that_share_the_state(train, tmp_path, ranks):
-    """AdamW, and beside Muon: weights and losses of one rank after 20 steps; bytes as the dry run has them."""
+    """AdamW, and beside Muon, with micro-batches and clipping: weights, losses and norms of one rank without the option after
+    20 steps; bytes as the dry run has them, and half of an all-reduce's for gradients that are scattered."""
     optimizer = "adamw:eps=1e-4" if ranks != 4 else "muon:adamw_eps=1e-4,dtype=fp32"  # no update out of rounding alone
-    flags = ("--steps", "20", "--tricks", "modern", "--optimizer", optimizer, "--batch-tokens", "512", "--val-tokens", "1024")
-    one = train(*flags, "--shard-optimizer", out="one")
+    flags = ("--steps", "20", "--optimizer", optimizer, "--batch-tokens", "512", "--val-tokens", "1024")
+    flags += ("--micro-batch-tokens", "64", "--clip", "1.5", "--check-ranks", "1")
+    one = train(*flags, out="one")
     torchrun(ranks, tmp_path / "run", *flags, "--shard-optimizer")
     weights, _ = stored(one, *flags)
     shared, _ = stored(tmp_path / "run", *flags)
     for name, w in weights.items():
         assert (shared[name] - w).norm() <= 1e-5 * w.norm(), name
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), rel=1e-5)
+    norms, expected = ([e["grad_norm"] for e in events(folder, "train")] for folder in (tmp_path / "run", one))
+    assert norms == pytest.approx(expected, rel=1e-4) and min(norms) < 1.5 < max(norms)
     _, model_config, _ = train_gpt.resolve(["--track", "tiny", *flags])
-    how = dict(dtype=torch.float32, compiled=False, device="cpu", shard=True)
-    step = cost.record_step(model_config, optimizer, 8 // ranks, 8 // ranks, ranks, **how)
+    how = dict(dtype=torch.float32, compiled=False, device="cpu")
+    whole, step = (cost.record_step(model_config, optimizer, 8 // ranks, 1, ranks, **how, shard=x) for x in (False, True))
     end, alone = result(tmp_path / "run"), result(one)["optimizer_state_bytes"]
-    assert end["wire_bytes"] == sum(cost.communication(step, ranks).values())
+    sent = cost.communication(step, ranks)
+    assert end["wire_bytes"] == sum(sent.values())
     assert end["optimizer_state_bytes"] == step.memory.optimizer_state < 1.25 * alone / ranks
+    assert step.memory.gradients == whole.memory.gradients
+    params = list(GPT(model_config).parameters())
+    vectors, rest = (4 * sum(p.numel() for p in params if (p.dim() > 1) == large) for large in (False, True))
+    by_gradients = sum(value for name, value in sent.items() if name.startswith("gradients"))
+    assert vectors > 0 and by_gradients == (2 * vectors + rest) * (ranks - 1) / ranks
+    if ranks != 4:  # of AdamW the slices are all that is gathered
+        assert end["wire_bytes"] == by_gradients + (vectors + rest + 2 * 16) * (ranks - 1) / ranks
+
+
+def test_gradients_may_be_scattered_in_bf16(tmp_path):
+    """And bf16 weights have theirs reduced as such. The sums of two ranks are those of an all-reduce."""
+    flags = ("--steps", "5", "--optimizer", "muon:dtype=fp32", "--reduce", "bf16", "--weights", "bf16", "--clip", "0")
+    found = []
+    for name, own in (("whole", ()), ("scattered", ("--shard-optimizer",))):
+        torchrun(2, tmp_path / name, *flags, *own)
+        found.append((stored(tmp_path / name, *flags)[0], losses(tmp_path / name), result(tmp_path / name)["wire_bytes"]))
+    (weights, loss, sent), (others, other_loss, fewer) = found
+    assert all(torch.allclose(others[name].float(), w.float(), rtol=1e-5, atol=1e-7) for name, w in weights.items())
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    gpt = GPT(train_gpt.resolve(["--track", "tiny", *flags])[1])
+    scattered = sum(p.numel() for p in gpt.parameters() if p.dim() > 1)
+    sliced = sum(p.numel() for name, p in gpt.named_parameters() if roles(gpt)[name] != "matrix")
+    assert fewer == sent - 2 * scattered / 2 + 4 * sliced / 2  # half of the gradients in bf16; slices are gathered in fp32
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_spans_of_blocks_are_theirs(monkeypatch, name):
+    """Each number of a weight goes to the owner of the block in which it lies, as views of the weight itself show it."""
+    monkeypatch.setattr("optimizers.matrix.world", lambda: (1, 4))
+    gpt = GPT(SMALL)
+    for block in (0, 48, 16):  # whole, cut by rows, cut by columns too
+        if block and "block" not in {f.name for f in dataclasses.fields(OPTIMIZERS[name])}:
+            continue
+        method = optimizers.parts(optimizers.build(f"{name}:block={block}" if block else name, gpt))[0]
+        spans = method.spans()
+        for p in (p for group in method.param_groups for p in group["params"]):
+            owner = torch.full(p.shape, -1)
+            for bucket in method._cut():
+                for b, rank in zip(bucket.blocks, bucket.owners, strict=True):
+                    if b.p is p:
+                        b.of(owner).fill_(rank)
+            assert (p in spans) == (not block or p[0].numel() <= block)
+            for rank, first, end in spans.get(p, ()):
+                assert (owner.view(-1)[first:end] == rank).all()
+                owner.view(-1)[first:end] = -1
+            assert p not in spans or (owner == -1).all()
+        assert {rank for found in spans.values() for rank, *_ in found} == (set() if block == 16 else set(range(4)))
+
+
+NAN_OF_RANK_1 = """
+import sys
+import train_gpt
+
+real, calls = train_gpt.Sharded.counted, []
+
+def counted(self):
+    calls.append(self.weights[0].grad)
+    if len(calls) == 3 and train_gpt.torch.distributed.get_rank() == 1:
+        calls[-1].view(-1)[-1] = float("nan")
+    return real(self)
+
+train_gpt.Sharded.counted = counted
+sys.exit(train_gpt.main(sys.argv[1:]))
+"""
+
+
+def test_what_one_rank_alone_sees_stops_all_and_is_named(sotu, tmp_path):
+    (tmp_path / "nan.py").write_text(NAN_OF_RANK_1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "nan.py")]
+    command += ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run"), "--steps", "5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--shard-optimizer"], cwd=ROOT, capture_output=True, env=environment)
+    (event,) = events(tmp_path / "run", "nonfinite")
+    first = next(name for name, p in GPT(SMALL).named_parameters() if p.dim() > 1)
+    assert event["step"] == 3 and event["ranks"] == [] and event["parameters"] == [first]
 
 
 def test_a_checkpoint_of_slices_continues_on_other_ranks(train, tmp_path):
