@@ -8,7 +8,7 @@
 
 Triton's take bf16 tensors on CUDA GPUs, unless `use` says otherwise; under torch.compile too, to which each is one opaque
 operation. Everything else - CPUs, fp32, machines without Triton - gets the reference. Tiles and warps are fixed in the `plan_*`
-functions, from which benchmarks/kernels.py compiles the same code for GPUs that are not there; they were chosen by times on one H100.
+functions, by times on one H100; from them benchmarks/kernels.py compiles the same code for GPUs that are not there.
 """
 
 from __future__ import annotations  # Triton's types in signatures must not be looked up where it is missing

@@ -2,6 +2,7 @@
 
     ./run.sh gpu-check                               all GPUs of this machine, 600 s
     ./run.sh gpu-check --gpus 1 --budget 300
+    ./run.sh gpu-check --stages machine kernels      some of the five stages, to which the whole budget goes
     ./run.sh gpu-check --device cpu                  a rehearsal without a GPU: it proves nothing about one
     ./run.sh gpu-check --read gpu-check.json         the report of what somebody sent back
 
@@ -43,6 +44,7 @@ class Options:
     budget: float
     out: Path
     read: Path | None
+    stages: tuple[str, ...]
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +62,7 @@ def parser() -> Parser:
     add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"of all stages together (default: {BUDGET:g})")
     add("--out", type=Path, metavar="FOLDER", help="default: runs/gpu-check/<time>")
     add("--gpus", type=int, metavar="N", help="the first N (default: all); with --device cpu: processes (default: 2)")
+    add("--stages", nargs="+", choices=tuple(gpu_runs.STAGES), default=tuple(gpu_runs.STAGES), help="default: all")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal (default: cuda)")
     add("--read", type=Path, metavar="FILE", help="print the report of a gpu-check.json, and do nothing else")
     return made
@@ -86,7 +89,7 @@ def parse(argv: list[str]) -> Options:
         if ranks > there:
             raise UsageError(f"--gpus {ranks}: PyTorch sees {there} here")
     out = given.out or Path("runs") / "gpu-check" / now().replace(":", "")
-    return Options(cuda, ranks, given.budget, out, given.read)
+    return Options(cuda, ranks, given.budget, out, given.read, tuple(given.stages))
 
 
 def write(check: Check, facts: dict) -> dict:
@@ -109,11 +112,13 @@ def run(options: Options) -> int:
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as scratch:
-        check = Check(options.cuda, options.ranks, options.budget, options.out, Path(scratch).resolve())
+        whole = options.stages == tuple(gpu_runs.STAGES)
+        check = Check(options.cuda, options.ranks, options.budget, options.out, Path(scratch).resolve(), whole)
         check.changed = lambda check: write(check, facts)
         if check.left() <= 0:
             tqdm.write(f"--budget {options.budget:g} leaves no time for anything")
-        for name, stage in gpu_runs.STAGES.items():
+        for name in (name for name in gpu_runs.STAGES if name in options.stages):
+            stage = gpu_runs.STAGES[name]
             tqdm.write(f"{name}, after {check.seconds:.0f} s")
             try:
                 stage(check)
