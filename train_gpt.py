@@ -438,17 +438,17 @@ class Training:
         flex = attention.choose(world.device, model_config.dropout, True, model_config.attention) == "flex"
         if self.compiled and flex and len(self.windows.starts) > 1:
             self.gpt.free_windows()  # else a graph a stage, each of which takes minutes to compile
-        if self.compiled:  # a graph a stage for training and two for validation, whose last micro-batch may be smaller
-            torch._dynamo.config.recompile_limit = max(8, 3 * (len(self.windows.starts) + len(self.lengths.starts)))
+        if self.compiled:  # a graph a stage
+            torch._dynamo.config.recompile_limit = max(8, len(self.windows.starts) + len(self.lengths.starts))
         dynamic = None if len(self.lengths.parts) == 1 else False  # a graph a length, not one for all, which is slower
-        self.model = self.alone = torch.compile(self.gpt, dynamic=dynamic) if self.compiled else self.gpt
+        self.model = torch.compile(self.gpt, dynamic=dynamic) if self.compiled else self.gpt
         if world.size > 1:
-            sparse = [name for name, p in self.alone.named_parameters() if any(p is t for t in self.gpt.tables())]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.alone, sparse)  # `sum_sparse` adds them up
+            sparse = [name for name, p in self.model.named_parameters() if any(p is t for t in self.gpt.tables())]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, sparse)  # `sum_sparse` adds them up
             ids = [world.device.index] if world.device.type == "cuda" else None
             # the only buffers are constant tables: nothing to broadcast before each forward pass
             self.model = DistributedDataParallel(
-                self.alone, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+                self.model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         # optimizer and schedules
         self.optimizer = optimizers.build(
@@ -774,8 +774,9 @@ class Training:
         self.clock.pause()
         self.world.beat(f"step {self.steps_done}: validation")
         self.optimizer.eval()
-        # without DDP round it, whose forward pass may wait for ranks that have fewer sequences to validate
-        loss = validate(self.alone, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
+        # the bare model: DDP's forward pass may wait for ranks that have fewer sequences to validate, and off the clock a graph
+        # of its own would take longer to compile than it saves
+        loss = validate(self.gpt, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
         self.optimizer.train()
         self.last_val = loss
         config, step, now = self.config, self.steps_done, self.clock.train_time
