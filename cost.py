@@ -33,6 +33,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hardware
+import kernels
 import optimizers
 import schedules
 from data.shards import Dataset, aligned, dataset_folder
@@ -74,6 +75,7 @@ class Step:
     passes: forward and backward of one micro-batch, of which there are `micro_batches`. update: (share of the steps in which
     it happens, operations). gradients: bytes to be summed over ranks, by the collective that does it, a key of WIRE; last of
     them: those that are ready only when the backward pass ends. tables: bytes of sparse gradients that each rank sends.
+    compiled: nobody launches the passes one by one.
     """
 
     passes: list[Operation]
@@ -84,6 +86,7 @@ class Step:
     tables: int
     memory: Memory
     parameters: dict[str, int]  # by role
+    compiled: bool = True
 
 
 @contextlib.contextmanager
@@ -97,6 +100,16 @@ def pretended(ranks: int):
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def loss_by_kernel(on: bool):
+    """Record the loss as a GPU's kernels pass over the logits; compiled code fuses the passes of the reference."""
+    kernels.use("meta" if on else "auto")
+    try:
+        yield
+    finally:
+        kernels.use("auto")
 
 
 def record_step(
@@ -150,7 +163,7 @@ def record_step(
             p.requires_grad_(False)
             gpt.ngrams.is_sparse = False
         tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
-        with Recorder(autocast) as passes:
+        with loss_by_kernel(not compiled), Recorder(autocast) as passes:
             loss = gpt(tokens, tokens)
             # loss.backward(), which would have activations computed again without the recorder's function mode
             how = dict(allow_unreachable=True, accumulate_grad=True)
@@ -184,7 +197,7 @@ def record_step(
             size(gpt.parameters()), size(grads) + table_bytes, state,
             max(peak(passes.events, compiled, keep), *(most for _, _, most in updates)),
         ),
-        dict(by_role),
+        dict(by_role), compiled,
     )  # fmt: skip
 
 
@@ -316,6 +329,9 @@ class Constants:
     attention: float  # of the same, in fused attention
     bandwidth: float  # of bytes/s, in passes over memory
     overhead: float  # seconds a step: data, launches, waiting for the slowest rank
+    # seconds in which the host launches an operation that is not compiled: 5.35 ms for the 135 of `tiny:baseline`, of which
+    # 1.18 are overhead, on one H100 (benchmarks/h100)
+    host: float = 3e-5
     launch: float = 4e-6  # least seconds of an operation: chosen, the launch of a CUDA kernel from PyTorch
     # of fp32 FLOP/s, in QR and eigendecompositions: chosen by SOAP renewed in every step on one H100 (2,655 ms: result 27 of
     # modded-nanogpt's optimizer track)
@@ -367,7 +383,8 @@ def step_time(
                 found["communication"] += share * (WIRE[work.kind](ranks) * work.bytes / rate + constants.latency)
             else:
                 found["optimizer"] += share * seconds(work)
-    found["overhead"] = constants.overhead
+    launches = 0.0 if step.compiled else len(step.passes) * step.micro_batches * constants.host
+    found["overhead"] = constants.overhead + max(0.0, launches - compute)  # the device waits for them where it has less to do
     return dict(found)
 
 
@@ -685,7 +702,7 @@ def predict(argv: list[str]) -> Prediction:
     else:
         by_form = {(part, length): record(micro, part, length) for part, length in forms}
         step, documents = by_form[max(by_form)], None
-        seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0), own.gpu_price
+        seconds, constants, price = Here().seconds, dataclasses.replace(FITTED, overhead=0.0, host=0.0), own.gpu_price
     times: Counter[str] = Counter()  # the mean over all steps
     for (part, cut, size), steps in stages.items():
         now = dataclasses.replace(

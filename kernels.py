@@ -33,9 +33,10 @@ _mode = "auto"
 
 
 def use(mode: str) -> None:
-    """Which form runs from now on: `auto`; `off`: the reference; or `triton` on any device, for tests in its interpreter."""
+    """Which form runs from now on: `auto`; `off`: the reference; `triton` on any device, for tests in its interpreter; `meta`:
+    on meta tensors the loss as one operation a pass, as a GPU runs it, for cost.py."""
     global _mode
-    assert mode in ("auto", "off", "triton")
+    assert mode in ("auto", "off", "triton", "meta")
     _mode = mode
 
 
@@ -44,6 +45,10 @@ def fused(x: Tensor) -> bool:
     if _mode == "auto":
         return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
     return _mode == "triton"
+
+
+def fused_loss(logits: Tensor) -> bool:
+    return logits.is_meta and logits.dtype == torch.bfloat16 if _mode == "meta" else fused(logits)
 
 
 def jit(kernel: Callable) -> Callable:
@@ -73,7 +78,7 @@ def opaque(name: str) -> Callable[[Callable], Callable]:
 
         @wraps(function)
         def call(*arguments):
-            return (operation if torch.compiler.is_compiling() else function)(*arguments)
+            return (operation if torch.compiler.is_compiling() or arguments[0].is_meta else function)(*arguments)
 
         call.register_fake = operation.register_fake
         return call
@@ -389,7 +394,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float =
         targets: [N] int64 below vocab_size; -100 where none counts.
         cap, form: see `softcap`; cap 0 leaves the logits as they are.
     """
-    if fused(logits) and form in ("rational", "tanh", "sigmoid"):
+    if fused_loss(logits) and form in ("rational", "tanh", "sigmoid"):
         return FusedCrossEntropy.apply(logits, targets.contiguous(), vocab_size, cap, form)
     return cross_entropy_reference(logits, targets, vocab_size, cap, form)
 

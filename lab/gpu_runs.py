@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -156,7 +158,9 @@ class Check:
                 code = process.poll()
             finally:
                 stop(process)
-        return Outcome(code, *(path.read_text(errors="replace").replace(f"{ROOT}/", "") for path in names))
+        where = (f"{ROOT}/", f"{sysconfig.get_paths()['purelib']}/")  # what is sent back names no folders of this machine
+        texts = [path.read_text(errors="replace") for path in names]
+        return Outcome(code, *(functools.reduce(lambda text, folder: text.replace(folder, ""), where, text) for text in texts))
 
 
 # ---------------------------------------------------------------- stages on the device
@@ -431,6 +435,7 @@ def recipe_run(check: Check, track: str, recipe: str, seconds: float) -> Finding
     ready = [datetime.fromisoformat(e["utc"]).timestamp() - started for e in events(folder, "start")]
     result = json.loads(path.read_text()) if (path := folder / "result.json").exists() else {}
     shutil.rmtree(folder, ignore_errors=True)
+    flags = [word.replace(str(check.scratch), "scratch") for word in flags]
     figures: dict[str, Any] = {"flags": flags, "losses": found, "step_times": times, "result": result}
     figures["seconds_to_start"] = ready[0] if ready else None
     if prediction:

@@ -4,16 +4,21 @@ python -m lab.readme          rewrite them between their markers
 """
 
 import dataclasses
+import functools
 import json
 import re
+import statistics
 from pathlib import Path
 
+import cost
 import optimizers
 import schedules
 import tricks
 from data.corpora import CORPORA
 from hardware import CARDS
-from lab import markdown, records, tuned
+from lab import gpu_report, markdown, records, tuned
+from lab.gpu_report import NOT_RUN, Finding
+from lab.gpu_runs import WARM
 from lab.markdown import table
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +26,7 @@ MEASURED = ROOT / "benchmarks" / "optimizers.json"
 CHAOS = ROOT / "benchmarks" / "chaos.json"
 KERNELS = ROOT / "benchmarks" / "kernels.json"
 COST = ROOT / "benchmarks" / "cost.json"
+H100 = ROOT / "benchmarks" / "h100"  # what `./run.sh gpu-check` left on one
 
 
 def keys(cls: type) -> str:
@@ -95,27 +101,75 @@ def measured_tables() -> dict[str, str]:
          f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", processor(row), row["dtype"])
         for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
     ]  # fmt: skip
-    return cost_tables() | {
-        "step": table(
-            ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor"), rows
-        ),
-        "chaos": table(
-            ("what", "faults", "recovered or refused", "lost", "s lost a fault"),
-            [
-                (c["what"], *(str(c[key]) for key in ("faults", "recovered", "lost")), str(c["seconds_per_fault"] or "-"))
-                for c in (json.loads(CHAOS.read_text()) if CHAOS.exists() else [])
-            ],
-        ),
-        "kernels": kernel_table(),
-        "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
-        "cpu track": table(
-            ("method", "validation loss", "ms a step", "state, MB", "schedule", "processor", "computes in"), losses
-        ),
-    }
+    return (
+        cost_tables()
+        | h100_tables()
+        | {
+            "step": table(
+                ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor"),
+                rows,
+            ),
+            "chaos": table(
+                ("what", "faults", "recovered or refused", "lost", "s lost a fault"),
+                [
+                    (c["what"], *(str(c[key]) for key in ("faults", "recovered", "lost")), str(c["seconds_per_fault"] or "-"))
+                    for c in (json.loads(CHAOS.read_text()) if CHAOS.exists() else [])
+                ],
+            ),
+            "kernels": kernel_table(),
+            "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
+            "cpu track": table(
+                ("method", "validation loss", "ms a step", "state, MB", "schedule", "processor", "computes in"), losses
+            ),
+        }
+    )
 
 
 def off(row: dict) -> str:
     return f"{row['predicted'] / row['published'] - 1:+.1%}"
+
+
+def h100_findings() -> dict[tuple[str, str], Finding]:
+    """The newest finding of each (stage, what)."""
+    reports = sorted(map(gpu_report.read, H100.glob("*.json")), key=lambda report: report["utc"])
+    return {(f["stage"], f["what"]): Finding(**f) for report in reports for f in report["findings"] if f["verdict"] != NOT_RUN}
+
+
+@functools.lru_cache
+def h100_tables() -> dict[str, str]:
+    """Marker name -> table of what gpu-check found: times of kernels and of attention, and recipes beside the dry run's words
+    of today."""
+    found = h100_findings()
+    milliseconds = lambda seconds: f"{seconds * 1e3:.3g}" if isinstance(seconds, float) else "-"  # noqa: E731
+    times = [f for f in found.values() if f.what.startswith("time of")]
+    of_kernels = [
+        (f.what.removeprefix("time of ").removesuffix(", bfloat16"), *(milliseconds(f.figures.get(name)) for name in
+         ("kernel", "torch", "compiled", "predicted")), milliseconds(f.figures.get("launched", {}).get("kernel")))
+        for f in times if f.stage == "kernels"
+    ]  # fmt: skip
+    of_attention = [
+        (f.what.removeprefix("time of "), *(milliseconds(f.figures.get(name)) for name in ("sdpa", "flex", "chunked", "plain")))
+        for f in times if f.stage == "attention"
+    ]  # fmt: skip
+    recipes = []
+    for f in found.values():
+        if f.stage != "recipes" or not f.figures.get("step_times"):
+            continue
+        step, peak = statistics.median(f.figures["step_times"][WARM:]), f.figures["result"].get("peak_memory")
+        flags = f.figures["flags"]
+        today = cost.predict([*flags, "--hardware", "1xH100", "--world-size", "1"])
+        batch = int(flags[flags.index("--batch-tokens") + 1])
+        recipes.append(
+            (f"`{f.what.split(',')[0]}`", f"{batch:,}", milliseconds(step), milliseconds(today.seconds), f"{batch / step:,.0f}",
+             f"{peak / 1e9:.1f}" if peak else "-", f"{today.step.memory.total / 1e9:.1f}")
+        )  # fmt: skip
+    return {
+        "h100 kernels": table(("forward and backward", "Triton", "PyTorch", "compiled", "cost model", "launched"), of_kernels),
+        "h100 attention": table(("mask, B x H x T x D", "sdpa", "flex", "chunked", "plain"), of_attention),
+        "h100 recipes": table(
+            ("recipe", "tokens a step", "ms a step", "predicted", "tokens/s", "GB at most", "predicted"), recipes
+        ),
+    }
 
 
 def cost_tables() -> dict[str, str]:
