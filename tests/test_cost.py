@@ -381,8 +381,8 @@ def test_fit_finds_constants_again(monkeypatch):
 
 
 def test_predictions_of_one_h100():
-    """Against what gpu-check measured there (benchmarks/h100), by which Constants.host alone was chosen. The time of GPT-2's baseline
-    is left out: benchmarks/README.md says why."""
+    """Against what gpu-check measured there (benchmarks/h100), by which Constants.host alone was chosen. The time of GPT-2's
+    baseline is left out: benchmarks/README.md says why."""
     found = {
         f["what"].split(",")[0]: f["figures"]
         for name in ("whole", "recipes")
