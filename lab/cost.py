@@ -198,7 +198,7 @@ MEDIUM_CUBIC = dataclasses.replace(MEDIUM_RUN, fp8_head=False, keys=rising(3456,
 
 # First record from which a setup holds; those before it keep the one before. Sources: the logs named in modded_records.csv.
 SETUPS: dict[str, Setup] = {
-    "T1-04": dataclasses.replace(EARLY, optimizer_ranks=1),
+    "T1-04": dataclasses.replace(EARLY, model=(*TIED, ("vocab_multiple", 1)), optimizer_ranks=1),
     "T1-06": EARLY,
     "T1-08": UNTIED,
     "T1-10": CAPPED,
