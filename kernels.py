@@ -29,6 +29,8 @@ try:
 except ModuleNotFoundError:  # PyTorch's builds for CPUs and Apple come without it
     triton = tl = TensorDescriptor = None
 
+ROOM = 210 * 1024  # bytes of shared memory a block, for linear_relu2
+
 _mode = "auto"
 
 
@@ -91,9 +93,10 @@ def tiles(size: int, block: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def has_descriptors(device: torch.device) -> bool:
-    """Units that move whole tiles, from Hopper on; Triton's interpreter has them too."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+def roomy(device: torch.device) -> bool:
+    """Has a block of threads the shared memory that the tiles of linear_relu2 take? Hopper's and Blackwell's large chips have,
+    and the units that move tiles by descriptors with it; A100 and graphics cards have not. Triton's interpreter has no limit."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOM
 
 
 @lru_cache
@@ -504,7 +507,7 @@ def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     The kernel loads and stores by tensor descriptors, whose rows have a multiple of 16 bytes.
     """
-    if fused(x) and has_descriptors(x.device) and not any(side * x.element_size() % 16 for side in weight.shape):
+    if fused(x) and roomy(x.device) and not any(side * x.element_size() % 16 for side in weight.shape):
         return FusedLinearReLU2.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return linear_relu2_reference(x, weight, bias)
 

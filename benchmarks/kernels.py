@@ -5,8 +5,8 @@
 
 Needs Triton (`requirements-test.txt`), which brings NVIDIA's assembler, and no GPU. Each kernel is compiled with the tiles,
 warps and pipeline stages of its launch, specialised for the shapes of GPT-2 124M (64 sequences of 1,024 tokens). That says that
-the code exists for a chip and fits it, not how fast it is. 8-bit floats and tensor descriptors only where the
-chip has them.
+the code exists for a chip and fits it, not how fast it is. 8-bit floats and large tiles only where the chip
+has them.
 """
 
 import contextlib
@@ -42,13 +42,12 @@ class Chip:
     shared: int  # bytes a thread block may have, opted in
     registers: int  # a thread
     fp8: bool  # arithmetic in 8-bit floats: from 8.9 on
-    descriptors: bool  # units that load and store whole tiles by tensor descriptors: from 9.0 on
 
 
 CHIPS = {
-    80: Chip("A100", 163 * 1024, 255, False, False),
-    90: Chip("H100, H200", 227 * 1024, 255, True, True),
-    100: Chip("B200", 227 * 1024, 255, True, True),
+    80: Chip("A100", 163 * 1024, 255, False),
+    90: Chip("H100, H200", 227 * 1024, 255, True),
+    100: Chip("B200", 227 * 1024, 255, True),
 }
 
 TYPES = {
@@ -141,8 +140,7 @@ def compiled(plan: Plan, capability: int) -> dict[str, int | str]:
 def runs_on(chip: Chip, plan: Plan) -> bool:
     """Would the trainer launch it there?"""
     needs_fp8 = any(isinstance(x, torch.Tensor) and x.dtype in kernels.LARGEST for x in plan.arguments.values())
-    needs_descriptors = any(isinstance(x, TensorDescriptor) for x in plan.arguments.values())
-    return (chip.fp8 or not needs_fp8) and (chip.descriptors or not needs_descriptors)
+    return (chip.fp8 or not needs_fp8) and (chip.shared >= kernels.ROOM or plan.kernel is not kernels.linear_relu2_kernel)
 
 
 def row(work: tuple[str, int]) -> dict:

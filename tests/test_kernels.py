@@ -241,12 +241,14 @@ def test_compiles_without_spills_within_each_chip(table):
     for row in table["kernels"]:
         chip = table["chips"][str(row["chip"])]
         assert row["spilled"] == 0 and row["registers"] <= chip["registers"] and row["shared"] <= chip["shared"], row
+        if row["kernel"].startswith(("linear_relu2, forward", "linear_relu2 with")):
+            assert row["shared"] <= kernels.ROOM
         if row["kernel"].startswith(("gram", "polynomial", "linear_relu2, forward", "linear_relu2 with")):
             assert row["matrix_units"] == units[row["chip"]], row
 
 
 def test_every_kernel_is_compiled_for_every_chip(table):
-    """8-bit floats and tensor descriptors not for the A100, which has none."""
+    """8-bit floats not for the A100, which has none, nor tiles that need more shared memory."""
     named = {(row["kernel"], row["chip"]) for row in table["kernels"]}
     names = {name for name, _ in named}
     missing = {(name, chip) for name in names for chip in (80, 90, 100)} - named
