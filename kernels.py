@@ -94,8 +94,8 @@ def tiles(size: int, block: int) -> int:
 
 @torch.compiler.assume_constant_result
 def roomy(device: torch.device) -> bool:
-    """Has a block of threads the shared memory that the tiles of linear_relu2 take? Hopper's and Blackwell's large chips have,
-    and the units that move tiles by descriptors with it; A100 and graphics cards have not. Triton's interpreter has no limit."""
+    """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
+    the units that move tiles by descriptors with it; A100 and graphics cards have not. Triton's interpreter has no limit."""
     return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOM
 
 
