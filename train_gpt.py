@@ -437,7 +437,7 @@ class Training:
         self.lengths = schedules.build_lengths(config.length_schedule, config.steps)
         flex = attention.choose(world.device, model_config.dropout, True, model_config.attention) == "flex"
         if self.compiled and flex and len(self.windows.starts) > 1:
-            self.gpt.free_windows()  # else a graph a stage, each of which takes minutes to compile
+            self.gpt.free_windows()  # else a graph a stage, each of which takes a minute to compile
         if self.compiled:  # a graph a stage
             torch._dynamo.config.recompile_limit = max(8, len(self.windows.starts) + len(self.lengths.starts))
         dynamic = None if len(self.lengths.parts) == 1 else False  # a graph a length, not one for all, which is slower

@@ -5,8 +5,7 @@
 
 Needs Triton (`requirements-test.txt`), which brings NVIDIA's assembler, and no GPU. Each kernel is compiled with the tiles,
 warps and pipeline stages of its launch, specialised for the shapes of GPT-2 124M (64 sequences of 1,024 tokens). That says that
-the code exists for a chip and fits it, not how fast it is. 8-bit floats and large tiles only where the chip
-has them.
+the code exists for a chip and fits it, not how fast it is. 8-bit floats and the largest tiles only where the chip has room.
 """
 
 import contextlib

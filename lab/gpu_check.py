@@ -117,8 +117,9 @@ def run(options: Options) -> int:
         check.changed = lambda check: write(check, facts)
         if check.left() <= 0:
             tqdm.write(f"--budget {options.budget:g} leaves no time for anything")
-        for name in (name for name in gpu_runs.STAGES if name in options.stages):
-            stage = gpu_runs.STAGES[name]
+        for name, stage in gpu_runs.STAGES.items():
+            if name not in options.stages:
+                continue
             tqdm.write(f"{name}, after {check.seconds:.0f} s")
             try:
                 stage(check)

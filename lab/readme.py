@@ -101,28 +101,21 @@ def measured_tables() -> dict[str, str]:
          f"{row['optimizer_state_bytes'] / 1e6:.1f}", f"`{row['schedule']}`", processor(row), row["dtype"])
         for name, row in sorted(runs.items(), key=lambda item: item[1]["val_loss"] or 99)
     ]  # fmt: skip
-    return (
-        cost_tables()
-        | h100_tables()
-        | {
-            "step": table(
-                ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor"),
-                rows,
-            ),
-            "chaos": table(
-                ("what", "faults", "recovered or refused", "lost", "s lost a fault"),
-                [
-                    (c["what"], *(str(c[key]) for key in ("faults", "recovered", "lost")), str(c["seconds_per_fault"] or "-"))
-                    for c in (json.loads(CHAOS.read_text()) if CHAOS.exists() else [])
-                ],
-            ),
-            "kernels": kernel_table(),
-            "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
-            "cpu track": table(
-                ("method", "validation loss", "ms a step", "state, MB", "schedule", "processor", "computes in"), losses
-            ),
-        }
-    )
+    chaos = [
+        (c["what"], *(str(c[key]) for key in ("faults", "recovered", "lost")), str(c["seconds_per_fault"] or "-"))
+        for c in (json.loads(CHAOS.read_text()) if CHAOS.exists() else [])
+    ]
+    of_steps = ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor")
+    of_losses = ("method", "validation loss", "ms a step", "state, MB", "schedule", "processor", "computes in")
+    return {
+        **cost_tables(),
+        **h100_tables(),
+        "step": table(of_steps, rows),
+        "chaos": table(("what", "faults", "recovered or refused", "lost", "s lost a fault"), chaos),
+        "kernels": kernel_table(),
+        "share": table(("method", "s a step, all 12 layers", "8 sequences", "64 sequences", "512 sequences"), shares),
+        "cpu track": table(of_losses, losses),
+    }
 
 
 def off(row: dict) -> str:

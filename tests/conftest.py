@@ -80,15 +80,18 @@ def same(a, b) -> bool:
     return a == b
 
 
-def launch(ranks: int, folder: Path, *flags: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
-    """The trainer on `tiny` in fp32 under torchrun (plain python for 0 ranks), in a session of its own."""
+def launch(
+    ranks: int, folder: Path, *flags: str, agent: tuple[str, ...] = ("--standalone",), script: Path | str = "train_gpt.py"
+) -> subprocess.Popen:
+    """The trainer, or a script that runs it, on `tiny` in fp32 under torchrun (plain python for 0 ranks), in a session of its
+    own."""
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}"]
-    command += ["train_gpt.py", "--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder)]
+    command += [str(script), "--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder)]
     return subprocess.Popen(
         [*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

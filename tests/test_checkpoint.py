@@ -8,13 +8,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, launch, losses, result, same, stored, torchrun, with_optimizer
+from conftest import ROOT, events, launch, losses, result, same, stored, torchrun, with_optimizer
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import checkpoint
@@ -514,9 +513,7 @@ sys.exit(train_gpt.main(sys.argv[1:]))
 
 def test_the_rank_whose_loss_is_not_finite_is_named(sotu, tmp_path):
     (tmp_path / "nan.py").write_text(NAN_ON_RANK_1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "nan.py")]
-    command += ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run"), "--steps", "5"]
-    subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launch(2, tmp_path / "run", "--steps", "5", script=tmp_path / "nan.py").communicate()
     (event,) = events(tmp_path / "run", "nonfinite")
     assert event["ranks"] == [1] and event["step"] == 3
 

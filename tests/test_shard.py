@@ -3,14 +3,11 @@ and the state moves to other ranks."""
 
 import copy
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun
+from conftest import events, launch, losses, result, same, stored, torchrun
 from torch import nn
 
 import cost
@@ -229,10 +226,7 @@ sys.exit(train_gpt.main(sys.argv[1:]))
 
 def test_what_one_rank_alone_sees_stops_all_and_is_named(sotu, tmp_path):
     (tmp_path / "nan.py").write_text(NAN_OF_RANK_1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "nan.py")]
-    command += ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run"), "--steps", "5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "--shard-optimizer"], cwd=ROOT, capture_output=True, env=environment)
+    launch(2, tmp_path / "run", "--steps", "5", "--shard-optimizer", script=tmp_path / "nan.py").communicate()
     (event,) = events(tmp_path / "run", "nonfinite")
     first = next(name for name, p in GPT(SMALL).named_parameters() if p.dim() > 1)
     assert event["step"] == 3 and event["ranks"] == [] and event["parameters"] == [first]
