@@ -98,8 +98,10 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
 # ---------------------------------------------------------------- trials
 
 
-def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, most: int) -> dict[str, Search]:
-    """A search for every arm whose length is not given; as many arms at once as --side-by-side says."""
+def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, base_steps: int) -> dict[str, Search]:
+    """A search for every arm whose length is not given, beside a base of `base_steps`; as many arms at once as --side-by-side
+    says."""
+    most = options.max_steps or 4 * base_steps
     launch, at_once = make_launcher(options, side_by_side=True)
     target = target_of(options)
     bar = tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty())
@@ -121,6 +123,8 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
                 runner.drop_checkpoints(trial)
 
     lengths = [options.first_steps or train_gpt.resolve(list(arm.flags))[0].steps for arm in arms]
+    if mode_of(options) == "leave_out" and not options.first_steps:  # a stack less one trick has no length of its own
+        lengths = [base_steps] * len(arms)
     if mode_of(options) == "chain":  # each begins where the one before ended: far below the recipe's own length
         found, first = {}, options.first_steps
         for arm, length in zip(arms, lengths, strict=True):
@@ -193,7 +197,8 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--report", type=Path, metavar="FOLDER", help="print the verdicts of a comparison, train nothing")
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
-    add("--first-steps", type=int, default=0, help="length that each search begins at (default: the recipe's)")
+    add("--first-steps", type=int, default=0, help="length that each search begins at (default: the recipe's, "
+        "with --leave-out the whole stack's)")  # fmt: skip
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
     add("--branch", action="store_true", help="in the search, train what runs of several lengths have in common once and "
         "branch their cool-downs off (schedules such as wsd: the same losses, sooner; confirming runs are whole)")  # fmt: skip
@@ -266,8 +271,8 @@ def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, An
     """`run` in its output folder."""
     names = [arm.name for arm in arms]
     runner = Runner(out, options.keep_checkpoints)
-    most = options.max_steps or 4 * train_gpt.resolve(list(arms[0].flags))[0].steps
-    found = find_horizons([arm for arm in arms if arm.name not in options.given], options, runner, most)
+    base_steps = options.given.get(names[0]) or train_gpt.resolve(list(arms[0].flags))[0].steps
+    found = find_horizons([arm for arm in arms if arm.name not in options.given], options, runner, base_steps)
     why = {name: s.why for name, s in found.items()}
     plan = lengths(arms, found, options.given, options.margin)
     seeds = options.seeds or seeds_needed(found, options.margin)

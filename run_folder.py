@@ -59,11 +59,20 @@ def git(*words: str) -> str | None:
         return None
 
 
-def source_hash() -> str:
-    """sha256 over the code that a run executes."""
+TOOLS = ("compare.py", "cost.py", "operations.py", "sample.py", "scaling.py")  # beside the trainer, no part of a run
+
+
+def sources() -> list[Path]:
+    """The files that a run executes: a change of any other leaves finished trials what they are."""
     here = Path(__file__).parent
+    found = [*here.glob("*.py"), *here.glob("data/*.py"), *here.glob("optimizers/*.py")]
+    return sorted(path for path in found if path.name not in TOOLS)
+
+
+def source_hash() -> str:
+    """sha256 over `sources`."""
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), *here.glob("data/*.py"), *here.glob("optimizers/*.py")]):
+    for path in sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

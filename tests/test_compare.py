@@ -196,6 +196,15 @@ def test_chain_is_set_against_its_base_and_its_predecessor(fake, tmp_path):
     assert found["plots"] == ["loss", "forest", "waterfall"]
 
 
+def test_what_is_left_out_is_searched_from_the_length_of_the_stack(fake, tmp_path):
+    trainer = fake({"modern,muon": 100, "-muon": 150})
+    words = ["--base", "modern,muon", "--leave-out", "muon", "--horizon", "modern,muon=110", "--seeds", "3"]
+    words += ["--track", "tiny", "--target", "3.0", "--out", str(tmp_path / "c"), "--", *FLAGS[2:]]
+    assert compare.main(words) == 0
+    assert next(steps for name, steps, _ in trainer.trained if name == "-muon") == 110
+    assert summary(tmp_path / "c")["ratios"][0]["confirmed"]["steps"]["ratio"] == pytest.approx(110 / 157, rel=0.1)
+
+
 def test_a_recipe_against_itself(fake, tmp_path):
     fake({"modern": 200, "modern again": 200})
     out = tmp_path / "c"

@@ -2,9 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, launch
 
+import run_folder
 from lab import trials
 from lab.trials import Arm, Trial, in_turn, train
 from spec import UsageError
@@ -31,6 +34,23 @@ def test_a_trial_is_trained_once_and_found_again(here):
     assert first.trial.log()[0]["event"] == "start"
     again = run(wanted)
     assert [o.loss for o in again] == [first.loss, second.loss] and not any(o.fresh for o in again)
+
+
+def test_the_source_of_a_run_is_all_that_it_imports(tmp_path, sotu):
+    script = tmp_path / "imports.py"
+    script.write_text(
+        "import sys, train_gpt\ncode = train_gpt.main(sys.argv[1:])\n"
+        "print('\\n'.join(m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    process = launch(0, tmp_path / "run", "--steps", "2", "--val-tokens", "512", script=script)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    files = {Path(line) for line in errors.splitlines() if line.endswith(".py")}
+    own = {path for path in files if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / ".venv")} - {script}
+    assert ROOT / "train_gpt.py" in own
+    assert own <= set(run_folder.sources())
+    assert all((ROOT / name).exists() for name in run_folder.TOOLS)
 
 
 def test_a_trial_of_other_settings_is_another(here):
