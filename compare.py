@@ -34,7 +34,6 @@ import optimizers
 import train_gpt
 import tricks
 from lab import comparison, plots, score, stats
-from lab.comparison import Row
 from lab.horizon import Search, search
 from lab.runner import Runner, add_launcher_flags, command, make_launcher, read_curves, say
 from lab.trials import Arm, Trial
@@ -278,7 +277,7 @@ def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, An
     seeds = options.seeds or seeds_needed(found, options.margin)
     described = [{"name": a.name, "flags": list(a.flags), "steps": plan.get(a.name), "why": why.get(a.name, "")} for a in arms]
     settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": described}
-    write = lambda: report(out, settings, list(runner.ledger.rows.values()), options.allow_mixed)  # noqa: E731
+    write = lambda: report(out, comparison.summarise(list(runner.ledger.rows.values()), settings, options.allow_mixed))  # noqa: E731
     if len(plan) < 2 or names[0] not in plan:
         write()
         reasons = "; ".join(f"{name}: {why[name]}" for name in names if name not in plan)
@@ -303,9 +302,8 @@ def check_folder(out: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"{out} is not empty and holds no comparison: choose another --out")
 
 
-def report(out: Path, settings: dict[str, Any], rows: list[Row], allow_mixed: bool) -> list[str]:
+def report(out: Path, summary: dict[str, Any]) -> list[str]:
     """Write comparison.json, README.md and the plots; returns the verdict lines."""
-    summary = comparison.summarise(rows, settings, allow_mixed)
     curves = read_curves(out / "curves.csv")
     summary["plots"] = plots.draw_comparison(out, summary, curves)
     atomic_write(out / "comparison.json", json.dumps(summary, indent=1) + "\n")
@@ -324,9 +322,7 @@ def report_again(folder: Path, allow_mixed: bool) -> list[str]:
         rows = comparison.read_rows(folder / "trials.csv")
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no comparison: {Path(error.filename).name} is missing") from None
-    settings = {k: there[k] for k in ("track", "target", "base", "mode", "command", "margin", "seeds")}
-    settings["arms"] = [{k: arm[k] for k in ("name", "flags", "steps", "why")} for arm in there["arms"]]
-    return report(folder, settings, rows, allow_mixed)
+    return report(folder, comparison.again(there, rows, allow_mixed))
 
 
 def main(argv: list[str]) -> int:

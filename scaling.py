@@ -300,7 +300,7 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
         "hold_out": options.hold_out, "sizes": sizes, "arms": list(experiment.arms),
         "cells": [cell.described() for cell in (*cells, *curves, *timed)],
     }  # fmt: skip
-    return report(out, settings, list(runner.ledger.rows.values()))
+    return report(out, survival.summarise(list(runner.ledger.rows.values()), settings))
 
 
 def best_factors(experiment: Experiment, cells: Sequence[Cell], rows: Sequence[comparison.Row]) -> dict[tuple[str, str], float]:
@@ -367,24 +367,14 @@ def check_folder(out: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"{out} is not empty and holds no experiment: choose another --out")
 
 
-def finite(value: Any) -> Any:
-    """JSON has no infinity: null in the place of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def report(out: Path, settings: dict[str, Any], rows: list[comparison.Row]) -> list[str]:
+def report(out: Path, summary: dict[str, Any]) -> list[str]:
     """Write scaling.json, README.md and the plots; returns the verdict lines.
 
     Raises:
         UsageError: nothing can be said of any trick.
     """
-    summary = survival.summarise(rows, settings)
     summary["plots"] = plots.draw_scaling(out, summary)
-    atomic_write(out / "scaling.json", json.dumps(finite(summary), indent=1) + "\n")
+    atomic_write(out / "scaling.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(out / "README.md", survival_report.markdown(summary))
     lines = survival_report.verdict_lines(summary)
     if not any(trick["trends"]["tokens"] for trick in summary["tricks"]):
@@ -403,8 +393,7 @@ def report_again(folder: Path) -> list[str]:
         rows = comparison.read_rows(folder / "trials.csv")
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no scaling experiment: {Path(error.filename).name} is missing") from None
-    made = ("format", "tricks", "curves", "laws", "machines", "sources", "plots")
-    return report(folder, {key: value for key, value in there.items() if key not in made}, rows)
+    return report(folder, survival.again(there, rows))
 
 
 # ---------------------------------------------------------------- command

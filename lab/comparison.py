@@ -269,6 +269,17 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
     return settings | {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
 
 
+def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = False) -> dict[str, Any]:
+    """The summary of the same comparison, made anew from its trials.
+
+    Raises:
+        UsageError: see check_machines.
+    """
+    settings = {key: summary[key] for key in ("track", "target", "base", "mode", "command", "margin", "seeds")}
+    settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
+    return summarise(rows, settings, allow_mixed)
+
+
 # ---------------------------------------------------------------- words
 
 

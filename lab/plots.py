@@ -216,7 +216,7 @@ def survival(folder: Path, summary: dict[str, Any]) -> str:
                 axis.plot(ends, line(ends), style, color="C0", linewidth=1)
             points.append((at, trend["ratio"], trend["low"], trend["high"]))
         for n, ratio, low, high in points:
-            low, high = max(low, ratio / 10), min(high, ratio * 10)  # an interval without end
+            low, high = max(low, ratio / 10), ratio * 10 if high is None else min(high, ratio * 10)  # None: it has no end
             colour, marker = ("C1", "D") if n == at else ("C0", "o")
             axis.errorbar(n, ratio, yerr=[[ratio - low], [high - ratio]], fmt=marker, color=colour, capsize=3, markersize=5)
             drawn += [low, high]

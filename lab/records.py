@@ -2,8 +2,9 @@
 
     ./run.sh records add --comparison comparisons/cpu-chain-baseline --arm +muon --name muon --why "..."
     ./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
-    ./run.sh records verify                                              every rule on every record: pass, fail, not checkable
+    ./run.sh records verify                                              every rule on every record and report: pass, fail, ...
     ./run.sh records verify cpu/002-modern --rerun                       and train one of its seeds again
+    ./run.sh records verify scaling/cpu-modern                           do its statistics follow from its trials?
     ./run.sh records render                                              tables and plots of records/README.md
     ./run.sh records summary runs/cpu/record-s0-1a2b3c4d                 one run beside the track's records
 
@@ -29,7 +30,7 @@ from typing import Any
 import schedules
 import tricks
 from data.shards import dataset_folder, read_manifest
-from lab import markdown, overlap, stats
+from lab import markdown, overlap, reports, stats
 from lab.markdown import table
 from run_folder import PRESENTATION, atomic_write, settings_hash
 from spec import UsageError, nearest
@@ -567,8 +568,10 @@ def parser() -> argparse.ArgumentParser:
     adder.add_argument("--category", choices=CATEGORIES, default="open", help="optimizer: on the fixed `modern` model")
     adder.add_argument("--against", nargs="+", help="record, or run folders of it, timed beside these (default: the newest)")
     adder.add_argument("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
-    checker = verbs.add_parser("verify", help="check records; exit code 2 if a rule is broken")
-    checker.add_argument("records", nargs="*", metavar="TRACK/NNN-NAME", help="default: all")
+    checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
+    checker.add_argument(
+        "records", nargs="*", metavar="TRACK/NNN-NAME", help="or comparisons/NAME, scaling/NAME (default: all)"
+    )
     checker.add_argument("--rerun", action="store_true", help="also train one seed again and compare")
     verbs.add_parser("render", help="rewrite the tables and plots of records/README.md")
     verbs.add_parser("summary", help="one run beside the track's records").add_argument("run", type=Path)
@@ -610,8 +613,14 @@ def named_runs(options: argparse.Namespace) -> tuple[list[Path], list[str] | Non
     return runs_of(options.comparison, options.arm), rival
 
 
-def chosen(names: list[str]) -> Iterator[Record]:
-    everything = {r.label: r for track in sorted(RECORDS.iterdir()) if track.is_dir() for r in of_track(track.name)}
+def chosen(names: list[str]) -> Iterator[Record | reports.Report]:
+    """Records and reports by their labels; all where none is named.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    found = [r for track in sorted(RECORDS.iterdir()) if track.is_dir() for r in of_track(track.name)]
+    everything = {kept.label: kept for kept in (*found, *reports.kept(RECORDS))}
     for name in names or everything:
         if name.rstrip("/").removeprefix("records/") not in everything:
             raise UsageError(f"no record {name!r}: {nearest(name, everything)}")

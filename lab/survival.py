@@ -162,7 +162,8 @@ def retuned(cells: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, A
 
 
 def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
-    """scaling.json: `settings` (sizes, arms, the planned cells, at, hold_out, seeds, base) and all that the trials say.
+    """scaling.json: `settings` (sizes, arms, the planned cells, at, hold_out, seeds, base) and all that the trials say. The end
+    of an interval that has none is None.
 
     Raises:
         UsageError: trials on different data; all runs of the base diverged at a size.
@@ -205,6 +206,24 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
         tricks.append({"trick": name, "sizes": found, "trends": trends, "held_out": check, "why": why})
     machines = sorted({row.machine for row in rows if row.machine})
     sources = sorted({row.source for row in rows if row.source})
-    return settings | {
-        "format": 1, "tricks": tricks, "curves": arms, "laws": laws(arms, sizes), "machines": machines, "sources": sources,
-    }  # fmt: skip
+    made = {"format": 1, "tricks": tricks, "curves": arms, "laws": laws(arms, sizes), "machines": machines, "sources": sources}
+    return finite(settings | made)
+
+
+def again(summary: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """The summary of the same experiment, made anew from its trials.
+
+    Raises:
+        UsageError: see summarise.
+    """
+    made = ("format", "tricks", "curves", "laws", "machines", "sources", "plots")
+    return summarise(rows, {key: value for key, value in summary.items() if key not in made})
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: None in the place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(key): finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,5 @@
 """The report of a scaling experiment in words: verdict lines and the README.md of its folder, from scaling.json's content."""
 
-import math
 import statistics
 from typing import Any
 
@@ -34,14 +33,17 @@ def verdict_lines(summary: Summary) -> list[str]:
 
 
 def judged(trend: dict[str, Any] | None) -> str:
-    return f"{trend['ratio']:.2f}x ({trend['low']:.2f}-{trend['high']:.2f})" if trend else "-"
+    return with_interval(trend["ratio"], trend["low"], trend["high"]) if trend else "-"
+
+
+def with_interval(ratio: float, low: float, high: float | None) -> str:
+    return f"{ratio:.2f}x ({low:.2f}-{'inf' if high is None else f'{high:.2f}'})"
 
 
 def measured(size: dict[str, Any], cost: str) -> str:
     """A speed-up with its interval, a bound in tokens, or nothing."""
     if cost in size.get("ratios", {}):
-        low, high = size["intervals"][cost]
-        return f"{size['ratios'][cost]:.2f}x ({low:.2f}-{high:.2f})"
+        return with_interval(size["ratios"][cost], *size["intervals"][cost])
     return size.get("words", "-") if cost == "tokens" else "-"
 
 
@@ -64,7 +66,7 @@ def forms_table(summary: Summary) -> str:
             if "words" not in s:
                 rows.append((f"`{trick['trick']}`", s["size"], "-", "-", "-", "-", s["why"]))
                 continue
-            straight = f"{s['between']:.2f}x" if s["between"] is not None and math.isfinite(s["between"]) else "-"
+            straight = f"{s['between']:.2f}x" if s["between"] is not None else "-"
             other = s["time_to_loss"]["words"] if s["time_to_loss"] else "-"
             note = "; ".join(filter(None, (s.get("note"), s["why"])))
             rows.append((f"`{trick['trick']}`", s["size"], s["words"], straight, other, measured(s, "flops"), note))
@@ -96,7 +98,7 @@ def retune_table(summary: Summary) -> str:
     for arm, by_size in summary["curves"].items():
         for size, of in by_size.items():
             if r := of["retune"]:
-                cost = "it diverged" if r["cost"] is None or math.isinf(r["cost"]) else f"{r['cost']:.4f}"
+                cost = "it diverged" if r["cost"] is None else f"{r['cost']:.4f}"
                 rows.append((f"`{arm}`", size, f"{r['best']:.3g}" + (", the edge of the grid" if r["edge"] else ""), cost))
     return table(("arm", "size", "best factor", "cost of not re-tuning, nats"), rows) if rows else ""
 

@@ -1,4 +1,4 @@
-"""The rules that a record must keep, each checked by machine: pass, fail, or not checkable here with the reason.
+"""The rules that a record or a report must keep, each checked by machine: pass, fail, or not checkable here with the reason.
 
 After the nine points of what goes wrong in published records: picked seeds, statistics that do not follow from the logs,
 validation text in the training data, clocks that do not add up, models that look ahead.
@@ -7,7 +7,7 @@ validation text in the training data, clocks that do not add up, models that loo
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,8 @@ from data.shards import dataset_folder, read_manifest
 from data.shards import verify as verify_shards
 from lab import overlap, records, trials
 from lab.records import ALPHA, LARGEST, Record
+from lab.reports import Report, difference
+from lab.runner import read_curves
 from model import GPT, ModelConfig
 from spec import UsageError
 from spec import split as split_spec
@@ -64,9 +66,7 @@ def files(record: Record) -> str:
     need(not there - expected, f"not part of a record: {', '.join(sorted(there - expected))}")
     size = sum(path.stat().st_size for path in record.folder.iterdir())
     need(size <= LARGEST, f"{size:,} bytes, more than {LARGEST:,}")
-    text = "".join(path.read_text() for path in record.folder.iterdir())
-    path = re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\)\S*", text)
-    need(path is None, f"a path of a machine: {path and path[0]}")
+    pathless(path.read_text() for path in record.folder.iterdir())
     need((record.folder / "README.md").read_text() == records.readme(record.about), "README.md is not what record.json gives")
     return f"{len(there)} files, {size / 1000:,.0f} kB"
 
@@ -336,7 +336,68 @@ RULES: dict[str, Callable[[Record], str]] = {
 }  # fmt: skip
 
 
+# ---------------------------------------------------------------- the rules of a report
+
+
+def report_files(kept: Report) -> str:
+    """Every file is expected, none is missing, none names a path of the machine."""
+    pictures = {f"{name}.{kind}" for name in kept.summary["plots"] for kind in ("png", "svg")}
+    expected = {kept.kind.name, "README.md", "trials.csv", "curves.csv"} | pictures
+    there = {path.name for path in kept.folder.iterdir()}
+    need(not expected - there, f"missing: {', '.join(sorted(expected - there))}")
+    need(not there - expected, f"not part of a report: {', '.join(sorted(there - expected))}")
+    pathless(path.read_text() for path in kept.folder.iterdir() if path.suffix != ".png")
+    return f"{len(there)} files, {sum(path.stat().st_size for path in kept.folder.iterdir()) / 1000:,.0f} kB"
+
+
+def report_trials(kept: Report) -> str:
+    """No two lines of trials.csv are one run, and each loss is the one at the end of its curve in curves.csv."""
+    ended = {(c["arm"], c["seed"], c["step"]): c["loss"] for c in read_curves(kept.folder / "curves.csv") if c["kind"] == "val"}
+    seen: set[tuple[float, ...]] = set()
+    for row in (good := [row for row in kept.rows if row.status == "ok"]):
+        who = f"{row.arm}, {row.steps} steps, seed {row.seed}"
+        need((row.val_loss, row.train_time) not in seen, f"{who}: loss and time of another trial")
+        seen.add((row.val_loss, row.train_time))
+        loss = ended.get((row.arm, row.seed, row.steps))
+        need(loss is not None, f"{who}: curves.csv has no loss at its end")
+        need(abs(row.val_loss - loss) < 1e-5, f"{who}: the loss is {row.val_loss}, by curves.csv {loss}")
+    need(len({row.run for row in kept.rows}) == len(kept.rows), "a trial stands in trials.csv twice")
+    return f"{len(kept.rows)} trials, {len(good)} with a loss"
+
+
+def report_numbers(kept: Report) -> str:
+    """The statistics follow from the trials."""
+    again = kept.kind.again(kept.summary, kept.rows) | {"plots": kept.summary["plots"]}
+    words = difference(kept.summary, json.loads(json.dumps(again)))
+    need(not words, words)
+    return f"{len(kept.rows)} trials"
+
+
+def report_text(kept: Report) -> str:
+    """README.md is the statistics in words."""
+    need(
+        (kept.folder / "README.md").read_text() == kept.kind.markdown(kept.summary),
+        f"README.md is not what {kept.kind.name} gives",
+    )
+    return "as generated"
+
+
+REPORT_RULES: dict[str, Callable[[Report], str]] = {
+    "files": report_files, "trials": report_trials, "statistics": report_numbers, "words": report_text,
+}  # fmt: skip
+
+
 # ---------------------------------------------------------------- helpers
+
+
+def pathless(texts: Iterable[str]) -> None:
+    """
+    Raises:
+        Broken: a text names a path of the machine that it was made on.
+    """
+    for text in texts:
+        path = re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\)\S*", text)
+        need(path is None, f"a path of a machine: {path and path[0]}")
 
 
 def corpus(record: Record) -> Path:
@@ -372,35 +433,37 @@ def flags_of(settings: dict) -> list[str]:
     return flags
 
 
-def verdicts(record: Record, again: bool = False) -> list[Verdict]:
+def verdicts(kept: Record | Report, again: bool = False) -> list[Verdict]:
     """The verdict of every rule. A record without a sound record.json gets that one alone."""
     found = []
-    for name, rule in (RULES | ({"rerun": rerun} if again else {})).items():
+    rules = REPORT_RULES if isinstance(kept, Report) else RULES | ({"rerun": rerun} if again else {})
+    for name, rule in rules.items():
         try:
-            found.append(Verdict(name, "pass", rule(record)))
+            found.append(Verdict(name, "pass", rule(kept)))
         except NotCheckable as reason:
             found.append(Verdict(name, "not checkable", str(reason)))
         except (Broken, UsageError) as problem:
             found.append(Verdict(name, "fail", str(problem)))
-        except (KeyError, TypeError, ValueError, IndexError) as problem:  # a log or record.json of another shape
+        except (KeyError, TypeError, ValueError, IndexError, OSError) as problem:  # a file of another shape, or none
             found.append(Verdict(name, "fail", f"cannot be read: {type(problem).__name__} {problem}"))
         if name == "schema" and found[-1].verdict == "fail":
             break
     return found
 
 
-def report(chosen: list[Record], again: bool = False) -> int:
+def report(chosen: list[Record | Report], again: bool = False) -> int:
     """Print the verdicts; 2 if a rule is broken, else 0."""
     if not chosen:
         raise UsageError("no records yet: ./run.sh records add")
     broken = 0
-    for record in chosen:
-        found = verdicts(record, again)
+    for kept in chosen:
+        found = verdicts(kept, again)
         failed = sum(v.verdict == "fail" for v in found)
         unchecked = sum(v.verdict == "not checkable" for v in found)
         broken += failed > 0
-        print(f"{record.label}: {'FAIL' if failed else 'pass'}, {len(found)} rules, {failed} broken, {unchecked} not checkable")
+        print(f"{kept.label}: {'FAIL' if failed else 'pass'}, {len(found)} rules, {failed} broken, {unchecked} not checkable")
         for v in found:
             print(f"  {v.verdict:13s} {v.rule:13s} {v.words}")
-    print(f"{len(chosen)} records, {broken} with a broken rule")
+    reports = sum(isinstance(kept, Report) for kept in chosen)
+    print(f"{len(chosen) - reports} records, {reports} reports, {broken} with a broken rule")
     return 2 if broken else 0

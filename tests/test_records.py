@@ -1,7 +1,9 @@
 """Records are kept only when every rule holds, and every kind of tampering is found and named."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import train_gpt
 from data.shards import Dataset, validation_starts
 from lab import overlap, records, verify
 from lab.records import Log, Record
+from lab.reports import Report, difference
 
 SEEDS = (0, 1, 2)
 
@@ -95,7 +98,7 @@ def test_a_record_passes_every_rule_and_is_small(kept, capsys, place):
         assert sum(p.stat().st_size for p in record.folder.iterdir()) < 30_000
     assert quick.about["against"]["record"] == "001-baseline" and quick.about["against"]["ratio"] > 2
     assert records.main(["verify"]) == 0
-    assert "2 records, 0 with a broken rule" in capsys.readouterr().out
+    assert "2 records, 0 reports, 0 with a broken rule" in capsys.readouterr().out
     assert records.main(["verify", "tiny/002-quick"]) == 0
     assert "15 rules, 0 broken, 0 not checkable" in capsys.readouterr().out
 
@@ -389,7 +392,88 @@ def test_summary_sets_a_run_beside_the_records(kept, runs, capsys):
     assert "no record 'tiny/003'" in capsys.readouterr().err
 
 
+REPORTS = [kept for kept in records.chosen([]) if isinstance(kept, Report)]
+
+
 def test_committed_records_pass():
     """As `./run.sh records verify` in this checkout."""
     for record in records.chosen([]):
-        assert not failures(record), record.label
+        if isinstance(record, Record):
+            assert not failures(record), record.label
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.label)
+def test_committed_reports_pass(report):
+    found = verify.verdicts(report)
+    assert [v.verdict for v in found] == ["pass"] * len(verify.REPORT_RULES), found
+
+
+# ---------------------------------------------------------------- reports that were tampered with
+
+
+def edit_row(number: int, **changes: str):
+    """Change fields of a line of trials.csv."""
+
+    def edit(folder: Path) -> None:
+        with (folder / "trials.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        rows[number] |= changes
+        with (folder / "trials.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return edit
+
+
+def drop_row(folder: Path) -> None:
+    lines = (folder / "trials.csv").read_text().splitlines(keepends=True)
+    (folder / "trials.csv").write_text("".join(lines[:-1]))
+
+
+def twice(folder: Path) -> None:
+    lines = (folder / "trials.csv").read_text().splitlines(keepends=True)
+    (folder / "trials.csv").write_text("".join([*lines, lines[-1]]))
+
+
+def edit_text(name: str, old: str, new: str):
+    def edit(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("tamper", "rule", "words"),
+    [
+        (edit_row(0, val_loss="1.1"), "trials", "the loss is 1.1, by curves.csv 1."),
+        (edit_row(1, val_loss="1.1"), "statistics", ", by the trials "),
+        (edit_row(0, process_time="1"), "statistics", "process_time"),
+        (drop_row, "statistics", ", by the trials "),
+        (twice, "trials", "loss and time of another trial"),
+        (edit_text("README.md", "154x", "164x"), "words", "README.md is not what comparison.json gives"),
+        (edit_text("comparison.json", '"n": 3', '"n": 5'), "statistics", ".n is 5, by the trials 3"),
+        (lambda folder: (folder / "notes.txt").write_text("x"), "files", "not part of a report: notes.txt"),
+        (lambda folder: (folder / "curves.csv").unlink(), "files", "missing: curves.csv"),
+        (edit_text("README.md", "# Comparison", "# /home/me/Comparison"), "files", "a path of a machine: /home/me/Comparison"),
+        (lambda folder: (folder / "comparison.json").write_text("[]"), "files", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_tampering_with_a_report_is_found(tmp_path, tamper, rule, words):
+    folder = tmp_path / "comparisons" / "cpu-ends"
+    shutil.copytree(records.RECORDS / "comparisons" / "cpu-ends", folder)
+    assert {v.verdict for v in verify.verdicts(Report(folder))} == {"pass"}
+    tamper(folder)
+    assert words in {v.rule: v.words for v in verify.verdicts(Report(folder)) if v.verdict == "fail"}[rule]
+
+
+def test_difference_says_where():
+    there = {"a": [1.0, {"b": 2.0}], "c": None}
+    assert difference(there, {"a": [1.0, {"b": 2.0 + 1e-9}], "c": None}) == ""
+    assert difference(there, {"a": [1.0, {"b": 2.1}], "c": None}) == "a[1].b is 2.0, by the trials 2.1"
+    assert difference(there, {"a": [1.0], "c": None}) == "a has 2 entries, by the trials 1"
+    assert difference(there, {"a": [1.0, {"b": 2.0}]}) == "the top: c is not in both"
+    assert difference(there, {"a": [1.0, {"b": 2.0}], "c": 0}) == "c is None, by the trials 0"
+    assert difference({"x": True}, {"x": 1}) == ""
