@@ -45,6 +45,7 @@ RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the tim
 TIME_PAIRS = 3  # short runs of each arm at each size, by turns, for the seconds of a token
 CALIBRATION_STEPS = 6  # of the runs by which --plan measures this machine
 LAST_ONLY = ("--val-every", "1000000000")  # the loss at the end of a run is all that counts
+POINTS = 20  # of the training loss that are kept of each of the hundreds of runs
 LEAST_BUDGET = 0.125  # below which the base's curve is not extended
 
 
@@ -268,7 +269,7 @@ def run(options: argparse.Namespace) -> list[str]:
 def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list[str]:
     """`run` in its output folder: re-tune, curves, more of the base's where they are needed, timing; then the report."""
     options = experiment.options
-    runner = Runner(out, options.keep_checkpoints)
+    runner = Runner(out, options.keep_checkpoints, POINTS)
     beside, alone = make_launcher(options, side_by_side=True), make_launcher(options, side_by_side=False)
     seeds, cells = range(options.seeds), experiment.retunes()
     runner.run_all("retune", [t for cell in cells for t in cell.trials(range(RETUNE_SEED, RETUNE_SEED + 1))], *beside)

@@ -229,7 +229,9 @@ def survival(folder: Path, summary: dict[str, Any]) -> str:
         axis.set_title(f"{short(trick['trick'])}: {trend['verdict'] if trend else 'not decided'}", fontsize=10)
         axis.grid(alpha=0.3)
     low, high = min(drawn) / 1.1, max(drawn) * 1.1
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high]
+    wide = high / low > 5  # a tick at each tenth would be one on the other
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if wide else (0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3)
+    ticks = [t for t in ticks if low <= t <= high]
     axes[0].set_ylim(low, high)
     axes[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes[0].set_yticks([], minor=True)

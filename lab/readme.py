@@ -16,7 +16,7 @@ import schedules
 import tricks
 from data.corpora import CORPORA
 from hardware import CARDS
-from lab import gpu_report, markdown, records, tuned
+from lab import gpu_report, markdown, records, survival_report, tuned
 from lab.gpu_report import NOT_RUN, Finding
 from lab.gpu_runs import WARM
 from lab.markdown import table
@@ -213,6 +213,11 @@ def cost_tables() -> dict[str, str]:
     }  # fmt: skip
 
 
+def ladder(name: str) -> dict:
+    """scaling.json of an experiment that is kept."""
+    return json.loads((ROOT / "records" / "scaling" / name / "scaling.json").read_text())
+
+
 def tables() -> dict[str, str]:
     """Marker name -> table of README.md."""
     return {
@@ -265,6 +270,7 @@ def tables() -> dict[str, str]:
             [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.LENGTH_SCHEDULES.items()],
         ),
         "cpu records": records.history("cpu", "open", "records/"),
+        "scaling": survival_report.survival_table(ladder("cpu-modern"), "tokens"),
         "tuning": tuned.overview(ROOT / "records" / "tuning"),
         "corpora": table(
             ("corpus", "what", "source"),

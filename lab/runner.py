@@ -20,14 +20,14 @@ from lab.trials import Launcher, Trial
 from run_folder import source_hash
 from spec import UsageError
 
-POINTS = 100  # of a loss curve that is kept
+POINTS = 100  # of the training loss that are kept of a trial, at most
 
 
 class Runner:
     """Runs the trials of an experiment and keeps what they leave: rows in trials.csv, thinned loss curves in curves.csv."""
 
-    def __init__(self, out: Path, keep_checkpoints: bool):
-        self.out, self.keep_checkpoints = out, keep_checkpoints
+    def __init__(self, out: Path, keep_checkpoints: bool, points: int = POINTS):
+        self.out, self.keep_checkpoints, self.points = out, keep_checkpoints, points
         self.ledger, self.lock = Ledger(out), threading.Lock()
         self.seconds: dict[str, float] = {}  # arm -> of one step, as last seen
         self.interrupted = threading.Event()
@@ -83,7 +83,7 @@ class Runner:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
         lines, events = [], trial.log()
         train = [e for e in events if e["event"] == "train"]
-        span = max(1, math.ceil(len(train) / POINTS))
+        span = max(1, math.ceil(len(train) / self.points))
         for start in range(0, len(train), span):
             piece = train[start : start + span]
             mean = sum(e["loss"] for e in piece) / len(piece)

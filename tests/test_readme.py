@@ -51,7 +51,7 @@ def test_command_parses(words, monkeypatch):
         options = compare.parse(rest)
         assert options.report or len(compare.make_arms(options)) > 1
     if verb == "scaling" and rest[0] != "fit":
-        options = scaling.parse([*rest, "--plan"])  # needs no corpus
+        options = scaling.parse(["--plan", *rest])  # needs no corpus
         assert len(scaling.make_experiment(options).arms) > 1
     if verb == "gpu-check":
         monkeypatch.setattr(gpu_check.torch.cuda, "device_count", lambda: 8)
