@@ -271,6 +271,7 @@ def tables() -> dict[str, str]:
         ),
         "cpu records": records.history("cpu", "open", "records/"),
         "scaling": survival_report.survival_table(ladder("cpu-modern"), "tokens"),
+        "scaling corpora": survival_report.corpora_table({"sotu": ladder("cpu-modern"), "wiki": ladder("wiki-modern")}),
         "tuning": tuned.overview(ROOT / "records" / "tuning"),
         "corpora": table(
             ("corpus", "what", "source"),

@@ -59,6 +59,22 @@ def survival_table(summary: Summary, cost: str) -> str:
     return table(head, rows) if rows else ""
 
 
+def corpora_table(summaries: dict[str, Summary]) -> str:
+    """Do verdicts transfer? The tricks that all of several experiments have, a row an experiment; corpus -> summary."""
+    shared = [t["trick"] for t in next(iter(summaries.values()))["tricks"]]
+    shared = [name for name in shared if all(name in (t["trick"] for t in s["tricks"]) for s in summaries.values())]
+    sizes = list(dict.fromkeys(size["size"] for s in summaries.values() for size in s["sizes"]))
+    rows = []
+    for name in shared:
+        for corpus, summary in summaries.items():
+            trick = next(t for t in summary["tricks"] if t["trick"] == name)
+            cells = {s["size"]: measured(s, "tokens") for s in trick["sizes"]}
+            trend = trick["trends"]["tokens"]
+            verdict = f"{trend['verdict']} at {size_words(trend['at'])}" if trend else "not decided"
+            rows.append((f"`{name}`", corpus, *(cells.get(size, "-") for size in sizes), judged(trend), verdict))
+    return table(("trick", "corpus", *sizes, "predicted", "verdict"), rows)
+
+
 def forms_table(summary: Summary) -> str:
     rows = []
     for trick in summary["tricks"]:

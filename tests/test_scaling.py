@@ -13,7 +13,7 @@ from test_compare import ENV
 
 import scaling
 import train_gpt
-from lab import ladder, plan, plots, published, scaling_laws, trials
+from lab import ladder, plan, plots, published, scaling_laws, survival_report, trials
 from lab.comparison import read_rows
 from lab.scaling_laws import Noise, between, bootstrap, fit, fit_joint, speedup, trend
 from lab.trials import Outcome
@@ -512,3 +512,20 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
         assert set(size["cost"]["seconds"]) == {"2000", "2001"}
     for name in ("README.md", "survival.png", "survival.svg", "sizes.png", "sizes.svg"):
         assert (out / name).stat().st_size > 100, name
+
+
+def test_experiments_on_several_corpora_stand_beside_each_other():
+    def experiment(*sizes):
+        trend = {"ratio": 1.5, "low": 1.1, "high": None, "at": 1e6, "verdict": "survives"}
+        measured = [{"size": s, "ratios": {"tokens": 1.2}, "intervals": {"tokens": [1.1, 1.3]}} for s in sizes]
+        tricks = [{"trick": "+muon", "sizes": measured, "trends": {"tokens": trend}}]
+        return {"sizes": [{"size": s} for s in sizes], "tricks": tricks}
+
+    first = experiment("14k", "25k")
+    first["tricks"].append({"trick": "+soap", "sizes": [], "trends": {"tokens": None}})
+    lines = survival_report.corpora_table({"sotu": first, "wiki": experiment("14k")}).splitlines()
+    assert lines[0] == "| trick | corpus | 14k | 25k | predicted | verdict |"
+    assert lines[2:] == [
+        "| `+muon` | sotu | 1.20x (1.10-1.30) | 1.20x (1.10-1.30) | 1.50x (1.10-inf) | survives at 1M |",
+        "| `+muon` | wiki | 1.20x (1.10-1.30) | - | 1.50x (1.10-inf) | survives at 1M |",
+    ]
