@@ -57,8 +57,8 @@ def kept(root: Path) -> list[Report]:
 
 
 def difference(there: Any, again: Any, place: str = "") -> str:
-    """Where two contents of JSON first differ, in words; empty if they do not. Numbers are the same to a millionth: other
-    machines round otherwise."""
+    """Where two contents of JSON first differ, in words; empty if they do not. Numbers are the same to 1e-4: other
+    machines round otherwise, and a bootstrap's fit carries it on."""
     if isinstance(there, dict) and isinstance(again, dict):
         if missing := there.keys() ^ again.keys():
             return f"{place or 'the top'}: {min(missing)} is not in both"
@@ -69,6 +69,6 @@ def difference(there: Any, again: Any, place: str = "") -> str:
         pairs = [(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(there, again, strict=True))]
     else:
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (there, again))
-        same = abs(there - again) <= 1e-6 * max(abs(there), abs(again)) if numbers else there == again
+        same = abs(there - again) <= 1e-4 * max(abs(there), abs(again)) if numbers else there == again
         return "" if same else f"{place} is {there}, by the trials {again}"
     return next((words for a, b, at in pairs if (words := difference(a, b, at))), "")

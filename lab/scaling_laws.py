@@ -373,7 +373,8 @@ LAW_FIELDS = ("floor", "size_factor", "size_exponent", "token_factor", "token_ex
 
 def fit_joint(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> JointLaw | None:
     """Least squares by scipy's curve_fit, intervals from its covariance and Student's t; None where the runs do not determine
-    five parameters: fewer than seven, or of fewer than three sizes or two budgets a size, or a fit that runs away."""
+    five parameters: fewer than seven, or of fewer than three sizes or two budgets a size, or a fit that runs away or ends at
+    a bound."""
     n, d, y = (np.asarray(v, float) for v in (parameters, tokens, losses))
     if len(y) < 7 or len(np.unique(n)) < 3 or len({*zip(n, d, strict=True)}) < 7:
         return None
@@ -396,6 +397,9 @@ def fit_joint(parameters: Sequence[float], tokens: Sequence[float], losses: Sequ
     if best is None or not np.isfinite(best[2]).all():
         return None
     squares, values, covariance = best
+    low, high = np.asarray(bounds, float)
+    if (np.minimum(values - low, high - values) < 1e-6 * (high - low)).any():  # the rest would be what rounding makes of it
+        return None
     half = stats.t.ppf((1 + LEVEL) / 2, max(1, len(y) - 5)) * np.sqrt(np.diag(covariance))
     rms = math.sqrt(squares / len(y))
     return JointLaw(*map(float, values), unit_n, unit_d, rms, dict(zip(LAW_FIELDS, map(float, half))))

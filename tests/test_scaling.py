@@ -141,6 +141,12 @@ def measured(truth: float, rng: np.random.Generator, sd=0.003, seeds=3, budgets=
     return speedup(fit(x, y), x, y, own.mean(), 1).ratio, bootstrap(x, y, 1, own, noise, seed=1, draws=500)
 
 
+def test_no_joint_law_where_size_does_not_matter():
+    grid = [(n, d) for n in (1e4, 1e5, 1e6) for d in (1e5, 1e6, 1e7)]
+    losses = [1 + 2 * (d / 1e6) ** -0.3 + 0.02 * math.log10(n) for n, d in grid]  # larger is worse: its factor ends at 0
+    assert fit_joint(*zip(*grid, strict=True), losses) is None
+
+
 def test_bootstrap_interval_covers_the_true_speedup():
     rng = np.random.default_rng(0)
     hits = []
