@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ class World:
         self.device = hardware.pick_device(device_name)
         self.main, self.timeout = self.rank == 0, timeout
         self.beats, self.doing, self.since = 0, "the start", time.monotonic()
-        self.store = None
+        self.store, self.ending = None, threading.Event()
         if self.device.type == "mps" and self.size > 1:
             raise UsageError(f"{self.size} ranks on --device mps, which has no collectives: start one, or use --device cpu")
         if self.device.type == "cuda":
@@ -72,7 +72,8 @@ class World:
             backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
             wait = timedelta(seconds=timeout * 1.5 + 30)
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait)
-            threading.Thread(target=self._watch, daemon=True, name="watch").start()
+            self.watch = threading.Thread(target=self._watch, daemon=True, name="watch")
+            self.watch.start()
 
     # what ranks do
 
@@ -90,7 +91,8 @@ class World:
                     os._exit(1)  # the main thread is inside a collective and cannot be woken; torchrun ends the rest
             except (RuntimeError, AttributeError):  # the store has gone: closed, or torchrun has ended
                 return
-            time.sleep(1)
+            if self.ending.wait(1):
+                return
 
     def laggards(self) -> str:
         """Who holds up the others: ranks whose word no longer changes, else those that have done least."""
@@ -170,9 +172,24 @@ class World:
         return self.store is None or self.store.add(f"first/{what}", 1) == 1
 
     def close(self) -> None:
-        self.store = None
+        self.ending.set()
         if self.size > 1:
+            self.watch.join(10)  # not for ever: the store may not answer
+            self.store = None
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; a rank without the interpreter's clean-up.
+
+    Threads of gloo's outlive destroy_process_group. One that lets go of a tensor while the interpreter is being taken down
+    aborts the process (pytorch issues 190489 and 38228), and torchrun then reports a finished run as a failed one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def collective(func: torch._ops.OpOverload, args: tuple) -> tuple[str | None, int]:

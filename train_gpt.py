@@ -48,7 +48,7 @@ from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, roles, setting
 from optimizers.mantissa import keep_mantissas, to_bf16
 from optimizers.shard import Sharded
-from ranks import RankError, Traffic, World, reduce_in_bf16
+from ranks import RankError, Traffic, World, leave, reduce_in_bf16
 from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
 from spec import UsageError, convert, nearest
 
@@ -1032,4 +1032,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -35,7 +35,7 @@ from lab import attention_cases, kernel_cases
 from lab.gpu_report import FAIL, MARGIN, NOT_RUN, PASS, SLOWER, Finding, cause
 from lab.kernel_cases import COLUMNS, TOKENS, VOCABULARY, Case, Drawn
 from operations import Recorder, operations
-from ranks import World
+from ranks import World, leave
 from spec import UsageError
 
 BROKEN = 70  # exit code of a process whose CUDA context a fault has spoiled: EX_SOFTWARE of sysexits.h
@@ -551,4 +551,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -99,4 +99,4 @@ def torchrun(ranks: int, folder: Path, *flags: str) -> None:
     """Train to the end on so many ranks."""
     process = launch(ranks, folder, *flags)
     _, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
+    assert process.returncode == 0, errors[-20000:]

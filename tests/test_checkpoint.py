@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -507,7 +508,7 @@ def backward(self, x, y):
     return real(self, x, y)
 
 train_gpt.Training.backward = backward
-sys.exit(train_gpt.main(sys.argv[1:]))
+train_gpt.leave(train_gpt.main(sys.argv[1:]))
 """
 
 
@@ -516,6 +517,31 @@ def test_the_rank_whose_loss_is_not_finite_is_named(sotu, tmp_path):
     launch(2, tmp_path / "run", "--steps", "5", script=tmp_path / "nan.py").communicate()
     (event,) = events(tmp_path / "run", "nonfinite")
     assert event["ranks"] == [1] and event["step"] == 3
+
+
+BUSY_AT_THE_END = """
+import os, sys, threading, time
+sys.path.insert(0, os.getcwd())
+import torch
+import ranks
+
+def add():
+    while True:
+        torch.zeros(100) + 1
+
+for _ in range(4):
+    threading.Thread(target=add, daemon=True).start()
+time.sleep(0.1)
+print("the end", end="")
+ranks.leave(3)
+"""
+
+
+def test_a_rank_whose_threads_still_work_ends_with_its_own_code():
+    """With sys.exit the interpreter (before 3.14) aborts here."""
+    command = [sys.executable, "-c", BUSY_AT_THE_END]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"WORLD_SIZE": "2"})
+    assert (process.returncode, process.stdout) == (3, "the end"), process.stderr
 
 
 # ---------------------------------------------------------------- 7. disk and data
