@@ -110,7 +110,7 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
     axis.tick_params(axis="x", which="both", labelsize=8)
     axis.plot([], [], "o", color="C0", label="wall-clock")
     axis.plot([], [], "o", color="C1", label="steps")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above: anywhere else are points
     return save(figure, folder, "forest")
 
 

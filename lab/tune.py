@@ -24,6 +24,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -449,6 +450,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the sampler of given points
 
     def work() -> str:
         options = parse(argv)
