@@ -27,6 +27,16 @@ CHAOS = ROOT / "benchmarks" / "chaos.json"
 KERNELS = ROOT / "benchmarks" / "kernels.json"
 COST = ROOT / "benchmarks" / "cost.json"
 H100 = ROOT / "benchmarks" / "h100"  # what `./run.sh gpu-check` left on one
+KEPT = ROOT / "records"
+
+SETTABLE = (  # marker, head of the first column, registry
+    ("averages", "average", optimizers.AVERAGES),
+    ("schedules", "schedule", schedules.SCHEDULES),
+    ("momentum schedules", "momentum schedule", schedules.MOMENTUM_SCHEDULES),
+    ("batch schedules", "batch-size schedule", schedules.BATCH_SCHEDULES),
+    ("window schedules", "window schedule", schedules.WINDOW_SCHEDULES),
+    ("length schedules", "sequence-length schedule", schedules.LENGTH_SCHEDULES),
+)
 
 
 def keys(cls: type) -> str:
@@ -215,7 +225,55 @@ def cost_tables() -> dict[str, str]:
 
 def ladder(name: str) -> dict:
     """scaling.json of an experiment that is kept."""
-    return json.loads((ROOT / "records" / "scaling" / name / "scaling.json").read_text())
+    return json.loads((KEPT / "scaling" / name / "scaling.json").read_text())
+
+
+def comparison(name: str) -> list[dict]:
+    """The ratios of a comparison that is kept."""
+    return json.loads((KEPT / "comparisons" / name / "comparison.json").read_text())["ratios"]
+
+
+def findings() -> list[tuple[str, str, str]]:
+    """Question, answer and evidence of what is in records/."""
+    chain = records.of_track("cpu", "open")
+    (ends,) = comparison("cpu-ends")
+    turns = ends["confirmed"]["train_time"]
+    left_out = comparison("cpu-record")
+    slower = [
+        f"`{r['arm'][1:]}` {1 / r['equal_loss']['train_time']['ratio']:.1f}" for r in left_out if r["verdict"] == "slower"
+    ]
+    found = tuned.read_tables(KEPT / "tuning")
+    _, contest, _ = tuned.scored(tuned.studies(found))
+    best = ", ".join(f"`{row['submission']}` {row['score']:.2f}" for row in contest["submissions"][:5])
+    sizes = ladder("cpu-modern")
+    verdicts: dict[str, list[str]] = {}
+    for trick in sizes["tricks"]:
+        trend = trick["trends"]["tokens"]
+        verdicts.setdefault(trend["verdict"] if trend else "not decided", []).append(f"`{trick['trick'][1:]}`")
+    return [
+        (
+            "How much faster than GPT-2 as published?",
+            f"{len(chain) - 1} records on `cpu`, together {records.gains(chain)[-1]:.0f}x in wall-clock to the target (a "
+            f"product of pairs); {turns['ratio']:.0f}x ({turns['low']:.0f}-{turns['high']:.0f}) by turns with record 006",
+            "[records](#records)",
+        ),
+        (
+            "Which tricks of the record earn their place?",
+            f"{len(slower)} of {len(left_out)}; left out, the target takes so many times as long: {', '.join(slower)}",
+            "[leave-one-out](records/comparisons/cpu-record/README.md)",
+        ),
+        (
+            "Whose optimizer, equally tuned?",
+            f"AlgoPerf score of {len(contest['submissions'])} submissions on {len(contest['workloads'])} workloads: {best}",
+            "[contest](#equal-tuning-and-the-algoperf-score)",
+        ),
+        (
+            "Which tricks survive at larger sizes?",
+            f"{sizes['sizes'][0]['size']} to {sizes['sizes'][-1]['size']} parameters, seen from ten times the largest: "
+            + "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items()),
+            "[ladder](#a-first-ladder-14k-to-384k-parameters)",
+        ),
+    ]
 
 
 def tables() -> dict[str, str]:
@@ -245,34 +303,17 @@ def tables() -> dict[str, str]:
             ("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"),
             optimizer_rows(),
         ),
-        "averages": table(
-            ("average", "what", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in optimizers.AVERAGES.items()],
-        ),
-        "schedules": table(
-            ("schedule", "shape", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.SCHEDULES.items()],
-        ),
-        "momentum schedules": table(
-            ("momentum schedule", "shape", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.MOMENTUM_SCHEDULES.items()],
-        ),
-        "batch schedules": table(
-            ("batch-size schedule", "shape", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.BATCH_SCHEDULES.items()],
-        ),
-        "window schedules": table(
-            ("window schedule", "shape", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.WINDOW_SCHEDULES.items()],
-        ),
-        "length schedules": table(
-            ("sequence-length schedule", "shape", "settings and defaults"),
-            [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in schedules.LENGTH_SCHEDULES.items()],
-        ),
+        "findings": table(("question", "answer so far", "evidence"), findings()),
+        **{
+            marker: table(
+                (first, "shape", "settings and defaults"), [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in of.items()]
+            )
+            for marker, first, of in SETTABLE
+        },
         "cpu records": records.history("cpu", "open", "records/"),
         "scaling": survival_report.survival_table(ladder("cpu-modern"), "tokens"),
         "scaling corpora": survival_report.corpora_table({"sotu": ladder("cpu-modern"), "wiki": ladder("wiki-modern")}),
-        "tuning": tuned.overview(ROOT / "records" / "tuning"),
+        "tuning": tuned.overview(KEPT / "tuning"),
         "corpora": table(
             ("corpus", "what", "source"),
             [(f"`{n}`", c.summary, c.source) for n, c in CORPORA.items()],
