@@ -12,6 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+# Tensors of 2 MB and more in large pages, where Linux gives them on request. glibc returns blocks above 32 MB to the kernel
+# when they are freed, such as logits of GPT-2's vocabulary: in pages of 4 kB the next step waits for as many page faults as
+# they have pages (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp). torch reads this once, when it first allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 
 from spec import UsageError

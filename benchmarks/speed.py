@@ -1,7 +1,7 @@
 """Speed and memory on this machine, side by side with transformers, interleaved in one run. Prints Markdown.
 
     python -m benchmarks.speed            all of it, about 5 minutes on 2 quiet cores (needs requirements-test.txt)
-    python -m benchmarks.speed ours-against-transformers record-mfu ranks start-up        some of it
+    python -m benchmarks.speed ours-against-transformers record-mfu ranks large-pages start-up        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
 """
@@ -103,6 +103,14 @@ def record_mfu() -> None:
 FLAGS = ["train_gpt.py", "--track", "cpu", "--val-tokens", "512", "--val-every", "1000"]
 
 
+def trained(words: list[str], **environment: str) -> dict:
+    """result.json of a run in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*words, "--out", folder + "/run"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | environment)
+        return json.loads(Path(folder, "run", "result.json").read_text())
+
+
 def ranks() -> None:
     """Two gloo ranks of one thread against one process of two threads, interleaved."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -111,17 +119,24 @@ def ranks() -> None:
         rates, memory = {"one": [], "two": []}, {}
         for _ in range(3):
             for name, launch, threads in (("one", [sys.executable], 2), ("two", torchrun, 1)):
-                with tempfile.TemporaryDirectory() as folder:
-                    words = [*launch, *FLAGS, "--tricks", recipe, "--steps", "25", "--out", folder + "/run"]
-                    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-                    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, env=environment)
-                    result = json.loads(Path(folder, "run", "result.json").read_text())
+                words = [*launch, *FLAGS, "--tricks", recipe, "--steps", "25"]
+                result = trained(words, OMP_NUM_THREADS=str(threads))
                 rates[name].append(result["tokens"] / result["robust_train_time"])
                 memory[name] = result["peak_memory"]
         for name, what in (("one", "1 process, 2 threads"), ("two", "2 gloo ranks, 1 thread each")):
             relative = ratio(rates[name], rates["one"])
             rate = statistics.median(rates[name])
             print(f"| `{recipe}` | {what} | {rate:,.0f} | {relative} | {memory[name] / 1e6:,.0f} MB |", flush=True)
+
+
+def large_pages() -> None:
+    """Tensors of 2 MB and more in large pages (hardware.py) and not, interleaved: two sizes of vocabulary."""
+    print("\n| memory in pages of 4 kB / large pages | time | peak memory |\n|---|---|---|")
+    for track in ("tokens", "bytes-large"):
+        words = [sys.executable, "train_gpt.py", "--track", track, "--steps", "30", "--val-every", "1000"]
+        found = [[trained(words, THP_MEM_ALLOC_ENABLE=large) for large in "01"] for _ in range(5)]
+        columns = [[[r[key] for r in each] for each in zip(*found)] for key in ("robust_train_time", "peak_memory")]
+        print(f"| `{track}` | {' | '.join(ratio(small, large) for small, large in columns)} |", flush=True)
 
 
 def start_up() -> None:
@@ -147,6 +162,7 @@ PARTS = {
     "ours-against-transformers": ours_against_transformers,
     "record-mfu": record_mfu,
     "ranks": ranks,
+    "large-pages": large_pages,
     "start-up": start_up,
 }
 

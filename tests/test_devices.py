@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 
 import hardware
 import kernels
@@ -170,3 +173,22 @@ def test_nccl_that_fails_is_a_line(monkeypatch, capsys, train):
     train(code=1)
     printed = capsys.readouterr().err
     assert printed == f"train_gpt.py: rank 0: {said.splitlines()[0]}; NCCL_DEBUG=INFO says more\n"
+
+
+LARGE_PAGES = """
+import re
+import train_gpt, torch
+kept = torch.ones(25_000_000)
+print(re.search(r"AnonHugePages: *([0-9]+)", open("/proc/self/smaps_rollup").read())[1])
+"""
+ON_REQUEST = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not ON_REQUEST.exists() or "[madvise]" not in ON_REQUEST.read_text(), reason="large pages not on request")
+@pytest.mark.parametrize(("asked", "there"), [("0", False), (None, True)])
+def test_large_tensors_are_in_large_pages(asked, there):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": asked} if asked else {}
+    command = [sys.executable, "-c", LARGE_PAGES]
+    kilobytes = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert (int(kilobytes) > 50_000) == there  # of 100,000
