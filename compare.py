@@ -20,9 +20,7 @@ and SVG. Exit codes: 0 compared, 2 the command was wrong or nothing can be said,
 """
 
 import argparse
-import json
 import math
-import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,14 +33,27 @@ import train_gpt
 import tricks
 from lab import comparison, plots, score, stats
 from lab.horizon import Search, search
-from lab.runner import Runner, add_launcher_flags, command, make_launcher, read_curves, say
+from lab.runner import (
+    Runner,
+    add_launcher_flags,
+    at_least,
+    check_folder,
+    command,
+    make_launcher,
+    read_curves,
+    read_options,
+    read_report,
+    say,
+    write_report,
+)
 from lab.trials import Arm, Trial
-from run_folder import atomic_write, lock
+from run_folder import lock
 from spec import UsageError, nearest
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
 AGAIN = 100  # first seed of the second arm of an A/A comparison
+REPORT = "comparison.json"
 MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
 
 # ---------------------------------------------------------------- arms
@@ -213,29 +224,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Command line -> options; `flags` is what stood after `--`.
+    """Command line -> options.
 
     Raises:
         UsageError: an unknown flag or a value out of range.
     """
-    cut = argv.index("--") if "--" in argv else len(argv)
-    options = parser().parse_args(argv[:cut])
-    options.flags = tuple(argv[cut + 1 :])
-    options.command = shlex.join(argv)
+    options = read_options(parser(), argv)
     if not options.report and not any(getattr(options, mode) for mode in MODES):
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
-    for name, least in (
-        ("seeds", 0),
-        ("first_steps", 0),
-        ("max_steps", 0),
-        ("side_by_side", 1),
-        ("processes", 1),
-        ("margin", 0),
-    ):
-        if getattr(options, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    at_least(options, seeds=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
     options.given = {}
     for word in options.horizon:
         name, equals, steps = word.rpartition("=")
@@ -258,7 +257,7 @@ def run(options: argparse.Namespace) -> list[str]:
     mode = mode_of(options)
     out = options.out or Path("comparisons") / f"{options.track}-{mode.replace('_', '-')}-{names[0].split(':')[0]}"
     settings = {"track": options.track, "target": target_of(options), "base": names[0], "mode": mode}
-    check_folder(out, settings)
+    check_folder(out, REPORT, settings)
     held = lock(out)  # two comparisons in one folder would write over each other's trials
     try:
         return compare(arms, options, settings, out)
@@ -287,42 +286,12 @@ def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, An
     return write()
 
 
-def check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """
-    Raises:
-        UsageError: the folder holds another comparison, or something else.
-    """
-    path = out / "comparison.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        for key, value in settings.items():
-            if there.get(key) != value:
-                raise UsageError(f"{out} holds a comparison with {key} {there.get(key)!r}, not {value!r}: choose another --out")
-    elif out.exists() and any(p.name != "lock" for p in out.iterdir()) and not (out / "trials.csv").exists():
-        raise UsageError(f"{out} is not empty and holds no comparison: choose another --out")
-
-
 def report(out: Path, summary: dict[str, Any]) -> list[str]:
     """Write comparison.json, README.md and the plots; returns the verdict lines."""
     curves = read_curves(out / "curves.csv")
     summary["plots"] = plots.draw_comparison(out, summary, curves)
-    atomic_write(out / "comparison.json", json.dumps(summary, indent=1) + "\n")
-    atomic_write(out / "README.md", comparison.markdown(summary))
+    write_report(out, REPORT, summary, comparison.markdown(summary))
     return comparison.verdict_lines(summary)
-
-
-def report_again(folder: Path, allow_mixed: bool) -> list[str]:
-    """The report of a folder, made anew from its trials.
-
-    Raises:
-        UsageError: the folder holds no comparison.
-    """
-    try:
-        there = json.loads((folder / "comparison.json").read_text())
-        rows = comparison.read_rows(folder / "trials.csv")
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no comparison: {Path(error.filename).name} is missing") from None
-    return report(folder, comparison.again(there, rows, allow_mixed))
 
 
 def main(argv: list[str]) -> int:
@@ -335,7 +304,10 @@ def main(argv: list[str]) -> int:
 
     def work() -> str:
         options = parse(argv)
-        return "\n".join(report_again(options.report, options.allow_mixed) if options.report else run(options))
+        if options.report:
+            there, rows = read_report(options.report, REPORT)
+            return "\n".join(report(options.report, comparison.again(there, rows, options.allow_mixed)))
+        return "\n".join(run(options))
 
     return command("compare.py", work)
 

@@ -19,10 +19,8 @@ SVG. Exit codes: 0 judged or planned, 2 the command was wrong or nothing can be 
 """
 
 import argparse
-import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +34,23 @@ from data.shards import Dataset, dataset_folder
 from lab import comparison, ladder, plan, plots, published, survival, survival_report, trials
 from lab.ladder import Ladder, Rung, retune_factors, size_of, size_words
 from lab.plan import HERE, Work
-from lab.runner import Runner, add_launcher_flags, command, make_launcher
+from lab.runner import (
+    Runner,
+    add_launcher_flags,
+    at_least,
+    check_folder,
+    command,
+    make_launcher,
+    read_options,
+    read_report,
+    write_report,
+)
 from lab.trials import Arm, Trial
-from run_folder import atomic_write, lock, settings_hash
+from run_folder import lock, settings_hash
 from spec import UsageError, nearest, split
 
 RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the timing: none is used twice
+REPORT = "scaling.json"
 TIME_PAIRS = 3  # short runs of each arm at each size, by turns, for the seconds of a token
 CALIBRATION_STEPS = 6  # of the runs by which --plan measures this machine
 LAST_ONLY = ("--val-every", "1000000000")  # the loss at the end of a run is all that counts
@@ -258,7 +267,7 @@ def run(options: argparse.Namespace) -> list[str]:
         "tokens_per_parameter": options.tokens_per_parameter or experiment.ladder.tokens_per_parameter,
         "flags": list(options.flags),
     }  # fmt: skip
-    check_folder(out, settings)
+    check_folder(out, REPORT, settings)
     held = lock(out)
     try:
         return measure(experiment, settings, out)
@@ -351,23 +360,6 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
     return more
 
 
-def check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """
-    Raises:
-        UsageError: the folder holds another experiment, or something else.
-    """
-    path = out / "scaling.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        for key, value in settings.items():
-            if there.get(key) != value:
-                raise UsageError(
-                    f"{out} holds an experiment with {key} {there.get(key)!r}, not {value!r}: choose another --out"
-                )
-    elif out.exists() and any(p.name != "lock" for p in out.iterdir()) and not (out / "trials.csv").exists():
-        raise UsageError(f"{out} is not empty and holds no experiment: choose another --out")
-
-
 def report(out: Path, summary: dict[str, Any]) -> list[str]:
     """Write scaling.json, README.md and the plots; returns the verdict lines.
 
@@ -375,26 +367,11 @@ def report(out: Path, summary: dict[str, Any]) -> list[str]:
         UsageError: nothing can be said of any trick.
     """
     summary["plots"] = plots.draw_scaling(out, summary)
-    atomic_write(out / "scaling.json", json.dumps(summary, indent=1) + "\n")
-    atomic_write(out / "README.md", survival_report.markdown(summary))
+    write_report(out, REPORT, summary, survival_report.markdown(summary))
     lines = survival_report.verdict_lines(summary)
     if not any(trick["trends"]["tokens"] for trick in summary["tricks"]):
         raise UsageError(f"nothing can be said: {'; '.join(lines)}; trials are kept in {out}")
     return lines
-
-
-def report_again(folder: Path) -> list[str]:
-    """The report of a folder, made anew from its trials.
-
-    Raises:
-        UsageError: the folder holds no experiment.
-    """
-    try:
-        there = json.loads((folder / "scaling.json").read_text())
-        rows = comparison.read_rows(folder / "trials.csv")
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no scaling experiment: {Path(error.filename).name} is missing") from None
-    return report(folder, survival.again(there, rows))
 
 
 # ---------------------------------------------------------------- command
@@ -434,29 +411,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Command line -> options; `flags` is what stood after `--`.
+    """Command line -> options.
 
     Raises:
         UsageError: an unknown flag or a value out of range.
     """
-    cut = argv.index("--") if "--" in argv else len(argv)
-    options = parser().parse_args(argv[:cut])
-    options.flags = tuple(argv[cut + 1 :])
-    options.command = shlex.join(argv)
+    options = read_options(parser(), argv)
     if not options.report and not options.tricks:
         raise UsageError("scale what? --tricks muon soap ... (see --help)")
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 3")
-    for name, least in (
-        ("seeds", 2),
-        ("retune", 1),
-        ("timing_steps", 0),
-        ("hold_out", 0),
-        ("side_by_side", 1),
-        ("processes", 1),
-    ):
-        if getattr(options, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1)
     if options.tokens_per_parameter < 0 or not options.retune_step > 1:
         raise UsageError("--tokens-per-parameter must be above 0 and --retune-step above 1")
     for name in ("budgets", "trick_budgets"):
@@ -476,7 +441,9 @@ def main(argv: list[str]) -> int:
 
     def work() -> str:
         options = parse(argv)
-        return "\n".join(report_again(options.report) if options.report else run(options))
+        if options.report:
+            return "\n".join(report(options.report, survival.again(*read_report(options.report, REPORT))))
+        return "\n".join(run(options))
 
     return command("scaling.py", work)
 

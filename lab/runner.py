@@ -3,8 +3,10 @@
 import argparse
 import csv
 import errno
+import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -15,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lab import trials
-from lab.comparison import Ledger, Row
+from lab.comparison import Ledger, Row, read_rows
 from lab.trials import Launcher, Trial
-from run_folder import source_hash
+from run_folder import atomic_write, source_hash
 from spec import UsageError
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
@@ -120,6 +122,57 @@ def command(name: str, work: Callable[[], str]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
         return 130
+
+
+def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options = parser.parse_args(argv[:cut])
+    options.flags, options.command = tuple(argv[cut + 1 :]), shlex.join(argv)
+    return options
+
+
+def at_least(options: argparse.Namespace, **least: float) -> None:
+    """
+    Raises:
+        UsageError: an option is below its least value.
+    """
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(options, name)}")
+
+
+def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
+    """May an experiment with these settings, whose report is `file`, be kept in this folder?
+
+    Raises:
+        UsageError: it holds another one, or something else.
+    """
+    if (out / file).exists():
+        there = json.loads((out / file).read_text())
+        for key, value in settings.items():
+            if there.get(key) != value:
+                raise UsageError(f"{out} holds a {file} with {key} {there.get(key)!r}, not {value!r}: choose another --out")
+    elif out.exists() and any(p.name != "lock" for p in out.iterdir()) and not (out / "trials.csv").exists():
+        raise UsageError(f"{out} is not empty and holds no {file}: choose another --out")
+
+
+def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> None:
+    """The summary as JSON, and the README that says the same in words."""
+    atomic_write(out / file, json.dumps(summary, indent=1) + "\n")
+    atomic_write(out / "README.md", text)
+
+
+def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
+    """Summary and trials of an experiment.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    try:
+        return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} holds no {file}: {Path(error.filename).name} is missing") from None
 
 
 def say(bar: tqdm, line: str) -> None:

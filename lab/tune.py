@@ -36,7 +36,7 @@ from tqdm import tqdm
 import train_gpt
 import tricks
 from lab import trials, tuned
-from lab.runner import command
+from lab.runner import at_least, command
 from lab.space import EXTRAS, Submission, points, submission, values
 from lab.trials import Arm, Trial
 from lab.tuned import SETTERS, Row, Table
@@ -371,9 +371,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UsageError: an unknown submission or workload, or a value out of range.
     """
     options = parser().parse_args(argv)
-    for name in ("trials", "studies", "side_by_side", "target_seeds"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    at_least(options, trials=1, studies=1, side_by_side=1, target_seeds=1)
     if options.machine_hours < 0:
         raise UsageError(f"--machine-hours must be above 0, got {options.machine_hours:g}")
     for name in options.workloads:

@@ -288,7 +288,7 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--tricks", "muon", "--launcher", "slurm"], "invalid choice"),
         (["--optimizers", "adamw", "muno"], "unknown optimizer 'muno'"),
         (["--tricks", "muon", "--track", "tniy"], "unknown track 'tniy'"),
-        (["--report", "nowhere"], "holds no comparison"),
+        (["--report", "nowhere"], "holds no comparison.json"),
         (["--tricks", "muon", "--", "--layres", "2"], "unknown flag --layres: did you mean '--layers'?"),
     ],
 )
@@ -306,10 +306,10 @@ def test_folder_of_something_else_is_left_alone(fake, tmp_path, capsys):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.txt").write_text("mine")
     assert compare.main(command(tmp_path / "c", "--recipes", "baseline", "modern")) == 2
-    assert "holds no comparison" in capsys.readouterr().err
+    assert "holds no comparison.json" in capsys.readouterr().err
     assert compare.main(command(tmp_path / "d", "--recipes", "baseline", "modern")) == 0
     assert compare.main(command(tmp_path / "d", "--recipes", "muon", "modern")) == 2
-    assert "holds a comparison with base 'baseline'" in capsys.readouterr().err
+    assert "holds a comparison.json with base 'baseline'" in capsys.readouterr().err
 
 
 def test_schedule_free_arms_run_at_a_constant_rate():
