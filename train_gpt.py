@@ -790,12 +790,13 @@ class Training:
                 self.run_folder.event("target", step=step, loss=loss, target_loss=config.target_loss, train_time=now)
 
     def warm_up(self) -> None:
-        """Compile what each stage still to come needs."""
+        """Compile what each stage still to come needs, and the update."""
         starts = (*self.windows.starts, *self.lengths.starts)
         for step in sorted({max(start, self.steps_done) for start in starts if start < self.config.steps}):
             self.follow(step)
             shape = self.micro_batch(step)
             warm_up(self.model, shape, self.model_config, self.world.device, self.future())
+        optimizers.compile_update(self.optimizer)
 
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
@@ -809,7 +810,6 @@ class Training:
         if self.compiled:
             self.world.beat("compiling")
             self.warm_up()
-            optimizers.compile_update(self.optimizer)
         if main:
             self.run_folder.open(self.environment(), log_bytes, self.start.parent.parent if self.branched else None)
             about = dict(seed=config.seed, config=settings_hash(self.run_folder.config, ("seed",)), source=source_hash())

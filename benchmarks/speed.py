@@ -89,6 +89,8 @@ def record_mfu() -> None:
     """Step of the cpu track's record recipe against the peak of matrix products measured between the steps."""
     config, model_config, recipe = train_gpt.resolve(["--track", "cpu", "--tricks", "record", "--out", tempfile.mkdtemp()])
     training = train_gpt.Training(config, model_config, recipe, train_gpt.World("cpu"))
+    if training.compiled:
+        training.warm_up()
     peak = lambda: 1 / hardware.matmul_peak(DEVICE, training.dtype)[0]  # noqa: E731
     times = interleave({"step": lambda: training.step()[2], "peak": peak}, rounds=15)
     step, top = statistics.median(times["step"]), 1 / min(times["peak"])
