@@ -176,19 +176,32 @@ def test_nccl_that_fails_is_a_line(monkeypatch, capsys, train):
 
 
 LARGE_PAGES = """
-import re
+import mmap, re
 import train_gpt, torch
+
+def large():
+    return int(re.search(r"AnonHugePages: *([0-9]+)", open("/proc/self/smaps_rollup").read())[1])
+
+start = large()
+plain = mmap.mmap(-1, 100_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+plain.madvise(mmap.MADV_HUGEPAGE)
+plain.write(bytes(100_000_000))
+asked = large()
 kept = torch.ones(25_000_000)
-print(re.search(r"AnonHugePages: *([0-9]+)", open("/proc/self/smaps_rollup").read())[1])
+print(asked - start, large() - asked)
 """
-ON_REQUEST = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ROLLUP, MODE = Path("/proc/self/smaps_rollup"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(not ON_REQUEST.exists() or "[madvise]" not in ON_REQUEST.read_text(), reason="large pages not on request")
+@pytest.mark.skipif(not (ROLLUP.exists() and MODE.exists() and "[madvise]" in MODE.read_text()), reason="none on request")
 @pytest.mark.parametrize(("asked", "there"), [("0", False), (None, True)])
 def test_large_tensors_are_in_large_pages(asked, there):
+    """As are those of a program that asks for them itself."""
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     environment |= {"THP_MEM_ALLOC_ENABLE": asked} if asked else {}
     command = [sys.executable, "-c", LARGE_PAGES]
-    kilobytes = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    assert (int(kilobytes) > 50_000) == there  # of 100,000
+    words = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    plain, tensor = map(int, words.split())  # kB, of 100 MB each
+    if plain < 80_000:
+        pytest.skip("the kernel has none to give")
+    assert (tensor > 50_000) == there
