@@ -172,7 +172,7 @@ def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
     try:
         return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
     except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no {file}: {Path(error.filename).name} is missing") from None
+        raise UsageError(f"{folder} holds no experiment: {Path(error.filename).name} is missing") from None
 
 
 def say(bar: tqdm, line: str) -> None:

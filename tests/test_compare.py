@@ -288,7 +288,7 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--tricks", "muon", "--launcher", "slurm"], "invalid choice"),
         (["--optimizers", "adamw", "muno"], "unknown optimizer 'muno'"),
         (["--tricks", "muon", "--track", "tniy"], "unknown track 'tniy'"),
-        (["--report", "nowhere"], "holds no comparison.json"),
+        (["--report", "nowhere"], "holds no experiment"),
         (["--tricks", "muon", "--", "--layres", "2"], "unknown flag --layres: did you mean '--layers'?"),
     ],
 )

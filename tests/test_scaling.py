@@ -433,7 +433,7 @@ def test_all_runs_diverged_at_a_size(fake, tmp_path, capsys, monkeypatch):
      (["--tricks", "muon", "--tokens-per-parameter", "20"], "no data left: 4.23M parameters at budget 2 want 169,"),
      (["--tricks", "muon", "--budgets", "1"], "at least two"), (["--tricks", "muon", "--budgets", "2", "4"], "one of them 1"),
      (["--tricks", "muon", "--lr-transfer", "mupp"], "takes mup"), (["--tricks", "soap:lrr=1"], "no key 'lrr'"),
-     (["--tricks", "muon", "--at", "big"], "'big' is no size"), (["--report", "nowhere"], "holds no scaling.json"),
+     (["--tricks", "muon", "--at", "big"], "'big' is no size"), (["--report", "nowhere"], "holds no experiment"),
      (["--tricks", "muon", "--plan", "--hardware", "8xH10"], "did you mean 'H100'"),
      (["--tricks", "muon", "--plan", "--hardware", "H100"], "takes 8xH100 and the like")],
 )  # fmt: skip
