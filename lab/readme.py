@@ -306,7 +306,8 @@ def tables() -> dict[str, str]:
         "findings": table(("question", "answer so far", "evidence"), findings()),
         **{
             marker: table(
-                (first, "shape", "settings and defaults"), [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in of.items()]
+                (first, "what it does", "settings and defaults"),
+                [(f"`{n}`", first_line(cls), keys(cls)) for n, cls in of.items()],
             )
             for marker, first, of in SETTABLE
         },
