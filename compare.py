@@ -4,6 +4,7 @@
     python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
     python compare.py --base record --leave-out sparse_ngrams compile     each alone out of a stack
     python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
+    python compare.py --optimizers adamw muon --tuned-on bytes-large      each with its settings from `compare tune`
     python compare.py --recipes baseline record --horizon baseline=2400 record=272
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
@@ -20,6 +21,8 @@ and SVG. Exit codes: 0 compared, 2 the command was wrong or nothing can be said,
 """
 
 import argparse
+import dataclasses
+import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +51,7 @@ from lab.runner import (
 )
 from lab.trials import Arm, Trial
 from run_folder import lock
-from spec import UsageError, nearest
+from spec import UsageError, nearest, split
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
@@ -91,9 +94,12 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         return [one, Arm(f"{options.again} again", one.flags, first_seed=AGAIN)]
     else:
         arms = []
-        for spec in options.optimizers:
-            free = optimizers.own_schedule(spec.split(":")[0])
-            arms.append(arm(spec, [base], "--optimizer", spec, *(("--schedule", "constant") if free else ())))
+        for word in options.optimizers:
+            spec, schedule = tuned_for(options.tuned_on, word) if options.tuned_on else (word, "")
+            made = arm(word, [base], "--optimizer", spec, *(("--schedule", schedule) if schedule else ()))
+            if optimizers.own_schedule(split(word)[0]):  # whatever schedule the flags give the others
+                made = dataclasses.replace(made, flags=(*made.flags, "--schedule", "constant"))
+            arms.append(made)
     if len(arms) < 2:
         raise UsageError("one arm is no comparison: name at least two")
     seen: dict[Path, str] = {}
@@ -103,6 +109,20 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
             raise UsageError(f"{made.name!r} and {seen[folder]!r} are the same settings: give two seeds to one arm instead")
         seen[folder] = made.name
     return arms
+
+
+def tuned_for(workload: str, word: str) -> tuple[str, str]:
+    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept.
+
+    Raises:
+        UsageError: nothing was tuned for the workload, or not this optimizer.
+    """
+    name, known = split(word)[0], json.loads(tricks.TUNED.read_text())
+    if workload not in known:
+        raise UsageError(f"--tuned-on {workload}: nothing was tuned for it: {nearest(workload, known)}")
+    if name not in known[workload]:
+        raise UsageError(f"--tuned-on {workload}: {name!r} was not tuned for it: {nearest(name, known[workload])}")
+    return tricks.tuned(workload, word, tricks.track(workload).settings["schedule"])
 
 
 # ---------------------------------------------------------------- trials
@@ -205,6 +225,8 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--optimizers", nargs="+", metavar="SPEC", help="optimizers on the base's model; the first is the base")
     modes.add_argument("--again", metavar="RECIPE", help="A/A: a recipe against itself, on other seeds")
     modes.add_argument("--report", type=Path, metavar="FOLDER", help="print the verdicts of a comparison, train nothing")
+    add("--tuned-on", metavar="WORKLOAD", help="with --optimizers: settings and schedules as `compare tune` found them "
+        "best for a workload, instead of the track's")  # fmt: skip
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
     add("--first-steps", type=int, default=0, help="length that each search begins at (default: the recipe's, "
@@ -232,6 +254,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = read_options(parser(), argv)
     if not options.report and not any(getattr(options, mode) for mode in MODES):
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
+    if options.tuned_on and not options.optimizers:
+        raise UsageError("--tuned-on goes with --optimizers")
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     at_least(options, seeds=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)

@@ -9,7 +9,9 @@ import pytest
 
 import compare
 import run_folder
+import spec
 import train_gpt
+import tricks
 from lab import comparison, runner, stats, trials
 from lab.comparison import Row, read_rows
 from lab.trials import Outcome
@@ -287,6 +289,9 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--tricks", "muon", "--side-by-side", "0"], "must be at least 1"),
         (["--tricks", "muon", "--launcher", "slurm"], "invalid choice"),
         (["--optimizers", "adamw", "muno"], "unknown optimizer 'muno'"),
+        (["--tricks", "muon", "--tuned-on", "wiki"], "--tuned-on goes with --optimizers"),
+        (["--optimizers", "adamw", "muon", "--tuned-on", "wikki"], "nothing was tuned for it: did you mean 'wiki'?"),
+        (["--optimizers", "adamw", "ademamix", "--tuned-on", "wiki"], "'ademamix' was not tuned for it"),
         (["--tricks", "muon", "--track", "tniy"], "unknown track 'tniy'"),
         (["--report", "nowhere"], "holds no experiment"),
         (["--tricks", "muon", "--", "--layres", "2"], "unknown flag --layres: did you mean '--layers'?"),
@@ -313,8 +318,20 @@ def test_folder_of_something_else_is_left_alone(fake, tmp_path, capsys):
 
 
 def test_schedule_free_arms_run_at_a_constant_rate():
-    arms = compare.make_arms(compare.parse(["--optimizers", "adamw", "schedule_free_adamw"]))
-    assert [train_gpt.resolve(list(arm.flags))[0].schedule for arm in arms] == ["cosine:warmup=100", "constant"]
+    words = ["--optimizers", "adamw", "schedule_free_adamw"]
+    for more, schedule in ([], "cosine:warmup=100"), (["--", "--schedule", "wsd"], "wsd"):
+        arms = compare.make_arms(compare.parse(words + more))
+        assert [train_gpt.resolve(list(arm.flags))[0].schedule for arm in arms] == [schedule, "constant"]
+
+
+def test_arms_take_what_was_tuned_on_a_workload():
+    best = json.loads(tricks.TUNED.read_text())["bytes-large"]
+    words = ["--optimizers", "adamw", "muon:momentum=0.9", "schedule_free_adamw", "--tuned-on", "bytes-large"]
+    adamw, muon, free = (train_gpt.resolve(list(arm.flags))[0] for arm in compare.make_arms(compare.parse(words)))
+    assert (adamw.optimizer, adamw.schedule) == (best["adamw"]["optimizer"], best["adamw"]["schedule"])
+    assert (free.optimizer, free.schedule) == (best["schedule_free_adamw"]["optimizer"], "constant")
+    keys = spec.split(best["muon"]["optimizer"])[1] | {"momentum": "0.9"}
+    assert spec.split(muon.optimizer)[1] == keys and muon.schedule == best["muon"]["schedule"]
 
 
 # ---------------------------------------------------------------- the rate of wrong verdicts
