@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import math
+import shlex
 import statistics
 import threading
 from collections.abc import Iterable, Sequence
@@ -250,8 +251,9 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
         UsageError: see check_machines.
     """
     target, base = settings["target"], settings["base"]
-    steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs; earlier plans' are left out
-    rows = [r for r in rows if r.arm in steps and (r.phase == "search" or r.steps == steps[r.arm])]
+    steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs
+    # those of an earlier plan, of another length, confirm nothing; they say as much of the horizon as a run of the search
+    rows = [r if r.steps == steps[r.arm] else dataclasses.replace(r, phase="search") for r in rows if r.arm in steps]
     machines = check_machines(rows, allow_mixed)
     of = {name: [row for row in rows if row.arm == name] for name in steps}
     track = tricks.track(settings["track"])
@@ -312,6 +314,12 @@ def verdict_lines(summary: dict[str, Any]) -> list[str]:
     return [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]]
 
 
+def trained_as(arms: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines: the command that trains each arm."""
+    steps = lambda arm: f" --steps {arm['steps']}" if arm["steps"] else ""  # noqa: E731
+    return [*(f"- `{arm['name']}`: `./run.sh train {shlex.join(arm['flags'])}{steps(arm)}`" for arm in arms), ""]
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """README.md of the output folder."""
     against = {ratio["arm"]: ratio for ratio in reversed(summary["ratios"])}  # the first: against the base
@@ -357,6 +365,7 @@ def markdown(summary: dict[str, Any]) -> str:
             "",
             *(f"- {line}" for line in verdict_lines(summary)),
             "",
+            *(trained_as(summary["arms"]) if summary["mode"] == "optimizers" else ()),  # others are named after their tricks
             table(("arm / base", "at", *COSTS.values()), costs) if costs else "",
             "",
             f"Machine: {'; '.join(summary['machines']) or '-'}. Source: {', '.join(summary['sources'])}.",

@@ -40,10 +40,10 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
     """All pictures for which there is something to draw; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    names = [arm["name"] for arm in summary["arms"]]
-    shown = [c for c in curves if c["phase"] == "confirm" and c["arm"] in names]
+    steps = {arm["name"]: arm["steps"] for arm in summary["arms"]}  # of the confirming runs; earlier plans' are left out
+    shown = [c for c in curves if c["phase"] == "confirm" and c["arm"] in steps and c["steps"] == steps[c["arm"]]]
     if shown:
-        drawn.append(loss_curves(folder, names, shown, summary["target"]))
+        drawn.append(loss_curves(folder, list(steps), shown, summary["target"]))
     judged = [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]
     if judged:
         drawn.append(forest(folder, judged))

@@ -246,6 +246,13 @@ def findings() -> list[tuple[str, str, str]]:
         for r in stack["ratios"]
         if r["verdict"] == "slower"
     ]
+    alone = comparison("cpu-optimizers")
+    reached = {arm["name"]: arm["confirmed"]["met"] for arm in alone["arms"]}
+    saved = [
+        f"`{r['arm']}` {r['confirmed']['train_time']['ratio']:.2f}x ({r['confirmed']['train_time']['low']:.2f}-"
+        f"{r['confirmed']['train_time']['high']:.2f})" + ", its target not confirmed" * (not reached[r["arm"]])
+        for r in alone["ratios"]
+    ]
     found = tuned.read_tables(KEPT / "tuning")
     _, contest, _ = tuned.scored(tuned.studies(found))
     best = ", ".join(f"`{row['submission']}` {row['score']:.2f}" for row in contest["submissions"][:5])
@@ -265,6 +272,11 @@ def findings() -> list[tuple[str, str, str]]:
             "Which tricks of the record earn their place?",
             f"{len(slower)} of {len(stack['ratios'])}; left out, the target takes so many times as long: {', '.join(slower)}",
             "[leave-one-out](records/comparisons/cpu-record/README.md)",
+        ),
+        (
+            "How much does the optimizer alone save?",
+            f"against AdamW on the `modern` GPT of `cpu`, settings tuned on `bytes-large`, wall-clock: {'; '.join(saved)}",
+            "[comparison](records/comparisons/cpu-optimizers/README.md)",
         ),
         (
             "Whose optimizer, equally tuned?",

@@ -420,6 +420,15 @@ def shards(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in ("file", "tokens", "sha256")} for entry in manifest["splits"][split]]
 
 
+def own_flags(about: dict[str, Any]) -> str:
+    """What an entry of the `optimizer` category has chosen beside its tricks, as flags; the name of a recipe says the rest."""
+    if about["category"] != "optimizer":
+        return ""
+    settings = about["settings"]
+    chosen = {key: settings[key] for key in ("optimizer", "average", "schedule", "momentum_schedule", "clip")}
+    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in chosen.items() if value not in ("none", "keep"))
+
+
 def readme(about: dict[str, Any]) -> str:
     """README.md of a record's folder, all of it from record.json."""
     s, against = about["statistics"], about["against"]
@@ -427,8 +436,8 @@ def readme(about: dict[str, Any]) -> str:
     where = machine["gpus"][0] if machine["gpus"] else f"{machine['cpu']}, {machine['threads']} threads"
     lines = [
         f"# {about['track']} {about['number']:03d}: {about['name']}", "", about["why"], "",
-        f"`./run.sh train --track {about['track']} --tricks {about['recipe']} --steps {about['steps']} --seed N`, "
-        f"N = 0 to {s['n'] - 1}", "",
+        f"`./run.sh train --track {about['track']} --tricks {about['recipe']}{own_flags(about)} --steps {about['steps']} "
+        f"--seed N`, N = 0 to {s['n'] - 1}", "",
         f"- loss: mean {s['mean']:.4f}, sd {s['sd']:.4f}, n = {s['n']}, target {about['target_loss']:g}, p = {s['p']:.2g}",
         f"- time: {s['train_time']:.1f} s (sd {s['train_time_sd']:.1f}), robust {s['robust_train_time']:.1f} s, "
         f"{s['stalled']} stalled; {about['steps']:,} steps, {s['tokens'] / 1e6:.2f}M tokens, {s['peak_memory'] / 1e6:,.0f} MB",

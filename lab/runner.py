@@ -200,8 +200,20 @@ def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Laun
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
+    """Lines of curves.csv; `steps` is the length of the run that a line belongs to, whose lines stand together."""
     if not path.exists():
         return []
     number: dict[str, Callable[[str], Any]] = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
     with path.open(newline="") as file:
-        return [{k: number.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        lines = [{k: number.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    runs: list[list[dict[str, Any]]] = []
+    for line in lines:
+        last = runs[-1][-1] if runs else None
+        if (
+            last is None
+            or any(line[key] != last[key] for key in ("arm", "seed", "phase"))
+            or (line["kind"] == "train" and (last["kind"] == "val" or line["step"] <= last["step"]))
+        ):
+            runs.append([])
+        runs[-1].append(line)
+    return [line | {"steps": max(x["step"] for x in run)} for run in runs for line in run]

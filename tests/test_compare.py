@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shlex
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import run_folder
 import spec
 import train_gpt
 import tricks
-from lab import comparison, runner, stats, trials
+from lab import comparison, plots, runner, stats, trials
 from lab.comparison import Row, read_rows
 from lab.trials import Outcome
 
@@ -135,14 +136,22 @@ def test_interrupted_comparison_trains_nothing_twice(fake, tmp_path, monkeypatch
     assert (tmp_path / "c" / "comparison.json").read_text() == before
 
 
-def test_runs_of_an_earlier_plan_are_left_out(fake, tmp_path):
+def test_runs_of_an_earlier_plan_confirm_nothing_but_say_where_the_horizon_is(fake, tmp_path, monkeypatch):
     fake({"baseline": 200, "modern": 100})
+    drawn = []
+    monkeypatch.setattr(plots, "loss_curves", lambda folder, names, curves, target: drawn.append(curves) or "loss")
     words = ["--recipes", "baseline", "modern", "--seeds", "5", "--horizon", "baseline=215"]
     assert compare.main(command(tmp_path / "c", *words, "modern=150")) == 0
     assert compare.main(command(tmp_path / "c", *words, "modern=110")) == 0
     found = summary(tmp_path / "c")
     assert found["ratios"][0]["confirmed"]["steps"]["ratio"] == pytest.approx(215 / 110)
     assert [arm["confirmed"]["n"] for arm in found["arms"]] == [5, 5]
+    base, modern = (arm["horizon"] for arm in found["arms"])
+    assert base is None and modern["low"] < 100 < modern["high"], "the base ran at one length, the other at two"
+    ends = [{(c["arm"], c["seed"], c["step"]) for c in curves if c["kind"] == "val"} for curves in drawn]
+    plans = [{"baseline": 215, "modern": 150}, {"baseline": 215, "modern": 110}]
+    assert ends == [{(name, seed, steps) for name, steps in plan.items() for seed in range(5)} for plan in plans]
+    assert {c["steps"] for c in drawn[1] if c["kind"] == "train"} == {215, 110}
 
 
 def test_runs_of_other_code_are_trained_anew(fake, tmp_path, monkeypatch):
@@ -322,6 +331,29 @@ def test_schedule_free_arms_run_at_a_constant_rate():
     for more, schedule in ([], "cosine:warmup=100"), (["--", "--schedule", "wsd"], "wsd"):
         arms = compare.make_arms(compare.parse(words + more))
         assert [train_gpt.resolve(list(arm.flags))[0].schedule for arm in arms] == [schedule, "constant"]
+
+
+def test_a_comparison_of_optimizers_says_how_each_is_trained(fake, tmp_path):
+    fake({"adamw": 200, "schedule_free_adamw": 100})
+    words = [
+        "--optimizers",
+        "adamw",
+        "schedule_free_adamw",
+        "--seeds",
+        "3",
+        "--horizon",
+        "adamw=215",
+        "schedule_free_adamw=110",
+    ]
+    assert compare.main([*words, "--tuned-on", "wiki", "--target", "3.0", "--out", str(tmp_path / "c")]) == 0
+    told = [
+        line.split("`")[1::2] for line in (tmp_path / "c" / "README.md").read_text().splitlines() if "./run.sh train" in line
+    ]
+    assert [name for name, _ in told] == ["adamw", "schedule_free_adamw"]
+    for (name, line), steps in zip(told, (215, 110), strict=True):
+        config = train_gpt.resolve(shlex.split(line)[2:])[0]
+        assert (config.optimizer, config.schedule) == tuple(json.loads(tricks.TUNED.read_text())["wiki"][name].values())[:2]
+        assert config.steps == steps
 
 
 def test_arms_take_what_was_tuned_on_a_workload():

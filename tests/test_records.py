@@ -1,6 +1,7 @@
 """Records are kept only when every rule holds, and every kind of tampering is found and named."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -34,8 +35,9 @@ def made(runs, tmp_path_factory):
     """The two records, made from those runs, to be copied. Their time ratio is set by hand: no test of this machine."""
     root = tmp_path_factory.mktemp("made")
     (root / "corpora").symlink_to(DATA_ROOT)
-    for run in runs["baseline"]:
-        slower(run)
+    for name, seconds in ("baseline", 10.0), ("quick", 0.1):
+        for run in runs[name]:
+            timed(run, seconds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "RECORDS", root / "records")
         records.add(runs["baseline"], "baseline", "GPT-2 as published with AdamW.", kind="baseline")
@@ -58,13 +60,13 @@ def kept(made, place):
     return Record(place / "records" / "tiny" / "001-baseline"), Record(place / "records" / "tiny" / "002-quick")
 
 
-def slower(run) -> None:
-    """About ten seconds a step: so much that the record's runs are faster whatever else this machine does."""
+def timed(run, seconds: float) -> None:
+    """About so many seconds a step, a little more in a later one and for a higher seed."""
     path = run / "log.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
     for e in events:
         if e["event"] == "train":
-            e["step_time"] = 10.0 + e["step"] / 1e3 * (1 + int(run.name[-1]))
+            e["step_time"] = seconds * (1 + e["step"] / 1e4 * (1 + int(run.name[-1])))
         if "train_time" in e:
             e["train_time"] = sum(x["step_time"] for x in events if x["event"] == "train" and x["step"] <= e["step"])
     path.write_text("".join(json.dumps(e) + "\n" for e in events))
@@ -101,6 +103,30 @@ def test_a_record_passes_every_rule_and_is_small(kept, capsys, place):
     assert "2 records, 0 reports, 0 with a broken rule" in capsys.readouterr().out
     assert records.main(["verify", "tiny/002-quick"]) == 0
     assert "15 rules, 0 broken, 0 not checkable" in capsys.readouterr().out
+
+
+def test_command_of_an_optimizer_record_trains_its_settings(kept):
+    about = kept[1].about | {"category": "optimizer", "recipe": "modern"}
+    flags = [
+        "--tricks",
+        "modern",
+        "--optimizer",
+        "muon:lr=0.01",
+        "--average",
+        "lawa_ema:decay=0.9",
+        "--schedule",
+        "wsd",
+        "--clip",
+        "0",
+    ]
+    for words in flags, flags[:4]:
+        settings = dataclasses.asdict(train_gpt.resolve(["--track", "tiny", *words])[0])
+        line = records.readme(about | {"settings": settings}).splitlines()[4]
+        told = line.split("`")[1].split()
+        assert told[:3] == ["./run.sh", "train", "--track"] and told[-2:] == ["--seed", "N"]
+        again = dataclasses.asdict(train_gpt.resolve(told[2:-2])[0])
+        keys = ("tricks", "optimizer", "average", "schedule", "momentum_schedule", "clip", "compile")
+        assert [again[key] for key in keys] == [settings[key] for key in keys]
 
 
 def test_printed_numbers_are_those_of_the_runs(kept, runs):
