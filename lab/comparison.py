@@ -153,11 +153,13 @@ def near(rows: Iterable[Row]) -> list[Row]:
 
 
 def horizon(rows: Sequence[Row], target: float) -> stats.Horizon | None:
-    """The arm's horizon from every run near it; None where there are too few, of one length, or without a slope."""
+    """The arm's horizon from every run near it; None where there are too few, of one length, or without a sure slope: its
+    interval has no end then, and the standard error, which takes the slope for known, says too little."""
     used = near(rows)
     if len(used) < 3 or len({row.steps for row in used}) < 2:
         return None
-    return stats.horizon([row.steps for row in used], [row.val_loss for row in used], target, LEVEL)
+    found = stats.horizon([row.steps for row in used], [row.val_loss for row in used], target, LEVEL)
+    return found if found and math.isfinite(found.high) else None
 
 
 def confirmed(rows: Sequence[Row], target: float, sets_target: bool = False) -> dict[str, Any] | None:

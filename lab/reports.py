@@ -1,6 +1,7 @@
 """Reports kept in records/: comparisons and scaling experiments, each beside the trials from which its statistics follow."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -69,6 +70,6 @@ def difference(there: Any, again: Any, place: str = "") -> str:
         pairs = [(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(there, again, strict=True))]
     else:
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (there, again))
-        same = abs(there - again) <= 1e-4 * max(abs(there), abs(again)) if numbers else there == again
+        same = math.isclose(there, again, rel_tol=1e-4) if numbers else there == again
         return "" if same else f"{place} is {there}, by the trials {again}"
     return next((words for a, b, at in pairs if (words := difference(a, b, at))), "")

@@ -1,5 +1,6 @@
 """compare.py: from trials to verdicts. Most tests put a formula in the place of the trainer; one runs the real one."""
 
+import dataclasses
 import json
 import math
 import random
@@ -147,7 +148,7 @@ def test_runs_of_an_earlier_plan_confirm_nothing_but_say_where_the_horizon_is(fa
     assert found["ratios"][0]["confirmed"]["steps"]["ratio"] == pytest.approx(215 / 110)
     assert [arm["confirmed"]["n"] for arm in found["arms"]] == [5, 5]
     base, modern = (arm["horizon"] for arm in found["arms"])
-    assert base is None and modern["low"] < 100 < modern["high"], "the base ran at one length, the other at two"
+    assert base is None and modern["low"] < 100 < modern["high"] < 120, "the base ran at one length, the other at two"
     ends = [{(c["arm"], c["seed"], c["step"]) for c in curves if c["kind"] == "val"} for curves in drawn]
     plans = [{"baseline": 215, "modern": 150}, {"baseline": 215, "modern": 110}]
     assert ends == [{(name, seed, steps) for name, steps in plan.items() for seed in range(5)} for plan in plans]
@@ -364,6 +365,17 @@ def test_arms_take_what_was_tuned_on_a_workload():
     assert (free.optimizer, free.schedule) == (best["schedule_free_adamw"]["optimizer"], "constant")
     keys = spec.split(best["muon"]["optimizer"])[1] | {"momentum": "0.9"}
     assert spec.split(muon.optimizer)[1] == keys and muon.schedule == best["muon"]["schedule"]
+
+
+def test_a_horizon_without_an_end_is_none():
+    rows = rows_of("a", 200, 0.1, np.random.default_rng(0))
+    row = rows[-1]
+    at = lambda pairs: [dataclasses.replace(row, steps=s, val_loss=loss) for s, loss in pairs]  # noqa: E731
+    steep = [(150, 3.046), (172, 3.020), (172, 3.022), (172, 3.021)]
+    assert math.isfinite(comparison.horizon(at(steep), 3.03).high)
+    scattered = [(150, 3.046), (172, 3.020), (172, 3.031), (172, 3.023)]
+    lengths, losses = zip(*scattered, strict=True)
+    assert math.isinf(stats.horizon(lengths, losses, 3.03).high) and comparison.horizon(at(scattered), 3.03) is None
 
 
 # ---------------------------------------------------------------- the rate of wrong verdicts

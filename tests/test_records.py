@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -503,3 +504,4 @@ def test_difference_says_where():
     assert difference(there, {"a": [1.0, {"b": 2.0}]}) == "the top: c is not in both"
     assert difference(there, {"a": [1.0, {"b": 2.0}], "c": 0}) == "c is None, by the trials 0"
     assert difference({"x": True}, {"x": 1}) == ""
+    assert difference({"x": math.inf}, {"x": math.inf}) == "" and difference({"x": 1.0}, {"x": math.inf})
