@@ -185,13 +185,15 @@ def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, exp
 
 
 def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
-    flags = flags_of(TOGETHER, "--steps", "9", "--micro-batch-tokens", "128", "--rates", "tables=2,smear=0.5")
+    # six steps, two of each stage of the batch: sums in another order differ by 1e-7 at first and by 3e-6 then, but in a ninth
+    # step, on some CPUs and with some numbers of threads, by 2e-5
+    flags = flags_of(TOGETHER, "--steps", "6", "--micro-batch-tokens", "128", "--rates", "tables=2,smear=0.5")
     one, two = train(*flags), tmp_path / "two"
     torchrun(2, two, *flags)
     for kind in ("train", "val"):
         assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
     assert [e["tokens"] for e in events(two, "train")] == [e["tokens"] for e in events(one, "train")]
-    assert result(two)["tokens"] == result(one)["tokens"] == 3 * 512 * (1 + 2 + 3)
+    assert result(two)["tokens"] == result(one)["tokens"] == 2 * 512 * (1 + 2 + 3)
 
 
 def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
