@@ -47,7 +47,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
     judged = [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]
     if judged:
         drawn.append(forest(folder, judged))
-    if summary["mode"] in ("chain", "leave_out") and sum(1 for arm in summary["arms"] if time_of(arm)) > 1:
+    if summary["mode"] in ("chain", "leave_out") and len(times(summary["arms"])) > 1:
         drawn.append(waterfall(folder, summary))
     return drawn
 
@@ -114,18 +114,22 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
     return save(figure, folder, "forest")
 
 
-def time_of(arm: dict[str, Any]) -> float | None:
-    """Seconds to the target: at the horizon where there is one, else as confirmed."""
-    claim = arm["confirmed"]
-    if not claim or "costs" not in claim:
-        return None
-    steps = arm["horizon"]["steps"] if arm["horizon"] else claim["steps"]
-    return claim["costs"]["train_time"] / claim["steps"] * steps
+def times(arms: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Name and seconds to the target of every arm that ran to its end: at the horizons if all have one, else all as confirmed,
+    since a bar of one kind beside one of the other is no ratio."""
+    ran = [arm for arm in arms if arm["confirmed"] and "costs" in arm["confirmed"]]
+    at_horizon = all(arm["horizon"] for arm in ran)
+    found = []
+    for arm in ran:
+        claim = arm["confirmed"]
+        steps = arm["horizon"]["steps"] if at_horizon else claim["steps"]
+        found.append((arm["name"], claim["costs"]["train_time"] / claim["steps"] * steps))
+    return found
 
 
 def waterfall(folder: Path, summary: dict[str, Any]) -> str:
     """Seconds to the target: of a chain, what each trick takes away; of a stack, what leaving a trick out adds."""
-    timed = [(arm["name"], seconds) for arm in summary["arms"] if (seconds := time_of(arm))]
+    timed = times(summary["arms"])
     figure, axis = pyplot().subplots(figsize=(max(6, 1.1 * len(timed) + 2), 5), constrained_layout=True)
     first = timed[0][1]
     axis.bar(0, first, color="0.6")

@@ -336,16 +336,8 @@ def test_schedule_free_arms_run_at_a_constant_rate():
 
 def test_a_comparison_of_optimizers_says_how_each_is_trained(fake, tmp_path):
     fake({"adamw": 200, "schedule_free_adamw": 100})
-    words = [
-        "--optimizers",
-        "adamw",
-        "schedule_free_adamw",
-        "--seeds",
-        "3",
-        "--horizon",
-        "adamw=215",
-        "schedule_free_adamw=110",
-    ]
+    words = ["--optimizers", "adamw", "schedule_free_adamw", "--seeds", "3"]
+    words += ["--horizon", "adamw=215", "schedule_free_adamw=110"]
     assert compare.main([*words, "--tuned-on", "wiki", "--target", "3.0", "--out", str(tmp_path / "c")]) == 0
     told = [
         line.split("`")[1::2] for line in (tmp_path / "c" / "README.md").read_text().splitlines() if "./run.sh train" in line
@@ -365,6 +357,15 @@ def test_arms_take_what_was_tuned_on_a_workload():
     assert (free.optimizer, free.schedule) == (best["schedule_free_adamw"]["optimizer"], "constant")
     keys = spec.split(best["muon"]["optimizer"])[1] | {"momentum": "0.9"}
     assert spec.split(muon.optimizer)[1] == keys and muon.schedule == best["muon"]["schedule"]
+
+
+def test_bars_of_a_waterfall_are_all_of_one_kind():
+    arm = lambda name, horizon: {  # noqa: E731
+        "name": name, "horizon": horizon and {"steps": horizon},
+        "confirmed": {"steps": 100, "costs": {"train_time": 10.0}},
+    }  # fmt: skip
+    assert plots.times([arm("a", 80), arm("b", 50)]) == [("a", 8.0), ("b", 5.0)]
+    assert plots.times([arm("a", None), arm("b", 50), arm("c", 50) | {"confirmed": None}]) == [("a", 10.0), ("b", 10.0)]
 
 
 def test_a_horizon_without_an_end_is_none():
