@@ -257,8 +257,11 @@ def size_curves(folder: Path, summary: dict[str, Any]) -> str:
                 x = [p["tokens"] for p in points for _ in p["losses"]]
                 axis.plot(x, [loss for p in points for loss in p["losses"]], marker, color=colour, markersize=4)
             if curve := trick["sizes"][i].get("curve"):
-                x = np.geomspace(curve["least"], curve["most"], 50)
-                y = curve["alpha"] * x ** -curve["exponent"] + curve["floor"]
+                if "amounts" in curve:  # straight lines
+                    x, y = curve["amounts"], curve["losses"]
+                else:
+                    x = np.geomspace(curve["least"], curve["most"], 50)
+                    y = curve["alpha"] * x ** -curve["exponent"] + curve["floor"]
                 axis.plot(x, y, color=colour, linewidth=1, label=size["size"])
     for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log")

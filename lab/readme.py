@@ -256,7 +256,7 @@ def findings() -> list[tuple[str, str, str]]:
     found = tuned.read_tables(KEPT / "tuning")
     _, contest, _ = tuned.scored(tuned.studies(found))
     best = ", ".join(f"`{row['submission']}` {row['score']:.2f}" for row in contest["submissions"][:5])
-    sizes = ladder("cpu-modern")
+    sizes = ladder("h100-modern")
     verdicts: dict[str, list[str]] = {}
     for trick in sizes["tricks"]:
         trend = trick["trends"]["tokens"]
@@ -287,7 +287,7 @@ def findings() -> list[tuple[str, str, str]]:
             "Which tricks survive at larger sizes?",
             f"{sizes['sizes'][0]['size']} to {sizes['sizes'][-1]['size']} parameters, seen from ten times the largest: "
             + "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items()),
-            "[ladder](#a-first-ladder-14k-to-384k-parameters)",
+            "[ladder](#a-ladder-of-25k-to-105m-parameters)",
         ),
     ]
 
@@ -328,7 +328,7 @@ def tables() -> dict[str, str]:
             for marker, first, of in SETTABLE
         },
         "cpu records": records.history("cpu", "open", "records/"),
-        "scaling": survival_report.survival_table(ladder("cpu-modern"), "tokens"),
+        "scaling": survival_report.survival_table(ladder("h100-modern"), "tokens"),
         "scaling corpora": survival_report.corpora_table({"sotu": ladder("cpu-modern"), "wiki": ladder("wiki-modern")}),
         "tuning": tuned.overview(KEPT / "tuning"),
         "corpora": table(

@@ -4,7 +4,9 @@ goes with size, and what may be expected at a larger one.
 The effective speed-up of a trick at a size is the method of Wen et al. (arXiv 2509.02046): the base's final losses at several
 token budgets give L(D) = alpha D^-exponent + floor; the D at which that curve has the trick's loss, over the D that the trick
 had, is the speed-up. It is a figure only where that D lies between the base's smallest and largest budget. Outside there is
-a bound: four points of three parameters say little about a fifth (their fit to 1, 2, 4, 8 misses 16 by 0.01 nats).
+a bound: four points of three parameters say little about a fifth (their fit to 1, 2, 4, 8 misses 16 by 0.01 nats). Early in
+training the loss falls faster and faster in log tokens, which no such curve does: where the seeds at each budget reject it,
+straight lines between their means take its place.
 
 The trend of its logarithm over log parameters is a random-effects regression (Higgins, Thompson and Spiegelhalter 2009, J. R.
 Stat. Soc. A 172): seed noise and the curve's uncertainty by a parametric bootstrap, and beside them a scatter of the sizes
@@ -25,6 +27,7 @@ DRAWS = 2000  # of a bootstrap
 LEVEL = 0.95  # of every interval
 SCATTER = 0.05  # scale of the half-Cauchy prior (Gelman 2006) of the sizes' scatter about a line, in log speed-up: a learning
 # rate off by a factor of two costs 0.01 to 0.03 nats, and 0.01 nats are 5 % of the tokens (Wen et al.'s sweeps)
+MISFIT = 0.05  # level of the test that rejects a power law
 NOTHING = math.log(1.05)  # a speed-up that is surely within 5 % of 1 has vanished
 
 
@@ -48,6 +51,40 @@ class PowerLaw:
     def amount(self, loss: float) -> float:
         """D at which the loss is that; inf at or below the floor."""
         return ((loss - self.floor) / self.alpha) ** (-1 / self.exponent) if loss > self.floor else math.inf
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Straight lines in log tokens between the mean losses at each budget, none above the one before."""
+
+    amounts: tuple[float, ...]
+    losses: tuple[float, ...]
+    least: float
+    most: float
+
+    @classmethod
+    def through(cls, amounts: Sequence[float], losses: Sequence[float]) -> "Lines":
+        x, y, _ = means(amounts, losses)
+        return cls(tuple(x.tolist()), tuple(np.minimum.accumulate(y).tolist()), float(x[0]), float(x[-1]))
+
+    def amount(self, loss: float) -> float:
+        """D at which the loss is that; beyond the ends by the outermost lines, inf where the last one is level."""
+        return float(np.exp(log_amounts(np.log(self.amounts), np.array([self.losses]), np.array([loss]))[0]))
+
+
+def log_amounts(log_amounts: np.ndarray, losses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Of many such lines at once, the logarithm of the amount at a loss.
+
+    Args:
+        log_amounts: [k], rising. losses: [m, k]. wanted: [m].
+    """
+    falling = np.minimum.accumulate(losses, axis=1)
+    after = np.minimum((falling[:, 1:] > wanted[:, None]).sum(1), len(log_amounts) - 2)  # the line that meets it, or the end's
+    rows = np.arange(len(losses))
+    drop = falling[rows, after] - falling[rows, after + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.where(wanted == falling[rows, after], 0.0, (falling[rows, after] - wanted) / drop)
+    return log_amounts[after] + part * (log_amounts[after + 1] - log_amounts[after])
 
 
 def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -100,20 +137,39 @@ def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
 
 
 def between(amounts: Sequence[float], losses: Sequence[float], loss: float) -> float:
-    """The amount at that loss by straight lines in log tokens between the measured means; nan outside them. A check of `fit`
-    that believes in no form of the curve."""
-    x, y = means(amounts, losses)
-    y = np.minimum.accumulate(y)
-    if not y[-1] <= loss <= y[0]:
-        return math.nan
-    return float(np.exp(np.interp(-loss, -y, np.log(x))))
+    """The amount at that loss by straight lines between the measured means; nan outside them. A check of `fit` that believes
+    in no form of the curve."""
+    lines = Lines.through(amounts, losses)
+    amount = lines.amount(loss) if lines.losses[-1] <= loss <= lines.losses[0] else math.nan
+    return amount if lines.least <= amount <= lines.most else math.nan
 
 
-def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct amounts, rising, and the mean loss at each."""
-    x, y = np.asarray(amounts, float), np.asarray(losses, float)
-    levels = np.unique(x)
-    return levels, np.array([y[x == level].mean() for level in levels])
+def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct amounts, rising, the mean loss at each, and for every run the number of its amount among them."""
+    levels, which = np.unique(np.asarray(amounts, float), return_inverse=True)
+    return levels, np.bincount(which, np.asarray(losses, float)) / np.bincount(which), which
+
+
+def curve_through(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | Lines | None:
+    """The power law through runs at two or more budgets, or `Lines` where it is rejected; None where the loss does not fall.
+
+    Rejected by the F test of lack of fit: the means at the budgets scatter about it by more than runs scatter about their
+    means. One run a budget, or no more budgets than parameters, reject nothing.
+
+    Raises:
+        ValueError: see `fit`.
+    """
+    law = fit(amounts, losses)
+    if law is None:
+        return None
+    levels, mean, which = means(amounts, losses)
+    own, form = np.asarray(losses, float) - mean[which], mean[which] - law.loss(levels)[which]
+    inner = EXPONENTS[1] < law.exponent < EXPONENTS[-2]  # else it is a bound, and no parameter
+    runs, left = len(own) - len(levels), len(levels) - 2 - inner
+    if runs < 1 or left < 1 or not own.any():
+        return law
+    ratio = (form @ form / left) / (own @ own / runs)
+    return Lines.through(amounts, losses) if stats.f.sf(ratio, left, runs) < MISFIT else law
 
 
 # ---------------------------------------------------------------- effective speed-up
@@ -136,7 +192,7 @@ class Speedup:
         return f"> {self.low:.2f}x" if self.low else f"< {self.high:.2f}x"
 
 
-def speedup(curve: PowerLaw, amounts: Sequence[float], losses: Sequence[float], loss: float, amount: float) -> Speedup:
+def speedup(curve: PowerLaw | Lines, amounts: Sequence[float], losses: Sequence[float], loss: float, amount: float) -> Speedup:
     """Of a run of `amount` tokens that ended at `loss`, against the base's runs and the curve through them."""
     wanted = curve.amount(loss)
     inside = curve.least * (1 - 1e-9) <= wanted <= curve.most * (1 + 1e-9)
@@ -177,8 +233,10 @@ def bootstrap(
     noise: Noise,
     seed: int = 0,
     draws: int = DRAWS,
+    straight: bool = False,
 ) -> np.ndarray:
-    """Log speed-ups [draws] as other seeds might have given them: every mean redrawn, the curve drawn anew through them.
+    """Log speed-ups [draws] as other seeds might have given them: every mean redrawn, the curve (`straight`: `Lines`) drawn
+    anew through them.
 
     Parametric, with the noise's own uncertainty: resampling three seeds would give intervals that are too narrow. Base and
     trick are drawn independently, though they share data orders: if that made a difference the interval would be too wide.
@@ -189,6 +247,10 @@ def bootstrap(
     sd = noise.draw(rng, draws)[:, None]
     redrawn = y + sd * rng.standard_normal((draws, len(y)))  # each run: so that budgets weigh by their runs
     own = np.mean(own_losses) + sd[:, 0] / math.sqrt(len(own_losses)) * rng.standard_normal(draws)
+    if straight:
+        levels, _, which = means(x, y)
+        at_each = np.stack([redrawn[:, which == i].mean(1) for i in range(len(levels))], 1)
+        return log_amounts(np.log(levels), at_each, own) - math.log(own_amount)
     unit = float(np.exp(np.log(x).mean()))
     alpha, exponent, floor, _ = scan(x / unit, redrawn, candidates(x))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -21,7 +21,7 @@ import numpy as np
 
 from lab import scaling_laws, stats
 from lab.comparison import Row
-from lab.scaling_laws import DRAWS, Noise, PowerLaw, between, bootstrap, fit, fit_joint, interval, speedup, trend
+from lab.scaling_laws import DRAWS, Lines, Noise, PowerLaw, between, bootstrap, fit_joint, interval, speedup, trend
 from spec import UsageError
 
 COSTS = ("tokens", "seconds", "flops")
@@ -47,11 +47,11 @@ def token_cost(rows: Sequence[Row], trial: str) -> dict[str, Any]:
     return {"flops": own[0].flops / own[0].tokens if own else math.nan, "seconds": timed}
 
 
-def curve_of(points: Sequence[dict[str, Any]]) -> tuple[PowerLaw | None, list[float], list[float]]:
+def curve_of(points: Sequence[dict[str, Any]]) -> tuple[PowerLaw | Lines | None, list[float], list[float]]:
     """Curve, tokens and losses of the points that have losses; no curve with fewer than two budgets."""
     tokens = [p["tokens"] for p in points for _ in p["losses"]]
     losses = [loss for p in points for loss in p["losses"]]
-    return (fit(tokens, losses) if len(set(tokens)) > 1 else None), tokens, losses
+    return (scaling_laws.curve_through(tokens, losses) if len(set(tokens)) > 1 else None), tokens, losses
 
 
 def at_one_size(base: dict[str, Any], trick: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -66,8 +66,9 @@ def at_one_size(base: dict[str, Any], trick: dict[str, Any], seed: int) -> dict[
     found = speedup(curve, tokens, losses, mean, own["tokens"])
     result = dataclasses.asdict(found) | {"words": found.words(), "loss": mean, "why": "", "curve": dataclasses.asdict(curve)}
     result["time_to_loss"] = time_to_loss(base, trick)
-    if own["failed"]:
-        result["note"] = f"{own['failed']} of {own['failed'] + len(own['losses'])} runs failed"
+    straight = isinstance(curve, Lines)
+    failed = f"{own['failed']} of {own['failed'] + len(own['losses'])} runs failed" if own["failed"] else ""
+    result["note"] = "; ".join(filter(None, ("no power law fits the base" if straight else "", failed)))
     if not found.inside:
         way = "never reaches its loss within" if found.low else "is below its loss even at"
         limit = curve.most if found.low else curve.least
@@ -75,7 +76,7 @@ def at_one_size(base: dict[str, Any], trick: dict[str, Any], seed: int) -> dict[
     samples = [p["losses"] for p in (*base["points"], *trick["points"]) if len(p["losses"]) > 1]
     if not samples:
         return result | {"why": "one seed: the noise is not known"}
-    draws = bootstrap(tokens, losses, own["tokens"], own["losses"], Noise.pooled(samples), seed)
+    draws = bootstrap(tokens, losses, own["tokens"], own["losses"], Noise.pooled(samples), seed, straight=straight)
     result["draws"] = {"tokens": draws}
     result["ratios"] = {"tokens": found.ratio}
     flops = base["cost"]["flops"] / trick["cost"]["flops"]

@@ -15,6 +15,9 @@ saves. Intervals are 95 %. `>` and `<`: the loss lies outside what the base was 
 the trend. The prediction is the trend's, for {at} non-embedding parameters. *survives*: its interval is above 1; *reverses*:
 below 1; *vanishes*: within 5 % of 1; *fades*: surely shrinking, and no gain is shown at that size; else *not decided*."""
 
+STRAIGHT = """*No power law fits the base*: its budgets scatter about the best one by more than seeds do (F test of lack of fit,
+5 %); its mean losses are joined by straight lines in log tokens."""
+
 
 def verdict_lines(summary: Summary) -> list[str]:
     """One line for each trick: in tokens, and in seconds where these were measured."""
@@ -84,7 +87,7 @@ def forms_table(summary: Summary) -> str:
                 continue
             straight = f"{s['between']:.2f}x" if s["between"] is not None else "-"
             other = s["time_to_loss"]["words"] if s["time_to_loss"] else "-"
-            note = "; ".join(filter(None, (s.get("note"), s["why"])))
+            note = "; ".join(filter(None, (s["note"], s["why"])))
             rows.append((f"`{trick['trick']}`", s["size"], s["words"], straight, other, measured(s, "flops"), note))
     head = ("trick", "size", "at equal loss", "by straight lines", "time to the base's loss", "in FLOPs", "note")
     return table(head, rows)
@@ -149,7 +152,7 @@ def markdown(summary: Summary) -> str:
     sections = [
         ("In seconds", survival_table(summary, "seconds"), ""),
         ("The largest sizes, predicted from the smaller ones", held_out_table(summary), ""),
-        ("At equal loss, and to a given loss", forms_table(summary), ""),
+        ("At equal loss, and to a given loss", forms_table(summary), STRAIGHT),
         ("Final losses, nats per token: mean (sd), n", losses_table(summary), ""),
         ("Learning rate, re-tuned at each size", retune_table(summary), "The best of a few single runs: its cost is "
          "flattered by about the noise of a run."),
