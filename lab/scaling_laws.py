@@ -72,19 +72,19 @@ class Lines:
         return float(np.exp(log_amounts(np.log(self.amounts), np.array([self.losses]), np.array([loss]))[0]))
 
 
-def log_amounts(log_amounts: np.ndarray, losses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Of many such lines at once, the logarithm of the amount at a loss.
+def log_amounts(x: np.ndarray, losses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Of many such lines at once, the logarithm of the amount at a loss [m].
 
     Args:
-        log_amounts: [k], rising. losses: [m, k]. wanted: [m].
+        x: logarithms of the amounts [k], rising. losses: [m, k]. wanted: [m].
     """
     falling = np.minimum.accumulate(losses, axis=1)
-    after = np.minimum((falling[:, 1:] > wanted[:, None]).sum(1), len(log_amounts) - 2)  # the line that meets it, or the end's
+    after = np.minimum((falling[:, 1:] > wanted[:, None]).sum(1), len(x) - 2)  # the line that meets it, or the end's
     rows = np.arange(len(losses))
     drop = falling[rows, after] - falling[rows, after + 1]
     with np.errstate(divide="ignore", invalid="ignore"):
         part = np.where(wanted == falling[rows, after], 0.0, (falling[rows, after] - wanted) / drop)
-    return log_amounts[after] + part * (log_amounts[after + 1] - log_amounts[after])
+    return x[after] + part * (x[after + 1] - x[after])
 
 
 def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -140,8 +140,7 @@ def between(amounts: Sequence[float], losses: Sequence[float], loss: float) -> f
     """The amount at that loss by straight lines between the measured means; nan outside them. A check of `fit` that believes
     in no form of the curve."""
     lines = Lines.through(amounts, losses)
-    amount = lines.amount(loss) if lines.losses[-1] <= loss <= lines.losses[0] else math.nan
-    return amount if lines.least <= amount <= lines.most else math.nan
+    return lines.amount(loss) if lines.losses[-1] <= loss <= lines.losses[0] else math.nan
 
 
 def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
