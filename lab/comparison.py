@@ -288,7 +288,9 @@ def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = Fals
 
 
 def ratio_words(ratio: dict[str, Any]) -> str:
-    return f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
+    """A ratio and its interval; alone where every pair has the same one, as the chosen lengths of runs have."""
+    interval = "" if math.isclose(ratio["low"], ratio["high"]) else f" ({ratio['low']:.3g}-{ratio['high']:.3g})"
+    return f"{ratio['ratio']:.3g}x{interval}"
 
 
 def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
