@@ -112,6 +112,8 @@ def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
     known = {size.name: size for size in of.sizes}
     if len(words) == 1 and (path := Path(words[0])).is_file():
         sizes = tuple(read_sizes(path))
+    elif len(words) == 1 and len(path.parts) > 1:
+        raise UsageError(f"--sizes {path}: there is no such file")
     else:
         nearest_dial = lambda word: max(1, round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3)))  # noqa: E731
         sizes = tuple(known.get(word) or dial(nearest_dial(word), of.head_width) for word in words)

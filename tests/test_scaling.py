@@ -267,7 +267,8 @@ def test_ladders_have_one_dial_and_their_rules():
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["0.3M"], "one size is no ladder"), (["0.8M", "0.3M"], "out of order: 786k .* and 332k"),
-     (["big", "1M"], "'big' is no size"), (["0.30M", "0.33M"], "same size"), (["-1M", "1M"], "no size")],
+     (["big", "1M"], "'big' is no size"), (["0.30M", "0.33M"], "same size"), (["-1M", "1M"], "no size"),
+     (["records/scaling/small-size"], "small-size: there is no such file")],
 )  # fmt: skip
 def test_bad_sizes(words, message):
     with pytest.raises(UsageError, match=message):
