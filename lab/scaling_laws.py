@@ -5,8 +5,8 @@ The effective speed-up of a trick at a size is the method of Wen et al. (arXiv 2
 token budgets give L(D) = alpha D^-exponent + floor; the D at which that curve has the trick's loss, over the D that the trick
 had, is the speed-up. It is a figure only where that D lies between the base's smallest and largest budget. Outside there is
 a bound: four points of three parameters say little about a fifth (their fit to 1, 2, 4, 8 misses 16 by 0.01 nats). Early in
-training the loss falls faster and faster in log tokens, which no such curve does: where the seeds at each budget reject it,
-straight lines between their means take its place.
+training the loss need not fall like that, it may even fall faster and faster in log tokens, which no such curve does: where the
+seeds at each budget reject it, straight lines between their means take its place.
 
 The trend of its logarithm over log parameters is a random-effects regression (Higgins, Thompson and Spiegelhalter 2009, J. R.
 Stat. Soc. A 172): seed noise and the curve's uncertainty by a parametric bootstrap, and beside them a scatter of the sizes

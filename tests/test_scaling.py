@@ -578,8 +578,12 @@ def test_experiments_on_several_corpora_stand_beside_each_other():
 def test_a_gpu_and_a_cpu_trained_the_same_runs_to_the_same_losses():
     """README's words on the two ladders that are kept: those runs that have the same settings in both, in fp32."""
     cpu, gpu = (
-        {(r.arm, r.steps, r.seed): r.val_loss for r in read_rows(ROOT / "records" / "scaling" / name / "trials.csv")}
+        {
+            (r.arm, r.steps, r.seed): r.val_loss
+            for r in read_rows(ROOT / "records" / "scaling" / name / "trials.csv")
+            if ("H100" in r.machine) == (name == "h100-modern")  # three runs of that ladder are a CPU's
+        }
         for name in ("cpu-modern", "h100-modern")
     )
     apart = [abs(cpu[run] - gpu[run]) for run in cpu.keys() & gpu.keys()]
-    assert len(apart) == 198 and np.median(apart) < 0.0003 and sum(d > 0.01 for d in apart) == 25
+    assert len(apart) == 195 and np.median(apart) < 0.0003 and sum(d > 0.01 for d in apart) == 25
