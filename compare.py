@@ -97,7 +97,8 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         for word in options.optimizers:
             spec, schedule = tuned_for(options.tuned_on, word) if options.tuned_on else (word, "")
             made = arm(word, [base], "--optimizer", spec, *(("--schedule", schedule) if schedule else ()))
-            if optimizers.own_schedule(split(word)[0]):  # whatever schedule the flags give the others
+            given = train_gpt.resolve(list(made.flags))[0].schedule
+            if optimizers.own_schedule(split(word)[0]) and given != "constant":  # whatever schedule the others have
                 made = dataclasses.replace(made, flags=(*made.flags, "--schedule", "constant"))
             arms.append(made)
     if len(arms) < 2:

@@ -225,7 +225,7 @@ def survival(folder: Path, summary: dict[str, Any]) -> str:
             axis.errorbar(n, ratio, yerr=[[ratio - low], [high - ratio]], fmt=marker, color=colour, capsize=3, markersize=5)
             drawn += [low, high]
         for s in trick["sizes"]:
-            if "ratios" not in s and "words" in s and not s["inside"]:
+            if "ratios" not in s and s.get("words", "-")[0] in "<>":
                 bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")
                 axis.plot(s["parameters"], bound, marker, color="C0", markerfacecolor="none")
                 drawn.append(bound)

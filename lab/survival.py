@@ -70,9 +70,12 @@ def at_one_size(base: dict[str, Any], trick: dict[str, Any], seed: int) -> dict[
     failed = f"{own['failed']} of {own['failed'] + len(own['losses'])} runs failed" if own["failed"] else ""
     result["note"] = "; ".join(filter(None, ("no power law fits the base" if straight else "", failed)))
     if not found.inside:
-        way = "never reaches its loss within" if found.low else "is below its loss even at"
-        limit = curve.most if found.low else curve.least
-        return result | {"why": f"the base {way} {limit / own['tokens']:.3g} x its tokens"}
+        way, end, limit = ("above", max, curve.most) if found.low else ("below", min, curve.least)
+        ran = statistics.mean(end((p for p in base["points"] if p["losses"]), key=lambda p: p["tokens"])["losses"])
+        why = f"the base's curve is {way} this loss at {limit / own['tokens']:.3g} x the tokens"
+        if (ran <= mean) if found.low else (ran >= mean):  # curve and runs do not agree: the bound is none
+            return result | {"words": "unclear", "why": why + ", but the mean of its runs there is not"}
+        return result | {"why": why}
     samples = [p["losses"] for p in (*base["points"], *trick["points"]) if len(p["losses"]) > 1]
     if not samples:
         return result | {"why": "one seed: the noise is not known"}

@@ -12,8 +12,9 @@ Summary = dict[str, Any]
 EXPLAINED = """\
 Effective speed-up: tokens with which the base would reach the trick's final loss, over the trick's own; above 1 the trick
 saves. Intervals are 95 %. `>` and `<`: the loss lies outside what the base was measured at; that is a bound, and left out of
-the trend. The prediction is the trend's, for {at} non-embedding parameters. *survives*: its interval is above 1; *reverses*:
-below 1; *vanishes*: within 5 % of 1; *fades*: surely shrinking, and no gain is shown at that size; else *not decided*."""
+the trend. *unclear*: it lies outside the base's curve, but not outside its runs. The prediction is the trend's, for {at}
+non-embedding parameters. *survives*: its interval is above 1; *reverses*: below 1; *vanishes*: within 5 % of 1; *fades*: surely
+shrinking, and no gain is shown at that size; else *not decided*."""
 
 STRAIGHT = """*No power law fits the base*: its budgets scatter about the best one by more than seeds do (F test of lack of fit,
 5 %); its mean losses are joined by straight lines in log tokens."""
