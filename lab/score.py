@@ -14,9 +14,10 @@ r <= tau; its score is the mean of rho over tau from 1 to tau_max = 4, by the tr
 it. Other quirks of that code do not change published scores, and are left out: the base of a variant is named here, not
 guessed from its name; a NaN is refused, not read as zero.
 
-A score depends on the field. Hence beside it: the ranks when any one submission is left out; intervals by resampling studies;
-and, with --reference, a score that knows no field: the mean over workloads of how far log(reference time / time) lies on
-the way from -log(tau_max) to log(tau_max): 0.5 is the reference's own, 1 is tau_max times as fast or more.
+A score depends on the field. Hence beside it: the ranks when any one submission is left out; intervals by resampling studies,
+for those that have several on every workload; and, with --reference, a score that knows no field: the mean over workloads of
+how far log(reference time / time) lies on the way from -log(tau_max) to log(tau_max): 0.5 is the reference's own, 1 is tau_max
+times as fast or more.
 """
 
 import argparse
@@ -246,7 +247,7 @@ def summary(
             "ranks_when_one_is_left_out": [min(without), max(without)] if without else [rank[i], rank[i]],
             "ratios": {w: (None if math.isinf(x) else float(x)) for w, x in zip(bases, r[i])},
         }  # fmt: skip
-        if spread is not None:
+        if spread is not None and all(len(studies.get((name, w), ())) > 1 for w in times.workloads):  # one says nothing of luck
             row["interval"] = spread[i].tolist()
         if against is not None:
             row["against_reference"] = float(against[i])
@@ -266,7 +267,7 @@ def text(found: dict) -> str:
         low, high = row["ranks_when_one_is_left_out"]
         line = f"{row['rank']:4}  {row['submission']:{wide}}  {row['score']:6.4f}"
         if several:
-            line += "  {:.3f} - {:.3f}".format(*row["interval"])
+            line += "  {:.3f} - {:.3f}".format(*row["interval"]) if "interval" in row else f"  {'-':13}"
         line += f"  {row['targets_met']:3}/{len(found['workloads']):<3}  {f'{low} to {high}' if low < high else low!s:24}"
         lines.append(line + (f"{row['against_reference']:.3f}" if found["reference"] else ""))
     return "\n".join(lines)

@@ -93,9 +93,14 @@ def test_intervals_from_studies(tmp_path, capsys):
     for name, pace in (("fast", 10.0), ("slow", 30.0), ("same", 10.0)):
         for workload in ("a", "b", "c"):
             lines += [f"{name},{workload},{i},{pace * math.exp(dice.normal(0, 0.1)):.3f}" for i in range(5)]
+    lines += ["once,a,0,10.0", *(f"once,{w},{i},10.0" for w in "bc" for i in range(5))]
     path = table(tmp_path / "studies.csv", *lines)
+    assert compare.main(["score", "--studies", str(path)]) == 0
+    once = next(line for line in capsys.readouterr().out.splitlines() if " once " in line)
+    assert "  -  " in once  # a study on `a` alone says nothing of luck
     assert compare.main(["score", "--studies", str(path), "--json"]) == 0
     rows = {row["submission"]: row for row in json.loads(capsys.readouterr().out)["submissions"]}
+    assert "interval" not in rows.pop("once")
     assert rows["slow"]["interval"][1] < rows["fast"]["interval"][0]
     assert rows["same"]["interval"][1] > rows["fast"]["interval"][0]
     for row in rows.values():

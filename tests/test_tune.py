@@ -390,6 +390,20 @@ def test_times_are_steps_times_the_least_cost_of_a_step_and_ratios_carry_over_ma
     assert found[("adamw", "wiki")] == [5.0] and found[("muon", "wiki")] == [7.5] and found[("lion", "wiki")] == [math.inf]
 
 
+def test_of_several_studies_the_median_counts_and_of_an_unfinished_one_nothing(tmp_path):
+    """More studies are no more luck: else who has three would be quoted with the best of fifteen trials."""
+    study = lambda n, *losses, first=10: [  # noqa: E731
+        row(study=n, number=i, loss=loss, losses=[(first, 2.0), (20, loss)], steps=20) for i, loss in enumerate(losses)
+    ]
+    rows = [*study(0, 1.5, 1.4), *study(1, 1.0, 9.0, first=5), *study(2, 1.3, 1.2), *study(3, 0.5, first=1)]
+    found = made(tmp_path, "adamw", *rows)
+    assert list(found.studies()) == [0, 1, 2] and found.typical() == 1.2
+    assert tuned.steps_of_studies(found, 2.0) == [10, 5, 10] and tuned.steps_of_studies(found, 1.3) == [math.inf, 20, 20]
+    assert found.best().val_loss == 0.5  # settings are worth having wherever they are from
+    assert "| 7 | 0 | 1.2000 |" in tuned.workload_table("wiki", {"adamw": found})
+    assert made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf)).typical() == math.inf
+
+
 def test_the_report_has_score_settings_and_plots(fake, tmp_path, monkeypatch):
     assert call(tmp_path, "--optimizers", "adamw", "muon", "sgd", "--trials", "3", "--target-seeds", "1", "--studies", "2") == 0
     out = tmp_path / "out"
