@@ -21,6 +21,7 @@ import argparse
 import math
 import os
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -284,7 +285,7 @@ def seconds_of_a_trial(options: argparse.Namespace, tables: dict[tuple[str, str]
         walls = [
             row.wall for (where, _), table in tables.items() if where == track for row in table.rows if row.kind == "search"
         ]
-        found[track] = sum(walls) / len(walls) if walls else calibrate(options, track)
+        found[track] = statistics.median(walls) if walls else calibrate(options, track)  # a machine may stand still for minutes
     return found
 
 
@@ -306,6 +307,22 @@ def calibrate(options: argparse.Namespace, track: str) -> float:
     return start + (longer - start) * steps / part
 
 
+def left(options: argparse.Namespace, tables: dict[tuple[str, str], Table], track: str) -> float:
+    """What a workload still takes, in search trials. While a search is not finished, all that follows it is still to come."""
+    count = lambda jobs: sum(tables[j.table].find(j.kind, j.study, j.number, j.steps) is None for j in jobs)  # noqa: E731
+    total = 0.0
+    for entry in options.submissions:
+        one = argparse.Namespace(**vars(options) | {"tracks": [track], "submissions": [entry]})
+        if options.ruleset == "self":
+            total += SELF_LENGTH * count(self_jobs(one))
+        elif searching := count(search_jobs(one)):
+            total += searching + 4 * options.neighbours + SHORT * options.target_seeds * (entry.name in SETTERS)
+        else:
+            total += SHORT * count(target_jobs(one, tables))
+            total += count(neighbour_jobs(one, tables)) if options.neighbours else 0
+    return total
+
+
 def plan(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> None:
     """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all.
 
@@ -313,28 +330,18 @@ def plan(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> N
         UsageError: not even one trial for everyone fits.
     """
     each = seconds_of_a_trial(options, tables)
-    entries, setters = len(options.submissions), sum(s.name in SETTERS for s in options.submissions)
-
-    def hours(count: int) -> dict[str, float]:
-        rest = entries * 4 * options.neighbours + setters * options.target_seeds * SHORT
-        if options.ruleset == "self":
-            count, rest = SELF_LENGTH, 0
-        return {t: (entries * options.studies * count + rest) * s / options.side_by_side / 3600 for t, s in each.items()}
-
+    hours = lambda: {t: left(options, tables, t) * s / 3600 / options.side_by_side for t, s in each.items()}  # noqa: E731
     if options.machine_hours:
-        while options.trials and sum(hours(options.trials).values()) > options.machine_hours:
+        while sum(hours().values()) > options.machine_hours:
+            if options.trials == 1:
+                needed = sum(hours().values())
+                raise UsageError(f"--machine-hours {options.machine_hours:g}: one trial for everyone takes {needed:.1f} hours")
             options.trials -= 1
-        if not options.trials:
-            least = sum(hours(1).values())
-            raise UsageError(f"--machine-hours {options.machine_hours:g}: one trial for everyone takes {least:.1f} hours")
     kind = "runs of the defaults" if options.ruleset == "self" else f"studies of {options.trials} trials ({options.sampler})"
-    print(f"plan: {entries} submissions, {options.studies} {kind} each, {options.side_by_side} at a time")
-    for track, spent in hours(options.trials).items():
+    print(f"plan: {len(options.submissions)} submissions, {options.studies} {kind} each, {options.side_by_side} at a time")
+    for track, spent in hours().items():
         print(f"  {track:14} {length(track):6,} steps  about {each[track]:4.0f} s a trial  {spent:5.2f} hours")
-    print(
-        f"  together about {sum(hours(options.trials).values()):.1f} hours of this machine, where nothing is trained yet",
-        flush=True,
-    )
+    print(f"  together about {sum(hours().values()):.1f} hours of this machine, beside what is there", flush=True)
 
 
 # ---------------------------------------------------------------- command

@@ -267,6 +267,28 @@ def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
     assert 1 <= planned < 500
 
 
+def test_the_plan_counts_only_what_is_not_there(fake, tmp_path, capsys):
+    """Else a resumed search would be cut to hours that are spent already."""
+
+    near = lambda value: pytest.approx([value, value], abs=0.006)  # noqa: E731
+
+    def hours(*words: str) -> list[float]:
+        capsys.readouterr()
+        assert call(tmp_path, *words, "--optimizers", "adamw", "muon", "--target-seeds", "1", "--plan") == 0
+        return [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines() if " a trial " in line]
+
+    assert call(tmp_path, "--optimizers", "adamw", "muon", "--trials", "3", "--target-seeds", "1", "--no-neighbours") == 0
+    for path in (tmp_path / "out").glob("*/*.csv"):  # an hour and a half each
+        found = Table(path)
+        for each in found.rows:
+            found.add(dataclasses.replace(each, wall=5400.0))
+    assert hours("--trials", "3", "--no-neighbours") == [0, 0]
+    assert hours("--trials", "3") == [2 * 4 * 1.5] * 2
+    assert hours("--trials", "5", "--no-neighbours") == near(1.5 * (2 * 2 + 0.75))  # targets may be others then
+    assert hours("--trials", "3", "--studies", "2", "--no-neighbours", "--machine-hours", "30") == near(1.5 * (2 * 3 + 0.75))
+    assert hours("--ruleset", "self") == [1.5 * 2 * 3] * 2
+
+
 def test_bad_words_are_one_line(fake, tmp_path, capsys):
     for words, said in {
         ("--trials", "3"): "tune what?",
