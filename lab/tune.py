@@ -415,20 +415,30 @@ def open_storage(options: argparse.Namespace) -> optuna.storages.BaseStorage:
         raise UsageError(f"{where} cannot be read as a study's storage ({reason}){again}") from None
 
 
+def read_tables(options: argparse.Namespace) -> dict[tuple[str, str], Table]:
+    """(workload, submission) -> its trials so far.
+
+    Raises:
+        UsageError: a damaged table, or trials of another version of a space.
+    """
+    tables = {}
+    for track in options.tracks:
+        for entry in options.submissions:
+            table = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
+            table.check(entry.version, f"{entry.name} on {track}")
+            tables[track, entry.name] = table
+    return tables
+
+
 def run(options: argparse.Namespace) -> None:
+    if options.plan:
+        plan(options, read_tables(options))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     held = lock(options.out)
     try:
-        tables = {
-            (t, s.name): Table(options.out / t / f"{tuned.plain(s.name)}.csv")
-            for t in options.tracks
-            for s in options.submissions
-        }
-        for (track, name), table in tables.items():
-            table.check(next(s.version for s in options.submissions if s.name == name), f"{name} on {track}")
+        tables = read_tables(options)
         plan(options, tables)
-        if options.plan:
-            return
         options.targets = tuned.targets(options.out)
         missing = [t for t in options.tracks if t not in options.targets]
         if options.objective == "time" and missing:

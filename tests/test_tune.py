@@ -257,7 +257,7 @@ def test_time_to_the_target_as_the_objective(fake, tmp_path, capsys):
 def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
     words = ("--optimizers", "adamw", "muon", "--no-neighbours", "--target-seeds", "1")
     assert call(tmp_path, *words, "--plan", "--trials", "7") == 0
-    assert "2 submissions, 1 studies of 7 trials" in capsys.readouterr().out and not (tmp_path / "out" / "wiki").exists()
+    assert "2 submissions, 1 studies of 7 trials" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert not fake.trained and not any((tmp_path / "runs").rglob("result.json"))  # what was timed is cleared away
     monkeypatch.setattr(tune, "calibrate", lambda options, track: 60.0)
     assert call(tmp_path, *words, "--machine-hours", "0.0001", "--plan") == 2
