@@ -269,7 +269,6 @@ def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
 
 def test_the_plan_counts_only_what_is_not_there(fake, tmp_path, capsys):
     """Else a resumed search would be cut to hours that are spent already."""
-
     near = lambda value: pytest.approx([value, value], abs=0.006)  # noqa: E731
 
     def hours(*words: str) -> list[float]:
