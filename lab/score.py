@@ -221,8 +221,8 @@ def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws:
     dice = np.random.default_rng(seed)
     drawn = []
     for _ in range(draws):
-        again = {key: list(dice.choice(values, len(values))) for key, values in studies.items()}
-        drawn.append(scores(medians(again), held_out, tau_max))
+        again = {key: list(dice.choice(values, len(values))) for key, values in sorted(studies.items())}  # whatever their order
+        drawn.append(scores(medians({key: again[key] for key in studies}), held_out, tau_max))
     return np.quantile(drawn, [0.025, 0.975], axis=0).T
 
 

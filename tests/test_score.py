@@ -101,6 +101,10 @@ def test_intervals_from_studies(tmp_path, capsys):
     assert compare.main(["score", "--studies", str(path), "--json"]) == 0
     rows = {row["submission"]: row for row in json.loads(capsys.readouterr().out)["submissions"]}
     assert "interval" not in rows.pop("once")
+    table(path, lines[0], *sorted(lines[1:], reverse=True, key=lambda line: line.split(",")[:2]))  # listed in another order
+    assert compare.main(["score", "--studies", str(path), "--json"]) == 0
+    again = {row["submission"]: row for row in json.loads(capsys.readouterr().out)["submissions"]}
+    assert all(again[name]["interval"] == row["interval"] for name, row in rows.items())
     assert rows["slow"]["interval"][1] < rows["fast"]["interval"][0]
     assert rows["same"]["interval"][1] > rows["fast"]["interval"][0]
     for row in rows.values():
