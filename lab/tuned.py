@@ -200,6 +200,14 @@ def sensitivity(table: Table) -> dict[str, float]:
     return found
 
 
+def rate_neighbours(table: Table) -> list[Row]:
+    """The runs of the best settings at another learning rate, same seed; a diverged one has the loss inf."""
+    best = table.best()
+    fixed = {k: v for k, v in best.settings.items() if k != "lr"} if best else {}
+    near = [r for r in table.of("neighbour") if best and r.seed == best.seed and r.settings["lr"] != best.settings["lr"]]
+    return [r for r in near if {k: v for k, v in r.settings.items() if k != "lr"} == fixed]
+
+
 def steps_to(row: Row, target: float) -> int | None:
     """Steps to the first validation at or below the target."""
     return next((step for step, loss in row.losses if loss <= target), None)
@@ -440,9 +448,7 @@ def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None
         best = table.best()
         ended = [r for r in table.of("search") if math.isfinite(r.val_loss)]
         axis.scatter([r.settings["lr"] for r in ended], [r.val_loss for r in ended], s=12, color="tab:blue")
-        near = [r for r in table.of("neighbour") if math.isfinite(r.val_loss) and r.seed == best.seed]
-        near = [r for r in near if all(r.settings[k] == v for k, v in best.settings.items() if k != "lr")]
-        line = sorted([(r.settings["lr"], r.val_loss) for r in near] + [(best.settings["lr"], best.val_loss)])
+        line = sorted((r.settings["lr"], r.val_loss) for r in (best, *rate_neighbours(table)) if math.isfinite(r.val_loss))
         axis.plot(*zip(*line), "o-", ms=3, color="tab:orange")
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(pyplot.NullFormatter())
@@ -453,8 +459,9 @@ def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None
     top = most + 0.3 * (most - least)
     axes.flat[0].set_ylim(least - 0.05 * (most - least), top)
     for axis, (_, table) in zip(axes.flat, shown):  # what is far above is cut off, what diverged with it: at the upper edge
-        above = [r.settings["lr"] for r in table.of("search") if not r.val_loss <= top]
-        axis.plot(above, [top - 0.04 * (top - least)] * len(above), "^", ms=4, color="tab:blue", markerfacecolor="none")
+        for tried, colour in ((table.of("search"), "tab:blue"), (rate_neighbours(table), "tab:orange")):
+            above = [r.settings["lr"] for r in tried if not r.val_loss <= top]
+            axis.plot(above, [top - 0.04 * (top - least)] * len(above), "^", ms=4, color=colour, markerfacecolor="none")
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     figure.suptitle(track, fontsize=9)

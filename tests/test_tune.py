@@ -380,7 +380,10 @@ def test_neighbours_differ_in_one_setting_and_are_judged_on_the_best_one_s_seed(
         assert sum(settings[key] != best.settings[key] for key in settings) == 1
     off = [row("neighbour", n, 2.1 + n / 10, seed=3, settings=s) for n, s in enumerate(found.values())]
     stray = row("neighbour", 9, 9.0, seed=4, settings=found["lr / 2"])
-    lost = tuned.sensitivity(made(tmp_path, "adamw", best, row(loss=2.5), *off, stray))
+    held = made(tmp_path, "adamw", best, row(loss=2.5), *off, stray)
+    assert [r.number for r in tuned.rate_neighbours(held)] == [0, 1]  # of which the picture's line is made
+    assert tuned.rate_neighbours(made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf), off[0])) == []
+    lost = tuned.sensitivity(held)
     assert lost == pytest.approx({"lr / 2": 0.1, "lr x 2": 0.2, "no weight decay": 0.3, "half the warm-up": 0.4})
 
 
