@@ -294,12 +294,13 @@ class Checkpoints:
         atomic_write(final / DONE, json.dumps({"files": listed}, indent=1))
         sync(final)
         sync(self.folder)
-        self._prune()
+        self._prune(step)
         written = sum(size for size, _ in listed.values())
         self.written(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked)
 
-    def _prune(self) -> None:
-        finished = [p for p in listing(self.folder) if (p / DONE).exists()]
+    def _prune(self, step: int) -> None:
+        # what lies ahead of this one was passed over as damaged: it must not take the place of one that is intact
+        finished = [p for p in listing(self.folder) if (p / DONE).exists() and step_of(p) <= step]
         for path in finished[self.keep :]:
             if not (self.milestone and step_of(path) % self.milestone == 0):
                 (path / DONE).unlink()  # first: half deleted must not look complete

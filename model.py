@@ -15,9 +15,10 @@ which halves the memory traffic that autocast would leave in fp32. The loss is c
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +30,31 @@ from kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
 from residual import AttentionExtras, ResidualPaths, Smear
 
 
-def setting(default, help: str, choices: tuple[str, ...] | None = None):
-    """A config field with the words that `--help` prints."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help: str, choices: tuple[str, ...] | None = None, least: float = 0, most: float = math.inf):
+    """A config field with the words that `--help` prints. least, most: of a number."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+
+
+def refusal(f: Field, value: Any) -> str:
+    """Why a field does not take a value, in words that go after its name; empty: it does."""
+    choices, least, most = (f.metadata[key] for key in ("choices", "least", "most"))
+    if choices:
+        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}"
+    if not isinstance(value, (int, float)) or least <= value <= most:  # not a number: nan too fails the comparison
+        return ""
+    return f"must be at least {least:g}, got {value:g}" if most == math.inf else f"must be {least:g} to {most:g}, got {value:g}"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and form of the model. Raises ValueError when the fields contradict each other."""
 
-    vocab_size: int = setting(50257, "tokens in the vocabulary")
-    sequence_length: int = setting(1024, "context, tokens")
+    vocab_size: int = setting(50257, "tokens in the vocabulary", least=1)
+    sequence_length: int = setting(1024, "context, tokens", least=1)
     layers: int = setting(12, "transformer blocks; 0: embeddings, norm and head alone")
-    heads: int = setting(12, "attention heads per block")
-    width: int = setting(768, "residual width, channels")
-    mlp_ratio: int = setting(4, "hidden width of the MLP over residual width")
+    heads: int = setting(12, "attention heads per block", least=1)
+    width: int = setting(768, "residual width, channels", least=1)
+    mlp_ratio: int = setting(4, "hidden width of the MLP over residual width", least=1)
     dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches")
     bias: bool = setting(True, "biases in linear layers and LayerNorms (speedruns drop them: modded-nanogpt #2)")
     norm: str = setting("layernorm", "normalisation (RMSNorm: arXiv 1910.07467)", ("layernorm", "rmsnorm"))
@@ -72,7 +83,9 @@ class ModelConfig:
         "(modded-nanogpt #54, with c = 23)",
         ("rational", "tanh", "sigmoid"),
     )
-    vocab_multiple: int = setting(1, "pad embedding and head rows to a multiple of this; logits of padding are cut off")
+    vocab_multiple: int = setting(
+        1, "rows of embedding and head, a multiple of this; the logits of padding are cut off", least=1
+    )
     head_dtype: str = setting(
         "same",
         "head's products in training; same: type of the activations; auto: 8-bit floats where the card has them "
@@ -113,10 +126,9 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        for name in ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_ratio", "vocab_multiple"):
-            least = 0 if name == "layers" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for f in fields(self):
+            if why := refusal(f, getattr(self, f.name)):
+                raise ValueError(f"{f.name} {why}")
         if self.attention == "flex" and self.dropout:
             raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
         if self.width % self.heads:
@@ -125,13 +137,11 @@ class ModelConfig:
             raise ValueError(f"rotary positions need a head width divisible by 4, got {self.head_width}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for f in fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
         round_blocks = ("value_embeddings", "input_shortcut", "backout")
         if not self.layers and (wrong := [name for name in round_blocks if getattr(self, name)]):
             raise ValueError(f"layers 0: there are no blocks for {wrong[0]}")
+        if self.ngram_sparse and not self.ngram_buckets:
+            raise ValueError("ngram_sparse needs ngram_buckets: such as 16384")
         if self.value_gates and not self.value_embeddings:
             raise ValueError("value_gates need value_embeddings: such as 3")
         if self.key_offset and self.positions != "half_rotary":

@@ -26,6 +26,14 @@ PRESENTATION = (
 )  # fmt: skip
 
 
+def all_settings(config: Any, model_config: Any, recipe: str) -> dict[str, Any]:
+    """Everything that a run is told: what config.json has. Of an optimizer in a file of one's own the file's hash too: the
+    same command after a change of it is another run."""
+    file = Path(config.optimizer.partition(":")[0])
+    own = {"optimizer_code": hashlib.sha256(file.read_bytes()).hexdigest()} if file.suffix == ".py" else {}
+    return vars(config) | vars(model_config) | {"recipe": recipe} | own
+
+
 def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
     """sha256 over everything that changes what is computed; without the seed, the same for all runs of an experiment."""
     kept = {k: v for k, v in settings.items() if k not in (*PRESENTATION, *without)}
@@ -33,8 +41,9 @@ def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> st
 
 
 def default_folder(settings: dict[str, Any], recipe: str) -> str:
-    """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>."""
-    return str(Path("runs") / settings["track"] / f"{recipe}-s{settings['seed']}-{settings_hash(settings)[:8]}")
+    """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>. The words of a long recipe are cut
+    off: a file's name has 255 bytes at most."""
+    return str(Path("runs") / settings["track"] / f"{recipe[:100]}-s{settings['seed']}-{settings_hash(settings)[:8]}")
 
 
 def now() -> str:

@@ -30,7 +30,6 @@ class Schedule:
     """Warm-up, then `shape(progress)`; subclasses give the shape."""
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
-    final: float = 0.0  # multiplier at the end of the run
 
     def __post_init__(self):
         if self.warmup < 0:
@@ -56,7 +55,14 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
+class Decaying(Schedule):
+    """One that ends at `final`."""
+
+    final: float = 0.0  # multiplier at the end of the run
+
+
+@dataclass(frozen=True)
+class Linear(Decaying):
     """1 -> final in a straight line."""
 
     def shape(self, t, total):
@@ -64,7 +70,7 @@ class Linear(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(Decaying):
     """final + (1 - final) (1 + cos(pi p)) / 2."""
 
     def shape(self, t, total):
@@ -72,7 +78,7 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class Exponential(Schedule):
+class Exponential(Decaying):
     """final^p: the same factor every step."""
 
     final: float = 0.1
@@ -87,7 +93,7 @@ class Exponential(Schedule):
 
 
 @dataclass(frozen=True)
-class WSD(Schedule):
+class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
     linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down).
     """
@@ -119,7 +125,7 @@ class WSD(Schedule):
 
 
 @dataclass(frozen=True)
-class Cyclic(Schedule):
+class Cyclic(Decaying):
     """Cosine with warm restarts: `cycles` equal cosines, each peak `decay` times the one before."""
 
     cycles: int = 4

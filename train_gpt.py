@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ import optimizers
 import schedules
 import tricks
 from checkpoint import Checkpoints, damage, listing, newest, step_of
-from data.shards import Dataset, Loader, dataset_folder, validation_starts
-from model import GPT, ModelConfig, flops_per_token, parameter_counts, roles, setting
+from data.shards import IGNORED, Dataset, Loader, dataset_folder, validation_starts
+from model import GPT, ModelConfig, flops_per_token, parameter_counts, refusal, roles, setting
 from optimizers.mantissa import keep_mantissas, to_bf16
 from optimizers.shard import Sharded
 from ranks import RankError, Traffic, World, leave, reduce_in_bf16
-from run_folder import Display, Run, default_folder, git, lock, now, settings_hash, source_hash
-from spec import UsageError, convert, nearest
+from run_folder import Display, Run, all_settings, default_folder, git, lock, now, settings_hash, source_hash
+from spec import UsageError, convert, nearest, split
 
 STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"
 
@@ -71,8 +71,8 @@ class Config:
     rates: str = setting("", "factors on learning rates, by role or part of a parameter's name: embedding=2,smear=0.1")
     schedule: str = setting("constant", "learning-rate schedule SPEC")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
-    steps: int = setting(1000, "optimizer updates")
-    batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks")
+    steps: int = setting(1000, "optimizer updates", least=1)
+    batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
     batch_schedule: str = setting("constant", "batch-size schedule SPEC: multiples of --batch-tokens")
     window_schedule: str = setting("constant", "attention-window schedule SPEC: parts of --window")
     length_schedule: str = setting("constant", "sequence-length schedule SPEC: parts of --sequence-length")
@@ -82,7 +82,7 @@ class Config:
         0, "tokens after the next that training also predicts, less and less (modded-nanogpt #53: 2); its loss is then a sum"
     )
     tied_until: float = setting(
-        0.0, "part of the run in which an untied head shares the weight of the embedding (modded-nanogpt #51, #53: 2/3)"
+        0.0, "part of the run in which an untied head shares the weight of the embedding (modded-nanogpt #51, #53: 2/3)", most=1
     )
     weights: str = setting(
         "fp32", "hidden matrices: fp32, or bf16 with the other 16 bits in the optimizer (modded-nanogpt #57)", ("fp32", "bf16")
@@ -101,7 +101,7 @@ class Config:
     data_root: str = setting("corpora", "folder of the prepared corpora")
     align_documents: bool = setting(False, "training sequences begin with a document (modded-nanogpt #26)")
     shuffle: bool = setting(True, "shuffle sequences every epoch; otherwise the corpus in its own order")
-    val_tokens: int = setting(262144, "validation tokens, fixed per track")
+    val_tokens: int = setting(262144, "validation tokens, fixed per track", least=1)
     val_spread: bool = setting(True, "validate on sequences spread over the whole split; otherwise on its beginning")
     loss_tokens: int = setting(0, "loss on the last so many targets of each sequence alone; 0: on all")
     val_every: int = setting(0, "steps between validations; 0: five times a run. The last step is always validated")
@@ -116,7 +116,7 @@ class Config:
     branch: str = setting("", "comma-separated folders of runs of another length: start from the last state shared with one")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the minutes, and at the end")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints; 0: off")
-    keep: int = setting(2, "checkpoints to keep, the newest")
+    keep: int = setting(2, "checkpoints to keep, the newest", least=1)
     milestone_every: int = setting(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
     nonfinite: str = setting("stop", "a loss or gradient that is not finite: stop, or skip:K to leave out up to K updates")
     check_ranks: int = setting(100, "steps between checks that all ranks hold the same weights; 0: never")
@@ -176,16 +176,13 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
     settings |= given
     words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
-    settings["optimizer"], settings["schedule"] = tricks.tuned(settings.get("track", Config.track), **words)
+    settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)
+    settings["schedule"] = given.get("schedule", schedule)  # whoever asks for one gets it
     for key, value in settings.items():
-        choices = all_fields[key].metadata["choices"]
-        if choices and value not in choices:
-            raise UsageError(f"--{key.replace('_', '-')} takes {', '.join(choices)}; not {value!r}")
+        if why := refusal(all_fields[key], value):
+            raise UsageError(f"--{key.replace('_', '-')} {why}")
     pick = lambda cls: cls(**{f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings})  # noqa: E731
     config = pick(Config)
-    for key in ("steps", "batch_tokens", "val_tokens"):
-        if getattr(config, key) < 1:
-            raise UsageError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(config, key)}")
     allowed_skips(config.nonfinite)
     optimizers.check(config.optimizer, config.average, config.table_optimizer)
     schedules.build(config.schedule, config.steps)
@@ -200,6 +197,11 @@ def resolve(argv: list[str]) -> tuple[Config, ModelConfig, str]:
     if not 0 <= config.loss_tokens <= model_config.sequence_length:
         most = model_config.sequence_length
         raise UsageError(f"--loss-tokens must be 0 to {most}, the sequence length; got {config.loss_tokens}")
+    if config.stop_at_target and not config.target_loss:
+        raise UsageError("--stop-at-target needs a target: add --target-loss")
+    if config.momentum_schedule != "keep" and not optimizers.has_momentum(config.optimizer):
+        name = split(config.optimizer)[0]
+        raise UsageError(f"--momentum-schedule {config.momentum_schedule}: {name} has no momentum that it could change")
     if config.tied_until and model_config.tied_head:
         raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
     T = model_config.sequence_length
@@ -229,7 +231,8 @@ class Clock:
 
     The loop starts it before a step's data is fetched and stops it after the optimizer's update; set-up, compilation
     and its warm-up, validation, checkpoints and logging are outside. Machines stall, so three figures are kept: the
-    sum, the robust time = steps x median step per stage (steps of one batch size), and the CPU time of the process.
+    sum, the robust time = steps x median step per stage (steps of equal work: of one batch size and, where a method does
+    something every few steps, of one place in that round), and the CPU time of the process.
 
     A GPU is still at work when stop() is called. To wait for it in each step would have it idle until the first kernels of
     the next one come; so there the clock runs on, through logging too, and a step lasts from one stop() to the next. Before
@@ -356,16 +359,16 @@ def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length
 
 def warm_up(
     model: torch.nn.Module, shape: tuple[int, int], model_config: ModelConfig, device: torch.device,
-    future: torch.Tensor | None = None,
+    future: torch.Tensor | None = None, logits: bool = False,
 ) -> None:  # fmt: skip
-    """Compile by one forward and backward on random tokens [sequences, length], off the clock.
+    """Compile by one forward and backward on random tokens [sequences, length], off the clock; of the loss, or the logits.
 
     Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         tokens = torch.randint(model_config.vocab_size, shape, device=device)
         # targets in memory of their own, as in training: torch.compile would make another graph for one tensor given twice
-        model(tokens, tokens.clone(), future).backward()
+        (model(tokens).sum() if logits else model(tokens, tokens.clone(), future)).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -469,13 +472,14 @@ class Training:
         self.multiplier = schedules.build(config.schedule, config.steps)
         self.momentum = schedules.build_momentum(config.momentum_schedule, config.steps)
         # clock and log
-        self.clock = Clock(world.device)
+        self.clock, self.period = Clock(world.device), optimizers.period(config.optimizer)
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = mean_flops(config, model_config)
         self.steps_done, self.last_val, self.reached, self.skipped = 0, None, None, 0
+        self.saved: int | None = None  # step of the last checkpoint
         self.wire_bytes = 0  # that this rank sends in a step
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
-        settings = vars(config) | vars(model_config) | {"recipe": recipe}
+        settings = all_settings(config, model_config, recipe)
         out = config.out or default_folder(settings, recipe)
         self.run_folder = Run(Path(out), settings, config.resume)
         self.checkpoints = Checkpoints(self.run_folder.checkpoints, config.keep, config.milestone_every, self.written)
@@ -613,7 +617,9 @@ class Training:
         else:  # other ranks than before: dropout cannot repeat itself, but must not repeat what it began with
             torch.manual_seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
         self.steps_done, self.last_val, self.reached = saved["step"], saved["last_val"], saved["reached"]
-        self.skipped, self.clock.stages, self.clock.process_time = saved["skipped"], saved["stages"], saved["process_time"]
+        self.skipped, self.clock.stages = saved["skipped"], saved["stages"]
+        self.clock.process_time = saved["process_time"] if self.world.main else 0.0  # of all ranks together
+        self.saved = None if self.branched else self.steps_done
         return saved["log_bytes"]
 
     def save(self) -> None:
@@ -621,23 +627,24 @@ class Training:
         self.clock.pause()
         self.check_data()
         self.world.beat(f"step {self.steps_done}: checkpoint")
-        self.optimizer.eval()  # methods that evaluate other weights than they train: store those as the model
         generators = [torch.get_rng_state()]
         if self.world.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.world.device))
         extra = {
             "last_val": self.last_val, "reached": self.reached, "skipped": self.skipped, "stages": self.clock.stages,
-            "process_time": self.clock.process_time, "log_bytes": self.run_folder.logged() if self.world.main else 0,
+            "process_time": sum(self.world.gather(self.clock.process_time)),
+            "log_bytes": self.run_folder.logged() if self.world.main else 0,
             "data": self.fingerprint, "source": source_hash(), "config": settings_hash(self.run_folder.config),
         }  # fmt: skip
-        self.checkpoints.save(self.steps_done, self.gpt, self.optimizer.state_dict(), generators, extra)
-        self.optimizer.train()
-        self.saved_at = time.monotonic()
+        with self.evaluated():
+            self.checkpoints.save(self.steps_done, self.gpt, self.optimizer.state_dict(), generators, extra)
+        self.saved_at, self.saved = time.monotonic(), self.steps_done
 
-    def backward(self, x: torch.Tensor, y: torch.Tensor | None) -> tuple[float, float]:
+    def backward(self, x: torch.Tensor, y: torch.Tensor, drawn: bool = False) -> tuple[float, float]:
         """Gradients of the mean loss over the global batch; that loss and their norm.
 
-        y: targets; None draws them from the model's own predictions (the curvature estimate of Sophia).
+        drawn: in the place of the targets y, where they count, take some that the model itself predicts (the curvature
+            estimate of Sophia).
         """
         future = self.future()
         loss = torch.zeros((), device=self.world.device)
@@ -647,12 +654,14 @@ class Training:
             tokens = x[i : i + micro]
             # DDP averages gradients over ranks once per step: no_sync must cover forward and backward of the others
             with self.model.no_sync() if self.world.size > 1 and i != parts[-1] else contextlib.nullcontext():
-                if y is None:
+                targets = y[i : i + micro]
+                if drawn:
                     logits = self.model(tokens).flatten(0, 1)
-                    drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
-                    part = F.cross_entropy(logits, drawn) / len(parts)
+                    labels = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
+                    labels = labels.where(targets.flatten() != IGNORED, IGNORED)
+                    part = F.cross_entropy(logits, labels, ignore_index=IGNORED) / len(parts)
                 else:
-                    part = self.model(tokens, y[i : i + micro], future) / len(parts)
+                    part = self.model(tokens, targets, future) / len(parts)
                 part.backward()
             loss += part.detach()
         for p in self.gpt.parameters():
@@ -697,6 +706,20 @@ class Training:
         """Do embedding and head, though two weights, move as one in this step?"""
         return self.steps_done < self.config.tied_until * self.config.steps
 
+    def retie(self) -> None:
+        """Give the embedding the head's weight, where they moved as one in the last step."""
+        if self.config.tied_until and self.steps_done - 1 < self.config.tied_until * self.config.steps:
+            self.gpt.embedding.weight.data.copy_(self.gpt.head.weight)
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The weights by which a method is judged, and which are stored as the model, in the place of those it trains at."""
+        self.optimizer.eval()
+        self.retie()
+        yield
+        self.optimizer.train()
+        self.retie()
+
     def gradients(self) -> list[torch.Tensor]:
         """All of them, dense; of a coalesced sparse one the rows it has. They share memory with the originals."""
         found = [p.grad for p in self.gpt.parameters() if p.grad is not None]
@@ -706,6 +729,8 @@ class Training:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite: no update."""
         config, step = self.config, self.steps_done
         self.clock.start()
+        if config.tied_until and step == math.ceil(config.tied_until * config.steps):  # from here on two, with one history
+            optimizers.copy_state(self.optimizer, self.gpt.head.weight, self.gpt.embedding.weight)
         self.follow(step)
         self.world.beat(f"step {step + 1}: data")
         x, y = (tokens.view(-1, self.micro_batch(step)[1]) for tokens in self.loader.next(step))
@@ -724,17 +749,16 @@ class Training:
         self.world.beat(f"step {step + 1}: update")
         self.optimizer.step()
         self.gpt.zero_grad(set_to_none=True)
-        if self.tied:
-            self.gpt.embedding.weight.data.copy_(self.gpt.head.weight)
-            if step + 1 >= config.tied_until * config.steps:  # from here on two weights, with one history
-                optimizers.copy_state(self.optimizer, self.gpt.head.weight, self.gpt.embedding.weight)
         for part in optimizers.parts(self.optimizer):
             if getattr(part, "wants_curvature", bool)():
-                if math.isfinite(self.backward(x, None)[1]):  # else the estimate before serves on
-                    part.curvature(config.batch_tokens * self.batches.size(step))
+                if math.isfinite(self.backward(x, y, drawn=True)[1]):  # else the estimate before serves on
+                    counted = self.config.loss_tokens / self.model_config.sequence_length or 1
+                    part.curvature(round(config.batch_tokens * self.batches.size(step) * counted))
                 self.gpt.zero_grad(set_to_none=True)
         self.steps_done += 1
-        return loss_now, norm_now, self.clock.stop(str(config.batch_tokens * self.batches.size(step)))
+        self.retie()
+        place = f" {step % self.period}" * (self.period > 1)
+        return loss_now, norm_now, self.clock.stop(f"{config.batch_tokens * self.batches.size(step)}{place}")
 
     def measured_step(self) -> tuple[float, float, float] | None:
         """`step`, with a look at what this rank sends in it: the first step of several ranks, a little slower for that."""
@@ -765,7 +789,7 @@ class Training:
             last, _ = newest(self.run_folder.checkpoints)
             self.display.note(
                 f"step {step}: not finite: {where}gradients of {', '.join(bad[:8]) or 'nothing'}{more}; "
-                f"{'the step was left out' if on else 'nothing was updated'}; last good checkpoint: {last or 'none'}"
+                f"{'the step was left out' if on else 'nothing was updated'}; newest checkpoint: {last or 'none'}"
             )
         self.steps_done += on
         return on
@@ -773,11 +797,10 @@ class Training:
     def validate(self) -> None:
         self.clock.pause()
         self.world.beat(f"step {self.steps_done}: validation")
-        self.optimizer.eval()
         # the bare model: DDP's forward pass may wait for ranks that have fewer sequences to validate, and off the clock a graph
         # of its own would take longer to compile than it saves
-        loss = validate(self.gpt, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
-        self.optimizer.train()
+        with self.evaluated():
+            loss = validate(self.gpt, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
         self.last_val = loss
         config, step, now = self.config, self.steps_done, self.clock.train_time
         met = bool(config.target_loss) and loss <= config.target_loss
@@ -796,6 +819,8 @@ class Training:
             self.follow(step)
             shape = self.micro_batch(step)
             warm_up(self.model, shape, self.model_config, self.world.device, self.future())
+            if any(hasattr(part, "wants_curvature") for part in optimizers.parts(self.optimizer)):
+                warm_up(self.model, shape, self.model_config, self.world.device, logits=True)
         optimizers.compile_update(self.optimizer)
 
     def run(self) -> dict[str, Any] | None:
@@ -815,14 +840,15 @@ class Training:
             about = dict(seed=config.seed, config=settings_hash(self.run_folder.config, ("seed",)), source=source_hash())
             kind = "branch" if self.branched else "resume" if self.start else "start"
             self.run_folder.event(kind, step=first, **about, data=self.fingerprint, utc=now())
-            self.display = Display(config, self.run_folder.folder, self.flops, self.peak, first)
+            self.display = Display(config, self.run_folder.folder, self.flops, self.peak and self.peak * self.world.size, first)
             self.display.note("\n".join([self.greeting(), *self.fallbacks(cards)]))
         every = config.val_every or math.ceil(config.steps / 5)
         status, self.saved_at = "ok", time.monotonic()
         self.model.train()
         self.optimizer.train()
+        self.retie()
         with Interrupt() as interrupt:
-            while self.steps_done < config.steps:
+            while self.steps_done < config.steps and not (config.stop_at_target and self.reached):
                 epoch = math.floor(self.loader.epochs(self.steps_done))
                 if main and self.steps_done and epoch > math.floor(self.loader.epochs(self.steps_done - 1)):
                     self.run_folder.event("epoch", step=self.steps_done, epoch=epoch)
@@ -841,8 +867,8 @@ class Training:
                     self.world.check_equal(list(self.gpt.parameters()), f"step {self.steps_done}: weights")
                 if self.steps_done % every == 0 or self.steps_done == config.steps:
                     self.validate()
-                    if config.stop_at_target and self.reached:
-                        status = "ok" if self.steps_done == config.steps else "stopped"
+                    if not math.isfinite(self.last_val):  # the last update: its gradient was finite, the weights are not
+                        status = "diverged"
                         break
                 if stop and self.steps_done < config.steps:
                     self.save()
@@ -853,7 +879,9 @@ class Training:
                     return None
                 if due or (config.checkpoint_every and self.steps_done % config.checkpoint_every == 0):
                     self.save()
-            if status != "diverged":
+            if status == "ok" and self.steps_done < config.steps:
+                status = "stopped"
+            if status != "diverged" and self.saved != self.steps_done:
                 self.save()
             self.end_of_checkpoint()
         return self.finish(status)

@@ -554,7 +554,7 @@ TRACKS: dict[str, Track] = {
             "small_batch": dict(batch_tokens=131072),
             # twice the context (#29 cuts documents at 2,048); with `yarn` 384, 768, then 1,536 tokens (modded: 384 to 1,664)
             "long_short_windows": dict(sequence_length=2048, window=1536, window_pattern="LSSSLSSLSSSL"),
-            "retied_head": dict(rates="embedding=0.0057,tables=1"),  # untied, the embedding goes on at the head's rate: 0.004
+            "retied_head": dict(rates="embedding.weight=0.0057"),  # untied, the embedding goes on at the head's rate: 0.004
             "muon": dict(
                 optimizer="muon:lr=0.025,weight_decay=0.05,steps=12,coefficients=cubic,embedding_lr=0.7,head_lr=0.004,"
                 "adamw_lr=0.015,adamw_beta1=0.8,adamw_beta2=0.95",

@@ -43,14 +43,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shards_for(recipe: str) -> int:
-    """Training shards that `TRACK:TRICKS` reads without repeating data."""
+    """Training shards of fineweb10B that `TRACK:TRICKS` reads; where they are not enough for it, all, which it will repeat."""
     track, _, words = recipe.partition(":")
     settings, _ = tricks.apply(track, words)
     batches = schedules.build_batches(settings.get("batch_schedule", "constant"), settings["steps"])
     tokens = batches.before(settings["steps"]) * settings["batch_tokens"]
     if settings.get("align_documents"):  # which leaves the ends of documents out: half as much again is chosen
         tokens += tokens // 2
-    return max(1, math.ceil((tokens + 1) / shards.SHARD_TOKENS))
+    wanted = max(1, math.ceil((tokens + 1) / shards.SHARD_TOKENS))
+    if wanted > corpora.FINEWEB_SHARDS:
+        print(f"{recipe} reads {wanted} shards, there are {corpora.FINEWEB_SHARDS}: its data will repeat", flush=True)
+    return min(wanted, corpora.FINEWEB_SHARDS)
 
 
 def main(argv: list[str]) -> int:

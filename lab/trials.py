@@ -58,7 +58,7 @@ class Trial:
             UsageError: what the trainer refuses: an unknown trick, a value out of range.
         """
         config, model_config, recipe = train_gpt.resolve(self.flags)
-        return RUNS / run_folder.default_folder(vars(config) | vars(model_config) | {"recipe": recipe}, recipe)
+        return RUNS / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
 
     @property
     def result(self) -> dict[str, Any] | None:

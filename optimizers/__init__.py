@@ -20,6 +20,7 @@ Weight decay acts on matrices, embeddings and the head; never on vectors (gains,
 
 import importlib
 import inspect
+import math
 from collections import Counter, defaultdict
 
 import torch
@@ -51,7 +52,7 @@ from optimizers.elementwise import (
 from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from optimizers.sparse import TABLE_OPTIMIZERS
-from spec import UsageError, convert, nearest, parse
+from spec import UsageError, convert, nearest, parse, typed_keys
 
 __all__ = [
     "AVERAGES",
@@ -61,8 +62,10 @@ __all__ = [
     "check",
     "compile_update",
     "copy_state",
+    "has_momentum",
     "own_schedule",
     "parts",
+    "period",
     "schedule_free",
     "state_bytes",
 ]
@@ -241,7 +244,7 @@ def check_every_parameter_once(spec: str, optimizer: torch.optim.Optimizer, gpt:
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
     """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ.
 
-    A word is a role, or what stands between dots in a parameter's name; of several that fit a parameter the last counts.
+    A word is a role, a parameter's name, or what stands between dots in it; of several that fit a parameter the last counts.
 
     Raises:
         UsageError: a word that fits no parameter, or no number of 0 or more after it.
@@ -252,7 +255,7 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
         factor = convert(text, float, f"--rates {word}=")
         if not factor >= 0:
             raise UsageError(f"--rates {word}= takes 0 or more, not {text}")
-        fitting = [p for name, p in gpt.named_parameters() if word in (role[name], *name.split("."))]
+        fitting = [p for name, p in gpt.named_parameters() if word in (role[name], name, *name.split("."))]
         if not fitting:
             words = {w for name in role for w in (role[name], *name.split(".")) if not w.isdigit()}
             raise UsageError(f"--rates: no parameter is called {word!r}: {nearest(word, words)}")
@@ -280,6 +283,8 @@ def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: n
     optimizer.state[target] = {
         name: value.clone() if isinstance(value, Tensor) else value for name, value in optimizer.state[source].items()
     }
+    if kept := getattr(optimizer, "kept", {}):  # of an average
+        kept[target] = [w.clone() for w in kept[source]]
 
 
 def schedule_free(optimizer: torch.optim.Optimizer) -> bool:
@@ -290,6 +295,20 @@ def schedule_free(optimizer: torch.optim.Optimizer) -> bool:
 def own_schedule(name: str) -> bool:
     """Does the registered optimizer of that name bring its own schedule? False for names that are not registered."""
     return getattr(getattr(OPTIMIZERS.get(name), "method", None), "schedule_free", False)
+
+
+def has_momentum(spec: str) -> bool:
+    """Does its learning go by a setting `momentum`, which a schedule can move? Of one's own methods nobody knows before they
+    are built: True."""
+    cls, _ = parse(of_collection(spec), OPTIMIZERS, "optimizer")
+    return not issubclass(cls, Settings) or "momentum" in typed_keys(cls)
+
+
+def period(spec: str) -> int:
+    """Steps after which the work of a method repeats itself: roots and bases are renewed every few steps. 1: all alike."""
+    cls, settings = parse(of_collection(spec), OPTIMIZERS, "optimizer")
+    made = cls(**settings) if issubclass(cls, Settings) else None
+    return math.lcm(*(getattr(made, key, 1) for key in ("every", "adamw_every")))
 
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:

@@ -273,6 +273,35 @@ def test_the_newest_intact_one_wins(two, capsys, train, harm, message):
     assert checkpoint.newest(two)[0].name == "step-00000004"
 
 
+def test_a_damaged_checkpoint_takes_no_place_of_an_intact_one(train, monkeypatch):
+    flags = ("--steps", "12", "--checkpoint-every", "3", "--keep", "1", "--milestone-every", "6")
+    folder = train(*flags)
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "step-00000012" / "DONE").write_text("{")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt.Training, "log_step", stop_at(10))
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    assert checkpoint.newest(folder / "checkpoints")[0].name == "step-00000009"  # with --keep 1, beside the damaged one
+    train(*flags)
+    assert [e["step"] for e in events(folder, "resume")] == [6, 9] and losses(folder) == losses(train(*flags, out="whole"))
+
+
+def test_a_run_that_ended_at_its_target_ends_there_again(train, monkeypatch):
+    """Ended by force between its last checkpoint and its result: it must not train past the target."""
+    flags = ("--steps", "30", "--target-loss", "5", "--val-every", "2", "--stop-at-target")
+    folder = train(*flags)
+    before, log = result(folder), losses(folder)
+    (folder / "result.json").unlink()
+    train(*flags)
+    assert result(folder)["steps"] == before["steps"] and losses(folder) == log and result(folder)["status"] == "stopped"
+
+
+def test_the_last_step_is_saved_once(train):
+    folder = train("--steps", "6", "--checkpoint-every", "3")
+    assert [e["step"] for e in events(folder, "checkpoint")] == [3, 6]
+
+
 def test_nothing_intact_is_said(two, capsys, train):
     for path in checkpoint.listing(two):
         os.truncate(path / "model.safetensors", 10)
@@ -464,11 +493,11 @@ def spoil(monkeypatch, *steps: int) -> None:
     """The loss of these steps is not a number."""
     real = train_gpt.Training.backward
 
-    def backward(self, x, y):
+    def backward(self, x, y, **how):
         hooks = []
         if self.steps_done + 1 in steps:
             hooks.append(self.gpt.blocks[0].mlp.up.weight.register_hook(lambda g: g * float("nan")))
-        done = real(self, x, y)
+        done = real(self, x, y, **how)
         for hook in hooks:
             hook.remove()
         return done
@@ -483,7 +512,7 @@ def test_what_is_not_finite_is_named_and_stops_the_run(train, monkeypatch, capsy
     assert event["step"] == 5 and event["parameters"] == ["blocks.0.mlp.up.weight"] and event["ranks"] == []
     said = capsys.readouterr().out
     assert "step 5: not finite: gradients of blocks.0.mlp.up.weight; nothing was updated" in said
-    assert "last good checkpoint" in said and "step-00000004" in said and result(folder)["status"] == "diverged"
+    assert "newest checkpoint" in said and "step-00000004" in said and result(folder)["status"] == "diverged"
 
 
 def test_steps_that_are_not_finite_can_be_left_out(train, monkeypatch):
@@ -501,11 +530,11 @@ sys.path.insert(0, os.getcwd())
 import train_gpt
 real = train_gpt.Training.backward
 
-def backward(self, x, y):
+def backward(self, x, y, **how):
     if self.steps_done == 2 and self.world.rank == 1:
         with __import__("torch").no_grad():
             self.gpt.norm.weight.fill_(float("nan"))
-    return real(self, x, y)
+    return real(self, x, y, **how)
 
 train_gpt.Training.backward = backward
 train_gpt.leave(train_gpt.main(sys.argv[1:]))

@@ -317,9 +317,12 @@ def test_fineweb10b_errors(tmp_path, monkeypatch):
         corpora.prepare("fineweb10B", "bytes", tmp_path)
 
 
-def test_shards_for_a_recipe():
+def test_shards_for_a_recipe(capsys):
     assert command.shards_for("gpt2-small:modern,muon,wide_heads") == -(-19560 * 524288 // 100_000_000)
-    assert command.shards_for("gpt2-small:align_documents") == -(-19560 * 524288 * 3 // 200_000_000)
+    assert command.shards_for("gpt2-small:modern_muon") == -(-3250 * 524288 // 100_000_000)
+    assert command.shards_for("gpt2-small:modern_muon,align_documents") == -(-3250 * 524288 * 3 // 200_000_000)
+    assert command.shards_for("gpt2-medium:baseline") == 103
+    assert capsys.readouterr().out == "gpt2-medium:baseline reads 300 shards, there are 103: its data will repeat\n"
 
 
 def test_local_files(tmp_path):
@@ -336,10 +339,31 @@ def test_local_files(tmp_path):
     assert decode(whole(Dataset(folder, "val"))) == "".join(f"<|endoftext|>document {i}" for i in (0, 10, 20))
 
 
+def test_a_line_of_jsonl_ends_where_json_says(tmp_path):
+    """Unicode's own line separators may stand in a text as they are; lines without anything hold no document."""
+    texts = [f"one\u2028two\x85 {i}" for i in range(10)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines) + "\n\n", encoding="utf-8")
+    assert list(corpora.read_file(tmp_path / "a.jsonl")) == texts
+
+
+def test_a_name_holds_the_files_that_it_was_given(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(name * 5000)
+    prepare = lambda name: corpora.prepare("mine", "bytes", tmp_path / "data", files=[tmp_path / name / "text.txt"])  # noqa: E731
+    assert prepare("a") == prepare("a")
+    with pytest.raises(UsageError, match="was prepared from other files"):
+        prepare("b")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.txt", b"\xff\xfe\xff"), ("b.jsonl", b'{"body": "x"}'), ("c.jsonl", b"{"), ("d.pdf", b""), ("e.txt", b"")],
-)
+    [
+        ("a.txt", b"\xff\xfe\xff"), ("b.jsonl", b'{"body": "x"}'), ("c.jsonl", b"{"), ("d.pdf", b""), ("e.txt", b""),
+        ("f.jsonl", b'{"text": null}'),
+    ],
+)  # fmt: skip
 def test_unreadable_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError):

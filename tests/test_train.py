@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,7 +288,9 @@ def test_a_step_waits_for_the_device_once(train, monkeypatch, optimizer):
     own. Not seen on a CPU: torch.linalg.eigh, with which Shampoo, CASPR and SOAP renew and begin, waits on a GPU."""
     found, steps = read_by(train, monkeypatch, "--steps", "6", *with_optimizer(optimizer), "--clip", "0.1")
     estimates = steps // OPTIMIZERS["sophia"]().every if optimizer == "sophia" else 0
-    assert steps == 6 and found == ["backward"] * (steps + estimates)
+    begun = found.count("starting")  # SOAP's, in its first step: have the blocks of a shape a gradient yet?
+    assert steps == 6 and found == ["backward"] + ["starting"] * begun + ["backward"] * (steps + estimates - 1)
+    assert (begun > 0) == (optimizer == "soap")
 
 
 @pytest.mark.parametrize("tricks", ["record", "baseline", "modern,muon,multi_token,retied_head,momentum_warmup,bf16_weights"])
@@ -357,10 +360,82 @@ def test_sophia_estimates_curvature_and_guards_it(sotu, tmp_path, monkeypatch):
     assert training.optimizer.param_groups[0]["tokens"] == 1024
     before = training.optimizer.state[head]["curvature"].clone()
     real = train_gpt.Training.backward
-    spoiled = lambda self, x, y: real(self, x, y) if y is not None else (real(self, x, y)[0], math.inf)  # noqa: E731
+    spoiled = lambda self, x, y, drawn=False: (real(self, x, y, drawn)[0], math.inf) if drawn else real(self, x, y)  # noqa: E731
     monkeypatch.setattr(train_gpt.Training, "backward", spoiled)
     assert training.step() and training.step()
     assert torch.equal(before, training.optimizer.state[head]["curvature"])
+
+
+def test_sophia_draws_labels_where_the_loss_counts(sotu, tmp_path, monkeypatch):
+    """Of sequences whose loss is on their last quarter."""
+    flags = ["--track", "tiny", "--data-root", str(DATA_ROOT), "--optimizer", "sophia:every=1", "--out", str(tmp_path / "run")]
+    training = train_gpt.Training(*train_gpt.resolve([*flags, "--loss-tokens", "16"]), train_gpt.World("cpu"))
+    counted, real = [], train_gpt.F.cross_entropy
+    look = lambda logits, labels, **how: (counted.append(int((labels >= 0).sum())), real(logits, labels, **how))[1]  # noqa: E731
+    monkeypatch.setattr(train_gpt.F, "cross_entropy", look)
+    assert training.step() and sum(counted[-1:]) == 1024 // 4 == training.optimizer.param_groups[0]["tokens"]
+
+
+def test_sophia_compiles_off_the_clock(train, monkeypatch):
+    """The pass by which it estimates the curvature needs a graph of its own."""
+    shapes = []
+    real = train_gpt.warm_up
+    monkeypatch.setattr(train_gpt, "warm_up", lambda *given, **how: (shapes.append(how), real(*given, **how)))
+    train("--steps", "2", "--compile", "--layers", "1", "--optimizer", "sophia:every=1")
+    assert shapes == [{}, {"logits": True}]
+
+
+def test_weights_that_are_not_finite_after_the_last_update_are_no_result(train):
+    """Every gradient was finite: the last update is what broke the weights."""
+    folder = train("--steps", "1", "--optimizer", "sgd:lr=1e38,momentum=0", "--schedule", "constant", code=3)
+    assert result(folder)["status"] == "diverged" and result(folder)["val_loss"] is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+@pytest.mark.parametrize("average", ["none", "lawa_ema:decay=0.9"])
+@pytest.mark.parametrize("until", ["0.5", "1"])
+def test_a_shared_weight_is_one_wherever_it_is_looked_at(train, monkeypatch, optimizer, average, until):
+    """Validated and stored, whatever weights the method is judged by; then two, with one history."""
+    seen, real = [], train_gpt.validate
+
+    def look(gpt, *given):
+        seen.append(torch.equal(gpt.embedding.weight, gpt.head.weight))
+        return real(gpt, *given)
+
+    monkeypatch.setattr(train_gpt, "validate", look)
+    flags = (*with_optimizer(optimizer), "--average", average, "--no-tied-head", "--tied-until", until)
+    folder = train(*flags, "--steps", "8", "--val-every", "2", "--clip", "0")
+    assert seen == ([True] * 4 if until == "1" else [True, True, False, False])
+    weights, state = stored(folder, *flags)
+    assert torch.equal(weights["embedding.weight"], weights["head.weight"]) == (until == "1")
+    if average != "none":
+        assert all(len(kept) == 1 for kept in state["average"]["kept"])
+
+
+def test_two_weights_go_on_with_one_history_though_a_step_is_left_out(sotu, tmp_path):
+    flags = [
+        "--track",
+        "tiny",
+        "--dtype",
+        "fp32",
+        "--data-root",
+        str(DATA_ROOT),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "8",
+    ]
+    flags += ["--no-tied-head", "--tied-until", "0.5", "--nonfinite", "skip:1"]
+    training = train_gpt.Training(*train_gpt.resolve(flags), train_gpt.World("cpu"))
+    for step in range(8):
+        hook = training.gpt.head.weight.register_hook(lambda g: g / 0) if step == 3 else None
+        if training.step() is None:
+            training.gpt.zero_grad(set_to_none=True)
+            training.steps_done += 1
+        if hook:
+            hook.remove()
+    steps = [int(training.optimizer.state[w]["step"]) for w in (training.gpt.embedding.weight, training.gpt.head.weight)]
+    assert steps == [7, 7]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -395,7 +470,7 @@ def test_finished_run_is_not_trained_again(train, capsys):
 def test_run_folders_differ_by_what_is_computed():
     def folder(*flags):
         config, model_config, recipe = train_gpt.resolve(["--track", "tiny", *flags])
-        return run_folder.default_folder(vars(config) | vars(model_config), recipe)
+        return run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
 
     plain = folder()
     assert plain == folder("--wandb") == folder("--resume", "never") and plain.startswith("runs/tiny/baseline-s0-")
@@ -406,6 +481,9 @@ def test_run_folders_differ_by_what_is_computed():
         folder("--tricks", "qk_norm"),
     ]
     assert len({plain, *others}) == 5
+    stack = tricks.spelled_out("gpt2-small", "record")
+    long, other = (folder("--track", "gpt2-small", "--tricks", ",".join(some)) for some in (stack[:-1], stack))
+    assert len(",".join(stack)) > 255 > 150 > len(Path(long).name) and long != other
 
 
 def test_repeating_data_is_said(train, capsys, tmp_path):
@@ -423,6 +501,19 @@ def test_own_optimizer(train, tmp_path):
     (tmp_path / "mine.py").write_text(OWN_OPTIMIZER)
     folder = train("--steps", "20", "--optimizer", f"{tmp_path / 'mine.py'}:SignDescent:lr=0.002")
     assert losses(folder)[-1] < losses(folder)[0] - 0.5
+
+
+def test_an_own_optimizer_that_was_changed_is_another_run(train, tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    flags = ["--steps", "2", "--optimizer", f"{mine}:SignDescent:lr=0.002"]
+    named = lambda: run_folder.default_folder(run_folder.all_settings(*train_gpt.resolve(flags)), "baseline")  # noqa: E731
+    mine.write_text(OWN_OPTIMIZER)
+    before = named()
+    train(*flags)
+    mine.write_text(OWN_OPTIMIZER.replace("p -= ", "p += "))
+    assert named() != before
+    train(*flags, code=2)
+    assert "other settings (optimizer_code)" in capsys.readouterr().err
 
 
 def test_sampling(train, capsys):
@@ -460,6 +551,17 @@ def test_sampling(train, capsys):
         (["--steps", "many"], "--steps takes a value of type int"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--steps"], "--steps"),
+        (["--clip", "-1"], "--clip must be at least 0, got -1"),
+        (["--clip", "nan"], "--clip must be at least 0, got nan"),
+        (["--micro-batch-tokens", "-64"], "--micro-batch-tokens must be at least 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--tied-until", "1.5", "--no-tied-head"], "--tied-until must be 0 to 1, got 1.5"),
+        (["--heads", "0"], "--heads must be at least 1"),
+        (["--target-loss", "0", "--stop-at-target"], "--stop-at-target needs a target"),
+        (["--tricks", "momentum_warmup"], "adamw has no momentum that it could change"),
+        (["--tricks", "sparse_ngrams"], "ngram_sparse needs ngram_buckets"),
+        (["--schedule", "constant:final=0.1"], "schedule 'constant' has no key 'final'"),
+        (["--schedule", "inverse_sqrt:final=0.1"], "schedule 'inverse_sqrt' has no key 'final'"),
         (["--dtype", "fp8"], "--dtype takes auto, bf16, fp32"),
         (["--width", "65"], "width 65 is not divisible by heads 2"),
         (["--batch-tokens", "1000"], "the nearest that is: 1024"),

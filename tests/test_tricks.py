@@ -561,6 +561,15 @@ def test_rates_multiply(spec):
     assert {n for n, p in gpt.named_parameters() if torch.equal(p, before[n])} == {n for n, f in factors.items() if f == 0}
 
 
+def test_a_rate_may_be_for_one_parameter_by_its_name():
+    """As the record's retied head has it: of the embedding alone, whether there are tables of the same role or not."""
+    words = TRACKS["gpt2-small"].tuning["retied_head"]["rates"]
+    for gpt in (small(tied_head=False), small(tied_head=False, value_embeddings=2)):
+        one, other = ({p: g["lr"] for g in made.param_groups for p in g["params"]} for made in (
+            optimizers.build("adamw", gpt), optimizers.build("adamw", gpt, rates=words)))  # fmt: skip
+        assert [n for n, p in gpt.named_parameters() if one[p] != other[p]] == ["embedding.weight"]
+
+
 @pytest.mark.parametrize(
     ("rates", "message"),
     [("embeding=2", "did you mean 'embedding'"), ("head=-1", "0 or more"), ("head", "type float"), ("head=nan", "0 or more")],
