@@ -575,6 +575,10 @@ class SOAPSettings(MatrixSettings):
 
     Source: arXiv 2409.11321, github.com/nikhilvyas/SOAP. The first step only starts the factors and their bases. When a
     basis turns, m turns with it and v stays, its rows sorted by eigenvalue.
+
+    The first step of a block is that of its first gradient other than zero. There the source takes the first of all: a model
+    whose head and projections start at zero has none for its hidden matrices then, and their bases would start as the
+    identity, from which a step of QR now and then does not lead away for long.
     """
 
     lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
@@ -596,31 +600,47 @@ class SOAP(MatrixMethod):
 
     def initial(self, group, count, m, n):
         state = {"average": torch.zeros(count, m, n), "squares": torch.zeros(count, m, n)}
+        state["steps"] = torch.zeros(count)  # since the block's bases were started, that one included
         for side, size in (("left", m), ("right", n)):
             state[side] = torch.zeros(count, size, size)
             state[side + "_basis"] = torch.zeros(count, size, size)
         return state
+
+    def _link(self) -> None:
+        super()._link()
+        self._started: set[int] = set()  # blocks whose bases are known to stand: to ask the device again is to wait for it
+
+    def starting(self, state: dict[str, Tensor], G: Tensor, ids: list[int]) -> list[int]:
+        """Places of the blocks that have their first gradient other than zero."""
+        unknown = [k for k, i in enumerate(ids) if i not in self._started]
+        if not unknown:
+            return []
+        moves = (G[unknown].flatten(1).abs().amax(1) > 0) & (state["steps"][unknown] == 0)
+        known = torch.stack([moves, state["steps"][unknown] > 0]).tolist()
+        self._started |= {ids[k] for k, *either in zip(unknown, *known, strict=True) if any(either)}
+        return [k for k, now in zip(unknown, known[0], strict=True) if now]
 
     def cost(self, m, n):
         return 4 * m * n * (m + n) + 4 * (m**3 + n**3) / self.defaults["every"]
 
     def update(self, group, state, G, ids):
         t, beta1, beta2 = group["t"], group["beta1"], group["beta2"]
-        m, v = state["average"], state["squares"]
-        if t == 1:
-            self.factors(group, state, G)
-            for side in ("left", "right"):
-                state[side + "_basis"].copy_(torch.linalg.eigh(state[side])[1].flip(-1))
-            return torch.zeros_like(G)
-        left, right = state["left_basis"], state["right_basis"]
+        m, v, steps = state["average"], state["squares"], state["steps"]
+        left, right = state["left_basis"], state["right_basis"]  # zero before they are started, and so is all that follows
         rotated = torch.bmm(torch.bmm(left.mT, G), right)
         m.lerp_(rotated, 1 - beta1)
         v.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         d = v.sqrt().add_(group["eps"])
-        u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_(math.sqrt(1 - beta2 ** (t - 1)) / (1 - beta1 ** (t - 1)))
+        share = lambda beta: -torch.expm1(steps.clamp(min=1) * math.log(max(beta, 1e-38)))  # noqa: E731
+        u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_((share(beta2).sqrt() / share(beta1))[:, None, None])
         self.factors(group, state, G)
-        if (t - 1) % group["every"] == 0:  # the first step, which only starts the bases, does not count
+        if t > 1 and (t - 1) % group["every"] == 0:  # the first step, which only starts the bases, does not count
             self.turn(state)
+        steps.add_(steps > 0)
+        if starting := self.starting(state, G, ids):
+            for side in ("left", "right"):
+                state[side + "_basis"][starting] = torch.linalg.eigh(state[side][starting])[1].flip(-1)
+            steps[starting] = 1
         return u
 
     def factors(self, group, state, G):
@@ -640,7 +660,7 @@ class SOAP(MatrixMethod):
             v.copy_(v.gather(dim, (order.unsqueeze(2) if dim == 1 else order.unsqueeze(1)).expand_as(v)))
             back = torch.bmm(new.mT, old)  # from the old basis into the new one
             m.copy_(torch.bmm(back, m) if dim == 1 else torch.bmm(m, back.mT))
-            old.copy_(new)
+            old.copy_(new * (state["steps"] > 0)[:, None, None])  # zero still where it was not started
 
 
 @dataclass(frozen=True)

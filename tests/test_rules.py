@@ -647,6 +647,35 @@ def test_soap_in_the_identity_basis_is_adam():
     torch.testing.assert_close(w.detach().double(), right, atol=1e-5, rtol=0)
 
 
+def test_soap_starts_a_block_at_its_first_gradient_that_is_not_zero():
+    """As if the steps before had not been: those of a model whose head and projections start at zero. Saved between them."""
+    torch.manual_seed(5)
+    start, gradients = torch.randn(24, 12), [torch.randn(24, 12) for _ in range(9)]
+
+    def trained(first_zeros: list[int], save_at: int = -1) -> torch.Tensor:
+        """first_zeros: of the gradients of the upper and of the lower block, how many zeros come before the others."""
+        w = nn.Parameter(start.clone())
+        make = lambda: SOAP([w], lr=0.05, beta1=0.8, beta2=0.7, every=3, block=12, weight_decay=0.0)  # noqa: E731
+        soap = make()
+        for t in range(9 + max(first_zeros)):
+            w.grad = torch.zeros(24, 12)
+            for rows, zeros in zip((slice(0, 12), slice(12, 24)), first_zeros, strict=True):
+                if 0 <= t - zeros < 9:
+                    w.grad[rows] = gradients[t - zeros][rows]
+            soap.step()
+            if t == save_at:
+                saved, soap = soap.state_dict(), make()
+                soap.load_state_dict(saved)
+        return w.detach()
+
+    right = trained([0, 0])
+    assert not torch.equal(right, start)
+    for zeros, save_at in (([3, 3], -1), ([6, 6], 4), ([6, 6], 8)):
+        torch.testing.assert_close(trained(zeros, save_at), right, atol=1e-6, rtol=0)
+    # the block that began earlier goes on: its zero gradients at the end are its own
+    torch.testing.assert_close(trained([3, 0])[:12], right[:12], atol=1e-6, rtol=0)
+
+
 # ---------------------------------------------------------------- public packages
 
 
