@@ -352,13 +352,18 @@ FITTED = Constants(products=0.676, attention=0.453, bandwidth=0.783, overhead=1.
 
 def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation], float]:
     """Seconds of an operation on a card."""
-    peaks = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float8_e4m3fn: card.fp8, torch.float64: card.fp32 / 2}
+    peaks = {
+        torch.bfloat16: card.bf16,
+        torch.float16: card.bf16,
+        torch.float8_e4m3fn: card.fp8,
+        torch.float64: card.fp64 * card.fp32,
+    }
 
     def seconds(work: Operation) -> float:
         top = peaks.get(work.dtype, card.fp32)
         share = {"product": constants.products, "attention": constants.attention}.get(work.kind)
         if work.kind == "factorisation":
-            top, share = card.fp32, constants.factorisation / card.reached
+            share = constants.factorisation / card.reached
         if work.kind == "product" and any(side * work.dtype.itemsize % 16 for side in work.shape[1:]):
             share *= constants.unaligned
         arithmetic = work.flops / (share * card.reached * top) if share else 0.0

@@ -44,18 +44,24 @@ class Card:
     source: str
     reached: float = 0.80
     network: float = 50e9
+    fp64: float = 1 / 64  # as a share of fp32
 
 
 # By a word of torch.cuda.get_device_name (longest match wins).
 CARDS: dict[str, Card] = {
-    "A100": Card(312e12, 0, 19.5e12, 2.039e12, 80e9, 300e9, 1.39, "NVIDIA A100 80GB SXM data sheet", 0.859, 25e9),
-    "A100-SXM4-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 300e9, 0, "NVIDIA A100 40GB SXM data sheet", 0.859, 25e9),
-    "H100": Card(989e12, 1979e12, 67e12, 3.35e12, 80e9, 450e9, 2.69, "NVIDIA H100 SXM data sheet", 0.803),
-    "H100 PCIe": Card(756e12, 1513e12, 51e12, 2.0e12, 80e9, 64e9, 1.99, "NVIDIA H100 PCIe data sheet"),
-    "H200": Card(989e12, 1979e12, 67e12, 4.8e12, 141e9, 450e9, 3.59, "NVIDIA H200 SXM data sheet", 0.803),
-    "GH200": Card(989e12, 1979e12, 67e12, 4.0e12, 96e9, 450e9, 0, "NVIDIA GH200 data sheet, 96 GB", 0.83),
-    "B200": Card(2250e12, 4500e12, 75e12, 7.7e12, 180e9, 900e9, 5.98, "NVIDIA HGX B200 data sheet", 0.776),
-    "MI300X": Card(1307e12, 2615e12, 163e12, 5.3e12, 192e9, 448e9, 0, "AMD Instinct MI300X data sheet", 0.601),
+    "A100": Card(312e12, 0, 19.5e12, 2.039e12, 80e9, 300e9, 1.39, "NVIDIA A100 80GB SXM data sheet", 0.859, 25e9, 1.0),
+    "A100-SXM4-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 300e9, 0, "NVIDIA A100 40GB SXM data sheet", 0.859, 25e9, 1.0),
+    "A100 80GB PCIe": Card(312e12, 0, 19.5e12, 1.935e12, 80e9, 32e9, 0, "NVIDIA A100 80GB PCIe data sheet", 0.859, 25e9, 1.0),
+    "A100-PCIE-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 32e9, 0, "NVIDIA A100 40GB PCIe data sheet", 0.859, 25e9, 1.0),
+    "H100": Card(989e12, 1979e12, 67e12, 3.35e12, 80e9, 450e9, 2.69, "NVIDIA H100 SXM data sheet", 0.803, fp64=1.0),
+    "H100 PCIe": Card(756e12, 1513e12, 51e12, 2.0e12, 80e9, 64e9, 1.99, "NVIDIA H100 PCIe data sheet", fp64=1.0),
+    # their NVLink bridges join two or four cards alone
+    "H100 NVL": Card(835e12, 1671e12, 60e12, 3.9e12, 94e9, 64e9, 0, "NVIDIA H100 NVL data sheet", fp64=1.0),
+    "H200 NVL": Card(835e12, 1671e12, 60e12, 4.8e12, 141e9, 64e9, 0, "NVIDIA H200 NVL data sheet", fp64=1.0),
+    "H200": Card(989e12, 1979e12, 67e12, 4.8e12, 141e9, 450e9, 3.59, "NVIDIA H200 SXM data sheet", 0.803, fp64=1.0),
+    "GH200": Card(989e12, 1979e12, 67e12, 4.0e12, 96e9, 450e9, 0, "NVIDIA GH200 data sheet, 96 GB", 0.83, fp64=1.0),
+    "B200": Card(2250e12, 4500e12, 75e12, 7.7e12, 180e9, 900e9, 5.98, "NVIDIA HGX B200 data sheet", 0.776, fp64=0.5),
+    "MI300X": Card(1307e12, 2615e12, 163e12, 5.3e12, 192e9, 448e9, 0, "AMD Instinct MI300X data sheet", 0.601, fp64=1.0),
     "A6000": Card(155e12, 0, 38.7e12, 0.768e12, 48e9, 32e9, 0, "NVIDIA RTX A6000 data sheet"),
     "L40S": Card(362e12, 733e12, 91.6e12, 0.864e12, 48e9, 32e9, 0.79, "NVIDIA L40S data sheet"),
     "RTX 3090": Card(71e12, 0, 35.6e12, 0.936e12, 24e9, 32e9, 0.22, "NVIDIA GA102 white paper"),
@@ -65,8 +71,9 @@ CARDS: dict[str, Card] = {
 
 
 def card_named(name: str) -> tuple[str, Card] | None:
-    """The table's word and card for a GPU's name, such as torch has it; None where the table has none."""
-    known = [word for word in CARDS if word in name]
+    """The table's word and card for a GPU's name, such as torch has it; None where the table has none. What laptops and the
+    D models have by a card's name is a smaller one."""
+    known = [word for word in CARDS if word in name and "Laptop" not in name and not name.endswith(" D")]
     word = max(known, key=len, default=None)
     return word and (word, CARDS[word])
 

@@ -27,9 +27,9 @@ class LawaEMASettings:
 
     def keep(self, kept: list[Tensor], w: Tensor) -> None:
         if kept:
-            kept[0].lerp_(w, 1 - self.decay)
+            kept[0].lerp_(w.float(), 1 - self.decay)
         else:
-            kept.append(w.clone())
+            kept.append(w.to(torch.float32, copy=True))  # in bf16 an average of many would stand still
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LawaQueueSettings:
         return torch.stack(kept).mean(0) if len(kept) == self.length else None
 
     def keep(self, kept: list[Tensor], w: Tensor) -> None:
-        kept.append(w.clone())
+        kept.append(w.to(torch.float32, copy=True))
         del kept[: -self.length]
 
 

@@ -156,8 +156,17 @@ def keep_fp32(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in zip(numbers, params, strict=True):
         saved = state_dict["state"].get(i, {})
-        if any(isinstance(value, Tensor) and value.dtype != p.dtype for value in saved.values()):
+        if any(value.dtype != p.dtype for value in tensors(saved)):
             optimizer.state[p] = moved(saved, p.device)
+
+
+def tensors(value) -> Iterator[Tensor]:
+    """Those in nested state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors(inner)
 
 
 def moved(value, device: torch.device):
@@ -379,6 +388,13 @@ class Elementwise(Optimizer):
         for name in self.names(group):
             state[name] = torch.zeros_like(p, dtype=torch.float32)
 
+    def buffer(self, p: Tensor, name: str) -> Tensor:
+        """Made where there is none yet: a schedule may begin without momentum."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=torch.float32)
+        return state[name]
+
     def measure(self, group: dict, t: int, params: list[Tensor]) -> list[list[Tensor]]:
         """Extras of the rule: lists of 0-dim tensors, one a parameter."""
         return []
@@ -389,7 +405,7 @@ class Elementwise(Optimizer):
         Weights that are not fp32 are updated in fp32.
         """
         rows = [
-            (p.detach(), p.grad, *(self.state[p][name] for name in self.names(group)), *extra)
+            (p.detach(), p.grad, *(self.buffer(p, name) for name in self.names(group)), *extra)
             for p, *extra in zip(params, *extras, strict=True)
         ]
         if params[0].dtype != torch.float32:

@@ -280,7 +280,7 @@ class AdEMAMix(Elementwise):
 
     def numbers(self, group, t):
         done = min(1.0, t / group["ramp"]) if group["ramp"] else 1.0
-        fast, final = math.log(group["beta1"]), math.log(group["beta3"])  # 1/log is minus the half-life in units of log 2
+        fast, final = (math.log(max(group[beta], 1e-8)) for beta in ("beta1", "beta3"))  # minus log 2 over the half-life
         slow_beta = math.exp(fast * final / ((1 - done) * final + done * fast))
         slow_rate = group["lr"] * done * group["alpha"]
         return adam_numbers(group, t) | dict(new3=1 - slow_beta, slow_rate=slow_rate)

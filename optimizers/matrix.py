@@ -292,6 +292,7 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
         (3.8917, -2.7725, 0.5061),
         (3.2858, -2.3681, 0.4645),
         (2.3465, -1.7098, 0.4232),
+        (1.875, -1.25, 0.375),  # what they go to: converges to 1
     ),
     # Converges exactly, to second order at 1: 12 steps in modded-nanogpt's optimizer track.
     "cubic": ((2.0, -1.5, 0.5),),
@@ -513,7 +514,8 @@ class CASPRSettings(MatrixSettings):
 
     Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
     side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed. Roots are renewed every
-    `every` steps; up to `start` the update is NAdam's. CASPR itself: Duvvuri et al., ICLR 2024.
+    `every` steps; up to `start` the update is NAdam's. CASPR itself: Duvvuri et al., ICLR 2024. The norm is that of the same
+    block; there it is that of the whole weight, which differs where a side is longer than `block`.
     """
 
     lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
@@ -613,7 +615,7 @@ class SOAP(MatrixMethod):
     def starting(self, state: dict[str, Tensor], G: Tensor, ids: list[int]) -> list[int]:
         """Places of the blocks that have their first gradient other than zero."""
         unknown = [k for k, i in enumerate(ids) if i not in self._started]
-        if not unknown:
+        if not unknown or G.is_meta:
             return []
         moves = (G[unknown].flatten(1).abs().amax(1) > 0) & (state["steps"][unknown] == 0)
         known = torch.stack([moves, state["steps"][unknown] > 0]).tolist()

@@ -209,7 +209,7 @@ class ScheduleFreeProdigySettings(Settings):
     """
 
     lr: float = hyper(1.0, "factor on the estimated rate", (0.3, 3.0, "log"))
-    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "complement"))
+    beta1: float = hyper(0.9, "b: where between z and x the gradient is taken", (0.8, 0.98, "complement"), least=1e-3)
     beta2: float = hyper(0.95, "average of squares", (0.9, 0.999, "complement"))
     eps: float = hyper(1e-8, "floor of the denominator")
     d0: float = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"))

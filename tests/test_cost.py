@@ -155,6 +155,21 @@ def test_cards_are_found_by_the_names_that_drivers_give():
     assert card_named("NVIDIA H100 80GB HBM3")[0] == "H100" and card_named("NVIDIA H100 PCIe")[0] == "H100 PCIe"
     assert card_named("NVIDIA GeForce RTX 4090")[1].memory == 24e9 and card_named("Radeon") is None
     assert card_named("AMD Instinct MI300X")[0] == "MI300X"
+    for name, word, memory in (
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB", 40e9), ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe", 80e9),
+        ("NVIDIA H100 NVL", "H100 NVL", 94e9), ("NVIDIA H200 NVL", "H200 NVL", 141e9), ("NVIDIA H200", "H200", 141e9),
+    ):  # fmt: skip
+        assert card_named(name)[0] == word and card_named(name)[1].memory == memory
+    assert card_named("NVIDIA GeForce RTX 4090 Laptop GPU") is None and card_named("NVIDIA GeForce RTX 4090 D") is None
+
+
+def test_double_precision_costs_what_the_card_has():
+    """Gaming cards have a 64th of their fp32."""
+    wide = cost.Operation("product", 3 * 8 * 1024**2, 2 * 1024**3, torch.float64, (1, 1024, 1024, 1024))
+    H100, RTX = (cost.roofline(CARDS[word])(wide) for word in ("H100", "RTX 4090"))
+    assert RTX > 30 * H100
+    roots = dataclasses.replace(wide, kind="factorisation")
+    assert cost.roofline(CARDS["RTX 4090"])(roots) > 30 * cost.roofline(CARDS["H100"])(roots)
 
 
 DRY = ["--dry-run", "--track", "tiny", "--tricks", "record"]

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, same
 from torch import nn
 
 import optimizers
 from hardware import can_compile
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
+from optimizers.average import Averaged, build_average
 from optimizers.base import Elementwise
 from optimizers.elementwise import Adafactor, Lion
 from optimizers.matrix import SOAP, Kron, Muon, Shampoo, tiles
@@ -815,6 +816,39 @@ def test_schedule_free_refuses_a_step_at_its_evaluation_weights():
 # ---------------------------------------------------------------- traps
 
 
+def test_momentum_may_begin_at_zero():
+    """And be moved from there by a schedule: RMSprop keeps no average as long as there is none to keep."""
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = OPTIMIZERS["rmsprop"].method([p], lr=1.0, beta2=0.0, momentum=0.0, eps=0.0, weight_decay=0.0)
+    moved = []
+    for momentum in (0.0, 0.5, 0.5):
+        optimizer.param_groups[0]["momentum"] = momentum
+        before, p.grad = p.detach().clone(), torch.ones(4)
+        optimizer.step()
+        moved.append((before - p.detach())[0].item())
+    assert moved == pytest.approx([1.0, 1.0, 1.5])
+
+
+@pytest.mark.parametrize("spec", ["ademamix:beta1=0", "ademamix:beta3=0", "ademamix:beta1=0,beta3=0"])
+def test_no_fast_average_is_no_error(spec):
+    """The paper's variant that saves memory has beta1 = 0."""
+    gpt, before, _ = run(spec)
+    assert all(p.isfinite().all() and not torch.equal(p, before[n]) for n, p in gpt.named_parameters())
+
+
+def test_averages_are_kept_in_fp32():
+    """In bf16 a hundredth of a step of 0.25 would be rounded away, each time."""
+    w = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    averaged = Averaged(torch.optim.SGD([w], lr=0.0), build_average("lawa_ema:decay=0.99", 1000))
+    w.grad = torch.zeros_like(w)
+    averaged.step()
+    w.data.fill_(1.25)
+    for _ in range(1000):
+        averaged.step()
+    averaged.eval()
+    assert w.tolist() == pytest.approx([1.25] * 3, abs=0.01)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_bf16_weights_keep_fp32_state(name):
     """Our own methods; torch's keep the type of the weight, and AdamW for the rest is torch's."""
@@ -839,6 +873,7 @@ def test_bf16_weights_keep_fp32_state(name):
     torch.save(two.state_dict(), file)
     file.seek(0)
     two.load_state_dict(torch.load(file))
+    assert same(two.state_dict(), torch.load(io.BytesIO(file.getvalue())))  # not rounded on its way
     q.grad = gradient(q, 3, 0).bfloat16()
     two.step()
 

@@ -619,6 +619,13 @@ def test_bf16_weights_lose_nothing(spec):
             assert torch.equal(p, w), name
 
 
+def test_bf16_weights_refuse_estimates_of_the_curvature():
+    """Whose gradients the stand-ins of the weights would not see."""
+    gpt = small()
+    with pytest.raises(UsageError, match="no estimate of the curvature"):
+        keep_mantissas(optimizers.build("sophia", gpt), to_bf16([gpt.blocks[0].mlp.up.weight]))
+
+
 def test_bf16_weights_refuse_averages():
     gpt = small()
     lower = to_bf16([gpt.blocks[0].mlp.up.weight])
