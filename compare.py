@@ -301,7 +301,11 @@ def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, An
     seeds = options.seeds or seeds_needed(found, options.margin)
     described = [{"name": a.name, "flags": list(a.flags), "steps": plan.get(a.name), "why": why.get(a.name, "")} for a in arms]
     settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": described}
-    write = lambda: report(out, comparison.summarise(list(runner.ledger.rows.values()), settings, options.allow_mixed))  # noqa: E731
+
+    def write() -> list[str]:
+        rows, settings["left_out"] = runner.rows(arms)
+        return report(out, comparison.summarise(rows, settings, options.allow_mixed), rows)
+
     if len(plan) < 2 or names[0] not in plan:
         write()
         reasons = "; ".join(f"{name}: {why[name]}" for name in names if name not in plan)
@@ -311,9 +315,10 @@ def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, An
     return write()
 
 
-def report(out: Path, summary: dict[str, Any]) -> list[str]:
+def report(out: Path, summary: dict[str, Any], rows: list[comparison.Row]) -> list[str]:
     """Write comparison.json, README.md and the plots; returns the verdict lines."""
-    curves = read_curves(out / "curves.csv")
+    left_out = summary.get("left_out", ())
+    curves = read_curves(out / "curves.csv", [row for row in rows if row.run not in left_out])
     summary["plots"] = plots.draw_comparison(out, summary, curves)
     write_report(out, REPORT, summary, comparison.markdown(summary))
     return comparison.verdict_lines(summary)
@@ -331,7 +336,7 @@ def main(argv: list[str]) -> int:
         options = parse(argv)
         if options.report:
             there, rows = read_report(options.report, REPORT)
-            return "\n".join(report(options.report, comparison.again(there, rows, options.allow_mixed)))
+            return "\n".join(report(options.report, comparison.again(there, rows, options.allow_mixed), rows))
         return "\n".join(run(options))
 
     return command("compare.py", work)

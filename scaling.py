@@ -282,7 +282,8 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
     beside, alone = make_launcher(options, side_by_side=True), make_launcher(options, side_by_side=False)
     seeds, cells = range(options.seeds), experiment.retunes()
     runner.run_all("retune", [t for cell in cells for t in cell.trials(range(RETUNE_SEED, RETUNE_SEED + 1))], *beside)
-    factors = best_factors(experiment, cells, list(runner.ledger.rows.values()))
+    rows = lambda cells: runner.rows(cell.arm for cell in cells)  # noqa: E731
+    factors = best_factors(experiment, cells, rows(cells)[0])
     curves = [
         experiment.cell("curve", name, rung, budget, factors[name, rung.size.name])
         for rung in experiment.rungs for budget in sorted({*options.budgets, *options.trick_budgets})
@@ -290,7 +291,7 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
     ]  # fmt: skip
     by_seed = lambda cells: [trial for seed in seeds for cell in cells for trial in cell.trials(range(seed, seed + 1))]  # noqa: E731
     runner.run_all("curve", by_seed(curves), *beside)
-    while more := missing_budgets(experiment, curves, list(runner.ledger.rows.values())):
+    while more := missing_budgets(experiment, curves, rows(curves)[0]):
         curves += more
         runner.run_all("curve", by_seed(more), *beside)
     timed = [
@@ -305,12 +306,13 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
          "batch_tokens": r.batch_tokens}
         for r in experiment.rungs
     ]  # fmt: skip
+    used, left_out = rows((*cells, *curves, *timed))
     settings |= {
         "command": options.command, "at": options.at_parameters or 10 * experiment.rungs[-1].parameters, "seeds": options.seeds,
-        "hold_out": options.hold_out, "sizes": sizes, "arms": list(experiment.arms),
+        "hold_out": options.hold_out, "sizes": sizes, "arms": list(experiment.arms), "left_out": left_out,
         "cells": [cell.described() for cell in (*cells, *curves, *timed)],
     }  # fmt: skip
-    return report(out, survival.summarise(list(runner.ledger.rows.values()), settings))
+    return report(out, survival.summarise(used, settings))
 
 
 def best_factors(experiment: Experiment, cells: Sequence[Cell], rows: Sequence[comparison.Row]) -> dict[tuple[str, str], float]:

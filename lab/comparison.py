@@ -246,8 +246,8 @@ def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
 
 
 def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool = False) -> dict[str, Any]:
-    """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed)
-    and all that the trials say.
+    """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed,
+    runs left out) and all that the trials say.
 
     Raises:
         UsageError: see check_machines.
@@ -255,7 +255,8 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
     target, base = settings["target"], settings["base"]
     steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs
     # those of an earlier plan, of another length, confirm nothing; they say as much of the horizon as a run of the search
-    rows = [r if r.steps == steps[r.arm] else dataclasses.replace(r, phase="search") for r in rows if r.arm in steps]
+    rows = [r for r in rows if r.arm in steps and r.run not in settings.get("left_out", ())]
+    rows = [r if r.steps == steps[r.arm] else dataclasses.replace(r, phase="search") for r in rows]
     machines = check_machines(rows, allow_mixed)
     of = {name: [row for row in rows if row.arm == name] for name in steps}
     track = tricks.track(settings["track"])
@@ -281,6 +282,7 @@ def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = Fals
     """
     settings = {key: summary[key] for key in ("track", "target", "base", "mode", "command", "margin", "seeds")}
     settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
+    settings |= {key: summary[key] for key in ("left_out",) if key in summary}  # comparisons from before have none
     return summarise(rows, settings, allow_mixed)
 
 

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lab import trials
 from lab.comparison import Ledger, Row, read_rows
-from lab.trials import Launcher, Trial
+from lab.trials import Arm, Launcher, Trial
 from run_folder import atomic_write, source_hash
 from spec import UsageError
 
@@ -38,6 +38,20 @@ class Runner:
         """The row of a trial that has ended, unless the trainer's code has changed since."""
         row = self.ledger.rows.get(trial.folder.name)
         return row if row and row.source in ("", source_hash()[:12]) else None
+
+    def rows(self, arms: Iterable[Arm]) -> tuple[list[Row], list[str]]:
+        """The rows of these arms as they are set and coded now; and the runs that bear an arm's name but are of other settings
+        or other code."""
+        named = {arm.name: arm for arm in arms}
+
+        def current(row: Row) -> bool:
+            try:
+                return self.find(Trial(named[row.arm], row.steps, row.pair)) is row
+            except UsageError:  # a length that the arm as it is set now cannot have
+                return False
+
+        own = [(row, current(row)) for row in self.ledger.rows.values() if row.arm in named]
+        return [row for row, kept in own if kept], [row.run for row, kept in own if not kept]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
         """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
@@ -159,6 +173,8 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
 
 def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> None:
     """The summary as JSON, and the README that says the same in words."""
+    if left_out := summary.get("left_out"):
+        print(f"{len(left_out)} trials in this folder are of other settings or other code: left out", flush=True)
     atomic_write(out / file, json.dumps(summary, indent=1) + "\n")
     atomic_write(out / "README.md", text)
 
@@ -199,8 +215,11 @@ def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Laun
     return lambda trial: trials.train(trial, options.processes), 1
 
 
-def read_curves(path: Path) -> list[dict[str, Any]]:
-    """Lines of curves.csv; `steps` is the length of the run that a line belongs to, whose lines stand together."""
+def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
+    """Lines of curves.csv; `steps` is the length of the run that a line belongs to, whose lines stand together.
+
+    rows: the runs wanted (default: all); by their clocks, since a trial trained again has the name of the first.
+    """
     if not path.exists():
         return []
     number: dict[str, Callable[[str], Any]] = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
@@ -216,4 +235,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
         ):
             runs.append([])
         runs[-1].append(line)
+    if rows is not None:
+        clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
+        runs = [run for run in runs if (run[-1]["arm"], run[-1]["seed"], run[-1]["train_time"]) in clocks]
     return [line | {"steps": max(x["step"] for x in run)} for run in runs for line in run]

@@ -166,12 +166,14 @@ def retuned(cells: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, A
 
 
 def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
-    """scaling.json: `settings` (sizes, arms, the planned cells, at, hold_out, seeds, base) and all that the trials say. The end
-    of an interval that has none is None.
+    """scaling.json: `settings` (sizes, arms, the planned cells, at, hold_out, seeds, base, runs left out) and all that the
+    trials say. The end of an interval that has none is None.
 
     Raises:
         UsageError: trials on different data; all runs of the base diverged at a size.
     """
+    planned = {cell["trial"] for cell in settings["cells"]}
+    rows = [row for row in rows if row.arm in planned and row.run not in settings.get("left_out", ())]
     if len({row.data for row in rows if row.data}) > 1:
         raise UsageError("trials on different data in one experiment: prepare one corpus, and start in a new --out")
     sizes, base = settings["sizes"], settings["base"]

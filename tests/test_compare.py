@@ -170,6 +170,32 @@ def test_runs_of_other_code_are_trained_anew(fake, tmp_path, monkeypatch):
     assert {row.source for row in read_rows(out / "trials.csv")} == {"0" * 12}
 
 
+def test_runs_of_other_settings_or_code_under_an_arms_name_are_left_out(fake, tmp_path, capsys, monkeypatch):
+    """Flags after `--`, tuned settings and the trainer change what an arm's name stands for."""
+    out, trainer = tmp_path / "c", fake({"baseline": 200, "modern": 100})
+    drawn = []
+    monkeypatch.setattr(plots, "loss_curves", lambda folder, names, curves, target: drawn.append(curves) or "loss")
+    words = command(out, "--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=215", "modern=110")
+    assert compare.main([*words, "--clip", "0.5"]) == 0 and summary(out)["left_out"] == []
+    first = {row.run for row in read_rows(out / "trials.csv")}
+    trainer.horizons, trainer.paces = {"baseline": 199, "modern": 50}, {"baseline": 0.2, "modern": 0.2}
+    assert compare.main(words) == 0
+    found = summary(out)
+    assert set(found["left_out"]) == first and [arm["runs"] for arm in found["arms"]] == [3, 3]
+    assert found["ratios"][0]["n"] == 3 and found["arms"][1]["confirmed"]["mean"] < 2.9
+    assert "6 trials in this folder are of other settings or other code: left out" in capsys.readouterr().out
+    ends = [{(c["arm"], c["seed"], c["loss"]) for c in curves if c["kind"] == "val"} for curves in drawn]
+    assert [len(seen) for seen in ends] == [6, 6] and not ends[0] & ends[1]
+    assert compare.main(["--report", str(out)]) == 0 and summary(out) == found
+    # other code: two seeds are trained anew, the third of the old code is not mixed in
+    for module in (run_folder, runner):
+        monkeypatch.setattr(module, "source_hash", lambda: "0" * 64)
+    trainer.env["source_sha256"] = "0" * 64
+    words[words.index("--seeds") + 1] = "2"
+    assert compare.main(words) == 0
+    assert [arm["runs"] for arm in summary(out)["arms"]] == [2, 2] and summary(out)["sources"] == ["0" * 12]
+
+
 def test_baseline_that_set_the_target_need_not_be_below_it(fake, tmp_path):
     """tiny's baseline has 60 steps: at that length its mean is compared with the target, not tested against it."""
     fake({"baseline": 60 / 2**0.01, "modern": 30}, noise=0.003)

@@ -413,6 +413,27 @@ def test_survival_of_known_tricks(fake, tmp_path, capsys):
     assert scaling.main(["--report", str(out)]) == 0 and (out / "scaling.json").read_text() == before
 
 
+def test_runs_of_other_settings_are_left_out(fake, tmp_path, capsys):
+    out = tmp_path / "s"
+    trainer = fake({"+muon": lambda n: 1.5})
+    words = command(out, "--tricks", "muon", "--retune", "1", "--timing-steps", "0", "--hold-out", "0", sizes=("0.1M", "0.33M"))
+    assert scaling.main(words) == 0 and summary(out)["left_out"] == []
+    first = read_rows(out / "trials.csv")
+    # as if the trainer had gained a setting since: the arms have their names, and their runs other ones
+    text = (out / "trials.csv").read_text()
+    for row in first:
+        text = text.replace(row.run, row.run[:-8] + row.run[:-9:-1]).replace(repr(row.val_loss), repr(row.val_loss + 0.3))
+    (out / "trials.csv").write_text(text)
+    trainer.trained.clear()
+    assert scaling.main(words) == 0 and len(trainer.trained) == 0  # found by their run folders
+    assert len(summary(out)["left_out"]) == len(first) == len(read_rows(out / "trials.csv")) / 2
+    assert f"{len(first)} trials in this folder are of other settings" in capsys.readouterr().out
+    points = [p for arm in summary(out)["curves"].values() for size in arm.values() for p in size["points"]]
+    assert sorted(loss for p in points for loss in p["losses"]) == sorted(row.val_loss for row in first)
+    before = summary(out)
+    assert scaling.main(["--report", str(out)]) == 0 and summary(out) == before
+
+
 def test_no_bound_where_the_runs_themselves_do_not_keep_it():
     """A curve through runs that scatter says that the base does not get there, or was there from the start; its runs there say
     otherwise."""
