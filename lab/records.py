@@ -386,6 +386,8 @@ def write(folder: Path, runs: list[Finished], rivals: list[Finished], rival: Rec
         | {split: shards(manifest, split) for split in ("train", "val")},
         "against": rival and {"record": rival.folder.name, "logs": "here" if rivals else "there"},
     }  # fmt: skip
+    if rivals:
+        about["against"]["settings"] = rivals[0].settings
     (folder / "record.json").write_text(json.dumps(about))
     if rival:
         about["against"] |= ratio_of(Record(folder).speed_ratio)
@@ -402,11 +404,7 @@ def rival_of(against: list[str] | None, track: str, category: str) -> tuple[list
     names = {r.folder.name: r for r in before}
     if against and (Path(against[0]) / "config.json").exists():
         runs = one_experiment([Finished.of(Path(word)) for word in against], "--against")
-        # by what the record knows: it may be older than some settings; its length and the words for it may be others
-        apart = (*PRESENTATION, "steps", "tricks", "recipe")
-        same = [
-            r for r in before if all(runs[0].settings.get(k) == v for k, v in r.about["settings"].items() if k not in apart)
-        ]
+        same = [r for r in before if of_recipe(runs[0].settings, r.about)]
         if not same:
             raise UsageError("--against: these runs have the settings of no record of this track and category")
         return runs, same[-1]
@@ -414,6 +412,13 @@ def rival_of(against: list[str] | None, track: str, category: str) -> tuple[list
     if word not in names:
         raise UsageError(f"--against {word!r}: no such record: {nearest(word, names)}")
     return [], names[word]
+
+
+def of_recipe(settings: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Are these the settings of a record, by what it knows? It may be older than some; its length and the words for it may be
+    others."""
+    apart = (*PRESENTATION, "steps", "tricks", "recipe")
+    return all(settings.get(key) == value for key, value in about["settings"].items() if key not in apart)
 
 
 def shards(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:

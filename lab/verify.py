@@ -97,7 +97,7 @@ def seeds(record: Record) -> str:
 def distinct(record: Record) -> str:
     """No two logs are of one run."""
     seen: dict[str, str] = {}
-    for log in (*record.logs, *(record.rival_logs if (record.about["against"] or {}).get("logs") == "here" else ())):
+    for log in kept_logs(record):
         content = json.dumps([e["loss"] for e in log.of("train")])
         need(content not in seen, f"{log.path.name} and {seen.get(content)} are the same run")
         times = json.dumps(log.step_times)
@@ -188,6 +188,37 @@ def faster(record: Record) -> str:
     return f"{found['ratio']:.3g}x ({found['low']:.3g}-{found['high']:.3g}), pairs at most {apart * 60:.0f} min apart"
 
 
+def rival(record: Record) -> str:
+    """The runs that it was timed against are the rival record's: on the same seeds, by the same source and data, with the
+    rival's settings, and no longer than the rival is."""
+    about, against = record.about, record.about["against"]
+    if against is None:
+        return "none"
+    other, logs = Record(record.folder.parent / against["record"]).about, record.rival_logs
+    ran = sorted(log.start.get("seed") for log in logs)
+    need(ran == about["seeds"], f"the rival ran on seeds {ran}, the record on {about['seeds']}: a pair is of one seed")
+    if against["logs"] == "there":
+        return f"{against['record']}, its own runs"
+    config, steps, own = logs[0].start["config"], logs[0].end["step"], "the record's own runs"
+    same = (("source", about["source_sha256"], own), ("data", about["data"]["fingerprint"], own),
+            ("config", config, logs[0].path.name))  # fmt: skip
+    for log in logs:
+        for key, value, whose in same:
+            need(log.start.get(key) == value, f"{log.path.name} was made with another {key} than {whose}")
+        need((log.end.get("status"), log.end.get("step")) == ("ok", steps), f"{log.path.name} did not end well at step {steps}")
+    need(steps <= other["steps"], f"the rival ran for {steps} steps, as a record for {other['steps']}: longer is slower")
+    settings = against.get("settings")
+    if settings is None:  # of a record from before those of the rival were kept with it
+        if other["settings"].keys() != about["settings"].keys():
+            raise NotCheckable("between the rival's record and its runs here the trainer gained settings: other hashes")
+        settings = other["settings"] | {"steps": steps}
+    need(
+        records.of_recipe(settings, other) and run_folder.settings_hash(settings) == config,
+        f"the runs that it was timed against have other settings than {against['record']}",
+    )
+    return f"{against['record']}, {steps:,} of its {other['steps']:,} steps"
+
+
 def hours_apart(record: Record) -> float:
     """The longest pause between a run and its pair: from the end of the one to the start of the other.
 
@@ -210,8 +241,8 @@ def hours_apart(record: Record) -> float:
 
 
 def clock(record: Record) -> str:
-    """Times are positive, grow, and add up; stalls are counted."""
-    for log in record.logs:
+    """Times are positive, grow, and add up, the rival's too; stalls are counted."""
+    for log in kept_logs(record):
         times, name = log.step_times, log.path.name
         need(min(times) > 0, f"{name}: a step took no time")
         sums, total = {}, 0.0
@@ -226,7 +257,7 @@ def clock(record: Record) -> str:
                  f"{name}: the steps to {e['step']} add up to {sums.get(e['step'], math.nan):.3f} s, "
                  f"the log says {e['train_time']:.3f}")  # fmt: skip
         robust = log.robust_train_time(records.batches_of(record.about["settings"]).size)
-        if robust is not None:
+        if robust is not None and log in record.logs:
             need(
                 math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3),
                 f"{name}: robust time is not steps x median step",
@@ -331,8 +362,8 @@ def rerun(record: Record) -> str:
 
 RULES: dict[str, Callable[[Record], str]] = {
     "schema": schema, "files": files, "seeds": seeds, "distinct": distinct, "configuration": configuration,
-    "stopping": stopping, "statistics": numbers, "target": target, "faster": faster, "clock": clock, "track": fixed,
-    "data": data, "overlap": overlapping, "model": model, "code": code,
+    "stopping": stopping, "statistics": numbers, "target": target, "rival": rival, "faster": faster, "clock": clock,
+    "track": fixed, "data": data, "overlap": overlapping, "model": model, "code": code,
 }  # fmt: skip
 
 
@@ -388,6 +419,11 @@ REPORT_RULES: dict[str, Callable[[Report], str]] = {
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def kept_logs(record: Record) -> list[records.Log]:
+    """The record's own, and those of its rival where they were timed anew."""
+    return record.logs + (record.rival_logs if (record.about["against"] or {}).get("logs") == "here" else [])
 
 
 def pathless(texts: Iterable[str]) -> None:

@@ -103,7 +103,7 @@ def test_a_record_passes_every_rule_and_is_small(kept, capsys, place):
     assert records.main(["verify"]) == 0
     assert "2 records, 0 reports, 0 with a broken rule" in capsys.readouterr().out
     assert records.main(["verify", "tiny/002-quick"]) == 0
-    assert "15 rules, 0 broken, 0 not checkable" in capsys.readouterr().out
+    assert "16 rules, 0 broken, 0 not checkable" in capsys.readouterr().out
 
 
 def test_command_of_an_optimizer_record_trains_its_settings(kept):
@@ -352,6 +352,110 @@ def test_runs_timed_anew_are_kept_with_the_record(runs, made, place):
         lambda events: events[1].update(step_time=[9.0] * len(events[1]["step_time"])),
     )
     assert "the logs give" in failures(record)["faster"]
+
+
+def another_seed(record):
+    (record.folder / "against-seed1.log.jsonl").unlink()
+
+
+def other_source_of_the_rival(record):
+    edit(record.folder / "against-seed1.log.jsonl", lambda events: events[0].update(source="f" * 64))
+
+
+def other_data_of_the_rival(record):
+    edit(record.folder / "against-seed1.log.jsonl", lambda events: events[0].update(data="nothing"))
+
+
+def one_run_of_other_settings(record):
+    edit(record.folder / "against-seed1.log.jsonl", lambda events: events[0].update(config="0" * 64))
+
+
+def runs_of_other_settings(record):
+    for path in record.folder.glob("against-seed*"):
+        edit(path, lambda events: events[0].update(config="0" * 64))
+
+
+def settings_of_another(record):
+    """The runs of another recipe, honest in themselves, in the rival's place."""
+    from run_folder import settings_hash
+
+    other = record.about["against"]["settings"] | {"width": 8}
+    edit(record.folder / "record.json", lambda about: about["against"].update(settings=other))
+    for path in record.folder.glob("against-seed*"):
+        edit(path, lambda events: events[0].update(config=settings_hash(other)))
+
+
+def slower_rival(record):
+    """Every step twice as long, and the ratio to match; the clock at the validations is left as it was."""
+    for path in record.folder.glob("against-seed*"):
+        edit(
+            path, lambda events: [e.update(step_time=[2 * t for t in e["step_time"]]) for e in events if e["event"] == "train"]
+        )
+
+
+def shorter_record_of_the_rival(record):
+    edit(record.folder.parent / "001-baseline" / "record.json", lambda about: about.update(steps=59))
+
+
+@pytest.fixture(scope="module")
+def beside(runs, made, tmp_path_factory):
+    """As `made`, the baseline timed anew beside the second record."""
+    root = tmp_path_factory.mktemp("beside")
+    (root / "corpora").symlink_to(DATA_ROOT)
+    shutil.copytree(made, root / "records")
+    shutil.rmtree(root / "records" / "tiny" / "002-quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "RECORDS", root / "records")
+        records.add(runs["quick"], "quick", "Faster.", against=[str(run) for run in runs["baseline"]])
+    return root / "records"
+
+
+@pytest.mark.parametrize(
+    ("tamper", "rule", "words"),
+    [
+        (another_seed, "rival", "the rival ran on seeds [0, 2], the record on [0, 1, 2]"),
+        (other_source_of_the_rival, "rival", "against-seed1.log.jsonl was made with another source"),
+        (other_data_of_the_rival, "rival", "against-seed1.log.jsonl was made with another data"),
+        (one_run_of_other_settings, "rival", "another config than against-seed0.log.jsonl"),
+        (runs_of_other_settings, "rival", "have other settings than 001-baseline"),
+        (settings_of_another, "rival", "have other settings than 001-baseline"),
+        (shorter_record_of_the_rival, "rival", "the rival ran for 60 steps, as a record for 59"),
+        (slower_rival, "clock", "against-seed0.log.jsonl: the steps to"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_runs_of_the_rival_are_its_own(beside, place, tamper, rule, words):
+    shutil.copytree(beside, place / "records")
+    record = Record(place / "records" / "tiny" / "002-quick")
+    assert not failures(record) and record.about["against"]["settings"]["steps"] == 60
+    tamper(record)
+    ratio = records.ratio_of(Record(record.folder).speed_ratio)
+    edit(record.folder / "record.json", lambda about: about["against"].update(ratio))
+    (record.folder / "README.md").write_text(records.readme(Record(record.folder).about))
+    assert words in failures(record)[rule]
+
+
+def test_settings_of_the_rival_in_older_records(beside, place):
+    """Those kept with the record are new: without them the rival record's own must have the hash, if it knows all of them."""
+    shutil.copytree(beside, place / "records")
+    record, other = (Record(place / "records" / "tiny" / name) for name in ("002-quick", "001-baseline"))
+    edit(record.folder / "record.json", lambda about: about["against"].pop("settings"))
+    assert not failures(record)
+    runs_of_other_settings(record)
+    assert "have other settings than 001-baseline" in failures(record)["rival"]
+    edit(other.folder / "record.json", lambda about: about["settings"].pop("average"))
+    (verdict,) = [v for v in verify.verdicts(Record(record.folder)) if v.rule == "rival"]
+    assert verdict.verdict == "not checkable" and "the trainer gained settings" in verdict.words
+
+
+def test_a_rival_that_ran_longer_than_its_record_is_refused(runs, made, place):
+    from spec import UsageError
+
+    shutil.copytree(made, place / "records")
+    shutil.rmtree(place / "records" / "tiny" / "002-quick")
+    edit(place / "records" / "tiny" / "001-baseline" / "record.json", lambda about: about.update(steps=59))
+    with pytest.raises(UsageError, match="rival: the rival ran for 60 steps"):
+        records.add(runs["quick"], "quick", "Faster.", against=[str(run) for run in runs["baseline"]])
 
 
 def test_a_record_is_taken_from_a_comparison(runs, made, place, monkeypatch, capsys):
