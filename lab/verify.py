@@ -7,6 +7,7 @@ validation text in the training data, clocks that do not add up, models that loo
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -382,18 +383,43 @@ def report_files(kept: Report) -> str:
 
 
 def report_trials(kept: Report) -> str:
-    """No two lines of trials.csv are one run, and each loss is the one at the end of its curve in curves.csv."""
-    ended = {(c["arm"], c["seed"], c["step"]): c["loss"] for c in read_curves(kept.folder / "curves.csv") if c["kind"] == "val"}
+    """No two lines of trials.csv are one run, and loss and time of each are those at the end of its curve in curves.csv."""
+    ended = defaultdict(list)
+    for c in read_curves(kept.folder / "curves.csv"):
+        if c["kind"] == "val" and c["step"] == c["steps"]:
+            ended[c["arm"], c["seed"], c["steps"]].append(c)
     seen: set[tuple[float, ...]] = set()
     for row in (good := [row for row in kept.rows if row.status == "ok"]):
         who = f"{row.arm}, {row.steps} steps, seed {row.seed}"
         need((row.val_loss, row.train_time) not in seen, f"{who}: loss and time of another trial")
         seen.add((row.val_loss, row.train_time))
-        loss = ended.get((row.arm, row.seed, row.steps))
-        need(loss is not None, f"{who}: curves.csv has no loss at its end")
-        need(abs(row.val_loss - loss) < 1e-5, f"{who}: the loss is {row.val_loss}, by curves.csv {loss}")
+        ends = ended[row.arm, row.seed, row.steps]  # several where it was trained again
+        need(bool(ends), f"{who}: curves.csv has no loss at its end")
+        end = min(ends, key=lambda c: abs(c["train_time"] - row.train_time))
+        need(abs(row.val_loss - end["loss"]) < 1e-5, f"{who}: the loss is {row.val_loss}, by curves.csv {end['loss']}")
+        need(
+            abs(row.train_time - end["train_time"]) < 1e-3,
+            f"{who}: the time is {row.train_time}, by curves.csv {end['train_time']}",
+        )
     need(len({row.run for row in kept.rows}) == len(kept.rows), "a trial stands in trials.csv twice")
     return f"{len(kept.rows)} trials, {len(good)} with a loss"
+
+
+def report_confirmed(kept: Report) -> str:
+    """Each arm of a comparison has a line for every planned confirming run, failed ones too: none was dropped."""
+    if kept.kind.name != "comparison.json":
+        return "no comparison"
+    planned = {arm["name"]: arm["steps"] for arm in kept.summary["arms"] if arm["steps"]}
+    if len(planned) < 2 or kept.summary["base"] not in planned:
+        return "nothing was to be confirmed"
+    valid = [row for row in kept.rows if row.run not in kept.summary.get("left_out", ())]
+    for name, steps in planned.items():
+        rows = [row for row in valid if (row.arm, row.steps, row.phase) == (name, steps, "confirm")]
+        ran, most = sorted(row.pair for row in rows), max(len(rows), kept.summary["seeds"])
+        need(ran == list(range(most)), f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
+        shifts = {row.seed - row.pair for row in rows}
+        need(len(shifts) == 1 and (shifts == {0} or kept.summary["mode"] == "again"), f"{name}: seeds other than those planned")
+    return f"{kept.summary['seeds']} seeds of {len(planned)} arms"
 
 
 def report_numbers(kept: Report) -> str:
@@ -414,7 +440,8 @@ def report_text(kept: Report) -> str:
 
 
 REPORT_RULES: dict[str, Callable[[Report], str]] = {
-    "files": report_files, "trials": report_trials, "statistics": report_numbers, "words": report_text,
+    "files": report_files, "trials": report_trials, "confirmed": report_confirmed,
+    "statistics": report_numbers, "words": report_text,
 }  # fmt: skip
 
 

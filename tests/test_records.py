@@ -590,6 +590,33 @@ def test_tampering_with_a_report_is_found(tmp_path, tamper, rule, words):
     assert words in {v.rule: v.words for v in verify.verdicts(Report(folder)) if v.verdict == "fail"}[rule]
 
 
+def test_a_seed_that_was_dropped_or_a_time_that_was_edited_is_found(tmp_path):
+    """Also where the statistics were made again from what was left."""
+    folder = tmp_path / "comparisons" / "cpu-small"
+    shutil.copytree(records.RECORDS / "comparisons" / "cpu-small", folder)
+    whole = (folder / "trials.csv").read_text()
+
+    def broken(text: str) -> dict[str, str]:
+        (folder / "trials.csv").write_text(text)
+        kept = Report(folder)
+        made = kept.kind.again(kept.summary, kept.rows) | {"plots": kept.summary["plots"]}
+        (folder / "comparison.json").write_text(json.dumps(made))
+        (folder / "README.md").write_text(kept.kind.markdown(made))
+        return {v.rule: v.words for v in verify.verdicts(Report(folder)) if v.verdict == "fail"}
+
+    lines = whole.splitlines(keepends=True)
+    less = [line for line in lines if not line.startswith("confirm,+rope,192,2,2,")]
+    assert len(less) == len(lines) - 1
+    assert broken("".join(less)) == {"confirmed": "+rope: confirmed by the seeds [0, 1, 3, 4], not by 0 to 4"}
+    (folder / "trials.csv").write_text(whole)
+    for number, row in enumerate(csv.DictReader(whole.splitlines())):
+        if row["arm"] == "+huge_ngrams":
+            edit_row(number, train_time=str(0.7 * float(row["train_time"])))(folder)
+    found = broken((folder / "trials.csv").read_text())
+    assert list(found) == ["trials"] and "by curves.csv" in found["trials"] and "the time is" in found["trials"]
+    assert not broken(whole)
+
+
 def test_difference_says_where():
     there = {"a": [1.0, {"b": 2.0}], "c": None}
     assert difference(there, {"a": [1.0, {"b": 2.0 + 1e-9}], "c": None}) == ""
