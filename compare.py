@@ -148,7 +148,7 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
             return row.val_loss
 
         try:
-            return search(run, first, target, most)
+            return search(run, first, target, most, by_trunk=options.branch)
         finally:
             for trial in trained:
                 runner.drop_checkpoints(trial)
@@ -234,7 +234,8 @@ def parser() -> argparse.ArgumentParser:
         "with --leave-out the whole stack's)")  # fmt: skip
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
     add("--branch", action="store_true", help="in the search, train what runs of several lengths have in common once and "
-        "branch their cool-downs off (schedules such as wsd: the same losses, sooner; confirming runs are whole)")  # fmt: skip
+        "branch their cool-downs off (schedules such as wsd: the same losses, sooner; confirming runs are whole). Runs off one "
+        "trunk are not independent: the interval of a horizon is too narrow then")  # fmt: skip
     add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
     add("--seeds", type=int, default=0, help="confirming runs of each arm (default: by a power calculation on the measured "
         f"variance, {LEAST_SEEDS} to {MOST_SEEDS})")  # fmt: skip

@@ -367,7 +367,8 @@ def markdown(summary: dict[str, Any]) -> str:
             "",
             "Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a",
             "ratio is base over arm: above 1 the arm saves. Verdicts: wall-clock, p < 0.01."
-            + " Searched by cool-downs branched off from shared runs." * ("--branch" in summary["command"].split()),
+            + " Searched by cool-downs off shared runs, which are not independent: intervals of horizons are too narrow."
+            * ("--branch" in summary["command"].split()),
             "",
             *(f"- {line}" for line in verdict_lines(summary)),
             "",

@@ -11,7 +11,7 @@ from lab.stats import Horizon, horizon
 
 STRIDE = math.sqrt(2)  # between the lengths tried: half a doubling
 SEEDS = 2  # runs at each of three lengths about the target: what the variance is measured from
-FIRST_SEED = 1000  # of the search; confirming runs have seeds from 0, so that none is used twice
+FIRST_SEED = 1000  # of the search, whose runs have a seed each; confirming runs have seeds from 0: none is used twice
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,34 @@ class Search:
     why: str = ""  # of a search without a result
 
 
-def search(run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4) -> Search:
+def search(
+    run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4, by_trunk: bool = False
+) -> Search:
     """Find the horizon of an arm.
 
     Gallops from `first` (by STRIDE, then 2, then 2 STRIDE) until one length misses the target and another meets it,
-    halves the gap until it is no wider than STRIDE, one seed each; then runs both, and the length between, at further seeds,
-    and draws a line through the runs within a doubling of the target.
+    halves the gap until it is no wider than STRIDE; then runs both, and the length between, once more, and draws a line through
+    the runs within a doubling of the target. Runs of one seed have most of their scatter in common, whatever their length, and
+    the line's interval takes runs for independent: so each has a seed of its own.
 
     Args:
         run: (steps, seed) -> final validation loss; inf for a run that diverged.
         first: steps to begin at.
         most: steps beyond which the target counts as out of reach.
         least: steps below which nothing is tried.
+        by_trunk: one seed for all runs up to the gap, one for each further set: for runs that share what they have in common.
+            The interval is too narrow then.
     """
     runs: list[tuple[int, int, float]] = []
 
-    def tried(steps: int, seed: int) -> float:
+    def tried(steps: int, trunk: int) -> float:
+        seed = FIRST_SEED + (trunk if by_trunk else len(runs))
         runs.append((steps, seed, run(steps, seed)))
         return runs[-1][2]
 
     steps, met, missed, stride = max(least, min(first, most)), None, None, STRIDE
     while met is None or missed is None or met / missed > STRIDE * 1.01:
-        if tried(steps, FIRST_SEED) <= target:
+        if tried(steps, 0) <= target:
             met = steps
             if met == least:
                 return Search(tuple(runs), None, f"meets the target in {least} steps, the least that is tried")
@@ -58,9 +64,9 @@ def search(run: Callable[[int, int], float], first: int, target: float, most: in
             steps = max(least, math.floor(met / stride)) if met else min(most, math.ceil(missed * stride))
             stride = 2 if stride == STRIDE else 2 * STRIDE
     between = round(math.sqrt(met * missed))
-    for seed in range(FIRST_SEED + 1, FIRST_SEED + SEEDS):
+    for trunk in range(1, SEEDS):
         for length in (missed, between, met):
-            tried(length, seed)
+            tried(length, trunk)
     near = [(s, loss) for s, _, loss in runs if math.isfinite(loss) and 0.5 <= s / between <= 2]
     if len(near) < len([1 for s, _, _ in runs if 0.5 <= s / between <= 2]):
         return Search(tuple(runs), None, "some runs near the target diverged")

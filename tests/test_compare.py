@@ -86,7 +86,7 @@ def summary(out):
 
 
 def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys):
-    trainer = fake({"baseline": 200, "+modern": 100, "+no_bias": 202}, {"+modern": 0.12})
+    trainer = fake({"baseline": 200, "+modern": 100, "+no_bias": 202}, {"+modern": 0.12}, noise=0.002)
     out = tmp_path / "c"
     assert compare.main(command(out, "--base", "baseline", "--tricks", "modern", "no_bias", "--seeds", "5")) == 0
     found = summary(out)
