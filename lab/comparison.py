@@ -326,6 +326,12 @@ def trained_as(arms: Iterable[dict[str, Any]]) -> list[str]:
     return [*(f"- `{arm['name']}`: `./run.sh train {shlex.join(arm['flags'])}{steps(arm)}`" for arm in arms), ""]
 
 
+TUNED_ON = (
+    "`--tuned-on`: settings as tuning had found them by then, written out below; the same command takes those of today.",
+    "",
+)
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """README.md of the output folder."""
     against = {ratio["arm"]: ratio for ratio in reversed(summary["ratios"])}  # the first: against the base
@@ -363,6 +369,7 @@ def markdown(summary: dict[str, Any]) -> str:
             "",
             f"`./run.sh compare {summary['command']}`",
             "",
+            *TUNED_ON * ("--tuned-on" in summary["command"].split()),
             table(head, rows),
             "",
             "Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a",

@@ -368,6 +368,7 @@ def test_a_comparison_of_optimizers_says_how_each_is_trained(fake, tmp_path):
     told = [
         line.split("`")[1::2] for line in (tmp_path / "c" / "README.md").read_text().splitlines() if "./run.sh train" in line
     ]
+    assert "the same command takes those of today" in (tmp_path / "c" / "README.md").read_text()
     assert [name for name, _ in told] == ["adamw", "schedule_free_adamw"]
     for (name, line), steps in zip(told, (215, 110), strict=True):
         config = train_gpt.resolve(shlex.split(line)[2:])[0]
