@@ -14,7 +14,7 @@
 For each arm: find the smallest number of steps whose final loss meets the target (runs at several lengths, inverse
 prediction), then confirm at a fixed length with fresh seeds: one trial at a time, A B A B, all arms on the same seeds and data
 order. Flags after `--` go to the trainer, for every arm. The same command continues after an interruption: a trial that has
-ended is never trained again.
+ended is not trained again, unless it is a confirming run of over an hour ago whose turn was not complete.
 
 What comes out: --out (comparisons/<track>-<name>) with trials.csv, curves.csv, comparison.json, README.md, and plots as PNG
 and SVG. Exit codes: 0 compared, 2 the command was wrong or nothing can be said, 130 interrupted.
@@ -49,8 +49,8 @@ from lab.runner import (
     say,
     write_report,
 )
-from lab.trials import Arm, Trial
-from run_folder import lock
+from lab.trials import ANEW, Arm, Trial
+from run_folder import lock, now
 from spec import UsageError, nearest, split
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
@@ -183,8 +183,22 @@ def branching(trained: list[Trial], seed: int, first: int) -> tuple[str, ...]:
 
 def confirm(plan: dict[str, int], seeds: range, arms: list[Arm], options: argparse.Namespace, runner: Runner) -> None:
     """Interleaved: every arm at seed 0, then every arm at seed 1, ..."""
-    wanted = [Trial(arm, plan[arm.name], seed) for seed in seeds for arm in arms if arm.name in plan]
+    turns = [[Trial(arm, plan[arm.name], seed) for arm in arms if arm.name in plan] for seed in seeds]
+    wanted = [trial for turn in turns for trial in together(turn, runner)]
+    if again := sum(trial.extra == ANEW for trial in wanted):
+        print(f"{again} trials ended over an hour ago, other arms on their seeds did not: they are trained again", flush=True)
     runner.run_all("confirm", wanted, *make_launcher(options, side_by_side=False))
+
+
+def together(turn: list[Trial], runner: Runner) -> list[Trial]:
+    """The trials of a turn, of which times are compared: unless all have ended, and together, those that ended over an hour
+    ago are to be trained again."""
+    rows = [runner.ended(trial) for trial in turn]
+    if all(rows) and comparison.hours_apart(rows) <= comparison.MOST_APART:
+        return turn
+    hours = lambda row: (comparison.moment(now()) - comparison.moment(row.ended)).total_seconds() / 3600  # noqa: E731
+    old = [row is not None and hours(row) > comparison.MOST_APART for row in rows]
+    return [runner.anew(trial) if is_old else trial for trial, is_old in zip(turn, old, strict=True)]
 
 
 def target_of(options: argparse.Namespace) -> float:

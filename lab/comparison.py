@@ -18,8 +18,10 @@ import math
 import shlex
 import statistics
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ COSTS = {  # name in trials.csv -> words; peak memory is no cost of a step
 }
 ALPHA = 0.01  # of a claim: the speedrun's rule
 LEVEL = 0.95  # of every interval
+MOST_APART = 1.0  # hours between runs whose times are compared: later the machine may be another
 
 
 # ---------------------------------------------------------------- trials.csv
@@ -230,6 +233,28 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
     return found | {"verdict": "faster" if judged.ratio > 1 else "slower"}
 
 
+def moment(text: str) -> datetime:
+    """Of a time of day as logs and tables have it: UTC."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+
+
+def hours_apart(rows: Iterable[Row]) -> float:
+    """The longest pause between runs that follow each other, from the end of one to the start of the next; 0 for a run alone,
+    or where the time of day was not kept."""
+    ran = sorted((moment(row.ended), row.train_time) for row in rows if row.ended)
+    return max([0.0, *((end - before).total_seconds() - seconds for (before, _), (end, seconds) in pairwise(ran))]) / 3600
+
+
+def turns_apart(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The turns, confirming runs of all arms on one seed, that do not lie together: their times are not of one hour."""
+    turns = defaultdict(list)
+    for row in rows:
+        if row.phase == "confirm" and math.isfinite(row.val_loss):
+            turns[row.pair].append(row)
+    hours = {pair: hours_apart(turn) for pair, turn in sorted(turns.items())}
+    return [{"pair": pair, "hours": round(apart, 2)} for pair, apart in hours.items() if apart > MOST_APART]
+
+
 def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
     """The machines of the confirming runs.
 
@@ -271,7 +296,9 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
         wanted += pairwise(name for name in steps if name != base)
     ratios = [{"arm": b, "base": a} | compare(of[a], of[b], target, sets[a]) for a, b in wanted]
     sources = sorted({row.source for row in rows if row.source})
-    return settings | {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
+    made = {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
+    apart = turns_apart(rows)
+    return settings | made | ({"apart": apart} if apart else {})
 
 
 def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = False) -> dict[str, Any]:
@@ -316,8 +343,12 @@ def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
 
 
 def verdict_lines(summary: dict[str, Any]) -> list[str]:
+    """One of each ratio, then one of each turn whose times are not to be compared."""
     by_name = {arm["name"]: arm for arm in summary["arms"]}
-    return [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]]
+    return [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]] + [
+        f"pair {turn['pair']} lies {turn['hours']:.1f} hours apart, too far for its times: the same command trains it again"
+        for turn in summary.get("apart", ())
+    ]
 
 
 def trained_as(arms: Iterable[dict[str, Any]]) -> list[str]:

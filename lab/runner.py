@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import errno
 import json
 import math
@@ -38,6 +39,18 @@ class Runner:
         """The row of a trial that has ended, unless the trainer's code has changed since."""
         row = self.ledger.rows.get(trial.folder.name)
         return row if row and row.source in ("", source_hash()[:12]) else None
+
+    def ended(self, trial: Trial) -> Row | None:
+        """The row of a trial that has ended without a crash, here or, by its run folder, in another experiment."""
+        row = self.find(trial)
+        if row is None or row.status == "crashed":
+            return Row.of("", trials.Outcome(trial, trial.result)) if trial.result else None
+        return row
+
+    def anew(self, trial: Trial) -> Trial:
+        """The trial, to be trained though it has ended."""
+        self.ledger.rows.pop(trial.folder.name, None)
+        return dataclasses.replace(trial, extra=trials.ANEW)
 
     def rows(self, arms: Iterable[Arm]) -> tuple[list[Row], list[str]]:
         """The rows of these arms as they are set and coded now; and the runs that bear an arm's name but are of other settings

@@ -86,7 +86,6 @@ class Outcome:
     trial: Trial
     result: dict[str, Any] | None
     error: str = ""
-    fresh: bool = False  # trained now, not found
 
     @property
     def loss(self) -> float:
@@ -99,19 +98,22 @@ Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it h
 
 
 PRUNED = "pruned"  # the error of a trial that `watch` ended
+ANEW = ("--resume", "never")  # `extra` of a trial that is to be trained though it has ended
 
 
 def train(
     trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2, watch: Callable[[Trial], bool] | None = None
 ) -> Outcome:
-    """Run the trainer unless the trial has ended before. A crash is tried once more, from its last checkpoint if there is
-    one; a diverged run is a result.
+    """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
+    checkpoint if there is one; a diverged run is a result.
 
     Args:
         processes: ranks, started by torchrun where there are several.
         threads: CPU threads of each rank; 0: what torch takes.
         watch: asked every second whether to go on; where it says no, the trainer is killed and the error is PRUNED.
     """
+    if trial.extra == ANEW:  # a trainer that crashes at once must not leave the old one
+        (trial.folder / "result.json").unlink(missing_ok=True)
     if (result := trial.result) is not None:
         return Outcome(trial, result)
     launcher = [sys.executable]
@@ -136,16 +138,16 @@ def train(
                     except subprocess.TimeoutExpired:
                         if not watch(trial):
                             process.kill()
-                            return Outcome(trial, None, PRUNED, fresh=True)
+                            return Outcome(trial, None, PRUNED)
             except BaseException:
                 process.kill()
                 raise
         if (result := trial.result) is not None:
-            return Outcome(trial, result, fresh=True)
+            return Outcome(trial, result)
         error = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         if process.returncode in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
-    return Outcome(trial, None, error, fresh=True)
+    return Outcome(trial, None, error)
 
 
 def on_ray(gpus: float, address: str = "auto") -> Launcher:
@@ -171,7 +173,7 @@ def on_ray(gpus: float, address: str = "auto") -> Launcher:
         try:
             return ray.get(remote.remote(trial, max(1, int(gpus)), 0 if gpus else 1))
         except ray.exceptions.RayError as error:
-            return Outcome(trial, None, str(error).strip().splitlines()[-1], fresh=True)
+            return Outcome(trial, None, str(error).strip().splitlines()[-1])
 
     return launch
 

@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import train_gpt
 import tricks
 from data.shards import dataset_folder, read_manifest
 from data.shards import verify as verify_shards
-from lab import overlap, records, trials
+from lab import comparison, overlap, records, trials
 from lab.records import ALPHA, LARGEST, Record
 from lab.reports import Report, difference
 from lab.runner import read_curves
@@ -185,7 +184,7 @@ def faster(record: Record) -> str:
         need(against[key] == value, f"against {key} is {against[key]}, the logs give {value}")
     need(found["low"] > 1, f"{found['ratio']:.3g}x ({found['low']:.3g}-{found['high']:.3g}): the interval holds 1, or slower")
     apart = hours_apart(record)
-    need(apart <= 1, f"a run and its pair lie {apart:.1f} hours apart: time both by turns, within the hour")
+    need(apart <= comparison.MOST_APART, f"a run and its pair lie {apart:.1f} hours apart: time both by turns, within the hour")
     return f"{found['ratio']:.3g}x ({found['low']:.3g}-{found['high']:.3g}), pairs at most {apart * 60:.0f} min apart"
 
 
@@ -226,7 +225,6 @@ def hours_apart(record: Record) -> float:
     Raises:
         NotCheckable: the logs do not tell the time of day.
     """
-    moment = lambda text: datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")  # noqa: E731
     rivals = {log.start["seed"]: log for log in record.rival_logs}
     longest = 0.0
     for log in record.logs:
@@ -236,7 +234,7 @@ def hours_apart(record: Record) -> float:
         times = [log.start.get("utc"), log.end.get("utc"), other.start.get("utc"), other.end.get("utc")]
         if None in times:
             raise NotCheckable("the logs are from before they kept the time of day")
-        start, end, other_start, other_end = map(moment, times)
+        start, end, other_start, other_end = map(comparison.moment, times)
         longest = max(longest, (max(start, other_start) - min(end, other_end)).total_seconds() / 3600)
     return longest
 
@@ -406,7 +404,8 @@ def report_trials(kept: Report) -> str:
 
 
 def report_confirmed(kept: Report) -> str:
-    """Each arm of a comparison has a line for every planned confirming run, failed ones too: none was dropped."""
+    """Each arm of a comparison has a line for every planned confirming run, failed ones too: none was dropped. All arms on one
+    seed ran within the hour."""
     if kept.kind.name != "comparison.json":
         return "no comparison"
     planned = {arm["name"]: arm["steps"] for arm in kept.summary["arms"] if arm["steps"]}
@@ -419,6 +418,11 @@ def report_confirmed(kept: Report) -> str:
         need(ran == list(range(most)), f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
         shifts = {row.seed - row.pair for row in rows}
         need(len(shifts) == 1 and (shifts == {0} or kept.summary["mode"] == "again"), f"{name}: seeds other than those planned")
+    apart = comparison.turns_apart(row for row in valid if row.steps == planned.get(row.arm))
+    need(
+        not apart,
+        f"pair {apart[0]['pair']} lies {apart[0]['hours']:.1f} hours apart: by turns is within the hour" if apart else "",
+    )
     return f"{kept.summary['seeds']} seeds of {len(planned)} arms"
 
 

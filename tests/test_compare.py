@@ -5,6 +5,8 @@ import json
 import math
 import random
 import shlex
+import shutil
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import run_folder
 import spec
 import train_gpt
 import tricks
-from lab import comparison, plots, runner, stats, trials
+from lab import comparison, plots, runner, stats, trials, verify
 from lab.comparison import Row, read_rows
+from lab.reports import Report
 from lab.trials import Outcome
 
 FLAGS = ["--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256"]
@@ -32,14 +35,15 @@ class FakeTrainer:
     def __init__(self, horizons: dict[str, float], paces: dict[str, float] | None = None, noise=0.003, time_noise=0.01):
         self.horizons, self.paces, self.noise, self.time_noise = horizons, paces or {}, noise, time_noise
         self.env, self.trained, self.crashes = dict(ENV), [], set()
+        self.hours_ago = 0.0  # that trials end
 
     def __call__(self, trial, processes=1, threads=0):
-        if trial.result is not None:
+        if trial.result is not None and trial.extra != trials.ANEW:
             return Outcome(trial, trial.result)
         name, steps = trial.arm.name, trial.steps
         self.trained.append((name, steps, trial.seed))
         if name in self.crashes:
-            return Outcome(trial, None, "RuntimeError: out of memory", fresh=True)
+            return Outcome(trial, None, "RuntimeError: out of memory")
         dice = random.Random(f"{name} {steps} {trial.seed}")
         right = self.horizons.get(name, math.inf)
         loss = 3.0 - 0.1 * math.log2(steps / right) + dice.gauss(0, self.noise) if 0 < right < math.inf else 4.0
@@ -59,9 +63,11 @@ class FakeTrainer:
             for i in range(steps)
         ]
         log.append(dict(event="val", step=steps, tokens=256 * steps, loss=result["val_loss"], train_time=seconds))
+        ended = datetime.now(timezone.utc) - timedelta(hours=self.hours_ago)
+        log.append(dict(event="end", status=result["status"], step=steps, utc=ended.strftime("%Y-%m-%dT%H:%M:%SZ")))
         (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
         (trial.folder / "result.json").write_text(json.dumps(result))
-        return Outcome(trial, result, fresh=True)
+        return Outcome(trial, result)
 
 
 @pytest.fixture
@@ -219,6 +225,64 @@ def test_crashed_trials_are_tried_again_next_time(fake, tmp_path, capsys):
     assert compare.main(words) == 0
     (ratio,) = summary(tmp_path / "c")["ratios"]
     assert ratio["verdict"] == "faster" and ratio["basis"] == "confirmed runs"
+
+
+def test_the_runs_of_a_turn_lie_together(fake, tmp_path, capsys):
+    """Those of an interrupted turn, or of another comparison, are trained again where the others would be hours later."""
+    trainer = fake({"baseline": 200, "modern": 100, "muon": 110})
+    given = ["baseline=215", "modern=110", "muon=120"]
+    words = lambda out, other, seeds: command(  # noqa: E731
+        tmp_path / out, "--recipes", "baseline", other, "--seeds", seeds, "--horizon", given[0], given[1 + (other == "muon")]
+    )
+    trainer.hours_ago = 9.0
+    assert compare.main(words("c", "modern", "3")) == 0
+    trainer.hours_ago = 0.0
+    trainer.trained.clear()
+    assert compare.main(words("c", "modern", "3")) == 0 and not trainer.trained, "complete turns stay"
+    assert compare.main(words("d", "modern", "3")) == 0 and not trainer.trained, "also where they are found"
+    # the baseline's runs of nine hours ago are no partners for another arm's of now
+    assert compare.main(words("e", "muon", "2")) == 0
+    assert trainer.trained == [("baseline", 215, 0), ("muon", 120, 0), ("baseline", 215, 1), ("muon", 120, 1)]
+    assert "2 trials ended over an hour ago" in capsys.readouterr().out
+    assert comparison.turns_apart(read_rows(tmp_path / "e" / "trials.csv")) == []
+    # a turn that was interrupted nine hours ago
+    trainer.trained.clear()
+    path = tmp_path / "c" / "trials.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for folder in (tmp_path / "work" / "runs" / "tiny").glob("modern-s2-*"):
+        shutil.rmtree(folder)
+    assert compare.main(words("c", "modern", "3")) == 0
+    assert trainer.trained == [("baseline", 215, 2), ("modern", 110, 2)] and "apart" not in summary(tmp_path / "c")
+
+
+def test_turns_that_lie_apart_are_told_and_are_no_evidence(fake, tmp_path, capsys):
+    trainer, out = fake({"baseline": 200, "modern": 100}), tmp_path / "comparisons" / "c"
+    words = command(out, "--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=215", "modern=110")
+    assert compare.main(words) == 0
+    verdict = lambda: next(v for v in verify.verdicts(Report(out)) if v.rule == "confirmed")  # noqa: E731
+    assert verdict().verdict == "pass"
+    path = out / "trials.csv"
+    row = next(row for row in read_rows(path) if (row.arm, row.seed) == ("modern", 1))
+    early = (comparison.moment(row.ended) - timedelta(hours=9)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    lines = [line.replace(row.ended, early) if row.run in line else line for line in path.read_text().splitlines(keepends=True)]
+    path.write_text("".join(lines))
+    assert compare.main(["--report", str(out)]) == 0
+    assert (
+        "pair 1 lies 9.0 hours apart" in capsys.readouterr().out and "lies 9.0 hours apart" in (out / "README.md").read_text()
+    )
+    assert verdict().verdict == "fail" and "pair 1 lies 9.0 hours apart" in verdict().words
+    trainer.trained.clear()
+    assert compare.main(words) == 0 and trainer.trained == [("modern", 110, 1)] and verdict().verdict == "pass"
+
+
+def test_neighbours_in_a_turn_need_not_be_near_its_ends():
+    rows = rows_of("a", 200, 0.1, np.random.default_rng(0))[-4:]
+    at = lambda hours: [  # noqa: E731
+        dataclasses.replace(row, pair=0, train_time=1800.0, ended=f"2026-01-01T{hour:02d}:00:00Z")
+        for row, hour in zip(rows, hours, strict=True)
+    ]
+    assert comparison.hours_apart(at([1, 2, 3, 4])) == 0.5 and not comparison.turns_apart(at([4, 2, 1, 3]))
+    assert comparison.turns_apart(at([1, 2, 5, 6])) == [{"pair": 0, "hours": 2.5}]
 
 
 def test_chain_is_set_against_its_base_and_its_predecessor(fake, tmp_path):

@@ -348,7 +348,7 @@ class FakeTrainer:
         (trial.folder / "env.json").write_text(json.dumps(ENV))
         (trial.folder / "log.jsonl").write_text(json.dumps(dict(event="end", utc="2026-01-01T00:00:00Z")) + "\n")
         (trial.folder / "result.json").write_text(json.dumps(result))
-        return Outcome(trial, result, fresh=True)
+        return Outcome(trial, result)
 
 
 @pytest.fixture
@@ -575,7 +575,7 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
 
     def here(trial, processes=1, threads=0):
         assert train_gpt.main([*trial.flags, "--out", str(trial.folder)]) == 0
-        return Outcome(trial, trial.result, fresh=True)
+        return Outcome(trial, trial.result)
 
     monkeypatch.setattr(trials, "train", here)
     monkeypatch.setattr(scaling, "TIME_PAIRS", 2)

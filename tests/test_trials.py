@@ -1,5 +1,6 @@
 """Trials are real trainer processes on the tiny track: found again, tried again, refused in one line."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -29,11 +30,16 @@ def here(tmp_path, monkeypatch, sotu):
 def test_a_trial_is_trained_once_and_found_again(here):
     wanted = [Trial(here, 3, seed) for seed in (0, 1)]
     first, second = run(wanted)
-    assert first.fresh and first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7
+    assert first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7
     assert first.trial.folder != second.trial.folder and first.loss != second.loss
     assert first.trial.log()[0]["event"] == "start"
+    ended = [o.trial.log()[-1] for o in (first, second)]
     again = run(wanted)
-    assert [o.loss for o in again] == [first.loss, second.loss] and not any(o.fresh for o in again)
+    assert [o.loss for o in again] == [first.loss, second.loss] and [o.trial.log()[-1] for o in again] == ended
+    marked = first.trial.folder / "result.json"
+    marked.write_text(json.dumps(first.result | {"val_loss": 99.0}))
+    assert run(wanted)[0].loss == 99
+    assert run([dataclasses.replace(wanted[0], extra=trials.ANEW)])[0].loss == pytest.approx(first.loss, rel=1e-3)
 
 
 def test_the_source_of_a_run_is_all_that_it_imports(tmp_path, sotu):

@@ -38,7 +38,7 @@ class FakeTrainer:
             raise KeyboardInterrupt
         config, _, _ = train_gpt.resolve(trial.flags)
         if trial.arm.name in self.crashing:
-            return Outcome(trial, None, "RuntimeError: out of luck", fresh=True)
+            return Outcome(trial, None, "RuntimeError: out of luck")
         if trial.arm.name != "plan":
             self.trained.append((trial.arm.name, trial.steps, trial.seed, config.optimizer, config.track))
         rate = float(split(config.optimizer)[1].get("lr", 1e-3))
@@ -51,14 +51,14 @@ class FakeTrainer:
         )
         (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
         if watch and not watch(trial):
-            return Outcome(trial, None, PRUNED, fresh=True)
+            return Outcome(trial, None, PRUNED)
         result = {
             "status": status,
             "val_loss": None if status == "diverged" else final,
             "process_time": self.seconds * trial.steps,
         }
         (trial.folder / "result.json").write_text(json.dumps(result))
-        return Outcome(trial, result, fresh=True)
+        return Outcome(trial, result)
 
 
 @pytest.fixture
