@@ -21,12 +21,13 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import optimizers
 import schedules
 import tricks
 from data.shards import dataset_folder, read_manifest
@@ -123,16 +124,13 @@ class Log:
     def train_time(self) -> float:
         return sum(self.step_times)
 
-    def robust_train_time(self, size: Callable[[int], int]) -> float | None:
-        """Steps x median step, over the stages with steps of one size; None where the log has spans of several steps.
-
-        size: of the batch of each step, in any unit.
-        """
+    def robust_train_time(self, settings: dict[str, Any]) -> float | None:
+        """Steps x median step, over the stages with steps of equal work; None where the log has spans of several steps."""
         if any(e["span"] != 1 for e in self.of("train")):
             return None
-        stages = defaultdict(list)
+        stages, batches, period = defaultdict(list), batches_of(settings), optimizers.period(settings["optimizer"])
         for step, seconds in enumerate(self.step_times):
-            stages[size(step)].append(seconds)
+            stages[batches.size(step), step % period].append(seconds)
         return sum(len(times) * statistics.median(times) for times in stages.values())
 
     @property

@@ -255,7 +255,7 @@ def clock(record: Record) -> str:
             need(math.isclose(e["train_time"], sums.get(e["step"], math.nan), rel_tol=1e-4),
                  f"{name}: the steps to {e['step']} add up to {sums.get(e['step'], math.nan):.3f} s, "
                  f"the log says {e['train_time']:.3f}")  # fmt: skip
-        robust = log.robust_train_time(records.batches_of(record.about["settings"]).size)
+        robust = log.robust_train_time(record.about["settings"])
         if robust is not None and log in record.logs:
             need(
                 math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3),

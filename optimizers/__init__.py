@@ -52,7 +52,7 @@ from optimizers.elementwise import (
 from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from optimizers.sparse import TABLE_OPTIMIZERS
-from spec import UsageError, convert, nearest, parse, typed_keys
+from spec import UsageError, convert, nearest, parse, split, typed_keys
 
 __all__ = [
     "AVERAGES",
@@ -305,9 +305,12 @@ def has_momentum(spec: str) -> bool:
 
 
 def period(spec: str) -> int:
-    """Steps after which the work of a method repeats itself: roots and bases are renewed every few steps. 1: all alike."""
-    cls, settings = parse(of_collection(spec), OPTIMIZERS, "optimizer")
-    made = cls(**settings) if issubclass(cls, Settings) else None
+    """Steps after which the work of a registered method repeats itself: roots and bases are renewed every few steps. 1: all are
+    alike, or one's own method, of which nobody knows."""
+    if split(spec)[0] not in OPTIMIZERS:
+        return 1
+    cls, settings = parse(spec, OPTIMIZERS, "optimizer")
+    made = cls(**settings)
     return math.lcm(*(getattr(made, key, 1) for key in ("every", "adamw_every")))
 
 

@@ -6,6 +6,7 @@ The golden curve of `tiny` is written anew, after a change that is meant to chan
 import copy
 import json
 import math
+import statistics
 import subprocess
 import sys
 import threading
@@ -19,12 +20,14 @@ from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torc
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cost
+import optimizers
 import run_folder
 import spec
 import train_gpt
 import tricks
 from data.shards import write, write_manifest
 from lab.gpu_runs import GOLDEN, GOLDEN_FLAGS, GOLDEN_TOLERANCE
+from lab.records import Log
 from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 
@@ -192,6 +195,20 @@ def test_clock_excludes_what_it_says(train, monkeypatch):
     assert on["train_time"] == pytest.approx(4 * 0.201)
     assert on["robust_train_time"] == pytest.approx(4 * 0.201)
     assert on["process_time"] > 0
+
+
+def test_robust_time_is_of_steps_of_equal_work(train):
+    """A method that renews something every third step does not stall there."""
+    assert [optimizers.period(s) for s in ("soap:every=4", "adamw", "muon:adamw_every=2", "mine.py:Mine")] == [4, 1, 2, 1]
+    folder = train("--steps", "8", "--optimizer", "soap:every=3")
+    times = [e["step_time"] for e in events(folder, "train")]
+    alike = [times[start::3] for start in range(3)]
+    robust = sum(len(some) * statistics.median(some) for some in alike)
+    assert result(folder)["robust_train_time"] == pytest.approx(robust)
+    lines = [json.dumps(e | {"step_time": [e["step_time"]], "span": 1}) for e in events(folder, "train")]
+    (folder / "kept.jsonl").write_text("\n".join(lines))
+    settings = json.loads((folder / "config.json").read_text())
+    assert Log(folder / "kept.jsonl").robust_train_time(settings) == pytest.approx(robust)
 
 
 def test_clock_of_a_device_that_is_still_at_work(monkeypatch):
