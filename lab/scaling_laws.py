@@ -10,7 +10,10 @@ seeds at each budget reject it, straight lines between their means take its plac
 
 The trend of its logarithm over log parameters is a random-effects regression (Higgins, Thompson and Spiegelhalter 2009, J. R.
 Stat. Soc. A 172): seed noise and the curve's uncertainty by a parametric bootstrap, and beside them a scatter of the sizes
-about the line, which no number of seeds removes: a learning rate that suits one size a little better than the next.
+about the line, which no number of seeds removes: a learning rate that suits one size a little better than the next. How large
+it is a handful of sizes hardly says, so intervals are Student's with as many degrees of freedom as there are sizes less two
+(Knapp and Hartung 2003, Statistics in Medicine 22). By simulation, five sizes and a prediction at ten times the largest, they
+cover the truth in 94 % or more for a scatter of up to 0.3 in log speed-up, about what matrix methods have here.
 """
 
 import math
@@ -23,10 +26,8 @@ from scipy import optimize, stats
 from lab.ladder import size_words
 
 EXPONENTS = np.geomspace(0.02, 3, 400)  # that a curve may have; published ones lie between 0.2 and 0.5
-DRAWS = 2000  # of a bootstrap
+DRAWS = 20_000  # of a bootstrap: an interval's end then moves by 1 % of its half-width with the seed, with 2,000 by 3 %
 LEVEL = 0.95  # of every interval
-SCATTER = 0.05  # scale of the half-Cauchy prior (Gelman 2006) of the sizes' scatter about a line, in log speed-up: a learning
-# rate off by a factor of two costs 0.01 to 0.03 nats, and 0.01 nats are 5 % of the tokens (Wen et al.'s sweeps)
 MISFIT = 0.05  # level of the test that rejects a power law
 NOTHING = math.log(1.05)  # a speed-up that is surely within 5 % of 1 has vanished
 
@@ -98,13 +99,13 @@ def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tupl
     x = amounts[None] ** -exponents[:, None]  # [g, n]
     centred = x - x.mean(1, keepdims=True)
     y = losses - losses.mean(1, keepdims=True)
-    spread = (centred**2).sum(1)
-    alpha = y @ centred.T / spread  # [m, g]
-    squares = np.where(alpha > 0, (y**2).sum(1, keepdims=True) - alpha**2 * spread, np.inf)
-    best = squares.argmin(1)
-    rows = np.arange(len(losses))
-    found = np.where(np.isfinite(squares[rows, best]), alpha[rows, best], np.nan)
-    return found, exponents[best], losses.mean(1) - found * x.mean(1)[best], np.maximum(squares[rows, best], 0)
+    length = np.sqrt((centred**2).sum(1))
+    along = y @ (centred / length[:, None]).T  # [m, g]: the part of the losses that falls with that curve
+    rows, best = np.arange(len(losses)), along.argmax(1)
+    most = along[rows, best]
+    alpha = np.where(most > 0, most / length[best], np.nan)
+    squares = np.where(most > 0, np.maximum((y**2).sum(1) - most**2, 0), np.inf)
+    return alpha, exponents[best], losses.mean(1) - alpha * x.mean(1)[best], squares
 
 
 def candidates(amounts: np.ndarray) -> np.ndarray:
@@ -280,7 +281,7 @@ class Trend:
     slope: float  # d log speed-up / d log parameters
     slope_low: float
     slope_high: float
-    scatter: float  # of the sizes about the line, beyond seed noise: posterior median, in log speed-up
+    scatter: float  # of the sizes about the line, beyond seed noise: its standard deviation in log speed-up
     crossing: float  # parameters at which the line meets 1; nan unless it surely slopes and does so within a decade
     crossing_low: float
     crossing_high: float
@@ -312,19 +313,18 @@ def line(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray,
     return y_mean - slope * x_mean, slope
 
 
-def scatters(x: np.ndarray, y: np.ndarray, se: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A grid of scatters about the line and their posterior probabilities: restricted likelihood x half-Cauchy prior."""
-    grid = np.concatenate([[0.0], np.geomspace(SCATTER / 50, 40 * SCATTER, 120)])
-    width = np.gradient(grid)
-    weights = 1 / (se[None] ** 2 + grid[:, None] ** 2)  # [g, k]
-    a, b = line(x, np.broadcast_to(y, weights.shape), weights)
-    squares = (weights * (y - a[:, None] - b[:, None] * x) ** 2).sum(1)
-    total = weights.sum(1)
-    x_mean = (weights * x).sum(1) / total
-    information = total * (weights * (x - x_mean[:, None]) ** 2).sum(1)  # determinant of X^T W X
-    log = 0.5 * np.log(weights).sum(1) - 0.5 * np.log(information) - 0.5 * squares
-    posterior = np.exp(log - log.max()) / (1 + (grid / SCATTER) ** 2) * width
-    return grid, posterior / posterior.sum()
+def scatter_about_line(x: np.ndarray, y: np.ndarray, se: np.ndarray) -> float:
+    """Standard deviation of the sizes about a line beyond their errors `se`: the one with which their weighted squares come to
+    the degrees of freedom (Paule and Mandel 1982, J. Res. Natl. Bur. Stand. 87); 0 where the errors explain them."""
+
+    def excess(scatter: float) -> float:
+        weights = 1 / (se[None] ** 2 + scatter**2)
+        a, b = line(x, y[None], weights)
+        return float((weights * (y - a[:, None] - b[:, None] * x) ** 2).sum()) - (len(x) - 2)
+
+    if len(x) < 3 or excess(0.0) <= 0:
+        return 0.0
+    return float(optimize.brentq(excess, 0.0, math.sqrt(len(x)) * np.ptp(y)))
 
 
 def trend(
@@ -337,7 +337,7 @@ def trend(
         draws: log speed-ups [m, k] by `bootstrap`.
         runs: seeds at each point, of which a verdict that is not decided says how many more it takes.
     Raises:
-        ValueError: fewer than two sizes.
+        ValueError: fewer than two sizes; with two the interval is unbounded.
     """
     x_all, y, at_x = np.log(np.asarray(parameters, float)), np.log(np.asarray(ratios, float)), math.log(at)
     if len(x_all) < 2:
@@ -347,17 +347,18 @@ def trend(
     kept = draws[np.isfinite(draws).all(1)]
     low, high = np.quantile(kept, [0.16, 0.84], axis=0)
     se = np.maximum((high - low) / 2, 1e-6)
-    grid, posterior = scatters(x, y, se)
+    scatter, freedom = scatter_about_line(x, y, se), len(x) - 2
+    weights = np.broadcast_to(1 / (se**2 + scatter**2), kept.shape)
     rng = np.random.default_rng(seed)
-    tau = rng.choice(grid, len(kept), p=posterior)[:, None]
-    weights = 1 / (se**2 + tau**2)
+    student = np.sqrt(freedom / rng.chisquare(max(freedom, 1), len(kept)))  # makes of normal errors Student's
     # bootstrap errors about the measured values; the bootstrap's own bias (draws lie about the measured value, which lies about
     # the truth) is left in, as it is small beside the interval
-    a, b = line(x, kept + tau * rng.standard_normal(kept.shape), weights)
-    predicted = a + b * (at_x - middle) + tau[:, 0] * rng.standard_normal(len(kept))
-    (low, high), (slope_low, slope_high) = interval(predicted), interval(b)
-    tau_median = float(grid[np.searchsorted(posterior.cumsum(), 0.5)])
-    a0, b0 = (float(v[0]) for v in line(x, y[None], 1 / (se[None] ** 2 + tau_median**2)))
+    errors = kept - y + scatter * rng.standard_normal(kept.shape)
+    a, b = line(x, y + student[:, None] * errors, weights)
+    predicted = a + b * (at_x - middle) + student * scatter * rng.standard_normal(len(kept))
+    # two sizes lie on a line however they scatter
+    (low, high), (slope_low, slope_high) = (interval(v) if freedom else (-math.inf, math.inf) for v in (predicted, b))
+    a0, b0 = (float(v[0]) for v in line(x, y[None], weights[:1]))
     centre = a0 + b0 * (at_x - middle)
     with np.errstate(divide="ignore", invalid="ignore"):
         meets = -a / b + middle
@@ -366,9 +367,10 @@ def trend(
     if not near or slope_low <= 0 <= slope_high:
         crossing, ends = math.nan, (math.nan, math.nan)
     verdict = verdict_of(low, high, slope_high, a0 + b0 * x[0] > 0)
-    why = more_runs(x, se, at_x - middle, tau_median, centre, runs) if verdict == "not decided" else ""
-    numbers = (math.exp(v) for v in (centre, low, high))
-    return Trend(at, *numbers, b0, slope_low, slope_high, tau_median, *(math.exp(v) for v in (crossing, *ends)), verdict, why)
+    why = more_runs(x, se, at_x - middle, scatter, centre, (high - low) / 2, runs) if verdict == "not decided" else ""
+    with np.errstate(over="ignore"):
+        ratios_at, sizes_at = (np.exp(v).tolist() for v in ((centre, low, high), (crossing, *ends)))
+    return Trend(at, *ratios_at, b0, slope_low, slope_high, scatter, *sizes_at, verdict, why)
 
 
 def verdict_of(low: float, high: float, slope_high: float, gained: bool) -> str:
@@ -386,16 +388,22 @@ def verdict_of(low: float, high: float, slope_high: float, gained: bool) -> str:
     return "fades" if slope_high < 0 and gained else "not decided"
 
 
-def more_runs(x: np.ndarray, se: np.ndarray, at: float, scatter: float, centre: float, runs: int, most: int = 100) -> str:
-    """Seeds at each point with which the interval, about the same line, would exclude 1 or lie within 5 % of it."""
-    z = stats.norm.ppf((1 + LEVEL) / 2)
+def more_runs(
+    x: np.ndarray, se: np.ndarray, at: float, scatter: float, centre: float, half: float, runs: int, most: int = 100
+) -> str:
+    """Seeds at each point with which the interval, of half-width `half` with `runs`, would exclude 1 or lie within 5 % of it,
+    about the same line."""
+    if len(x) < 3:
+        return "two sizes do not show how far sizes scatter: add a third"
 
-    def decided(seeds: int) -> bool:
+    def error(seeds: int) -> float:
         weights = 1 / (se**2 * runs / seeds + scatter**2)
         x_mean = (weights * x).sum() / weights.sum()
-        variance = 1 / weights.sum() + (at - x_mean) ** 2 / (weights * (x - x_mean) ** 2).sum() + scatter**2
-        half = z * math.sqrt(variance)
-        return abs(centre) > half or abs(centre) + half < NOTHING
+        return math.sqrt(1 / weights.sum() + (at - x_mean) ** 2 / (weights * (x - x_mean) ** 2).sum() + scatter**2)
+
+    def decided(seeds: int) -> bool:
+        left = half * error(seeds) / error(runs)
+        return abs(centre) > left or abs(centre) + left < NOTHING
 
     enough = next((n for n in range(runs + 1, most + 1) if decided(n)), None)
     if enough is None:

@@ -128,7 +128,7 @@ def held_out(sizes: Sequence[dict[str, Any]], count: int, seeds: int) -> list[di
     found = []
     for size in sizes[len(sizes) - count :]:
         smaller = judge(sizes[: len(sizes) - count], "tokens", size["parameters"], seeds)
-        if smaller is None or "draws" not in size:
+        if smaller is None or math.isinf(smaller.high) or "draws" not in size:
             continue
         measured, own = size["ratios"]["tokens"], size["intervals"]["tokens"]
         logs = [math.log(v) for v in (smaller.low, smaller.ratio, smaller.high)]
