@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lab.stats import Ratio
 from spec import UsageError
 
 
@@ -58,6 +59,20 @@ def short(name: str) -> str:
     return name if len(name) <= 30 else f"{words[0]}...{words[-1]} ({len(words)} tricks)"
 
 
+def log_ticks(axis, low: float, high: float, most: int = 8) -> None:
+    """On a logarithmic axis with these limits at most about so many ticks, as plain numbers: decades and their halves and
+    fifths where there is room, even steps within less than a factor of five."""
+    if high / low < 5:
+        ticks = pyplot().MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    else:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        of = next(of for of in ((1, 2, 5), (1, 3), (1,)) if len(of) * math.log10(high / low) <= most or of == (1,))
+        ticks = [digit * 10.0**decade for decade in decades[:: -(-len(decades) // most) if of == (1,) else 1] for digit in of]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
 def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]], target: float) -> str:
     """Loss against seconds and against tokens: the mean over seeds of the confirming runs, and the band they span."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
@@ -105,71 +120,80 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
     axis.axvline(1, color="0.4", linestyle=":", linewidth=1)
     axis.set_yticks(range(len(ticks)), ticks)
     axis.set(xscale="log", xlabel="base / arm, 95 % interval: right of 1 the arm saves", ylim=(-0.6, len(ticks) - 0.4))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="x", which="both", labelsize=8)
+    log_ticks(axis.xaxis, *axis.get_xlim())
+    axis.tick_params(axis="x", labelsize=8)
     axis.plot([], [], "o", color="C0", label="wall-clock")
     axis.plot([], [], "o", color="C1", label="steps")
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above: anywhere else are points
     return save(figure, folder, "forest")
 
 
-def times(arms: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Name and seconds to the target of every arm that ran to its end: at the horizons if all have one, else all as confirmed,
-    since a bar of one kind beside one of the other is no ratio."""
+def times(arms: list[dict[str, Any]]) -> list[tuple[str, float, bool]]:
+    """Name, seconds to the target and whether that was confirmed of every arm that ran to its end: at the horizons if all have
+    one, else all as confirmed, since a bar of one kind beside one of the other is no ratio."""
     ran = [arm for arm in arms if arm["confirmed"] and "costs" in arm["confirmed"]]
     at_horizon = all(arm["horizon"] for arm in ran)
     found = []
     for arm in ran:
         claim = arm["confirmed"]
         steps = arm["horizon"]["steps"] if at_horizon else claim["steps"]
-        found.append((arm["name"], claim["costs"]["train_time"] / claim["steps"] * steps))
+        found.append((arm["name"], claim["costs"]["train_time"] / claim["steps"] * steps, claim["met"]))
     return found
 
 
 def waterfall(folder: Path, summary: dict[str, Any]) -> str:
     """Seconds to the target: of a chain, what each trick takes away; of a stack, what leaving a trick out adds."""
-    timed = times(summary["arms"])
+    timed, chain = times(summary["arms"]), summary["mode"] == "chain"
+    verdicts = {(r["arm"], r["base"]): r["verdict"] for r in summary["ratios"]}
+    colours = {"faster": "C2", "slower": "C3"}
     figure, axis = pyplot().subplots(figsize=(max(6, 1.1 * len(timed) + 2), 5), constrained_layout=True)
-    first = timed[0][1]
-    axis.bar(0, first, color="0.6")
-    before = first
-    for i, (_, seconds) in enumerate(timed[1:], start=1):
-        start = before if summary["mode"] == "chain" else first
-        axis.bar(i, seconds - start, bottom=start, color="C2" if seconds < start else "C3")
+    before, first, met = timed[0]
+    axis.bar(0, first, color="0.45", hatch=None if met else "///")
+    start = first
+    for i, (name, seconds, met) in enumerate(timed[1:], start=1):
+        colour = colours.get(verdicts.get((name, before)), "0.75")
+        axis.bar(i, seconds - start, bottom=start, color=colour, hatch=None if met else "///")
         axis.plot([i - 1.4, i + 0.4], [start, start], color="0.4", linewidth=0.8)
         axis.annotate(f"{start / seconds:.2f}x", (i, max(seconds, start)), ha="center", va="bottom", fontsize=8)
-        before = seconds
+        if chain:
+            before, start = name, seconds
     axis.annotate(f"{first:,.3g} s", (0, first), ha="center", va="bottom", fontsize=8)
-    if summary["mode"] == "chain":
-        axis.bar(len(timed), before, color="0.6")
-        axis.annotate(f"{before:,.3g} s", (len(timed), before), ha="center", va="bottom", fontsize=8)
-    labels = [short(name) for name, _ in timed] + (["all"] if summary["mode"] == "chain" else [])
+    if chain:
+        axis.bar(len(timed), start, color="0.45", hatch=None if timed[-1][2] else "///")
+        axis.annotate(f"{start:,.3g} s", (len(timed), start), ha="center", va="bottom", fontsize=8)
+    labels = [short(name) for name, *_ in timed] + ["all"] * chain
     axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-    if first / min(s for _, s in timed) > 5 or max(s for _, s in timed) / first > 5:
+    shortest, longest = (f(seconds for _, seconds, _ in timed) for f in (min, max))
+    if max(first / shortest, longest / first) > 5:
         axis.set_yscale("log")
-        axis.set_ylim(bottom=10 ** math.floor(math.log10(min(s for _, s in timed)) - 0.3))
+        axis.set_ylim(bottom=10 ** math.floor(math.log10(shortest) - 0.3))
     axis.set(ylabel="seconds to the target")
-    axis.margins(y=0.08)
+    axis.set_ylim(top=1.1 * longest)
     axis.grid(axis="y", alpha=0.3)
+    shown = [({"color": colour}, verdict) for verdict, colour in colours.items() if verdict in verdicts.values()]
+    if set(verdicts.values()) - colours.keys():
+        shown.append(({"color": "0.75"}, "no difference shown, or not decided"))
+    if not all(met for *_, met in timed):
+        shown.append(({"facecolor": "white", "edgecolor": "0.2", "hatch": "///"}, "target not confirmed"))
+    handles = [pyplot().Rectangle((0, 0), 1, 1, label=words, **style) for style, words in shown]
+    axis.legend(handles=handles, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return save(figure, folder, "waterfall")
 
 
-def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[float]) -> str:
-    """How much faster than the baseline every record of a track is, by number: bars of `gained`, as the table has it, with the
-    95 % interval of the record's own step. Seconds stand above: those of two machines are no ratio, and no bars."""
+def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[Ratio]) -> str:
+    """How much faster than the baseline every record of a track is, by number: bars of `gained`, as the table has it, with its
+    95 % interval. Seconds stand above: those of two machines are no ratio, and no bars."""
     figure, axis = pyplot().subplots(figsize=(max(6, 0.8 * len(about) + 2), 5), constrained_layout=True)
-    steps = [a["against"] or {"ratio": 1.0, "low": 1.0, "high": 1.0} for a in about]
-    low = [g * (1 - step["low"] / step["ratio"]) for g, step in zip(gained, steps, strict=True)]
-    high = [g * (step["high"] / step["ratio"] - 1) for g, step in zip(gained, steps, strict=True)]
-    axis.bar(range(len(about)), gained, yerr=(low, high), color=["0.6"] + ["C0"] * (len(about) - 1), capsize=3)
-    for i, a in enumerate(about):
+    errors = [[g.ratio - g.low for g in gained], [g.high - g.ratio for g in gained]]
+    colours = ["0.6"] + ["C0"] * (len(about) - 1)
+    axis.bar(range(len(about)), [g.ratio for g in gained], yerr=errors, color=colours, capsize=3)
+    for i, (a, g) in enumerate(zip(about, gained, strict=True)):
         axis.annotate(
-            f"{gained[i]:.3g}x\n{a['statistics']['train_time']:,.3g} s", (i, (gained[i] + high[i]) * 1.03), ha="center",
-            va="bottom", fontsize=8,
-        )  # fmt: skip
+            f"{g.ratio:.3g}x\n{a['statistics']['train_time']:,.3g} s", (i, g.high * 1.03), ha="center", va="bottom", fontsize=8
+        )
     axis.set_xticks(range(len(about)), [f"{a['number']:03d} {a['name']}" for a in about], rotation=35, ha="right", fontsize=8)
-    axis.set(yscale="log", ylabel="baseline / record, time to the target", title=f"{track} track", ylim=(0.7, 2 * max(gained)))
+    top = 2 * max(g.high for g in gained)
+    axis.set(yscale="log", ylabel="baseline / record, time to the target", title=f"{track} track", ylim=(0.7, top))
     axis.grid(axis="y", alpha=0.3)
     return save(figure, folder, f"history-{track}")
 
@@ -200,6 +224,8 @@ def panels(count: int) -> tuple[Any, list[Any]]:
     )  # fmt: skip
     for unused in axes.flat[count:]:
         unused.set_visible(False)
+    for lowest in axes.flat[max(0, count - columns) : count]:  # of their columns
+        lowest.tick_params(labelbottom=True)
     return figure, list(axes.flat[:count])
 
 
@@ -220,27 +246,37 @@ def survival(folder: Path, summary: dict[str, Any]) -> str:
                 axis.plot(ends, line(ends), style, color="C0", linewidth=1)
             points.append((at, trend["ratio"], trend["low"], trend["high"]))
         for n, ratio, low, high in points:
-            low, high = max(low, ratio / 10), ratio * 10 if high is None else min(high, ratio * 10)  # None: it has no end
             colour, marker = ("C1", "D") if n == at else ("C0", "o")
-            axis.errorbar(n, ratio, yerr=[[ratio - low], [high - ratio]], fmt=marker, color=colour, capsize=3, markersize=5)
-            drawn += [low, high]
+            high = math.inf if high is None else high
+            ends = [
+                (max(low, ratio / 10), "_" if low >= ratio / 10 else 7),
+                (min(high, ratio * 10), "_" if high <= ratio * 10 else 6),
+            ]
+            axis.plot([n, n], [end for end, _ in ends], color=colour, linewidth=1.4)
+            for end, cap in ends:  # 6, 7: matplotlib's arrowheads
+                axis.plot(n, end, marker=cap, color=colour, markersize=7)
+                drawn.append(end)
+            axis.plot(n, ratio, marker, color=colour, markersize=5)
         for s in trick["sizes"]:
-            if "ratios" not in s and s.get("words", "-")[0] in "<>":
+            if "ratios" in s:
+                continue
+            if s.get("words", "-")[0] in "<>":
                 bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")
                 axis.plot(s["parameters"], bound, marker, color="C0", markerfacecolor="none")
                 drawn.append(bound)
+            else:
+                axis.annotate("?", (s["parameters"], 0.03), xycoords=("data", "axes fraction"), ha="center", color="0.4")
         axis.axhline(1, color="0.4", linestyle=":", linewidth=1)
         axis.set_title(f"{short(trick['trick'])}: {trend['verdict'] if trend else 'not decided'}", fontsize=10)
         axis.grid(alpha=0.3)
-    low, high = min(drawn) / 1.1, max(drawn) * 1.1
-    wide = high / low > 5  # a tick at each tenth would be one on the other
-    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if wide else (0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3)
-    ticks = [t for t in ticks if low <= t <= high]
+    low, high = min(drawn) / 1.25, max(drawn) * 1.25
     axes[0].set_ylim(low, high)
-    axes[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes[0].set_yticks([], minor=True)
+    log_ticks(axes[0].yaxis, low, high, most=10)
     axes[0].set_xlim(summary["sizes"][0]["parameters"] / 2, max(at, summary["sizes"][-1]["parameters"]) * 2)
-    figure.supxlabel("non-embedding parameters (diamond: prediction; triangle: a bound)", fontsize=9)
+    figure.supxlabel(
+        "non-embedding parameters\ndiamond: prediction; arrowhead: the interval goes on; triangle: a bound; ?: no figure",
+        fontsize=9,
+    )
     figure.supylabel("base's tokens / trick's, equal loss", fontsize=9)
     return save(figure, folder, "survival")
 

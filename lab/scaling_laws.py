@@ -270,6 +270,12 @@ def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
 # ---------------------------------------------------------------- trend
 
 
+def with_interval(ratio: float, low: float, high: float | None) -> str:
+    """2.38x (0.58-9.52). high: None is infinite, as JSON has it."""
+    words = [f"{v:.2f}" if v < 1000 or math.isinf(v) else f"{v:.0e}" for v in (ratio, low, math.inf if high is None else high)]
+    return "{}x ({}-{})".format(*words)
+
+
 @dataclass(frozen=True)
 class Trend:
     """A line through log speed-up against log parameters, and what it says at a size `at`. Ratios, not logarithms."""
@@ -294,7 +300,7 @@ class Trend:
         return self.slope_high < 0 or self.slope_low > 0
 
     def words(self) -> str:
-        text = f"{self.verdict}: {self.ratio:.2f}x ({self.low:.2f}-{self.high:.2f}) at {size_words(self.at)} parameters"
+        text = f"{self.verdict}: {with_interval(self.ratio, self.low, self.high)} at {size_words(self.at)} parameters"
         if self.slopes:
             decade = abs(math.exp(self.slope * math.log(10)) - 1)
             text += f", {'shrinking' if self.slope < 0 else 'growing'} by {decade:.0%} a decade"

@@ -5,7 +5,7 @@ from typing import Any
 
 from lab.ladder import size_words
 from lab.markdown import table
-from lab.scaling_laws import LAW_FIELDS
+from lab.scaling_laws import LAW_FIELDS, with_interval
 
 Summary = dict[str, Any]
 
@@ -38,10 +38,6 @@ def verdict_lines(summary: Summary) -> list[str]:
 
 def judged(trend: dict[str, Any] | None) -> str:
     return with_interval(trend["ratio"], trend["low"], trend["high"]) if trend else "-"
-
-
-def with_interval(ratio: float, low: float, high: float | None) -> str:
-    return f"{ratio:.2f}x ({low:.2f}-{'inf' if high is None else f'{high:.2f}'})"
 
 
 def measured(size: dict[str, Any], cost: str) -> str:

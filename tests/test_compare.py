@@ -8,6 +8,7 @@ import shlex
 import shutil
 from datetime import datetime, timedelta, timezone
 
+import matplotlib.colors
 import numpy as np
 import pytest
 
@@ -453,10 +454,49 @@ def test_arms_take_what_was_tuned_on_a_workload():
 def test_bars_of_a_waterfall_are_all_of_one_kind():
     arm = lambda name, horizon: {  # noqa: E731
         "name": name, "horizon": horizon and {"steps": horizon},
-        "confirmed": {"steps": 100, "costs": {"train_time": 10.0}},
+        "confirmed": {"steps": 100, "costs": {"train_time": 10.0}, "met": name != "b"},
     }  # fmt: skip
-    assert plots.times([arm("a", 80), arm("b", 50)]) == [("a", 8.0), ("b", 5.0)]
-    assert plots.times([arm("a", None), arm("b", 50), arm("c", 50) | {"confirmed": None}]) == [("a", 10.0), ("b", 10.0)]
+    assert plots.times([arm("a", 80), arm("b", 50)]) == [("a", 8.0, True), ("b", 5.0, False)]
+    ran = [arm("a", None), arm("b", 50), arm("c", 50) | {"confirmed": None}]
+    assert plots.times(ran) == [("a", 10.0, True), ("b", 10.0, False)]
+
+
+def bars(tmp_path, monkeypatch, **settings):
+    """The axes of a waterfall of a base, an arm `a` of verdict `faster` and an arm `b` that is not decided nor confirmed."""
+    monkeypatch.setattr(plots, "save", lambda figure, folder, name: figure)
+    arm = lambda name, seconds, met=True: {  # noqa: E731
+        "name": name, "horizon": None, "confirmed": {"steps": 100, "costs": {"train_time": seconds}, "met": met},
+    }  # fmt: skip
+    ratios = [
+        {"arm": a, "base": b, "verdict": v}
+        for a, b, v in (("a", "base", "faster"), ("b", "base", "slower"), ("b", "a", "not decided"))
+    ]
+    return plots.waterfall(tmp_path, {"arms": [arm("base", 9), arm("a", 5), arm("b", 4, False)], "ratios": ratios} | settings)
+
+
+def test_a_waterfall_is_coloured_by_verdict_and_hatched_where_the_target_was_missed(tmp_path, monkeypatch):
+    (axis,) = bars(tmp_path, monkeypatch, mode="chain").axes
+    faces = [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in axis.patches]
+    green, red, grey = (matplotlib.colors.to_hex(c) for c in ("C2", "C3", "0.75"))
+    assert faces[1:3] == [green, grey] and len(faces) == 4  # b against a, its predecessor
+    assert [bool(patch.get_hatch()) for patch in axis.patches] == [False, False, True, True]
+    words = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert words == ["faster", "slower", "no difference shown, or not decided", "target not confirmed"]
+    (axis,) = bars(tmp_path, monkeypatch, mode="leave_out").axes
+    assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in axis.patches][1:] == [green, red]  # b against base
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "most"), [(0.77, 205, 4, 8), (0.1, 2000, 3, 9), (0.9, 1.3, 3, 9), (1e-5, 1e9, 3, 9)]
+)
+def test_ticks_of_a_logarithmic_axis_are_few_and_apart(low, high, least, most):
+    _, axis = plots.pyplot().subplots()
+    axis.set(xscale="log", xlim=(low, high))
+    plots.log_ticks(axis.xaxis, low, high)
+    ticks = axis.get_xticks()
+    assert least <= len(ticks) <= most and not len(axis.get_xticks(minor=True))
+    assert np.diff(np.log(ticks)).min() > 0.04 * np.log(high / low)
+    plots.pyplot().close()
 
 
 def test_a_horizon_without_an_end_is_none():
