@@ -455,13 +455,17 @@ def readme(about: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- showing
 
 
-def gains(found: list[Record]) -> list[float]:
-    """Baseline over each of a track's records: the product of the ratios down to it, each timed by turns."""
-    gained: dict[str, float] = {}
+def gains(found: list[Record]) -> list[stats.Ratio]:
+    """Baseline over each of a track's records: the product of the ratios down to it, each timed by turns, with the interval
+    that the pairs of all of them leave."""
+    steps: dict[str, list[tuple[float, float, int]]] = {}
     for record in found:
-        against = record.about["against"]
-        gained[record.folder.name] = gained[against["record"]] * against["ratio"] if against else 1.0
-    return list(gained.values())
+        steps[record.folder.name] = []
+        if against := record.about["against"]:
+            own = record.speed_ratio
+            part = math.log(against["ratio"]), own.sd / math.sqrt(own.n), own.n - 1
+            steps[record.folder.name] = [*steps[against["record"]], part]
+    return [stats.product(parts) for parts in steps.values()]
 
 
 def history(track: str, category: str, root: str = "") -> str:
@@ -471,9 +475,10 @@ def history(track: str, category: str, root: str = "") -> str:
         about = record.about
         s, against = about["statistics"], about["against"]
         gain = f"{against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g})" if against else "-"
+        whole = f"{total.ratio:.3g}x" + (f" ({total.low:.3g}-{total.high:.3g})" if against else "")
         rows.append((
             f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md)", about["name"], f"{about['steps']:,}",
-            f"{s['train_time']:,.1f}", f"{total:.3g}x", gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
+            f"{s['train_time']:,.1f}", whole, gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
             f"{s['n']}, {s['p']:.1g}", about["date"],
         ))  # fmt: skip
     if not rows:
