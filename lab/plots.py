@@ -164,11 +164,11 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
     labels = [short(name) for name, *_ in timed] + ["all"] * chain
     axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
     shortest, longest = (f(seconds for _, seconds, _ in timed) for f in (min, max))
+    axis.set_ylim(top=1.1 * longest)
     if max(first / shortest, longest / first) > 5:
         axis.set_yscale("log")
-        axis.set_ylim(bottom=10 ** math.floor(math.log10(shortest) - 0.3))
+        axis.set_ylim(bottom=10 ** math.floor(math.log10(shortest) - 0.3), top=1.4 * longest)
     axis.set(ylabel="seconds to the target")
-    axis.set_ylim(top=1.1 * longest)
     axis.grid(axis="y", alpha=0.3)
     shown = [({"color": colour}, verdict) for verdict, colour in colours.items() if verdict in verdicts.values()]
     if set(verdicts.values()) - colours.keys():
