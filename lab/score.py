@@ -37,6 +37,7 @@ from spec import UsageError, nearest
 
 POINTS = 100
 TAU_MAX = 4.0
+HIGHLIGHTED = 6  # of the profiles in a picture, the best ones
 
 
 @dataclass(frozen=True)
@@ -279,9 +280,13 @@ def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> 
     rho = profile(ratios(times, held_out, tau_max)[1], tau)
     value = scores(times, held_out, tau_max)
     figure, axes = plots.pyplot().subplots(figsize=(9, 5), constrained_layout=True)
-    for number, i in enumerate(np.argsort(-value, kind="stable")):
-        line = ("-", "--", ":")[number // 10 % 3]
-        axes.step(tau, rho[i], line, where="post", label=f"{times.submissions[i]}  {value[i]:.3f}")
+    order = np.argsort(-value, kind="stable")
+    for i in order[:HIGHLIGHTED]:
+        axes.step(tau, rho[i], where="post", label=f"{times.submissions[i]}  {value[i]:.3f}")
+    for i in order[HIGHLIGHTED:]:  # their names would be one on the other: the table has them
+        axes.step(tau, rho[i], where="post", color="0.75", linewidth=0.8, zorder=1)
+    if rest := value[order[HIGHLIGHTED:]].tolist():
+        axes.plot([], [], color="0.75", linewidth=0.8, label=f"{len(rest)} more  {rest[0]:.3f} - {rest[-1]:.3f}")
     axes.set(
         xlabel="tau: time / best time of the field", ylabel="share of workloads within tau", xlim=(1, tau_max), ylim=(0, 1.02)
     )

@@ -262,16 +262,15 @@ def neighbour_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Ta
 
 
 def target_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> list[Job]:
-    """The best settings of each submission that sets targets, on new seeds, at SHORT of the length."""
+    """The best settings of the first study of each submission that sets targets, on new seeds, at SHORT of the length."""
     jobs = []
     for track in options.tracks:
         for entry in options.submissions:
-            best = tables[track, entry.name].best()
+            best = tables[track, entry.name].best(tuned.FIRST_STUDY)
             if best and entry.name in SETTERS:
-                steps = round(SHORT * length(track))
-                for n in range(options.target_seeds):
-                    study = 1000 * best.study + best.number  # another best is another study
-                    jobs.append(Job("target", track, entry, study, n, 100_000 + n, steps, best.settings))
+                steps, study = round(SHORT * length(track)), tuned.target_study(best)
+                jobs += [Job("target", track, entry, study, n, 100_000 + n, steps, best.settings)
+                         for n in range(options.target_seeds)]  # fmt: skip
     return jobs
 
 

@@ -1,8 +1,12 @@
 """What tuning has found: tables of trials, the best settings and their neighbours, targets, times for the AlgoPerf score.
 
 Losses do not depend on how busy a machine was; times do. So the time to a target is the number of steps to it (the first
-validation at or below it) times the cost of a step: CPU seconds of training a step, the least over the submission's trials
-on that workload, each trained on one core. Between machines only ratios to AdamW's step are carried over.
+validation at or below it) times the cost of a step: CPU seconds of training a step, the lower quartile over the
+submission's trials on that workload, each trained on one core. Between machines only ratios to AdamW's step are carried over.
+
+Who was given more studies has no more luck: a time or a loss is the median over studies, a target is set by first studies, and
+a quartile hardly depends on the number of trials, where a least one falls with it. Only the settings worth having (`best`) are
+from all of them.
 """
 
 import csv
@@ -27,6 +31,7 @@ from optimizers import OPTIMIZERS
 from run_folder import atomic_write
 from spec import UsageError
 
+FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
 COLUMNS = (
     "kind", "study", "number", "seed", "steps", "status", "val_loss", "seconds", "wall", "settings", "losses", "machine",
@@ -163,9 +168,9 @@ class Table:
         lowest = [min((r.val_loss for r in rows if r.status == "ok"), default=math.inf) for rows in self.studies().values()]
         return statistics.median(lowest) if lowest else math.inf
 
-    def best(self) -> Row | None:
-        """The search trial with the lowest final loss; None where none has ended well."""
-        ended = [row for row in self.of("search") if row.status == "ok" and math.isfinite(row.val_loss)]
+    def best(self, study: int | None = None) -> Row | None:
+        """The search trial with the lowest final loss, of one study or all; None where none has ended well."""
+        ended = [row for row in self.of("search", study) if row.status == "ok" and math.isfinite(row.val_loss)]
         return min(ended, key=lambda row: row.val_loss, default=None)
 
 
@@ -219,18 +224,24 @@ def steps_of_studies(table: Table, target: float) -> list[float]:
     return [min(map(steps, rows)) for rows in table.studies().values()]
 
 
+def target_study(best: Row) -> int:
+    """The study number of the reruns of a trial: those of another trial are another study."""
+    return 1000 * best.study + best.number
+
+
 def target_of(tables: dict[str, Table]) -> dict[str, Any] | None:
-    """A workload's target: the lowest median, over the submissions that set it, of the reruns of their best settings."""
+    """A workload's target: the lowest median, over the submissions that set it, of the reruns of the best settings of their
+    first study, so that a target does not fall with the number of studies. A rerun that diverged has the loss inf."""
     medians = {}
     for name in SETTERS:
         table = tables.get(name)
-        best = table and table.best()
-        runs = [r for r in table.of("target", 1000 * best.study + best.number) if r.status == "ok"] if best else []
+        best = table and table.best(FIRST_STUDY)
+        runs = table.of("target", target_study(best)) if best else []
         if runs:
             medians[name] = (statistics.median(r.val_loss for r in runs), len(runs), runs[0].steps)
-    if not medians:
+    by = min(medians, key=lambda name: medians[name][0], default=None)
+    if by is None or math.isinf(medians[by][0]):
         return None
-    by = min(medians, key=lambda name: medians[name][0])
     loss, runs, steps = medians[by]
     return {"loss": float(f"{loss:.4g}"), "set_by": by, "runs": runs, "steps": steps}
 
@@ -244,20 +255,24 @@ def targets(folder: Path) -> dict[str, float]:
 def step_seconds(tables: dict[str, Table]) -> dict[str, float]:
     """Submission -> CPU seconds of a step on one workload. Of several machines that with most of AdamW's trials is quoted, and
     what was measured on another is scaled by AdamW's step there."""
-    least: dict[str, dict[str, float]] = defaultdict(dict)  # machine -> submission -> seconds a step
+    seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # a step, by machine and submission
     for name, table in tables.items():
         for row in table.rows:
             if row.status == "ok" and row.seconds:
-                least[row.machine][name] = min(least[row.machine].get(name, math.inf), row.seconds / row.steps)
-    with_adamw = [m for m in least if "adamw" in least[m]]
+                seconds[row.machine][name].append(row.seconds / row.steps)
+    typical = {
+        m: {name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()}
+        for m, of in seconds.items()
+    }
+    with_adamw = [m for m in typical if "adamw" in typical[m]]
     if not with_adamw:
         return {}
     home = max(with_adamw, key=lambda m: sum(row.machine == m for row in tables["adamw"].rows))
     found = {}
     for name in tables:
-        ratios = [least[m][name] / least[m]["adamw"] for m in with_adamw if name in least[m]]
+        ratios = [typical[m][name] / typical[m]["adamw"] for m in with_adamw if name in typical[m]]
         if ratios:
-            found[name] = least[home]["adamw"] * statistics.geometric_mean(ratios)
+            found[name] = typical[home]["adamw"] * statistics.geometric_mean(ratios)
     return found
 
 
@@ -307,10 +322,13 @@ def workload_table(track: str, tables: dict[str, Table]) -> str:
         "defaults, 3 x the steps", *changes, "best settings",
     )  # fmt: skip
     about = (
-        f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {target['runs']} reruns at {target['steps']} steps."
+        f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {target['runs']} reruns of the best settings of "
+        f"its first study, at {target['steps']} steps."
         if target else "No target yet: none of those that set it has been rerun."
     )  # fmt: skip
-    return f"## `{track}`\n\n{about}\n\n" + markdown_table(head, [line for _, line in sorted(lines, key=lambda x: x[0])])
+    rows = [line for _, line in sorted(lines, key=lambda x: x[0])]
+    kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]  # a column that nobody has says nothing
+    return f"## `{track}`\n\n{about}\n\n" + markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def report(folder: Path) -> str:
@@ -340,7 +358,9 @@ def report(folder: Path) -> str:
         "Generated by `./run.sh compare tune --report`. Every trial is a line of `<workload>/<submission>.csv`. A submission",
         "is an optimizer with its schedule: a warm-up and a cosine to zero, but for methods that bring their own. *Best loss*",
         "and *steps to target* are those of a study's best trial, the median over studies; *median loss* is over all search",
-        "trials; the last columns say how much the final loss of the best settings rises with one of them off (one seed each).",
+        "trials; *step, x AdamW* is the lower quartile of the CPU seconds a step. The *best settings* are those of the best of",
+        "all trials, of which some submissions have more. `lr / 2` and the like, where tried, say how much their final loss",
+        "rises with one of them off (one seed each). In the pictures they are orange, joined with half and twice their rate.",
         "",
         *scored,
     ]
@@ -465,6 +485,9 @@ def draw_sensitivity(folder: Path, track: str, tables: dict[str, Table]) -> None
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     figure.suptitle(track, fontsize=9)
-    figure.supxlabel("learning rate (triangle: a loss above the panel, or diverged)", fontsize=8)
+    figure.supxlabel(
+        "learning rate (orange: the best one, and where tried half and twice its rate; triangle: above the panel, or diverged)",
+        fontsize=8,
+    )
     figure.supylabel("final loss, nats", fontsize=8)
     plots.save(figure, folder, f"sensitivity-{track}")

@@ -1,6 +1,7 @@
 """compare.py tune: the space, the budget, and what the tables say. A formula stands in the place of the trainer; one test runs
 the real one."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import statistics
 import optuna
 import pytest
 import torch
+from scipy import stats
 
 import optimizers
 import train_gpt
@@ -396,13 +398,43 @@ def test_the_target_is_the_best_median_of_the_reruns(tmp_path):
     }
     assert tuned.target_of(tables) == {"loss": 2.14, "set_by": "sgd", "runs": 3, "steps": 8}
     assert tuned.target_of({"muon": tables["muon"]}) is None
+    diverged = [row("target", n, math.inf, seed=100 + n, steps=8, status="diverged") for n in (1, 2)]
+    tables["sgd"] = made(tmp_path, "sgd", *diverged)  # one rerun at 2.15 is left: its median is inf
+    assert tuned.target_of(tables)["set_by"] == "adamw" and tuned.target_of({"sgd": tables["sgd"]}) is None
 
 
-def test_times_are_steps_times_the_least_cost_of_a_step_and_ratios_carry_over_machines(tmp_path):
+def test_a_target_does_not_hang_on_the_number_of_studies(fake, tmp_path):
+    reruns = [row("target", n, 2.1, study=4, seed=100 + n, steps=8) for n in range(3)]
+    others = [row("target", n, 1.8, study=1002, seed=100 + n, steps=8) for n in range(3)]
+    adamw = made(tmp_path, "adamw", row(number=4), *reruns, row(number=2, study=1, loss=1.5), *others)
+    assert adamw.best().study == 1 and tuned.target_of({"adamw": adamw})["loss"] == 2.1
+    options = argparse.Namespace(tracks=["wiki"], submissions=[submission("adamw")], target_seeds=3)
+    assert {job.study for job in tune.target_jobs(options, {("wiki", "adamw"): adamw})} == {4}  # these are what is rerun
+
+
+def test_a_step_is_not_cheaper_for_who_has_more_trials(tmp_path):
+    """Times of a busy machine, right-skewed: 5 and 21 of one distribution."""
+    times = lambda n: [10 + 3 * stats.gamma(2).ppf((i + 0.5) / n) for i in range(n)]  # noqa: E731
+    few, many = (made(tmp_path, name, *(row(number=i, seconds=t) for i, t in enumerate(times(n)))) for name, n in
+                 (("muon", 5), ("adamw", 21)))  # fmt: skip
+    cost = tuned.step_seconds({"adamw": many, "muon": few})
+    assert cost["muon"] / cost["adamw"] == pytest.approx(1, abs=0.01) and min(times(5)) / min(times(21)) > 1.05
+
+
+def test_columns_that_nobody_has_are_left_out(tmp_path):
+    found = made(tmp_path, "adamw", row())
+    head = tuned.workload_table("wiki", {"adamw": found}).splitlines()[4]
+    assert "best loss" in head and "lr / 2" not in head and "defaults" not in head
+    found = made(tmp_path, "adamw", row("neighbour", settings=dict(tuned.neighbours(row().settings))["lr / 2"]))
+    head = tuned.workload_table("wiki", {"adamw": found, "sgd": made(tmp_path, "sgd", row())}).splitlines()[4]
+    assert "lr / 2" in head and "lr x 2" not in head
+
+
+def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_machines(tmp_path):
     curve = [(5, 2.4), (10, 2.0)]
     tables = {
         "adamw": made(
-            tmp_path, "adamw", row(seconds=10, losses=curve), row(number=1, seconds=12), row(number=2, seconds=5, machine="b")
+            tmp_path, "adamw", row(seconds=10, losses=curve), row(number=1, seconds=10), row(number=2, seconds=5, machine="b")
         ),
         "muon": made(tmp_path, "muon", row(seconds=7.5, machine="b", losses=curve)),
         "lion": made(tmp_path, "lion", row(loss=3.0, losses=[(10, 3.0)])),
