@@ -72,3 +72,12 @@ def test_wrong_command_would_not_parse():
 def test_linked_files_exist():
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / link).exists(), link
+
+
+def test_findings_say_what_their_figures_stand_on():
+    answers = {question: answer for question, answer, _ in readme.findings()}
+    whole = answers["How much faster than GPT-2 as published?"]
+    assert re.search(r"together \d+x \(\d+-\d+\) in wall-clock", whole) and whole.endswith("the target itself not confirmed")
+    alone = answers["How much does the optimizer alone save?"]
+    assert alone.count("at equal loss") == 2 and re.search(r"`soap` [^;]* at confirmed lengths \(", alone)
+    assert "by its first study" in alone

@@ -626,3 +626,13 @@ def test_difference_says_where():
     assert difference(there, {"a": [1.0, {"b": 2.0}], "c": 0}) == "c is None, by the trials 0"
     assert difference({"x": True}, {"x": 1}) == ""
     assert difference({"x": math.inf}, {"x": math.inf}) == "" and difference({"x": 1.0}, {"x": math.inf})
+
+
+def test_what_all_steps_gain_has_the_interval_of_all_their_pairs():
+    found = records.of_track("cpu", "open")
+    gained, against = records.gains(found), [r.about["against"] for r in found[1:]]
+    assert (gained[0].low, gained[0].ratio, gained[0].high) == (1, 1, 1)
+    assert gained[-1].ratio == pytest.approx(math.prod(a["ratio"] for a in against))
+    wide = [math.log(g.high / g.low) for g in gained[1:]]
+    assert wide[0] == pytest.approx(math.log(against[0]["high"] / against[0]["low"]), rel=1e-2)  # one step: its own
+    assert wide[-1] > 1.5 * math.log(against[-1]["high"] / against[-1]["low"])
