@@ -92,6 +92,23 @@ def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
         assert json.loads((folder / "env.json").read_text())["world_size"] == ranks
 
 
+def test_the_display_divides_by_the_peak_of_all_ranks(sotu, tmp_path, monkeypatch):
+    """Its rate is that of all: by one device's peak the MFU of eight would be eight times too high."""
+
+    class Shown(Exception):
+        pass
+
+    def shown(config, folder, flops, peak, first):
+        raise Shown(peak)
+
+    flags = ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
+    training = train_gpt.Training(*train_gpt.resolve(flags), train_gpt.World("cpu"))
+    training.world.size, training.world.gather, training.peak = 8, lambda value: [value] * 8, 1e12
+    monkeypatch.setattr(train_gpt, "Display", shown)
+    with pytest.raises(Shown, match="^8000000000000"):
+        training.run()
+
+
 def predicted(ranks: int, *flags: str) -> dict[str, float]:
     """What the dry run has each rank send in a step."""
     config, model_config, _ = train_gpt.resolve(["--track", "tiny", *flags])
