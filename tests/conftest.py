@@ -64,6 +64,12 @@ def stored(folder: Path, *flags: str) -> tuple[dict[str, torch.Tensor], dict]:
     return gpt.state_dict(), loaded
 
 
+def with_needs(trick: str) -> str:
+    """A trick with the one that it changes something of, where there is such: alone it is refused."""
+    needs = {"momentum_warmup": "muon", "momentum_cooldown": "muon", "sparse_ngrams": "ngram_embedding"}
+    return f"{needs[trick]},{trick}" if trick in needs else trick
+
+
 def with_optimizer(name: str) -> tuple[str, ...]:
     """Flags that choose an optimizer, with the schedule that it allows."""
     return ("--optimizer", name, *(("--schedule", "constant") if own_schedule(name) else ()))

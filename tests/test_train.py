@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_optimizer
+from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_needs, with_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cost
@@ -657,7 +657,7 @@ def test_every_recipe_and_trick_resolves(track):
     for words in (*TRACKS[track].recipes, *TRICKS):
         if words == "short_sequences" and TRACKS[track].settings.get("loss_tokens"):
             continue  # refused: the loss is at the end of whole sequences
-        config, model_config, _ = train_gpt.resolve(["--track", track, "--tricks", words])
+        config, model_config, _ = train_gpt.resolve(["--track", track, "--tricks", with_needs(words)])
         assert train_gpt.schedules.build(config.schedule, config.steps)(0) >= 0
         with torch.device("meta"):
             gpt = train_gpt.GPT(model_config)
