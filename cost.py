@@ -223,20 +223,25 @@ def settle(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
 def record_updates(optimizer: torch.optim.Optimizer) -> list[tuple[float, list[Operation], int]]:
     """The update as (share of the steps, operations, most bytes held at once).
 
-    Methods that renew something every k-th step do it in steps that are 0 or 1 modulo k: one step of either kind and one
-    between are recorded.
+    Methods that renew something every k-th step do it in steps that are 0 or 1 modulo k: a step of either kind and one between
+    are recorded; of parts with other k, as SOAP's bases and its AdamW may be, one of each kind that occurs.
     """
-    every = max((group.get("every", 1) for group in optimizer.param_groups), default=1)
-    shares = [1 / every] * min(every, 2) + ([(every - 2) / every] if every > 2 else [])
+    everys = sorted({group.get("every", 1) for group in optimizer.param_groups})
+    period = math.lcm(*everys)
+    kinds = [tuple(min(step % every, 2) for every in everys) for step in range(period)]
+    late = 2 * period * math.ceil(max((group.get("start", 0) for group in optimizer.param_groups), default=0) + 1)
     found = []
-    late = 2 * every * math.ceil(max((group.get("start", 0) for group in optimizer.param_groups), default=0) + 1)
-    for i, share in enumerate(shares):
-        for group in optimizer.param_groups:
-            if "t" in group:
-                group["t"] = late + i - 1  # the step adds one
+    for kind, times in Counter(kinds).items():
+        for part in optimizers.parts(optimizer):
+            done = late + kinds.index(kind) - 1  # the step adds one
+            for group in part.param_groups:
+                group.update({"t": done} if "t" in group else {})
+            for state in part.state.values():
+                state.update({"step": done} if isinstance(state.get("step"), int) else {})
         with Recorder() as recorder:
             optimizer.step()
-        found.append((share, operations(recorder.events, False, set()), peak(recorder.events, False, set())))
+        held = peak(recorder.events, False, set())
+        found.append((times / period, operations(recorder.events, False, set()), held))
     return found
 
 

@@ -132,6 +132,17 @@ def test_renewals_are_amortised():
     assert often > 1.2 * seldom
 
 
+def test_parts_that_move_at_their_own_pace_are_each_amortised():
+    """SOAP's bases every fifth step, its AdamW every second: ten steps, six kinds, half of them with AdamW's arithmetic."""
+    seconds = cost.roofline(CARDS["H100"], dataclasses.replace(cost.FITTED, launch=0.0))
+    both = step_of(optimizer="soap:every=5,adamw_every=2")
+    assert sum(share for share, _ in both.update) == pytest.approx(1) and len(both.update) == 6
+    bases = lambda every: cost.step_time(step_of(optimizer=f"soap:every={every},adamw_every=2"), seconds)["optimizer"]  # noqa: E731
+    paces = lambda pace: cost.step_time(step_of(optimizer=f"soap:every=5,adamw_every={pace}"), seconds)["optimizer"]  # noqa: E731
+    assert bases(5) == pytest.approx(bases(10) + (bases(5) - bases(20)) * 2 / 3, rel=1e-3)  # linear in 1 / every
+    assert paces(4) == pytest.approx(paces(2) + (paces(8) - paces(2)) * 2 / 3, rel=1e-3)
+
+
 def test_sparse_tables_cost_by_rows_not_by_their_size():
     seconds = cost.roofline(CARDS["H100"], dataclasses.replace(cost.FITTED, launch=0.0))
     small, large = (
