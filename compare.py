@@ -49,8 +49,8 @@ from lab.runner import (
     say,
     write_report,
 )
-from lab.trials import ANEW, Arm, Trial
-from run_folder import lock, now
+from lab.trials import Arm, Trial
+from run_folder import lock
 from spec import UsageError, nearest, split
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
@@ -184,21 +184,7 @@ def branching(trained: list[Trial], seed: int, first: int) -> tuple[str, ...]:
 def confirm(plan: dict[str, int], seeds: range, arms: list[Arm], options: argparse.Namespace, runner: Runner) -> None:
     """Interleaved: every arm at seed 0, then every arm at seed 1, ..."""
     turns = [[Trial(arm, plan[arm.name], seed) for arm in arms if arm.name in plan] for seed in seeds]
-    wanted = [trial for turn in turns for trial in together(turn, runner)]
-    if again := sum(trial.extra == ANEW for trial in wanted):
-        print(f"{again} trials ended over an hour ago, other arms on their seeds did not: they are trained again", flush=True)
-    runner.run_all("confirm", wanted, *make_launcher(options, side_by_side=False))
-
-
-def together(turn: list[Trial], runner: Runner) -> list[Trial]:
-    """The trials of a turn, of which times are compared: unless all have ended, and together, those that ended over an hour
-    ago are to be trained again."""
-    rows = [runner.ended(trial) for trial in turn]
-    if all(rows) and comparison.hours_apart(rows) <= comparison.MOST_APART:
-        return turn
-    hours = lambda row: (comparison.moment(now()) - comparison.moment(row.ended)).total_seconds() / 3600  # noqa: E731
-    old = [row is not None and hours(row) > comparison.MOST_APART for row in rows]
-    return [runner.anew(trial) if is_old else trial for trial, is_old in zip(turn, old, strict=True)]
+    runner.run_turns("confirm", turns, *make_launcher(options, side_by_side=False))
 
 
 def target_of(options: argparse.Namespace) -> float:

@@ -298,9 +298,11 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
         experiment.cell("time", name, rung, 1, factors[name, rung.size.name])
         for rung in experiment.rungs for name in experiment.arms if options.timing_steps
     ]  # fmt: skip
-    pairs = range(TIME_SEED, TIME_SEED + TIME_PAIRS)
-    runner.run_all("time", [t for rung in experiment.rungs for seed in pairs for cell in timed if cell.rung == rung
-                            for t in cell.trials(range(seed, seed + 1))], *alone)  # fmt: skip
+    turns = [
+        [trial for cell in timed if cell.rung == rung for trial in cell.trials(range(seed, seed + 1))]
+        for rung in experiment.rungs for seed in range(TIME_SEED, TIME_SEED + TIME_PAIRS)
+    ]  # fmt: skip
+    runner.run_turns("time", turns, *alone)
     sizes = [
         {"size": r.size.name, "parameters": r.parameters, "layers": r.size.layers, "width": r.size.width, "tokens": r.tokens,
          "batch_tokens": r.batch_tokens}

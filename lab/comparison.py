@@ -238,6 +238,11 @@ def moment(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
 
 
+def hours_since(text: str) -> float:
+    """Since that time of day."""
+    return (moment(now()) - moment(text)).total_seconds() / 3600
+
+
 def hours_apart(rows: Iterable[Row]) -> float:
     """The longest pause between runs that follow each other, from the end of one to the start of the next; 0 for a run alone,
     or where the time of day was not kept."""
@@ -245,11 +250,11 @@ def hours_apart(rows: Iterable[Row]) -> float:
     return max([0.0, *((end - before).total_seconds() - seconds for (before, _), (end, seconds) in pairwise(ran))]) / 3600
 
 
-def turns_apart(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The turns, confirming runs of all arms on one seed, that do not lie together: their times are not of one hour."""
+def turns_apart(rows: Iterable[Row], phase: str = "confirm") -> list[dict[str, Any]]:
+    """The turns, runs of all arms on one seed, that do not lie together: their times are not of one hour."""
     turns = defaultdict(list)
     for row in rows:
-        if row.phase == "confirm" and math.isfinite(row.val_loss):
+        if row.phase == phase and math.isfinite(row.val_loss):
             turns[row.pair].append(row)
     hours = {pair: hours_apart(turn) for pair, turn in sorted(turns.items())}
     return [{"pair": pair, "hours": round(apart, 2)} for pair, apart in hours.items() if apart > MOST_APART]

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lab import trials
-from lab.comparison import Ledger, Row, read_rows
+from lab.comparison import MOST_APART, Ledger, Row, hours_apart, hours_since, read_rows
 from lab.trials import Arm, Launcher, Trial
 from run_folder import atomic_write, source_hash
 from spec import UsageError
@@ -107,6 +107,19 @@ class Runner:
                      f"{len(left) - count} left, about {rest / 60:.0f} min")  # fmt: skip
         bar.close()
         return [self.ledger.rows[trial.folder.name] for trial in wanted]
+
+    def run_turns(self, phase: str, turns: Sequence[Sequence[Trial]], launch: Launcher, at_once: int) -> None:
+        """`run_all`, one turn after the other. Times are compared within a turn: unless all of one have ended, and together,
+        those that ended over an hour ago are trained again."""
+        wanted = []
+        for turn in turns:
+            rows = [self.ended(trial) for trial in turn]
+            together = all(rows) and hours_apart(rows) <= MOST_APART
+            old = [not together and row is not None and hours_since(row.ended) > MOST_APART for row in rows]
+            wanted += [self.anew(trial) if is_old else trial for trial, is_old in zip(turn, old, strict=True)]
+        if again := sum(trial.extra == trials.ANEW for trial in wanted):
+            print(f"{again} trials ended over an hour ago, others of their turns did not: they are trained again", flush=True)
+        self.run_all(phase, wanted, launch, at_once)
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lab import scaling_laws, stats
-from lab.comparison import Row
+from lab.comparison import Row, turns_apart
 from lab.scaling_laws import DRAWS, Lines, Noise, PowerLaw, between, bootstrap, fit_joint, interval, speedup, trend
 from spec import UsageError
 
@@ -41,10 +41,20 @@ def losses_by_budget(cells: Sequence[dict[str, Any]], rows: Sequence[Row]) -> li
 
 
 def token_cost(rows: Sequence[Row], trial: str) -> dict[str, Any]:
-    """Of one arm at one size: FLOPs a token, and seconds a token by seed of the runs that were timed one at a time."""
+    """Of one arm at one size: FLOPs a token, and seconds a token by seed of the runs that were timed by turns."""
     own = [r for r in rows if r.arm == trial and r.tokens]
     timed = {r.pair: r.train_time / r.tokens for r in own if r.phase == "time" and r.status == "ok"}
     return {"flops": own[0].flops / own[0].tokens if own else math.nan, "seconds": timed}
+
+
+def timings_apart(cells: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The turns of short runs, all arms at one size on one seed, that do not lie within the hour."""
+    found = []
+    for size in dict.fromkeys(cell["size"] for cell in cells):
+        trials = {cell["trial"] for cell in cells if cell["size"] == size}
+        turns = turns_apart((row for row in rows if row.arm in trials), "time")
+        found += [{"size": size, "trials": trials} | turn for turn in turns]
+    return found
 
 
 def curve_of(points: Sequence[dict[str, Any]]) -> tuple[PowerLaw | Lines | None, list[float], list[float]]:
@@ -177,6 +187,9 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     if len({row.data for row in rows if row.data}) > 1:
         raise UsageError("trials on different data in one experiment: prepare one corpus, and start in a new --out")
     sizes, base = settings["sizes"], settings["base"]
+    apart = timings_apart(settings["cells"], rows)
+    timed = {(trial, turn["pair"]) for turn in apart for trial in turn["trials"]}
+    rows = [row for row in rows if row.phase != "time" or (row.arm, row.pair) not in timed]
     arms: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for name in settings["arms"]:
         for size in sizes:
@@ -213,7 +226,8 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     machines = sorted({row.machine for row in rows if row.machine})
     sources = sorted({row.source for row in rows if row.source})
     made = {"format": 1, "tricks": tricks, "curves": arms, "laws": laws(arms, sizes), "machines": machines, "sources": sources}
-    return finite(settings | made)
+    apart = [{key: turn[key] for key in ("size", "pair", "hours")} for turn in apart]
+    return finite(settings | made | ({"apart": apart} if apart else {}))
 
 
 def again(summary: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -222,7 +236,7 @@ def again(summary: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     Raises:
         UsageError: see summarise.
     """
-    made = ("format", "tricks", "curves", "laws", "machines", "sources", "plots")
+    made = ("format", "tricks", "curves", "laws", "machines", "sources", "apart", "plots")
     return summarise(rows, {key: value for key, value in summary.items() if key not in made})
 
 

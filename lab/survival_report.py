@@ -136,6 +136,11 @@ def laws_table(summary: Summary) -> str:
     return table(("arm", *(f.replace("_", " ") for f in LAW_FIELDS), "rms"), rows) if rows else ""
 
 
+def apart_words(summary: Summary) -> str:
+    turns = [f"those of seed {t['pair']} at {t['size']} lie {t['hours']:.1f} hours apart" for t in summary.get("apart", ())]
+    return f"Left out: {'; '.join(turns)}. The same command times them again." if turns else ""
+
+
 def sizes_table(summary: Summary) -> str:
     rows = [
         (s["size"], f"{s['parameters']:,}", f"{s['layers']} x {s['width']}", f"{s['tokens']:,.0f}", f"{s['batch_tokens']:,}")
@@ -147,7 +152,7 @@ def sizes_table(summary: Summary) -> str:
 def markdown(summary: Summary) -> str:
     """README.md of the output folder."""
     sections = [
-        ("In seconds", survival_table(summary, "seconds"), ""),
+        ("In seconds", survival_table(summary, "seconds"), apart_words(summary)),
         ("The largest sizes, predicted from the smaller ones", held_out_table(summary), ""),
         ("At equal loss, and to a given loss", forms_table(summary), STRAIGHT),
         ("Final losses, nats per token: mean (sd), n", losses_table(summary), ""),

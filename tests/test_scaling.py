@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -347,7 +348,7 @@ class FakeTrainer:
         self.diverge, self.noise, self.trained = set(diverge), noise, []
 
     def __call__(self, trial, processes=1, threads=0):
-        if trial.result is not None:
+        if trial.result is not None and trial.extra != trials.ANEW:
             return Outcome(trial, trial.result)
         config, model, _ = train_gpt.resolve(trial.flags)
         name, size = trial.arm.name.split(",")[0].split(" at ")
@@ -454,6 +455,30 @@ def test_runs_of_other_settings_are_left_out(fake, tmp_path, capsys):
     assert sorted(loss for p in points for loss in p["losses"]) == sorted(row.val_loss for row in first)
     before = summary(out)
     assert scaling.main(["--report", str(out)]) == 0 and summary(out) == before
+
+
+def test_the_timings_of_a_turn_lie_together(fake, tmp_path):
+    """A turn that was cut off is timed anew as a whole; one whose runs lie hours apart is left out, and said."""
+    out, trainer = tmp_path / "s", fake({"+muon": lambda n: 1.5}, paces={"+muon": 1.4})
+    words = command(out, "--tricks", "muon", "--retune", "1", "--seeds", "2", "--hold-out", "0", sizes=("0.1M", "0.33M"))
+    assert scaling.main(words) == 0 and "apart" not in summary(out)
+    timed = [row for row in read_rows(out / "trials.csv") if row.phase == "time"]
+    last = timed[-1]
+    assert len(timed) == 2 * 2 * scaling.TIME_PAIRS and last.arm == "+muon at 332k"
+    text = (out / "trials.csv").read_text().splitlines(keepends=True)
+    (out / "trials.csv").write_text("".join(line for line in text if last.run not in line))
+    shutil.rmtree(tmp_path / "work" / "runs" / "cpu" / last.run)
+    trainer.trained.clear()
+    assert scaling.main(words) == 0
+    assert trainer.trained == [("modern at 332k", last.steps, last.pair), ("+muon at 332k", last.steps, last.pair)]
+    line = next(line for line in (out / "trials.csv").read_text().splitlines() if last.run in line)
+    (out / "trials.csv").write_text((out / "trials.csv").read_text().replace(line, line.replace("T00:", "T09:")))
+    assert scaling.main(["--report", str(out)]) == 0
+    found = summary(out)
+    assert found["apart"] == [{"size": "332k", "pair": last.pair, "hours": 9.0}]
+    assert sorted(found["curves"]["modern"]["332k"]["cost"]["seconds"]) == [str(row.pair) for row in timed[-6:-2:2]]
+    assert f"those of seed {last.pair} at 332k lie 9.0 hours apart" in (out / "README.md").read_text()
+    assert survival.again(found, read_rows(out / "trials.csv")) | {"plots": found["plots"]} == found
 
 
 def test_no_bound_where_the_runs_themselves_do_not_keep_it():
