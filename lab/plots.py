@@ -60,13 +60,14 @@ def short(name: str) -> str:
 
 
 def log_ticks(axis, low: float, high: float, most: int = 8) -> None:
-    """On a logarithmic axis with these limits at most about so many ticks, as plain numbers: decades and their halves and
-    fifths where there is room, even steps within less than a factor of five."""
+    """On a logarithmic axis with these limits at most about so many ticks, as plain numbers: decades and what lies between
+    where there is room, even steps within less than a factor of five."""
     if high / low < 5:
         ticks = pyplot().MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     else:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        of = next(of for of in ((1, 2, 5), (1, 3), (1,)) if len(of) * math.log10(high / low) <= most or of == (1,))
+        digits = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+        of = next(of for of in digits if len(of) * math.log10(high / low) <= most or of == (1,))
         ticks = [digit * 10.0**decade for decade in decades[:: -(-len(decades) // most) if of == (1,) else 1] for digit in of]
     ticks = [tick for tick in ticks if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])

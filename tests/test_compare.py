@@ -487,7 +487,8 @@ def test_a_waterfall_is_coloured_by_verdict_and_hatched_where_the_target_was_mis
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "least", "most"), [(0.77, 205, 4, 8), (0.1, 2000, 3, 9), (0.9, 1.3, 3, 9), (1e-5, 1e9, 3, 9)]
+    ("low", "high", "least", "most"),
+    [(0.77, 205, 4, 8), (0.52, 4.2, 5, 8), (0.1, 2000, 3, 9), (0.9, 1.3, 3, 9), (1e-5, 1e9, 3, 9)],
 )
 def test_ticks_of_a_logarithmic_axis_are_few_and_apart(low, high, least, most):
     _, axis = plots.pyplot().subplots()
