@@ -235,13 +235,14 @@ def record_updates(optimizer: torch.optim.Optimizer) -> list[tuple[float, list[O
         for part in optimizers.parts(optimizer):
             done = late + kinds.index(kind) - 1  # the step adds one
             for group in part.param_groups:
-                group.update({"t": done} if "t" in group else {})
+                if "t" in group:
+                    group["t"] = done
             for state in part.state.values():
-                state.update({"step": done} if isinstance(state.get("step"), int) else {})
+                if isinstance(state.get("step"), int):  # torch's own methods count in a tensor, and have no such kinds
+                    state["step"] = done
         with Recorder() as recorder:
             optimizer.step()
-        held = peak(recorder.events, False, set())
-        found.append((times / period, operations(recorder.events, False, set()), held))
+        found.append((times / period, operations(recorder.events, False, set()), peak(recorder.events, False, set())))
     return found
 
 

@@ -237,14 +237,14 @@ def comparison(name: str) -> dict:
 BASES = {"equal_loss": "at equal loss", "confirmed": "at confirmed lengths"}  # of a comparison's ratio
 
 
-def saved(name: str) -> dict[str, str]:
+def saved(name: str) -> str:
     """What each arm of a comparison that is kept saves, in words."""
-    found = {}
+    found = []
     for r in comparison(name)["ratios"]:
         basis = "equal_loss" if r["equal_loss"] else "confirmed"
         words = [ratio_words(r[basis][cost]) for cost in ("steps", "train_time")]
-        found[r["arm"]] = f"`{r['arm']}` {words[0]} in steps, {words[1]} in wall-clock {BASES[basis]} ({r['verdict']})"
-    return found
+        found.append(f"`{r['arm']}` {words[0]} in steps, {words[1]} in wall-clock {BASES[basis]} ({r['verdict']})")
+    return "; ".join(found)
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -263,8 +263,6 @@ def findings() -> list[tuple[str, str, str]]:
         for r in stack["ratios"]
         if r["verdict"] == "slower"
     ]
-    defaults, other = saved("cpu-optimizers-defaults"), saved("cpu-optimizers")
-    other = [words for arm, words in other.items() if arm not in defaults]
     found = tuned.read_tables(KEPT / "tuning")
     _, contest, _ = tuned.scored(tuned.studies(found))
     best = ", ".join(f"`{row['submission']}` {row['score']:.2f}" for row in contest["submissions"][:5])
@@ -288,8 +286,9 @@ def findings() -> list[tuple[str, str, str]]:
         ),
         (
             "How much does the optimizer alone save?",
-            f"against AdamW on the `modern` GPT of `cpu`, all with their defaults: {'; '.join(defaults.values())}; "
-            f"both as tuned on `bytes-large` by its first study: {'; '.join(other)}",
+            f"against AdamW on the `modern` GPT of `cpu`, all with their defaults: {saved('cpu-optimizers-defaults')}. All as "
+            "tuned on `bytes-large` by its first study, AdamW the better for it and SOAP from its old start: "
+            f"{saved('cpu-optimizers')}",
             "[defaults](records/comparisons/cpu-optimizers-defaults/README.md), "
             "[tuned](records/comparisons/cpu-optimizers/README.md)",
         ),

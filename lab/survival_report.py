@@ -21,7 +21,8 @@ STRAIGHT = """*No power law fits the base*: its budgets scatter about the best o
 
 
 def verdict_lines(summary: Summary) -> list[str]:
-    """One line for each trick: in tokens, and in seconds where these were measured."""
+    """One line for each trick: in tokens, and in seconds where these were measured; then one of each turn of short runs whose
+    times are not to be compared."""
     lines = []
     for trick in summary["tricks"]:
         tokens, seconds = trick["trends"]["tokens"], trick["trends"]["seconds"]
@@ -33,7 +34,11 @@ def verdict_lines(summary: Summary) -> list[str]:
             words += f"; in seconds {seconds['verdict']}, {judged(seconds)}"
         left = [f"{s['size']} ({s['why']})" for s in trick["sizes"] if s["why"]]
         lines.append(words + (f"; left out: {', '.join(left)}" if left else ""))
-    return lines
+    return lines + [
+        f"short runs of seed {turn['pair']} at {turn['size']} lie {turn['hours']:.1f} hours apart and are left out: the same "
+        "command times them again"
+        for turn in summary.get("apart", ())
+    ]
 
 
 def judged(trend: dict[str, Any] | None) -> str:
@@ -136,11 +141,6 @@ def laws_table(summary: Summary) -> str:
     return table(("arm", *(f.replace("_", " ") for f in LAW_FIELDS), "rms"), rows) if rows else ""
 
 
-def apart_words(summary: Summary) -> str:
-    turns = [f"those of seed {t['pair']} at {t['size']} lie {t['hours']:.1f} hours apart" for t in summary.get("apart", ())]
-    return f"Left out: {'; '.join(turns)}. The same command times them again." if turns else ""
-
-
 def sizes_table(summary: Summary) -> str:
     rows = [
         (s["size"], f"{s['parameters']:,}", f"{s['layers']} x {s['width']}", f"{s['tokens']:,.0f}", f"{s['batch_tokens']:,}")
@@ -152,7 +152,7 @@ def sizes_table(summary: Summary) -> str:
 def markdown(summary: Summary) -> str:
     """README.md of the output folder."""
     sections = [
-        ("In seconds", survival_table(summary, "seconds"), apart_words(summary)),
+        ("In seconds", survival_table(summary, "seconds"), ""),
         ("The largest sizes, predicted from the smaller ones", held_out_table(summary), ""),
         ("At equal loss, and to a given loss", forms_table(summary), STRAIGHT),
         ("Final losses, nats per token: mean (sd), n", losses_table(summary), ""),
