@@ -5,7 +5,7 @@
     python compare.py --base record --leave-out sparse_ngrams compile     each alone out of a stack
     python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
     python compare.py --optimizers adamw muon --tuned-on bytes-large      each with its settings from `compare tune`
-    python compare.py --recipes baseline record --horizon baseline=2400 record=272
+    python compare.py --recipes baseline record --horizon baseline=2400 record=272 --lengths baseline=2000 record=240
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
     python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each, on workloads: --help
@@ -35,7 +35,7 @@ import optimizers
 import train_gpt
 import tricks
 from lab import comparison, plots, score, stats
-from lab.horizon import Search, search
+from lab.horizon import Search, search, search_at
 from lab.runner import (
     Runner,
     add_launcher_flags,
@@ -130,8 +130,8 @@ def tuned_for(workload: str, word: str) -> tuple[str, str]:
 
 
 def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, base_steps: int) -> dict[str, Search]:
-    """A search for every arm whose length is not given, beside a base of `base_steps`; as many arms at once as --side-by-side
-    says."""
+    """The search of every arm: its own, beside a base of `base_steps`, or at the lengths given; as many arms at once as
+    --side-by-side says."""
     most = options.max_steps or 4 * base_steps
     launch, at_once = make_launcher(options, side_by_side=True)
     target = target_of(options)
@@ -148,6 +148,8 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
             return row.val_loss
 
         try:
+            if arm.name in options.at:
+                return search_at(run, options.at[arm.name], target)
             return search(run, first, target, most, by_trunk=options.branch)
         finally:
             for trial in trained:
@@ -230,6 +232,8 @@ def parser() -> argparse.ArgumentParser:
         "best for a workload, instead of the track's")  # fmt: skip
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
+    add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,STEPS", help="lengths of an arm's search, instead of its own "
+        "choice; with --horizon: runs beside the confirming ones, which a ratio at equal loss needs")  # fmt: skip
     add("--first-steps", type=int, default=0, help="length that each search begins at (default: the recipe's, "
         "with --leave-out the whole stack's)")  # fmt: skip
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
@@ -261,13 +265,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     at_least(options, seeds=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
-    options.given = {}
-    for word in options.horizon:
-        name, equals, steps = word.rpartition("=")
-        if not equals or not steps.isdigit() or int(steps) < 1:
-            raise UsageError(f"--horizon takes ARM=STEPS, such as baseline=2400; not {word!r}")
-        options.given[name] = int(steps)
+    options.given = {name: steps[0] for name, steps in steps_of_arms("--horizon", options.horizon, "2400")}
+    options.at = dict(steps_of_arms("--lengths", options.lengths, "2400,2000"))
     return options
+
+
+def steps_of_arms(flag: str, words: list[str], example: str) -> list[tuple[str, list[int]]]:
+    """ARM=STEPS,STEPS -> (arm, [steps, steps]) of each word, several where the example has several.
+
+    Raises:
+        UsageError: a word of another form.
+    """
+    found = []
+    for word in words:
+        name, equals, given = word.rpartition("=")
+        lengths = given.split(",")
+        if not equals or (len(lengths) > 1 and "," not in example) or not all(n.isdigit() and int(n) for n in lengths):
+            raise UsageError(f"{flag} takes ARM=STEPS, such as baseline={example}; not {word!r}")
+        found.append((name, [int(n) for n in lengths]))
+    return found
 
 
 def mode_of(options: argparse.Namespace) -> str:
@@ -278,8 +294,9 @@ def run(options: argparse.Namespace) -> list[str]:
     """Search, confirm, write the report; returns its verdict lines."""
     arms = make_arms(options)
     names = [arm.name for arm in arms]
-    if unknown := set(options.given) - set(names):
-        raise UsageError(f"--horizon {min(unknown)}: there is no such arm: {nearest(min(unknown), names)}")
+    for flag, given in (("--horizon", options.given), ("--lengths", options.at)):
+        if unknown := set(given) - set(names):
+            raise UsageError(f"{flag} {min(unknown)}: there is no such arm: {nearest(min(unknown), names)}")
     mode = mode_of(options)
     out = options.out or Path("comparisons") / f"{options.track}-{mode.replace('_', '-')}-{names[0].split(':')[0]}"
     settings = {"track": options.track, "target": target_of(options), "base": names[0], "mode": mode}
@@ -296,10 +313,12 @@ def compare(arms: list[Arm], options: argparse.Namespace, settings: dict[str, An
     names = [arm.name for arm in arms]
     runner = Runner(out, options.keep_checkpoints)
     base_steps = options.given.get(names[0]) or train_gpt.resolve(list(arms[0].flags))[0].steps
-    found = find_horizons([arm for arm in arms if arm.name not in options.given], options, runner, base_steps)
-    why = {name: s.why for name, s in found.items()}
-    plan = lengths(arms, found, options.given, options.margin)
-    seeds = options.seeds or seeds_needed(found, options.margin)
+    searched = [arm for arm in arms if arm.name not in options.given or arm.name in options.at]
+    found = find_horizons(searched, options, runner, base_steps)
+    free = {name: search for name, search in found.items() if name not in options.given}
+    why = {name: s.why for name, s in free.items()}
+    plan = lengths(arms, free, options.given, options.margin)
+    seeds = options.seeds or seeds_needed(free, options.margin)
     described = [{"name": a.name, "flags": list(a.flags), "steps": plan.get(a.name), "why": why.get(a.name, "")} for a in arms]
     settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": described}
 

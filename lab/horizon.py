@@ -4,7 +4,7 @@ The target must hold at the end of a schedule of that length, so a validation ha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lab.stats import Horizon, horizon
@@ -67,8 +67,20 @@ def search(
     for trunk in range(1, SEEDS):
         for length in (missed, between, met):
             tried(length, trunk)
-    near = [(s, loss) for s, _, loss in runs if math.isfinite(loss) and 0.5 <= s / between <= 2]
-    if len(near) < len([1 for s, _, _ in runs if 0.5 <= s / between <= 2]):
+    return concluded(runs, [r for r in runs if 0.5 <= r[0] / between <= 2], target)
+
+
+def search_at(run: Callable[[int, int], float], lengths: Sequence[int], target: float) -> Search:
+    """As `search`, at given lengths, in their order; the same one may come twice."""
+    runs = [(steps, FIRST_SEED + n, run(steps, FIRST_SEED + n)) for n, steps in enumerate(lengths)]
+    return concluded(runs, runs, target)
+
+
+def concluded(runs: list[tuple[int, int, float]], near: list[tuple[int, int, float]], target: float) -> Search:
+    """The horizon that the runs near the target say."""
+    if not all(math.isfinite(loss) for _, _, loss in near):
         return Search(tuple(runs), None, "some runs near the target diverged")
-    found = horizon([s for s, _ in near], [loss for _, loss in near], target)
+    if len(near) < 3 or len({steps for steps, _, _ in near}) < 2:
+        return Search(tuple(runs), None, "fewer than three runs, or all of one length")
+    found = horizon([steps for steps, _, _ in near], [loss for _, _, loss in near], target)
     return Search(tuple(runs), found, "" if found else "more steps did not lower the loss")

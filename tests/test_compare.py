@@ -119,6 +119,24 @@ def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys):
     assert again["equal_loss"]["train_time"]["ratio"] == pytest.approx(time["ratio"], rel=1e-12)
 
 
+def test_lengths_of_a_search_may_be_given(fake, tmp_path, capsys):
+    """Beside confirming runs they give the slope that a ratio at equal loss needs; alone they are the whole search."""
+    trainer = fake({"baseline": 200, "modern": 100}, noise=0.002)
+    words = ["--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=210"]
+    words += ["--lengths", "baseline=180", "modern=105,90,90,105"]
+    assert compare.main(command(tmp_path / "c", *words)) == 0
+    searched = [t for t in trainer.trained if t[2] >= 1000]
+    assert searched == [("baseline", 180, 1000), *(("modern", n, 1000 + i) for i, n in enumerate((105, 90, 90, 105)))]
+    base, modern = summary(tmp_path / "c")["arms"]
+    assert base["steps"] == 210 and base["why"] == "" and base["horizon"]["steps"] == pytest.approx(200, rel=0.05)
+    assert modern["steps"] == pytest.approx(105, rel=0.05)  # the horizon and its margin
+    (ratio,) = summary(tmp_path / "c")["ratios"]
+    assert ratio["equal_loss"]["steps"]["ratio"] == pytest.approx(2, rel=0.05)
+    capsys.readouterr()
+    assert compare.main(command(tmp_path / "d", *words[:-1], "modern=105,105,105")) == 2
+    assert "modern: fewer than three runs, or all of one length" in capsys.readouterr().err
+
+
 def test_interrupted_comparison_trains_nothing_twice(fake, tmp_path, monkeypatch):
     trainer = fake({"baseline": 200, "modern": 100})
     words = command(tmp_path / "c", "--recipes", "baseline", "modern", "--seeds", "3")
@@ -387,6 +405,9 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--tricks", "muon", "--seeds", "1"], "one run has no variance"),
         (["--tricks", "muon", "--horizon", "muon"], "ARM=STEPS"),
         (["--tricks", "muon", "--horizon", "muon=20"], "there is no such arm: did you mean '+muon'?"),
+        (["--tricks", "muon", "--horizon", "modern=20,30"], "such as baseline=2400; not 'modern=20,30'"),
+        (["--tricks", "muon", "--lengths", "+muon=20,"], "such as baseline=2400,2000; not '+muon=20,'"),
+        (["--tricks", "muon", "--lengths", "muon=20,30"], "--lengths muon: there is no such arm: did you mean '+muon'?"),
         (["--tricks", "muon", "--side-by-side", "0"], "must be at least 1"),
         (["--tricks", "muon", "--launcher", "slurm"], "invalid choice"),
         (["--optimizers", "adamw", "muno"], "unknown optimizer 'muno'"),
