@@ -441,6 +441,8 @@ def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_machines
     }
     cost = tuned.step_seconds(tables)
     assert cost == pytest.approx({"adamw": 1.0, "muon": 1.5, "lion": 0.1})
+    tables["muon"].rows.append(row("neighbour", number=40, seconds=1))  # of another hour, which only some submissions have
+    assert tuned.step_seconds(tables) == cost
     tables["sgd"] = made(tmp_path, "sgd", row(), row("target", loss=2.4, steps=8))
     found = tuned.studies({"wiki": tables})
     assert found[("adamw", "wiki")] == [5.0] and found[("muon", "wiki")] == [7.5] and found[("lion", "wiki")] == [math.inf]
