@@ -18,6 +18,7 @@ import math
 import statistics
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,20 @@ def sensitivity(table: Table) -> dict[str, float]:
     return found
 
 
+def beaten(tables: Iterable[Table]) -> list[str]:
+    """How many of the best settings have a neighbour that ends lower, and by how much: what a study has left to be found."""
+    rises = [list(found.values()) for table in tables if (found := sensitivity(table))]
+    if not rises:
+        return []
+    lower = [max(0.0, -min(rise)) for rise in rises]
+    counts = ", ".join(f"{sum(gain > least for gain in lower)} by more than {least:g}" for least in (0.001, 0.01, 0.04))
+    return [
+        "",
+        f"Of {len(rises)} best settings with neighbours ({sum(map(len, rises))} trials) so many have one that ends lower, in "
+        f"nats: {counts}, at most by {max(lower):.2f}.",
+    ]
+
+
 def rate_neighbours(table: Table) -> list[Row]:
     """The runs of the best settings at another learning rate, same seed; a diverged one has the loss inf."""
     best = table.best()
@@ -365,6 +380,7 @@ def report(folder: Path) -> str:
         "rises with one of them off (one seed each). In the pictures they are orange, joined with half and twice their rate.",
         "",
         *scored,
+        *beaten(table for tables in found.values() for table in tables.values()),
     ]
     for track, tables in found.items():
         text += ["", workload_table(track, tables)]

@@ -387,6 +387,10 @@ def test_neighbours_differ_in_one_setting_and_are_judged_on_the_best_one_s_seed(
     assert tuned.rate_neighbours(made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf), off[0])) == []
     lost = tuned.sensitivity(held)
     assert lost == pytest.approx({"lr / 2": 0.1, "lr x 2": 0.2, "no weight decay": 0.3, "half the warm-up": 0.4})
+    better = made(tmp_path / "better", "sgd", best, row("neighbour", 0, 1.98, seed=3, settings=found["lr / 2"]))
+    said = " ".join(tuned.beaten([held, better, made(tmp_path / "no", "lion", best)]))
+    assert said.startswith(" Of 2 best settings with neighbours (5 trials)") and "at most by 0.02" in said
+    assert "1 by more than 0.001, 1 by more than 0.01, 0 by more than 0.04" in said
 
 
 def test_the_target_is_the_best_median_of_the_reruns(tmp_path):
