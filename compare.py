@@ -141,7 +141,8 @@ def find_horizons(arms: list[Arm], options: argparse.Namespace, runner: Runner, 
         trained: list[Trial] = []
 
         def run(steps: int, seed: int) -> float:
-            trial = Trial(arm, steps, seed, branching(trained, seed, first) if options.branch else ())
+            branch = options.branch and arm.name not in options.at  # given lengths have a seed each: nothing in common
+            trial = Trial(arm, steps, seed, branching(trained, seed, first) if branch else ())
             row = runner.run("search", trial, launch)
             trained.append(trial)
             say(bar, f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {target:g})")
