@@ -292,8 +292,9 @@ def findings() -> list[tuple[str, str, str]]:
         (
             "How much does the optimizer alone save?",
             "wall-clock against AdamW on the `modern` GPT of `cpu`, all with their defaults: "
-            f"{saved('cpu-optimizers-defaults', 'cpu-optimizers-slow')}",
-            "[five](records/comparisons/cpu-optimizers-defaults/README.md) and "
+            f"{saved('cpu-optimizers-defaults', 'cpu-optimizers-schedule-free', 'cpu-optimizers-slow')}",
+            "[five](records/comparisons/cpu-optimizers-defaults/README.md), "
+            "[Schedule-Free](records/comparisons/cpu-optimizers-schedule-free/README.md) and "
             "[SGD, Lion](records/comparisons/cpu-optimizers-slow/README.md)",
         ),
         (

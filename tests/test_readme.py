@@ -82,7 +82,7 @@ def test_findings_say_what_their_figures_stand_on():
     alone = answers["How much does the optimizer alone save?"]
     assert "all with their defaults: at equal loss `muon` 2." in alone and ", steps 3." in alone
     named = [(arm, float(ratio)) for arm, ratio in re.findall(r"`(\w+)` ([\d.]+)x \(", alone)]
-    assert {arm for arm, _ in named} == {"nadamw", "muon", "shampoo", "soap", "sgd", "lion"}
+    assert {arm for arm, _ in named} == {"nadamw", "muon", "shampoo", "soap", "schedule_free_adamw", "sgd", "lion"}
     assert named == sorted(named, key=lambda found: -found[1])  # the most saving first
     assert re.findall(r"`(\w+)` [\d.]+x|(at \w+ \w+)", answers["And with tuned settings?"]) == [
         ("", "at equal loss"), ("muon", ""), ("schedule_free_adamw", ""), ("", "at confirmed lengths"), ("soap", "")
