@@ -500,10 +500,9 @@ TRACKS: dict[str, Track] = {
                 "blockless",
                 "thin",
                 "huge_ngrams",
-                "smear",
             ),
         },
-        recipe_steps={"record": 224},
+        recipe_steps={"record": 222},
         tuning={
             "wide_heads": dict(heads=2),
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
