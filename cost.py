@@ -192,7 +192,7 @@ def record_step(
     passed = operations(passes.events, compiled, keep) + lookups
     if sparse:
         updates.append((1.0, rows_updated, 0))
-    state = optimizers.state_bytes(built) + sum(4 * p.numel() for p in sparse)
+    state = optimizers.state_bytes(built)
     return Step(
         passed, sequences // micro, [(share, work) for share, work, _ in updates], dict(gradients),
         {how(gpt.embedding.weight): sent(gpt.embedding.weight)}, rows_sent * (sequences // micro),

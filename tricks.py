@@ -260,7 +260,7 @@ TRICKS: dict[str, Trick] = {
         "architecture",
         dict(ngram_buckets=262144),
         "as `large_ngrams`, with four times as many rows",
-        "not measured elsewhere; here no time shown with blocks (records/comparisons/cpu-small), and saved without (record 011)",
+        "not measured elsewhere; here no time shown with blocks (records/comparisons/cpu-small), but without (record 011)",
     ),
     "short_run": Trick(
         "optimizer",
@@ -508,7 +508,7 @@ TRACKS: dict[str, Track] = {
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
             "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
-            "huge_ngrams": dict(ngram_buckets=262144, clip=0.1),  # the large gradients of the first steps stay in Adagrad's sums
+            "huge_ngrams": dict(ngram_buckets=262144, clip=0.1),  # the first steps' large gradients stay in Adagrad's sums
             "batch_stages": dict(batch_tokens=2048),
             "blockless": dict(optimizer="adamw:lr=0.02,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.4"),
             "thin": dict(optimizer="adamw:lr=0.04,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.25"),

@@ -31,7 +31,7 @@ class SparseAdagrad(Optimizer):
     compiled = False
 
     def add_param_group(self, param_group: dict) -> None:
-        """The sums are made here, as torch.optim.Adagrad makes them: filling tables of 200 MB took a tenth of a short run's time."""
+        """The sums are made here, as in torch.optim.Adagrad: filling 200 MB of them took a tenth of a short run's time."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             self.state[p]["sum"] = torch.zeros_like(p, dtype=torch.float32)

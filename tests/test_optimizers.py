@@ -642,6 +642,7 @@ def test_sparse_adagrad_is_adagrad(compiled):
     start, generator = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizer, reference = SparseAdagrad([ours], lr=0.1), torch.optim.Adagrad([dense], lr=0.1)
+    assert torch.equal(optimizer.state[ours]["sum"], reference.state[dense]["sum"])  # made before the first step
     if compiled:
         optimizer.compile()
         assert optimizer.compiled == can_compile(torch.device("cpu"))
