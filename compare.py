@@ -5,7 +5,7 @@
     python compare.py --base record --leave-out sparse_ngrams compile     each alone out of a stack
     python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
     python compare.py --optimizers adamw muon --tuned-on bytes-large      each with its settings from `compare tune`
-    python compare.py --recipes baseline record --horizon baseline=2400 record=272 --lengths baseline=2000 record=240
+    python compare.py --recipes baseline record --horizon baseline=2400 record=222 --lengths baseline=2000 record=200
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
     python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each, on workloads: --help

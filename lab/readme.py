@@ -286,7 +286,8 @@ def findings() -> list[tuple[str, str, str]]:
         ),
         (
             "Which tricks of the record earn their place?",
-            f"{len(slower)} of {len(stack['ratios'])}; left out, the target takes so many times as long: {', '.join(slower)}",
+            f"{len(slower)} of {len(stack['ratios'])}; left out, the target takes so many times as long: {', '.join(slower)}"
+            + "".join(f"; `{r['arm'][1:]}`: {r['verdict']}" for r in stack["ratios"] if r["verdict"] != "slower"),
             "[leave-one-out](records/comparisons/cpu-record/README.md)",
         ),
         (
