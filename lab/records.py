@@ -33,6 +33,7 @@ import tricks
 from data.shards import dataset_folder, read_manifest
 from lab import markdown, overlap, reports, stats
 from lab.markdown import table
+from lab.trials import DTYPES
 from run_folder import PRESENTATION, atomic_write, settings_hash
 from spec import UsageError, nearest
 
@@ -444,7 +445,8 @@ def readme(about: dict[str, Any]) -> str:
         f"- loss: mean {s['mean']:.4f}, sd {s['sd']:.4f}, n = {s['n']}, target {about['target_loss']:g}, p = {s['p']:.2g}",
         f"- time: {s['train_time']:.1f} s (sd {s['train_time_sd']:.1f}), robust {s['robust_train_time']:.1f} s, "
         f"{s['stalled']} stalled; {about['steps']:,} steps, {s['tokens'] / 1e6:.2f}M tokens, {s['peak_memory'] / 1e6:,.0f} MB",
-        f"- machine: {where}, torch {about['versions']['torch']}, commit {(about['commit'] or 'unknown')[:12]}",
+        f"- machine: {where}, {DTYPES[about['numerics']['dtype']]}, torch {about['versions']['torch']}, "
+        f"commit {(about['commit'] or 'unknown')[:12]}",
     ]  # fmt: skip
     if against:
         lines.append(f"- against {against['record']} on the same machine, by turns: {against['ratio']:.3g}x "
@@ -478,7 +480,7 @@ def history(track: str, category: str, root: str = "") -> str:
         whole = f"{total.ratio:.3g}x" + (f" ({total.low:.3g}-{total.high:.3g})" if against else "")
         rows.append((
             f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md)", about["name"], f"{about['steps']:,}",
-            f"{s['train_time']:,.1f}", whole, gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
+            f"{s['train_time']:,.1f}", DTYPES[about["numerics"]["dtype"]], whole, gain, f"{s['mean']:.4f} ({s['sd']:.4f})",
             f"{s['n']}, {s['p']:.1g}", about["date"],
         ))  # fmt: skip
     if not rows:
@@ -488,6 +490,7 @@ def history(track: str, category: str, root: str = "") -> str:
         "what",
         "steps",
         "time, s",
+        "dtype",
         "baseline / this",
         "before / this, by turns",
         "loss, mean (sd)",

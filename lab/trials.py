@@ -97,6 +97,7 @@ class Outcome:
 Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it has ended
 
 
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # compute types in env.json: as --dtype has them
 PRUNED = "pruned"  # the error of a trial that `watch` ended
 ANEW = ("--resume", "never")  # `extra` of a trial that is to be trained though it has ended
 

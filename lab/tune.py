@@ -14,7 +14,7 @@ Self-tuning ruleset (--ruleset self): the registry's defaults, nothing searched,
 
 A trial that diverged counts as the worst; one that was pruned keeps the loss it was pruned at. Every trial is a line of
 --out/<workload>/<optimizer>.csv: what is there is never trained again, on whatever machine. --storage takes any Optuna
-storage URL, so that several machines work on one study.
+storage URL, so that several machines work on one study. A workload keeps the compute type (--dtype) of its first trial.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from pathlib import Path
 import optuna
 from tqdm import tqdm
 
+import hardware
 import train_gpt
 import tricks
 from lab import trials, tuned
@@ -75,9 +76,9 @@ class Job:
     def table(self) -> tuple[str, str]:
         return self.track, self.submission.name
 
-    def trial(self, settings: dict[str, float]) -> Trial:
+    def trial(self, settings: dict[str, float], dtype: str) -> Trial:
         every = max(1, self.steps // VALIDATIONS)
-        flags = ("--track", self.track, *self.submission.flags(settings), "--val-every", str(every))
+        flags = ("--track", self.track, *self.submission.flags(settings), "--val-every", str(every), "--dtype", dtype)
         return Trial(Arm(self.submission.name, flags), self.steps, self.seed)
 
 
@@ -133,7 +134,7 @@ class Tuner:
                 self.elsewhere += 1
                 return None
             settings = values(job.submission.dimensions, asked.params)
-        trial = job.trial(settings)
+        trial = job.trial(settings, self.options.dtypes[job.track])
         watch = self.watch(asked) if asked and self.options.prune != "none" else None
         begun = time.monotonic()
         outcome = trials.train(trial, threads=self.options.threads, watch=watch)
@@ -186,7 +187,7 @@ class Tuner:
         """The Optuna study of a job, holding the trials that the table has; and the table those that it has.
 
         Raises:
-            UsageError: the storage cannot be read, or holds a study of another version of the space.
+            UsageError: the storage cannot be read, or holds a study of another version of the space or compute type.
         """
         key = (*job.table, job.study)
         if key in self.studies:
@@ -207,7 +208,11 @@ class Tuner:
             raise UsageError(
                 f"study {name} is of another version of the space of {entry.name}: choose another --storage and --out"
             )
+        dtype = options.dtypes[job.track]
+        if (other := study.user_attrs.get("dtype", dtype)) != dtype:
+            raise UsageError(f"study {name} is in {other}, not in {dtype}: add --dtype {other}, or choose another --storage")
         study.set_user_attr("version", entry.version)
+        study.set_user_attr("dtype", dtype)
         for trial in there:
             if trial.state == optuna.trial.TrialState.RUNNING and options.own_storage:  # left by a process that was killed
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -293,6 +298,7 @@ def calibrate(options: argparse.Namespace, track: str) -> float:
     print(f"plan: timing {track}", flush=True)
     steps, adamw, walls = length(track), submission("adamw"), []
     flags = ("--track", track, *adamw.flags(adamw.defaults()), "--val-every", str(max(1, steps // VALIDATIONS)))
+    flags = (*flags, "--dtype", options.dtypes[track])
     part = max(2, steps // 10)
     for count in (1, part):
         trial = Trial(Arm("plan", flags), count, time.time_ns() % 10**9)  # a seed that no run has had: it must be trained
@@ -362,6 +368,8 @@ def parser() -> argparse.ArgumentParser:
     add("--ruleset", choices=("external", "self"), default="external", help="self: defaults, nothing tuned, 3 x the length")
     add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products; auto (default): that of the "
+        "trials of a workload that are there, else bf16 where it is native")  # fmt: skip
     add("--side-by-side", type=int, default=cores, help=f"trials at a time, the cores shared (default: {cores})")
     add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
     add("--plan", action="store_true", help="print the plan and stop")
@@ -429,7 +437,24 @@ def read_tables(options: argparse.Namespace) -> dict[tuple[str, str], Table]:
     return tables
 
 
+def compute_types(options: argparse.Namespace) -> dict[str, str]:
+    """Workload -> the compute type of its trials, those of all submissions that are there and those to come.
+
+    Raises:
+        UsageError: --dtype is not that of the trials that are there, or this machine lacks it.
+    """
+    found, there, device = {}, tuned.read_tables(options.out), hardware.pick_device("auto")
+    for track in options.tracks:
+        kept = tuned.compute_type(track, there.get(track, {}).values())
+        if kept and options.dtype not in ("auto", kept):
+            raise UsageError(f"--dtype {options.dtype}: the trials of {track} in {options.out} are in {kept}: another --out")
+        dtype, _ = hardware.pick_dtype(kept or options.dtype, device)
+        found[track] = trials.DTYPES[str(dtype).removeprefix("torch.")]
+    return found
+
+
 def run(options: argparse.Namespace) -> None:
+    options.dtypes = compute_types(options)
     if options.plan:
         plan(options, read_tables(options))
         return

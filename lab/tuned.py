@@ -2,8 +2,8 @@
 
 Losses do not depend on how busy a machine was; times do. So the time to a target is the number of steps to it (the first
 validation at or below it) times the cost of a step: CPU seconds of training a step, the lower quartile over the
-submission's search trials on that workload, each trained on one core. Between machines only ratios to AdamW's step are
-carried over.
+submission's trials on that workload, each trained on one core. A shared machine's step takes a third longer in one session
+than in another, so that only ratios to AdamW's step in the same session are carried over.
 
 Who was given more studies has no more luck: a time or a loss is the median over studies, a target is set by first studies, and
 a quartile hardly depends on the number of trials, where a least one falls with it. Only the settings worth having (`best`) are
@@ -28,7 +28,7 @@ import numpy as np
 from lab import plots, score
 from lab.markdown import table as markdown_table
 from lab.space import submission
-from lab.trials import PRUNED, Outcome
+from lab.trials import DTYPES, PRUNED, Outcome
 from optimizers import OPTIMIZERS
 from run_folder import atomic_write
 from spec import UsageError
@@ -37,7 +37,7 @@ FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
 COLUMNS = (
     "kind", "study", "number", "seed", "steps", "status", "val_loss", "seconds", "wall", "settings", "losses", "machine",
-    "source", "space",
+    "dtype", "source", "space",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class Row:
     settings: dict[str, float]
     losses: list[tuple[int, float]]  # step, validation loss
     machine: str
+    dtype: str  # of the matrix products: a value of DTYPES, or empty for a run that crashed before it had one
     source: str
     space: str  # the version of the space that the settings are from: a hash
 
@@ -72,7 +73,7 @@ class Row:
         trial, result = outcome.trial, outcome.result
         log = trial.log() if (trial.folder / "log.jsonl").exists() else []
         env = trial.folder / "env.json"
-        about = json.loads(env.read_text()) if env.exists() else {"cpu": "", "source_sha256": ""}
+        about = json.loads(env.read_text()) if env.exists() else {"cpu": "", "dtype": "", "source_sha256": ""}
         losses = validations(log)
         if result is not None:
             status, loss, seconds = result["status"], outcome.loss, result["process_time"]
@@ -81,7 +82,7 @@ class Row:
             loss = losses[-1][1] if status == PRUNED and losses else math.inf
         return cls(
             kind, study, number, trial.seed, trial.steps, status, loss, seconds, wall, settings, losses, about["cpu"],
-            about["source_sha256"][:12], space_hash(version),
+            DTYPES.get(about["dtype"], ""), about["source_sha256"][:12], space_hash(version),
         )  # fmt: skip
 
     def cells(self) -> dict[str, str]:
@@ -184,6 +185,19 @@ def read_tables(folder: Path) -> dict[str, dict[str, Table]]:
     return found
 
 
+def compute_type(track: str, tables: Iterable[Table]) -> str:
+    """The compute type of all trials of a workload; empty where there is none. Of 356 neighbours trained in fp32 and in bf16,
+    same seed, half end 0.008 nats apart or more and a tenth over 0.1, as far as from the best: a table holds one of the two.
+
+    Raises:
+        UsageError: there are two.
+    """
+    found = sorted({row.dtype for table in tables for row in table.rows} - {""})
+    if len(found) > 1:
+        raise UsageError(f"the trials of {track} are in {' and in '.join(found)}, whose losses do not compare: move some away")
+    return found[0] if found else ""
+
+
 # ---------------------------------------------------------------- what they say
 
 
@@ -269,28 +283,24 @@ def targets(folder: Path) -> dict[str, float]:
 
 
 def step_seconds(tables: dict[str, Table]) -> dict[str, float]:
-    """Submission -> CPU seconds of a step on one workload, by its search alone: neighbours and reruns are of other hours, and
-    not of all submissions. Of several machines that with most of AdamW's trials is quoted, and what was measured on another is
-    scaled by AdamW's step there."""
-    seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # a step, by machine and submission
+    """Submission -> CPU seconds of a step on one workload: its ratio to AdamW's step, the geometric mean over the sessions that
+    trained both, times AdamW's step in the session with most of AdamW's trials. A session is a machine and the source that ran
+    on it. Reruns for the target are of few submissions, and left out."""
+    seconds: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
-        for row in table.of("search"):
+        for row in (*table.of("search"), *table.of("neighbour")):
             if row.status == "ok" and row.seconds:
-                seconds[row.machine][name].append(row.seconds / row.steps)
+                seconds[row.machine, row.source][name].append(row.seconds / row.steps)
     typical = {
-        m: {name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()}
-        for m, of in seconds.items()
+        session: {name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()}
+        for session, of in seconds.items()
     }
-    with_adamw = [m for m in typical if "adamw" in typical[m]]
-    if not with_adamw:
+    sessions = {session: len(of["adamw"]) for session, of in seconds.items() if "adamw" in of}
+    if not sessions:
         return {}
-    home = max(with_adamw, key=lambda m: sum(row.machine == m for row in tables["adamw"].of("search")))
-    found = {}
-    for name in tables:
-        ratios = [typical[m][name] / typical[m]["adamw"] for m in with_adamw if name in typical[m]]
-        if ratios:
-            found[name] = typical[home]["adamw"] * statistics.geometric_mean(ratios)
-    return found
+    adamw = typical[max(sessions, key=sessions.get)]["adamw"]
+    ratios = {name: [typical[s][name] / typical[s]["adamw"] for s in sessions if name in typical[s]] for name in tables}
+    return {name: adamw * statistics.geometric_mean(each) for name, each in ratios.items() if each}
 
 
 def studies(found: dict[str, dict[str, Table]]) -> score.Studies:
@@ -343,6 +353,7 @@ def workload_table(track: str, tables: dict[str, Table]) -> str:
         f"its first study, at {target['steps']} steps."
         if target else "No target yet: none of those that set it has been rerun."
     )  # fmt: skip
+    about += f" All trials in {compute_type(track, tables.values())}."
     rows = [line for _, line in sorted(lines, key=lambda x: x[0])]
     kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]  # a column that nobody has says nothing
     return f"## `{track}`\n\n{about}\n\n" + markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
@@ -352,7 +363,7 @@ def report(folder: Path) -> str:
     """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few lines about them.
 
     Raises:
-        UsageError: there is no table, or no trial that ended well.
+        UsageError: there is no table, or no trial that ended well, or a workload's trials are of two compute types.
     """
     found = {t: {n: table for n, table in tables.items() if table.rows} for t, tables in read_tables(folder).items()}
     found = {t: tables for t, tables in found.items() if tables}
@@ -375,9 +386,10 @@ def report(folder: Path) -> str:
         "Generated by `./run.sh compare tune --report`. Every trial is a line of `<workload>/<submission>.csv`. A submission",
         "is an optimizer with its schedule: a warm-up and a cosine to zero, but for methods that bring their own. *Best loss*",
         "and *steps to target* are those of a study's best trial, the median over studies; *median loss* is over all search",
-        "trials; *step, x AdamW* is the lower quartile of their CPU seconds a step. The *best settings* are those of the best",
-        "of all trials, of which some submissions have more. `lr / 2` and the like, where tried, say how much their final loss",
-        "rises with one of them off (one seed each). In the pictures they are orange, joined with half and twice their rate.",
+        "trials; *step, x AdamW* compares the lower quartiles of CPU seconds a step within a session that trained both, the",
+        "geometric mean of such sessions. The *best settings* are those of the best of all trials, of which some submissions",
+        "have more. `lr / 2` and the like, where tried, say how much the final loss rises with one of them off, one seed each.",
+        "In the pictures they are orange, joined with half and twice their rate.",
         "",
         *scored,
         *beaten(table for tables in found.values() for table in tables.values()),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
+import hardware
 import optimizers
 import train_gpt
 import tricks
@@ -39,6 +40,7 @@ class FakeTrainer:
         if len(self.trained) >= self.stop_after:
             raise KeyboardInterrupt
         config, _, _ = train_gpt.resolve(trial.flags)
+        self.dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.dtype]
         if trial.arm.name in self.crashing:
             return Outcome(trial, None, "RuntimeError: out of luck")
         if trial.arm.name != "plan":
@@ -49,7 +51,7 @@ class FakeTrainer:
         log = [dict(event="val", step=s, loss=final + 1 - s / trial.steps) for s in range(1, trial.steps + 1)]
         trial.folder.mkdir(parents=True)
         (trial.folder / "env.json").write_text(
-            json.dumps({"cpu": "some CPU", "source_sha256": trials.run_folder.source_hash()})
+            json.dumps({"cpu": "some CPU", "dtype": self.dtype, "source_sha256": trials.run_folder.source_hash()})
         )
         (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
         if watch and not watch(trial):
@@ -217,6 +219,36 @@ def test_two_machines_share_a_study(fake, tmp_path):
     assert len(table(tmp_path, "adamw").of("search")) == 4
 
 
+def test_a_workload_keeps_its_compute_type(fake, tmp_path, capsys, monkeypatch):
+    """The neighbours of trials in fp32 would else be in bf16 on a machine that has it, and the two end apart."""
+    words = ("--optimizers", "adamw", "--trials", "2", "--target-seeds", "1")
+    types = lambda: {row.dtype for row in table(tmp_path, "adamw").rows}  # noqa: E731
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: False)
+    assert call(tmp_path, *words, "--no-neighbours") == 0 and types() == {"fp32"}
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: True)
+    assert call(tmp_path, *words) == 0 and types() == {"fp32"} and len(table(tmp_path, "adamw").of("neighbour")) == 4
+    assert "All trials in fp32." in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert call(tmp_path, *words, "--dtype", "bf16") == 2
+    assert "are in fp32: another --out" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    mixed = made(tmp_path / "mixed", "adamw", row(), row(number=1, dtype="bf16"))
+    with pytest.raises(UsageError, match="the trials of wiki are in bf16 and in fp32, whose losses do not compare"):
+        tuned.compute_type("wiki", [mixed])
+
+
+def test_so_does_a_storage_that_machines_share(fake, tmp_path, capsys, monkeypatch):
+    url = ("--storage", f"sqlite:///{tmp_path / 'studies.db'}", "--no-neighbours")
+    words = ("--optimizers", "adamw", "--trials", "2", "--target-seeds", "1", *url)
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: True)
+    assert call(tmp_path, *words) == 0 and {row.dtype for row in table(tmp_path, "adamw").rows} == {"bf16"}
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: False)
+    capsys.readouterr()
+    assert call(tmp_path, *words) == 2 and "--dtype bf16: this cpu has no native bf16" in capsys.readouterr().err
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert call(tmp_path, *words) == 2
+    assert "is in bf16, not in fp32: add --dtype bf16" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 def test_pruned_and_diverged_trials_are_kept_and_never_win(fake, tmp_path, capsys):
     fake.diverged = {"lion"}
     words = ("--optimizers", "adamw", "lion", "--trials", "8", "--prune", "median", "--no-neighbours", "--target-seeds", "1")
@@ -351,9 +383,12 @@ def row(
     seconds=1.0,
     machine="a",
     status="ok",
+    dtype="fp32",
+    source="s",
 ):
     settings = settings or {"lr": 0.01, "weight_decay": 0.1, "schedule_warmup": 0.1}
-    return Row(kind, study, number, seed, steps, status, loss, seconds, 1.0, settings, list(losses), machine, "s", "v")
+    about = (machine, dtype, source, "v")
+    return Row(kind, study, number, seed, steps, status, loss, seconds, 1.0, settings, list(losses), *about)
 
 
 def made(tmp_path, name: str, *rows: Row) -> Table:
@@ -434,7 +469,7 @@ def test_columns_that_nobody_has_are_left_out(tmp_path):
     assert "lr / 2" in head and "lr x 2" not in head
 
 
-def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_machines(tmp_path):
+def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_sessions(tmp_path):
     curve = [(5, 2.4), (10, 2.0)]
     tables = {
         "adamw": made(
@@ -445,8 +480,11 @@ def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_machines
     }
     cost = tuned.step_seconds(tables)
     assert cost == pytest.approx({"adamw": 1.0, "muon": 1.5, "lion": 0.1})
-    tables["muon"].rows.append(row("neighbour", number=40, seconds=1))  # of another hour, which only some submissions have
+    tables["muon"].rows.append(row("neighbour", number=40, seconds=1, source="later"))  # without AdamW it says nothing
     assert tuned.step_seconds(tables) == cost
+    tables["adamw"].rows.append(row("neighbour", number=40, seconds=0.5, source="later"))  # with it: a step of twice AdamW's
+    assert tuned.step_seconds(tables)["muon"] == pytest.approx((1.5 * 2) ** 0.5)
+    tables["adamw"].rows.pop()
     tables["sgd"] = made(tmp_path, "sgd", row(), row("target", loss=2.4, steps=8))
     found = tuned.studies({"wiki": tables})
     assert found[("adamw", "wiki")] == [5.0] and found[("muon", "wiki")] == [7.5] and found[("lion", "wiki")] == [math.inf]
