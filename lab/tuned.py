@@ -353,7 +353,8 @@ def workload_table(track: str, tables: dict[str, Table]) -> str:
         f"its first study, at {target['steps']} steps."
         if target else "No target yet: none of those that set it has been rerun."
     )  # fmt: skip
-    about += f" All trials in {compute_type(track, tables.values())}."
+    if dtype := compute_type(track, tables.values()):  # none where every trial crashed at once
+        about += f" All trials in {dtype}."
     rows = [line for _, line in sorted(lines, key=lambda x: x[0])]
     kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]  # a column that nobody has says nothing
     return f"## `{track}`\n\n{about}\n\n" + markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
