@@ -447,7 +447,9 @@ def compute_types(options: argparse.Namespace) -> dict[str, str]:
     for track in options.tracks:
         kept = tuned.compute_type(track, there.get(track, {}).values())
         if kept and options.dtype not in ("auto", kept):
-            raise UsageError(f"--dtype {options.dtype}: the trials of {track} in {options.out} are in {kept}: another --out")
+            raise UsageError(
+                f"--dtype {options.dtype}: the trials of {track} in {options.out} are in {kept}: choose another --out"
+            )
         dtype, _ = hardware.pick_dtype(kept or options.dtype, device)
         found[track] = trials.DTYPES[str(dtype).removeprefix("torch.")]
     return found

@@ -58,7 +58,7 @@ class Row:
     status: str  # ok, diverged, crashed or pruned
     val_loss: float  # nats per token; inf unless ok or pruned
     seconds: float  # CPU time of the training steps
-    wall: float  # of the whole process, s
+    wall: float  # of the whole process, s; of a run that had ended before an interruption, of its training alone
     settings: dict[str, float]
     losses: list[tuple[int, float]]  # step, validation loss
     machine: str
@@ -77,6 +77,7 @@ class Row:
         losses = validations(log)
         if result is not None:
             status, loss, seconds = result["status"], outcome.loss, result["process_time"]
+            wall = max(wall, result["train_time"])
         else:
             status, seconds = (PRUNED if outcome.error == PRUNED else "crashed"), 0.0
             loss = losses[-1][1] if status == PRUNED and losses else math.inf

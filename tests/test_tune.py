@@ -19,7 +19,7 @@ import train_gpt
 import tricks
 from lab import trials, tune, tuned
 from lab.space import EXTRAS, Dimension, points, submission, values
-from lab.trials import PRUNED, Outcome
+from lab.trials import PRUNED, Arm, Outcome, Trial
 from lab.tuned import Row, Table
 from model import GPT
 from spec import UsageError, split
@@ -60,6 +60,7 @@ class FakeTrainer:
             "status": status,
             "val_loss": None if status == "diverged" else final,
             "process_time": self.seconds * trial.steps,
+            "train_time": 1.5 * self.seconds * trial.steps,
         }
         (trial.folder / "result.json").write_text(json.dumps(result))
         return Outcome(trial, result)
@@ -230,7 +231,7 @@ def test_a_workload_keeps_its_compute_type(fake, tmp_path, capsys, monkeypatch):
     assert "All trials in fp32." in (tmp_path / "out" / "README.md").read_text()
     capsys.readouterr()
     assert call(tmp_path, *words, "--dtype", "bf16") == 2
-    assert "are in fp32: another --out" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "are in fp32: choose another --out" in (err := capsys.readouterr().err) and err.count("\n") == 1
     mixed = made(tmp_path / "mixed", "adamw", row(), row(number=1, dtype="bf16"))
     with pytest.raises(UsageError, match="the trials of wiki are in bf16 and in fp32, whose losses do not compare"):
         tuned.compute_type("wiki", [mixed])
@@ -407,6 +408,14 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     found = made(tmp_path, "adamw", *rows)
     assert found.rows == [rows[1], rows[0], rows[2]]
     assert made(tmp_path, "adamw", row(number=1, loss=1.5)).best().val_loss == 1.5  # the same trial again takes its place
+
+
+def test_a_run_that_had_ended_before_costs_its_training(tmp_path, monkeypatch):
+    """`tune` was killed between the end of a run and its row: the next one finds the run there, in no time."""
+    monkeypatch.setattr(trials, "RUNS", tmp_path)
+    trial = Trial(Arm("adamw", ("--track", "wiki")), 40, 0)
+    ended = Outcome(trial, {"status": "ok", "val_loss": 2.0, "process_time": 30.0, "train_time": 40.0})
+    assert [Row.of("search", 0, 0, {}, ended, wall, "v").wall for wall in (0.0, 55.0)] == [40.0, 55.0]
 
 
 def test_neighbours_differ_in_one_setting_and_are_judged_on_the_best_one_s_seed(tmp_path):
