@@ -29,7 +29,7 @@ from typing import Any
 import tricks
 from lab import stats
 from lab.markdown import table
-from lab.trials import Outcome
+from lab.trials import DTYPES, Outcome
 from run_folder import atomic_write, now
 from spec import UsageError
 
@@ -75,6 +75,7 @@ class Row:
     source: str
     data: str
     error: str = ""
+    dtype: str = ""  # of the matrix products: a value of DTYPES; empty for a crash, and in files from before the column
 
     @classmethod
     def of(cls, phase: str, outcome: Outcome) -> "Row":
@@ -93,7 +94,7 @@ class Row:
             **same, status=result["status"], val_loss=outcome.loss, tokens=result["tokens"],
             flops=result["flops_per_token"] * result["tokens"], ended=ended, machine=machine(env),
             commit=(env["commit"] or "unknown")[:12] + ("+" if env["dirty"] else ""), source=env["source_sha256"][:12],
-            data=env["data_fingerprint"],
+            data=env["data_fingerprint"], dtype=DTYPES[env["dtype"]],
             **{key: result[key] for key in ("train_time", "robust_train_time", "process_time", "peak_memory", "stalled")},
         )  # fmt: skip
 
@@ -135,7 +136,7 @@ def read_rows(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                rows.append(Row(**{name: kind(line[name]) for name, kind in kinds.items()}))
+                rows.append(Row(**{name: kind(line[name]) for name, kind in kinds.items() if name in line or name != "dtype"}))
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{path} line {number} is no trial of a comparison: {error}") from None
     return rows
@@ -275,19 +276,35 @@ def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
     return machines
 
 
+def compute_type(rows: Iterable[Row]) -> str:
+    """The one compute type of trials; empty where no row says it.
+
+    Raises:
+        UsageError: there are several: the same settings end at other losses.
+    """
+    runs = {row.dtype: row.run for row in rows if row.dtype}
+    if len(runs) > 1:
+        (one, first), (other, second) = sorted(runs.items())[:2]
+        raise UsageError(
+            f"{first} is in {one}, {second} in {other}, and their losses do not compare: go on on a machine like the one "
+            "before, or choose another --out and add -- --dtype fp32, which every machine has"
+        )
+    return "".join(runs)
+
+
 def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool = False) -> dict[str, Any]:
     """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed,
     runs left out) and all that the trials say.
 
     Raises:
-        UsageError: see check_machines.
+        UsageError: see check_machines and compute_type.
     """
     target, base = settings["target"], settings["base"]
     steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs
     # those of an earlier plan, of another length, confirm nothing; they say as much of the horizon as a run of the search
     rows = [r for r in rows if r.arm in steps and r.run not in settings.get("left_out", ())]
     rows = [r if r.steps == steps[r.arm] else dataclasses.replace(r, phase="search") for r in rows]
-    machines = check_machines(rows, allow_mixed)
+    machines, dtype = check_machines(rows, allow_mixed), compute_type(rows)
     of = {name: [row for row in rows if row.arm == name] for name in steps}
     track = tricks.track(settings["track"])
     sets = {n: n == "baseline" and (target, s) == (track.target_loss, track.settings["steps"]) for n, s in steps.items()}
@@ -303,7 +320,7 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
     sources = sorted({row.source for row in rows if row.source})
     made = {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
     apart = turns_apart(rows)
-    return settings | made | ({"apart": apart} if apart else {})
+    return settings | made | ({"dtype": dtype} if dtype else {}) | ({"apart": apart} if apart else {})
 
 
 def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = False) -> dict[str, Any]:
@@ -325,6 +342,12 @@ def ratio_words(ratio: dict[str, Any]) -> str:
     """A ratio and its interval; alone where every pair has the same one, as the chosen lengths of runs have."""
     interval = "" if math.isclose(ratio["low"], ratio["high"]) else f" ({ratio['low']:.3g}-{ratio['high']:.3g})"
     return f"{ratio['ratio']:.3g}x{interval}"
+
+
+def where(summary: dict[str, Any]) -> str:
+    """One line: on what, in which compute type where that is known, and by which code the trials were run."""
+    dtype = f", in {summary['dtype']}" if "dtype" in summary else ""
+    return f"Machine: {'; '.join(summary['machines']) or '-'}{dtype}. Source: {', '.join(summary['sources']) or '-'}."
 
 
 def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
@@ -418,7 +441,7 @@ def markdown(summary: dict[str, Any]) -> str:
             *(trained_as(summary["arms"]) if summary["mode"] == "optimizers" else ()),  # others are named after their tricks
             table(("arm / base", "at", *COSTS.values()), costs) if costs else "",
             "",
-            f"Machine: {'; '.join(summary['machines']) or '-'}. Source: {', '.join(summary['sources'])}.",
+            where(summary),
             "",
             *(f"![{name}]({name}.png)" for name in summary["plots"]),
             "",

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lab import trials
-from lab.comparison import MOST_APART, Ledger, Row, hours_apart, hours_since, read_rows
+from lab.comparison import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
 from lab.trials import Arm, Launcher, Trial
 from run_folder import atomic_write, source_hash
 from spec import UsageError
@@ -67,13 +67,18 @@ class Runner:
         return [row for row, kept in own if kept], [row.run for row, kept in own if not kept]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again."""
+        """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again.
+
+        Raises:
+            UsageError: it is of another compute type than those that are there.
+        """
         row = self.find(trial)
         if row is None or row.status == "crashed":
             if self.interrupted.is_set():
                 raise KeyboardInterrupt
             outcome = launch(trial)
             row = Row.of(phase, outcome)
+            compute_type([*(r for r in self.ledger.rows.values() if r.source == row.source), row])
             if outcome.result is not None:
                 self.keep_curve(row, trial)
                 if "--branch" not in trial.extra:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lab import scaling_laws, stats
-from lab.comparison import Row, turns_apart
+from lab.comparison import Row, compute_type, turns_apart
 from lab.scaling_laws import DRAWS, Lines, Noise, PowerLaw, between, bootstrap, fit_joint, interval, speedup, trend
 from spec import UsageError
 
@@ -180,12 +180,13 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     trials say. The end of an interval that has none is None.
 
     Raises:
-        UsageError: trials on different data; all runs of the base diverged at a size.
+        UsageError: trials on different data or in several compute types; all runs of the base diverged at a size.
     """
     planned = {cell["trial"] for cell in settings["cells"]}
     rows = [row for row in rows if row.arm in planned and row.run not in settings.get("left_out", ())]
     if len({row.data for row in rows if row.data}) > 1:
         raise UsageError("trials on different data in one experiment: prepare one corpus, and start in a new --out")
+    dtype = compute_type(rows)
     sizes, base = settings["sizes"], settings["base"]
     apart = timings_apart(settings["cells"], rows)
     timed = {(trial, turn["pair"]) for turn in apart for trial in turn["trials"]}
@@ -227,7 +228,7 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     sources = sorted({row.source for row in rows if row.source})
     made = {"format": 1, "tricks": tricks, "curves": arms, "laws": laws(arms, sizes), "machines": machines, "sources": sources}
     apart = [{key: turn[key] for key in ("size", "pair", "hours")} for turn in apart]
-    return finite(settings | made | ({"apart": apart} if apart else {}))
+    return finite(settings | made | ({"dtype": dtype} if dtype else {}) | ({"apart": apart} if apart else {}))
 
 
 def again(summary: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def again(summary: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     Raises:
         UsageError: see summarise.
     """
-    made = ("format", "tricks", "curves", "laws", "machines", "sources", "apart", "plots")
+    made = ("format", "tricks", "curves", "laws", "machines", "sources", "dtype", "apart", "plots")
     return summarise(rows, {key: value for key, value in summary.items() if key not in made})
 
 

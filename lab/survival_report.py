@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from lab.comparison import where
 from lab.ladder import size_words
 from lab.markdown import table
 from lab.scaling_laws import LAW_FIELDS, with_interval
@@ -179,5 +180,5 @@ def markdown(summary: Summary) -> str:
     for title, body, note in sections:
         if body:
             lines += [f"## {title}", "", body, "", *([note, ""] if note else [])]
-    lines.append(f"Machine: {'; '.join(summary['machines']) or '-'}. Source: {', '.join(summary['sources']) or '-'}.")
+    lines.append(where(summary))
     return "\n".join(lines) + "\n"

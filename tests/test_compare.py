@@ -26,6 +26,7 @@ FLAGS = ["--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "
 ENV = {
     "cpu": "some CPU", "cpu_count": 2, "gpus": [], "world_size": 1, "threads": 2, "torch": "2.13.0",
     "commit": "0123456789abcdef", "dirty": False, "source_sha256": run_folder.source_hash(), "data_fingerprint": "a-b",
+    "dtype": "float32",
 }  # fmt: skip
 
 
@@ -374,6 +375,34 @@ def test_two_machines_or_two_corpora_are_refused(fake, tmp_path, capsys):
     trainer.env["data_fingerprint"] = "a-c"
     assert compare.main(words("5", "--allow-mixed")) == 2
     assert "different data" in capsys.readouterr().err
+
+
+def test_two_compute_types_are_refused_before_anything_is_kept(fake, tmp_path, capsys):
+    """The same processor may have bf16 in one virtual machine and not in the next, and the losses differ."""
+    trainer = fake({"baseline": 200, "modern": 100})
+    out = tmp_path / "c"
+
+    def words(seeds, *flags):
+        return command(
+            out, "--recipes", "baseline", "modern", "--horizon", "baseline=210", "modern=110", "--seeds", seeds, *flags
+        )
+
+    assert compare.main(words("2")) == 0
+    assert summary(out)["dtype"] == "fp32" and "torch 2.13.0, in fp32. Source:" in (out / "README.md").read_text()
+    before = (out / "trials.csv").read_text()
+    trainer.env["dtype"] = "bfloat16"
+    capsys.readouterr()
+    assert compare.main(words("3", "--allow-mixed")) == 2
+    err = capsys.readouterr().err
+    assert "their losses do not compare" in err and "add -- --dtype fp32" in err and err.count("\n") == 1
+    assert (out / "trials.csv").read_text() == before
+    rows = read_rows(out / "trials.csv")
+    with pytest.raises(spec.UsageError, match=r"is in bf16, .* in fp32"):
+        comparison.again(summary(out), [dataclasses.replace(rows[0], dtype="bf16"), *rows[1:]])
+    old = [line.rsplit(",", 1)[0] for line in before.splitlines()]  # as files were before the column
+    (out / "trials.csv").write_text("\n".join(old) + "\n")
+    assert "dtype" not in comparison.again(summary(out), read_rows(out / "trials.csv"))
+    assert compare.main(["--report", str(out)]) == 0 and "torch 2.13.0. Source:" in (out / "README.md").read_text()
 
 
 def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkeypatch):

@@ -428,12 +428,26 @@ def test_survival_of_known_tricks(fake, tmp_path, capsys):
         "| trick | 98.3k | 332k | 786k | 1.54M | at 4M | verdict |" in text
         and "./run.sh scaling --tricks muon soap lion" in text
     )
+    assert summary(out)["dtype"] == "fp32" and ", in fp32. Source: " in text
     # what is printed is what trials.csv gives again; nothing is trained twice
     count = len(trainer.trained)
     assert scaling.main(command(out, "--tricks", "muon", "soap", "lion", "--retune", "1", "--at", "4M")) == 0
     assert len(trainer.trained) == count == len(set(trainer.trained))
     before = (out / "scaling.json").read_text()
     assert scaling.main(["--report", str(out)]) == 0 and (out / "scaling.json").read_text() == before
+
+
+def test_a_ladder_in_two_compute_types_is_refused(fake, tmp_path, capsys, monkeypatch):
+    """Half of a ladder on a machine with bf16 would shift a trick against its base."""
+    out = tmp_path / "s"
+    fake({"muon": lambda n: 1.5})
+    assert scaling.main(command(out, "--tricks", "muon", "--at", "4M")) == 0
+    before = (out / "trials.csv").read_text()
+    monkeypatch.setitem(ENV, "dtype", "bfloat16")
+    capsys.readouterr()
+    assert scaling.main(command(out, "--tricks", "muon", "soap", "--at", "4M")) == 2
+    error = capsys.readouterr().err
+    assert "their losses do not compare" in error and error.count("\n") == 1 and (out / "trials.csv").read_text() == before
 
 
 def test_runs_of_other_settings_are_left_out(fake, tmp_path, capsys):
