@@ -9,7 +9,9 @@
 External ruleset, as AlgoPerf has it (Dahl et al. 2023, arXiv 2306.07179): a study is so many quasi-random trials of the space
 of a submission, the same points on every workload; --studies repeats that with other points. After the search come, for the
 best settings, their neighbours (half and twice the learning rate, no weight decay, half the warm-up), and for the four
-submissions that set a workload's target, reruns at three quarters of its length: the target is the best median of these.
+submissions that set a workload's target, reruns at three quarters of its length: the target is the best median of these. Who
+meets a target on a machine or with code that AdamW was not trained on is timed beside it, in a few short runs by turns: only
+such steps compare.
 Self-tuning ruleset (--ruleset self): the registry's defaults, nothing searched, three times the length.
 
 A trial that diverged counts as the worst; one that was pruned keeps the loss it was pruned at. Every trial is a line of
@@ -49,6 +51,7 @@ from spec import UsageError, nearest
 WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
 VALIDATIONS = 20  # of a run: how finely the time to a target is known
 SELF_LENGTH = 3  # budget of the self-tuning ruleset, times that of the external one
+TIMINGS, TIMED = 3, 0.25  # runs that time a step beside AdamW's, and their share of a workload's length
 SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
 
 SAMPLERS = ("halton", "tpe")
@@ -279,6 +282,25 @@ def target_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Table
     return jobs
 
 
+def timing_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Table]) -> list[Job]:
+    """By turns AdamW and the best settings of those that met a target and were not trained beside it: a time to target is steps
+    times the cost of a step, in which machines, or one machine on two days, differ more than many submissions."""
+    jobs, adamw = [], submission("adamw")
+    for track, target in tuned.targets(options.out).items():
+        own = {entry: tables[track, entry.name] for entry in options.submissions if track in options.tracks}
+        beside = tables.get((track, adamw.name))
+        untimed = {e: table for e, table in own.items() if tuned.meets(table, target) and not tuned.timed(table, beside)}
+        if not untimed:
+            continue
+        runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
+        first = 1 + max((row.number for table in runs.values() for row in table.of("timing")), default=-1)
+        for number in range(first, first + TIMINGS):
+            for entry, table in runs.items():
+                settings = best.settings if (best := table.best()) else entry.defaults()
+                jobs.append(Job("timing", track, entry, 0, number, number, steps, settings))
+    return jobs
+
+
 # ---------------------------------------------------------------- the plan
 
 
@@ -286,9 +308,7 @@ def seconds_of_a_trial(options: argparse.Namespace, tables: dict[tuple[str, str]
     """Wall-clock seconds of one search trial on each workload: of those that are there, or by two short runs of AdamW."""
     found = {}
     for track in options.tracks:
-        walls = [
-            row.wall for (where, _), table in tables.items() if where == track for row in table.rows if row.kind == "search"
-        ]
+        walls = [row.wall for entry in options.submissions for row in tables[track, entry.name].of("search")]
         found[track] = statistics.median(walls) if walls else calibrate(options, track)  # a machine may stand still for minutes
     return found
 
@@ -315,7 +335,7 @@ def calibrate(options: argparse.Namespace, track: str) -> float:
 def left(options: argparse.Namespace, tables: dict[tuple[str, str], Table], track: str) -> float:
     """What a workload still takes, in search trials. While a search is not finished, all that follows it is still to come."""
     count = lambda jobs: sum(tables[j.table].find(j.kind, j.study, j.number, j.steps) is None for j in jobs)  # noqa: E731
-    total = 0.0
+    total, alongside = 0.0, "adamw" in [entry.name for entry in options.submissions]
     for entry in options.submissions:
         one = argparse.Namespace(**vars(options) | {"tracks": [track], "submissions": [entry]})
         if options.ruleset == "self":
@@ -325,6 +345,8 @@ def left(options: argparse.Namespace, tables: dict[tuple[str, str], Table], trac
         else:
             total += SHORT * count(target_jobs(one, tables))
             total += count(neighbour_jobs(one, tables)) if options.neighbours else 0
+        if options.ruleset != "self" and not alongside and not tuned.timed(tables[track, entry.name], tables[track, "adamw"]):
+            total += 2 * TIMINGS * TIMED
     return total
 
 
@@ -423,14 +445,14 @@ def open_storage(options: argparse.Namespace) -> optuna.storages.BaseStorage:
 
 
 def read_tables(options: argparse.Namespace) -> dict[tuple[str, str], Table]:
-    """(workload, submission) -> its trials so far.
+    """(workload, submission) -> its trials so far; AdamW's too, which steps are compared with.
 
     Raises:
         UsageError: a damaged table, or trials of another version of a space.
     """
     tables = {}
     for track in options.tracks:
-        for entry in options.submissions:
+        for entry in {e.name: e for e in (submission("adamw"), *options.submissions)}.values():
             table = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
             table.check(entry.version, f"{entry.name} on {track}")
             tables[track, entry.name] = table
@@ -481,6 +503,7 @@ def run(options: argparse.Namespace) -> None:
             tuner.run(target_jobs(options, tables), "target")
             if options.neighbours:
                 tuner.run(neighbour_jobs(options, tables), "neighbours")
+            tuner.run(timing_jobs(options, tables), "timing")
         if tuner.late:
             print(f"the hours are over: {tuner.late} trials were not begun; the same command continues", flush=True)
         if tuner.elsewhere:

@@ -50,7 +50,7 @@ def plain(name: str) -> str:
 class Row:
     """One trial that has ended."""
 
-    kind: str  # search, neighbour, target or self
+    kind: str  # search, neighbour, target, timing or self
     study: int
     number: int
     seed: int
@@ -255,6 +255,11 @@ def steps_of_studies(table: Table, target: float) -> list[float]:
     return [min(map(steps, rows)) for rows in table.studies().values()]
 
 
+def meets(table: Table, target: float) -> bool:
+    """Whether any study does."""
+    return min(steps_of_studies(table, target), default=math.inf) < math.inf
+
+
 def target_study(best: Row) -> int:
     """The study number of the reruns of a trial: those of another trial are another study."""
     return 1000 * best.study + best.number
@@ -285,13 +290,14 @@ def targets(folder: Path) -> dict[str, float]:
 
 def step_seconds(tables: dict[str, Table]) -> dict[str, float]:
     """Submission -> CPU seconds of a step on one workload: its ratio to AdamW's step, the geometric mean over the sessions that
-    trained both, times AdamW's step in the session with most of AdamW's trials. A session is a machine and the source that ran
-    on it. Reruns for the target are of few submissions, and left out."""
-    seconds: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    trained both, times AdamW's step in the session with most of AdamW's trials; none for who was never trained beside AdamW. A
+    session is a machine and the source that ran on it; the runs that time a step, by turns with AdamW, are one of their own.
+    Reruns for the target are of few submissions, and left out."""
+    seconds: dict[tuple[str, str, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
-        for row in (*table.of("search"), *table.of("neighbour")):
+        for row in (*table.of("search"), *table.of("neighbour"), *table.of("timing")):
             if row.status == "ok" and row.seconds:
-                seconds[row.machine, row.source][name].append(row.seconds / row.steps)
+                seconds[row.machine, row.source, row.kind == "timing"][name].append(row.seconds / row.steps)
     typical = {
         session: {name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()}
         for session, of in seconds.items()
@@ -304,15 +310,33 @@ def step_seconds(tables: dict[str, Table]) -> dict[str, float]:
     return {name: adamw * statistics.geometric_mean(each) for name, each in ratios.items() if each}
 
 
+def timed(table: Table, adamw: Table) -> bool:
+    """Whether there is a session in which a submission was trained beside AdamW."""
+    return "it" in step_seconds({"adamw": adamw, "it": table})
+
+
 def studies(found: dict[str, dict[str, Table]]) -> score.Studies:
-    """(submission, workload) -> seconds to the target of each study: the least over its trials, inf where all missed."""
+    """(submission, workload) -> seconds to the target of each study: the least over its trials, inf where all missed. Left out
+    is who met it with steps of unknown cost."""
     result: score.Studies = {}
     for track, tables in found.items():
         target, cost = target_of(tables), step_seconds(tables)
         for name, table in tables.items() if target else ():
-            if table.studies():
-                result[name, track] = [n * cost.get(name, math.inf) for n in steps_of_studies(table, target["loss"])]
+            steps = steps_of_studies(table, target["loss"])
+            if steps and (name in cost or not meets(table, target["loss"])):
+                result[name, track] = [n * cost.get(name, 1.0) for n in steps]
     return result
+
+
+def untimed(found: dict[str, dict[str, Table]], times: score.Studies) -> list[str]:
+    """A line about the submissions that met a target and have no time to it; none where there is none."""
+    lacking = [
+        f"`{name}` on {track}"
+        for track, tables in found.items() if target_of(tables)
+        for name, table in tables.items() if table.studies() and (name, track) not in times
+    ]  # fmt: skip
+    words = "Not scored, for want of steps that were timed beside AdamW's (`compare tune` of them makes some): "
+    return ["", f"{words}{', '.join(lacking)}."] if lacking else []
 
 
 # ---------------------------------------------------------------- report
@@ -394,6 +418,7 @@ def report(folder: Path) -> str:
         "In the pictures they are orange, joined with half and twice their rate.",
         "",
         *scored,
+        *untimed(found, times),
         *beaten(table for tables in found.values() for table in tables.values()),
     ]
     for track, tables in found.items():

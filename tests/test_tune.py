@@ -32,6 +32,7 @@ class FakeTrainer:
 
     def __init__(self, best=3e-3, diverged=(), seconds=0.02):
         self.crashing: set[str] = set()
+        self.cpu = "some CPU"
         self.best, self.diverged, self.seconds, self.trained, self.stop_after = best, set(diverged), seconds, [], math.inf
 
     def __call__(self, trial, processes=1, threads=0, tries=2, watch=None):
@@ -51,7 +52,7 @@ class FakeTrainer:
         log = [dict(event="val", step=s, loss=final + 1 - s / trial.steps) for s in range(1, trial.steps + 1)]
         trial.folder.mkdir(parents=True)
         (trial.folder / "env.json").write_text(
-            json.dumps({"cpu": "some CPU", "dtype": self.dtype, "source_sha256": trials.run_folder.source_hash()})
+            json.dumps({"cpu": self.cpu, "dtype": self.dtype, "source_sha256": trials.run_folder.source_hash()})
         )
         (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
         if watch and not watch(trial):
@@ -494,6 +495,11 @@ def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_sessions
     tables["adamw"].rows.append(row("neighbour", number=40, seconds=0.5, source="later"))  # with it: a step of twice AdamW's
     assert tuned.step_seconds(tables)["muon"] == pytest.approx((1.5 * 2) ** 0.5)
     tables["adamw"].rows.pop()
+    for name, seconds in (("adamw", 1), ("muon", 3)):  # runs that time a step are compared with each other alone
+        tables[name].rows.append(row("timing", seconds=seconds, machine="b", steps=5))
+    assert tuned.step_seconds(tables)["muon"] == pytest.approx((1.5 * 3) ** 0.5)
+    for name in ("adamw", "muon"):
+        tables[name].rows.pop()
     tables["sgd"] = made(tmp_path, "sgd", row(), row("target", loss=2.4, steps=8))
     found = tuned.studies({"wiki": tables})
     assert found[("adamw", "wiki")] == [5.0] and found[("muon", "wiki")] == [7.5] and found[("lion", "wiki")] == [math.inf]
@@ -511,6 +517,38 @@ def test_of_several_studies_the_median_counts_and_of_an_unfinished_one_nothing(t
     assert found.best().val_loss == 0.5  # settings are worth having wherever they are from
     assert "| 7 | 0 | 1.2000 |" in tuned.workload_table("wiki", {"adamw": found})
     assert made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf)).typical() == math.inf
+
+
+def test_who_was_not_trained_beside_adamw_is_timed_beside_it(fake, tmp_path):
+    """A new optimizer on a new machine: without AdamW's step there its time to a target says nothing."""
+    words = ("--trials", "2", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, "--optimizers", "adamw", "sgd", *words) == 0
+    assert not table(tmp_path, "adamw").of("timing")
+    fake.cpu, fake.best, fake.seconds = "another CPU", 0.03, 0.5
+    fake.trained.clear()
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0
+    assert [name for name, steps, *_ in fake.trained if steps == 10] == ["adamw", "muon"] * 3 * 2  # by turns, a quarter of 40
+    best = table(tmp_path, "muon").best()
+    assert [r.settings for r in table(tmp_path, "muon").of("timing")] == [best.settings] * 3
+    text, out = (tmp_path / "out" / "README.md").read_text(), tmp_path / "out"
+    assert "| 1 | `muon` |" in text and "Not scored" not in text
+    count = len(fake.trained)
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0 and len(fake.trained) == count
+    found = tuned.read_tables(out)["wiki"]
+    first, other = (next(r for r in found["adamw"].rows if r.machine == cpu) for cpu in ("some CPU", "another CPU"))
+    assert other.seconds / other.steps > 20 * first.seconds / first.steps
+    assert tuned.step_seconds(found)["muon"] == pytest.approx(tuned.step_seconds(found)["adamw"])  # not 25 times as dear
+    for track in ("wiki", "tokens"):  # as it was before it had been timed
+        path = out / track / "muon.csv"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("timing")))
+    tuned.report(out)
+    text = (out / "README.md").read_text()
+    assert "| `muon` |" not in text and "makes some): `muon` on tokens, `muon` on wiki." in text
+    fake.crashing = {"muon"}  # what failed is tried again
+    timed = lambda: tuned.timed(table(tmp_path, "muon"), table(tmp_path, "adamw"))  # noqa: E731
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0 and not timed()
+    fake.crashing = set()
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0 and timed()
 
 
 def test_the_report_has_score_settings_and_plots(fake, tmp_path, monkeypatch):
