@@ -293,11 +293,11 @@ def timing_jobs(options: argparse.Namespace, tables: dict[tuple[str, str], Table
         if not untimed:
             continue
         runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
-        first = 1 + max((row.number for table in runs.values() for row in table.of("timing")), default=-1)
-        for number in range(first, first + TIMINGS):
+        turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
+        for number in range(TIMINGS):
             for entry, table in runs.items():
                 settings = best.settings if (best := table.best()) else entry.defaults()
-                jobs.append(Job("timing", track, entry, 0, number, number, steps, settings))
+                jobs.append(Job("timing", track, entry, turn, number, 1000 * turn + number, steps, settings))
     return jobs
 
 

@@ -291,13 +291,14 @@ def targets(folder: Path) -> dict[str, float]:
 def step_seconds(tables: dict[str, Table]) -> dict[str, float]:
     """Submission -> CPU seconds of a step on one workload: its ratio to AdamW's step, the geometric mean over the sessions that
     trained both, times AdamW's step in the session with most of AdamW's trials; none for who was never trained beside AdamW. A
-    session is a machine and the source that ran on it; the runs that time a step, by turns with AdamW, are one of their own.
-    Reruns for the target are of few submissions, and left out."""
-    seconds: dict[tuple[str, str, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    session is a machine and the source that ran on it; runs that time a step, by turns with AdamW, are one of their own each
+    time (their study). Reruns for the target are of few submissions, and left out."""
+    seconds: dict[tuple[str, str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
         for row in (*table.of("search"), *table.of("neighbour"), *table.of("timing")):
             if row.status == "ok" and row.seconds:
-                seconds[row.machine, row.source, row.kind == "timing"][name].append(row.seconds / row.steps)
+                turn = row.study if row.kind == "timing" else None
+                seconds[row.machine, row.source, turn][name].append(row.seconds / row.steps)
     typical = {
         session: {name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()}
         for session, of in seconds.items()

@@ -497,8 +497,9 @@ def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_sessions
     tables["adamw"].rows.pop()
     for name, seconds in (("adamw", 1), ("muon", 3)):  # runs that time a step are compared with each other alone
         tables[name].rows.append(row("timing", seconds=seconds, machine="b", steps=5))
+    tables["adamw"].rows.append(row("timing", study=1, seconds=0.1, machine="b", steps=5))  # another day, with somebody else
     assert tuned.step_seconds(tables)["muon"] == pytest.approx((1.5 * 3) ** 0.5)
-    for name in ("adamw", "muon"):
+    for name in ("adamw", "adamw", "muon"):
         tables[name].rows.pop()
     tables["sgd"] = made(tmp_path, "sgd", row(), row("target", loss=2.4, steps=8))
     found = tuned.studies({"wiki": tables})
