@@ -442,7 +442,6 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--optimizers", "adamw", "muno"], "unknown optimizer 'muno'"),
         (["--tricks", "muon", "--tuned-on", "wiki"], "--tuned-on goes with --optimizers"),
         (["--optimizers", "adamw", "muon", "--tuned-on", "wikki"], "nothing was tuned for it: did you mean 'wiki'?"),
-        (["--optimizers", "adamw", "ademamix", "--tuned-on", "wiki"], "'ademamix' was not tuned for it"),
         (["--tricks", "muon", "--track", "tniy"], "unknown track 'tniy'"),
         (["--report", "nowhere"], "holds no experiment"),
         (["--tricks", "muon", "--", "--layres", "2"], "unknown flag --layres: did you mean '--layers'?"),
@@ -454,6 +453,18 @@ def test_bad_input_is_one_line(fake, tmp_path, capsys, monkeypatch, words, messa
     assert compare.main(words) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not trainer.trained
+    assert not (tmp_path / "comparisons").exists()
+
+
+def test_an_optimizer_that_was_not_tuned_is_one_line(fake, tmp_path, capsys, monkeypatch):
+    kept = json.loads(tricks.TUNED.read_text())["wiki"]
+    (tmp_path / "tuned.json").write_text(json.dumps({"wiki": {name: kept[name] for name in ("adamw", "soap")}}))
+    monkeypatch.setattr(tricks, "TUNED", tmp_path / "tuned.json")
+    monkeypatch.chdir(tmp_path)
+    trainer = fake({})
+    assert compare.main(["--optimizers", "adamw", "lion", "--tuned-on", "wiki"]) == 2
+    error = capsys.readouterr().err
+    assert "--tuned-on wiki: 'lion' was not tuned for it" in error and error.count("\n") == 1 and not trainer.trained
     assert not (tmp_path / "comparisons").exists()
 
 
