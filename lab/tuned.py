@@ -318,14 +318,14 @@ def timed(table: Table, adamw: Table) -> bool:
 
 def studies(found: dict[str, dict[str, Table]]) -> score.Studies:
     """(submission, workload) -> seconds to the target of each study: the least over its trials, inf where all missed. Left out
-    is who met it with steps of unknown cost."""
+    is who met it with steps of unknown cost. Rounded as in studies.csv: scores jump where two times tie, and must agree."""
     result: score.Studies = {}
     for track, tables in found.items():
         target, cost = target_of(tables), step_seconds(tables)
         for name, table in tables.items() if target else ():
             steps = steps_of_studies(table, target["loss"])
             if steps and (name in cost or not meets(table, target["loss"])):
-                result[name, track] = [n * cost.get(name, 1.0) for n in steps]
+                result[name, track] = [float(f"{n * cost.get(name, 1.0):.5g}") for n in steps]
     return result
 
 

@@ -504,6 +504,8 @@ def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_sessions
     tables["sgd"] = made(tmp_path, "sgd", row(), row("target", loss=2.4, steps=8))
     found = tuned.studies({"wiki": tables})
     assert found[("adamw", "wiki")] == [5.0] and found[("muon", "wiki")] == [7.5] and found[("lion", "wiki")] == [math.inf]
+    tables["muon"].rows[0] = dataclasses.replace(tables["muon"].rows[0], seconds=7.123456)
+    assert tuned.studies({"wiki": tables})["muon", "wiki"] == [7.1235]  # as studies.csv has it: one score, from file or trials
 
 
 def test_of_several_studies_the_median_counts_and_of_an_unfinished_one_nothing(tmp_path):
