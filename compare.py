@@ -34,7 +34,9 @@ from tqdm import tqdm
 import optimizers
 import train_gpt
 import tricks
-from lab import comparison, plots, score, stats
+from engine.run_folder import lock
+from engine.spec import UsageError, nearest, split
+from lab import comparison, plots, stats
 from lab.horizon import Search, search, search_at
 from lab.runner import (
     Runner,
@@ -50,8 +52,7 @@ from lab.runner import (
     write_report,
 )
 from lab.trials import Arm, Trial
-from run_folder import lock
-from spec import UsageError, nearest, split
+from lab.tuning import score
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
@@ -349,7 +350,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
         return score.main(argv[1:])
     if argv[:1] == ["tune"]:
-        from lab import tune  # here: only this verb needs Optuna
+        from lab.tuning import tune  # here: only this verb needs Optuna
 
         return tune.main(argv[1:])
 

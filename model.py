@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import ATTENTION, attention
-from kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
-from residual import AttentionExtras, ResidualPaths, Smear
+from layers.attention import ATTENTION, attention
+from layers.kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
+from layers.residual import AttentionExtras, ResidualPaths, Smear
 
 
 def setting(default, help: str, choices: tuple[str, ...] | None = None, least: float = 0, most: float = math.inf):

@@ -93,7 +93,7 @@ case "$verb" in
   scaling) setup && install lab/requirements.txt && exec .venv/bin/python scaling.py "$@" ;;
   records) setup && install lab/requirements.txt && exec .venv/bin/python -m lab.records "$@" ;;
   gpu-check) setup && exec .venv/bin/python -m lab.gpu_check "$@" ;;
-  schedules) setup && exec .venv/bin/python schedules.py "$@" ;;
+  schedules) setup && exec .venv/bin/python -m engine.schedules "$@" ;;
   optimizers) setup && exec .venv/bin/python -m optimizers "$@" ;;
   *)
     say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, scaling, records, gpu-check, data, sample, schedules, optimizers"

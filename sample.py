@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import schedules
 from data import tokenizers
+from engine import checkpoint, schedules
+from engine.spec import UsageError
 from model import GPT, ModelConfig
-from spec import UsageError
 
 
 def load_model(run: Path) -> tuple[GPT, dict]:

@@ -31,9 +31,9 @@ import optimizers
 import train_gpt
 import tricks
 from data.shards import Dataset, dataset_folder
-from lab import comparison, ladder, plan, plots, published, survival, survival_report, trials
-from lab.ladder import Ladder, Rung, retune_factors, size_of, size_words
-from lab.plan import HERE, Work
+from engine.run_folder import lock, settings_hash
+from engine.spec import UsageError, nearest, split
+from lab import comparison, plots, trials
 from lab.runner import (
     Runner,
     add_launcher_flags,
@@ -45,9 +45,11 @@ from lab.runner import (
     read_report,
     write_report,
 )
+from lab.scaling import ladder, plan, published, survival
+from lab.scaling import report as survival_report
+from lab.scaling.ladder import Ladder, Rung, retune_factors, size_of, size_words
+from lab.scaling.plan import HERE, Work
 from lab.trials import Arm, Trial
-from run_folder import lock, settings_hash
-from spec import UsageError, nearest, split
 
 RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the timing: none is used twice
 REPORT = "scaling.json"

@@ -37,20 +37,18 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import attention
-import hardware
-import kernels
 import optimizers
-import schedules
 import tricks
-from checkpoint import Checkpoints, damage, listing, newest, step_of
 from data.shards import IGNORED, Dataset, Loader, dataset_folder, validation_starts
+from engine import hardware, schedules
+from engine.checkpoint import Checkpoints, damage, listing, newest, step_of
+from engine.ranks import RankError, Traffic, World, leave, reduce_in_bf16
+from engine.run_folder import Display, Run, all_settings, default_folder, git, lock, now, settings_hash, source_hash
+from engine.spec import UsageError, convert, nearest, split
+from layers import attention, kernels
 from model import GPT, ModelConfig, flops_per_token, parameter_counts, refusal, roles, setting
 from optimizers.mantissa import keep_mantissas, to_bf16
 from optimizers.shard import Sharded
-from ranks import RankError, Traffic, World, leave, reduce_in_bf16
-from run_folder import Display, Run, all_settings, default_folder, git, lock, now, settings_hash, source_hash
-from spec import UsageError, convert, nearest, split
 
 STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.spec import UsageError, nearest, split
 from model import PRESETS
-from spec import UsageError, nearest, split
 
 Settings = dict[str, Any]
 

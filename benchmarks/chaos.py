@@ -33,13 +33,12 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import run_folder
 import train_gpt
 from data import corpora
 from data.shards import Dataset
+from engine import checkpoint, run_folder
+from engine.spec import UsageError
 from optimizers import OPTIMIZERS, own_schedule
-from spec import UsageError
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).with_name("chaos.json")

@@ -17,10 +17,10 @@ import time
 import torch
 from tqdm import tqdm
 
-import hardware
 import train_gpt
 from cost import FITTED, Here, record_step, step_time
-from lab.cost import RESULTS, stored
+from cost.fit import RESULTS, stored
+from engine import hardware
 
 # layers, width, heads, sequence length
 SIZES = ((2, 64, 2, 128), (2, 128, 2, 256), (4, 192, 4, 256), (4, 256, 4, 256), (6, 384, 6, 256))

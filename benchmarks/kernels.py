@@ -26,9 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import kernels
-from kernels import Plan
-from spec import UsageError
+from engine.spec import UsageError
+from layers import kernels
+from layers.kernels import Plan
 
 RESULTS = Path(__file__).with_suffix(".json")
 

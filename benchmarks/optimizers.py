@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-import hardware
 import optimizers
+from engine import hardware
+from engine.spec import UsageError, nearest
 from model import GPT, PRESETS, ModelConfig
-from spec import UsageError, nearest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_suffix(".json")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-import hardware
 import train_gpt
 import tricks
+from engine import hardware
 from model import GPT, ModelConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,10 @@ import math
 import sys
 from pathlib import Path
 
-import schedules
 import tricks
 from data import corpora, shards, tokenizers
-from spec import UsageError
+from engine import schedules
+from engine.spec import UsageError
 
 
 class Parser(argparse.ArgumentParser):

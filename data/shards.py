@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spec import UsageError
+from engine.spec import UsageError
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_WORDS

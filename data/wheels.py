@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from spec import UsageError
+from engine.spec import UsageError
 
 PINS = Path(__file__).with_name("wheels.txt")
 

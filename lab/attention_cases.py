@@ -4,7 +4,7 @@ gpu-check`."""
 import torch
 from torch import Tensor
 
-from attention import ATTENTION, plain_attention
+from layers.attention import ATTENTION, plain_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LENGTHS = (1, 7, 200)

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import tricks
+from engine.run_folder import atomic_write, now
+from engine.spec import UsageError
 from lab import stats
 from lab.markdown import table
 from lab.trials import DTYPES, Outcome
-from run_folder import atomic_write, now
-from spec import UsageError
 
 COSTS = {  # name in trials.csv -> words; peak memory is no cost of a step
     "train_time": "wall-clock",

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import hardware
+from engine import hardware
+from engine.run_folder import atomic_write, git, now, source_hash
+from engine.spec import UsageError
 from lab import gpu_report, gpu_runs
 from lab.gpu_report import FAIL, MARGIN, Finding, cause
 from lab.gpu_runs import Check
-from run_folder import atomic_write, git, now, source_hash
-from spec import UsageError
 
 BUDGET = 600.0
 

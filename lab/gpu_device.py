@@ -25,18 +25,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import attention
 import cost
-import hardware
-import kernels
-from attention import ATTENTION
-from hardware import Card
+from cost.operations import Recorder, operations
+from engine import hardware
+from engine.hardware import Card
+from engine.ranks import World, leave
+from engine.spec import UsageError
 from lab import attention_cases, kernel_cases
 from lab.gpu_report import FAIL, MARGIN, NOT_RUN, PASS, SLOWER, Finding, cause
 from lab.kernel_cases import COLUMNS, TOKENS, VOCABULARY, Case, Drawn
-from operations import Recorder, operations
-from ranks import World, leave
-from spec import UsageError
+from layers import attention, kernels
+from layers.attention import ATTENTION
 
 BROKEN = 70  # exit code of a process whose CUDA context a fault has spoiled: EX_SOFTWARE of sysexits.h
 BUCKET = 25 * 2**20  # bytes that DDP sends at once

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.spec import UsageError
 from lab.markdown import table
-from spec import UsageError
 
 SCHEMA = 1
 PASS, FAIL, SLOWER, NOT_RUN = "pass", "fail", "slower than predicted", "not run"

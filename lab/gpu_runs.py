@@ -23,12 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 import cost
-import hardware
 import train_gpt
 import tricks
 from data import shards
+from engine import hardware
+from engine.spec import UsageError
 from lab.gpu_report import FAIL, MARGIN, NO_TIME, NOT_RUN, PASS, SLOWER, Finding, cause, cause_in
-from spec import UsageError
 
 ROOT = Path(__file__).parent.parent
 DEVICE_STAGE = [sys.executable, "-m", "lab.gpu_device"]

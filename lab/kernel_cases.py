@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from layers import kernels
 from optimizers.matrix import orthogonalize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.spec import UsageError
 from lab.stats import Ratio
-from spec import UsageError
 
 
 def pyplot():

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import cost
 import optimizers
-import schedules
 import tricks
 from data.corpora import CORPORA
-from hardware import CARDS
-from lab import gpu_report, markdown, records, survival_report, tuned
+from engine import schedules
+from engine.hardware import CARDS
+from lab import gpu_report, markdown
 from lab.comparison import ratio_words
 from lab.gpu_report import NOT_RUN, Finding
 from lab.gpu_runs import WARM
 from lab.markdown import table
+from lab.records import record as records
+from lab.scaling import report as survival_report
+from lab.tuning import tuned
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "benchmarks" / "optimizers.json"

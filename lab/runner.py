@@ -17,11 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.run_folder import atomic_write, source_hash
+from engine.spec import UsageError
 from lab import trials
 from lab.comparison import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
 from lab.trials import Arm, Launcher, Trial
-from run_folder import atomic_write, source_hash
-from spec import UsageError
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
 

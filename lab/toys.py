@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import optimizers
-from spec import UsageError, nearest
+from engine.spec import UsageError, nearest
 
 EXAMPLES, FEATURES, MU = 200, 10, 1.0
 STEPS = 400

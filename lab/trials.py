@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import run_folder
 import train_gpt
-from spec import UsageError
+from engine import run_folder
+from engine.spec import UsageError
 
 ROOT = Path(__file__).parent.parent
 RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of its workers: they import this module

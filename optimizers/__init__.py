@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor, nn
 
+from engine.spec import UsageError, convert, nearest, parse, split, typed_keys
 from model import roles as roles_of
 from optimizers.average import AVERAGES, Averaged, build_average
 from optimizers.base import ALL_ROLES, ROLES, Chain, Settings, decay_groups, groups, parts
@@ -52,7 +53,6 @@ from optimizers.elementwise import (
 from optimizers.matrix import CASPRSettings, KronSettings, MuonSettings, ShampooSettings, SOAPSettings
 from optimizers.schedule_free import ProdigySettings, ScheduleFreeProdigySettings, ScheduleFreeSettings, ScheduleFreeSGDSettings
 from optimizers.sparse import TABLE_OPTIMIZERS
-from spec import UsageError, convert, nearest, parse, split, typed_keys
 
 __all__ = [
     "AVERAGES",

@@ -4,8 +4,8 @@ import dataclasses
 import inspect
 import sys
 
+from engine.spec import UsageError, nearest
 from optimizers import OPTIMIZERS
-from spec import UsageError, nearest
 
 
 def show(name: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.spec import UsageError, parse
 from optimizers.base import Chain, hyper, moved, parts
-from spec import UsageError, parse
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from hardware import can_compile
+from engine.hardware import can_compile
+from engine.spec import nearest
 from model import roles as roles_of
 from model import splits as splits_of
-from spec import nearest
 
 ROLES = ("matrix", "embedding", "head", "vector", "scalar")
 ALL_ROLES = (*ROLES, "table")  # tables with sparse gradients go to an optimizer of their own: sparse.py

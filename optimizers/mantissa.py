@@ -7,9 +7,9 @@ of fp32 weights, which are put together for its duration.
 import torch
 from torch import Tensor, nn
 
+from engine.spec import UsageError
 from optimizers.average import Averaged
 from optimizers.base import Chain, Swapped, parts
-from spec import UsageError
 
 
 def halves(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hardware import has_native_bf16
-from kernels import gram, polynomial
+from engine.hardware import has_native_bf16
+from layers.kernels import gram, polynomial
 from optimizers.base import Chain, Optimizer, Settings, evaluate, groups, hyper, keep, rest
 from optimizers.cautious import CautiousAdamW
 

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.spec import UsageError
 from optimizers.average import Averaged
 from optimizers.base import Chain, Swapped, evaluate, parts
 from optimizers.matrix import MatrixMethod, world
 from optimizers.sparse import SparseAdagrad
-from spec import UsageError
 
 FUSED = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW)  # of torch's, those in our registry
 DIVIDED = (MatrixMethod, SparseAdagrad)  # share out their blocks by themselves; touch few rows of their tables

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hardware import can_compile
+from engine.hardware import can_compile
 from optimizers.base import Optimizer, Settings, compiled, hyper
 
 

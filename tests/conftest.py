@@ -14,9 +14,9 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: test_kernels.py runs them so, in numpy
 
-import checkpoint  # noqa: E402
 import train_gpt  # noqa: E402
 from data import corpora  # noqa: E402
+from engine import checkpoint  # noqa: E402
 from optimizers import own_schedule  # noqa: E402
 
 DATA_ROOT = ROOT / "corpora"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo import explain
 
-import kernels
 import optimizers
+from layers import kernels
 from model import GPT
 from optimizers.matrix import orthogonalize
 from train_gpt import resolve

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import CPURMSNorm, rms_norm_reference
+from layers.kernels import CPURMSNorm, rms_norm_reference
 from model import (
     GPT,
     PRESETS,

@@ -11,9 +11,11 @@ import cost
 import scaling
 import train_gpt
 from data import __main__ as data_command
-from lab import gpu_check, readme, records, tune
+from engine.spec import UsageError
+from lab import gpu_check, readme
+from lab.records import record as records
+from lab.tuning import tune
 from optimizers.__main__ import show
-from spec import UsageError
 
 TEXT = (ROOT / "README.md").read_text()
 FENCED = re.findall(r"^```(\w*)\n(.*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)

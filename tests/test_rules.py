@@ -18,7 +18,7 @@ from conftest import ROOT, same
 from torch import nn
 
 import optimizers
-from hardware import can_compile
+from engine.hardware import can_compile
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
 from optimizers.average import Averaged, build_average
@@ -1040,7 +1040,7 @@ import sys, torch, torch.distributed as dist
 from pathlib import Path
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 import optimizers
-from checkpoint import Checkpoints, newest
+from engine.checkpoint import Checkpoints, newest
 from test_rules import SHARED, give, small
 folder, rank, world = sys.argv[1], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)

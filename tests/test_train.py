@@ -21,13 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cost
 import optimizers
-import run_folder
-import spec
 import train_gpt
 import tricks
 from data.shards import write, write_manifest
+from engine import run_folder, spec
 from lab.gpu_runs import GOLDEN, GOLDEN_FLAGS, GOLDEN_TOLERANCE
-from lab.records import Log
+from lab.records.record import Log
 from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 

@@ -13,15 +13,15 @@ from conftest import DATA_ROOT, events, losses, result, same, stored, torchrun, 
 
 import optimizers
 import sample
-import schedules
 import train_gpt
 from data import shards
 from data.shards import Dataset, Loader
+from engine import schedules
+from engine.spec import UsageError
+from layers.residual import GATE_CHANNELS, Backout, SingleSkip, value_table
 from model import GPT, ModelConfig, flops_per_token, future_loss, roles, rotary_tables, rotate, splits
 from optimizers.cautious import CautiousAdamW
 from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
-from residual import GATE_CHANNELS, Backout, SingleSkip, value_table
-from spec import UsageError
 from tricks import TRACKS, TRICKS
 
 SMALL = {"vocab_size": 61, "sequence_length": 24, "layers": 4, "heads": 2, "width": 32}

@@ -1,0 +1,1 @@
+"""What a run stands on: SPECs, schedules, checkpoints, the run folder, ranks, hardware."""

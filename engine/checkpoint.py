@@ -1,0 +1,358 @@
+"""Checkpoints: exact, verified, written while training goes on, read on any number of ranks.
+
+    checkpoints/step-00001000/
+        model.safetensors            the weights that are evaluated, alone: any safetensors reader takes them
+        state/shard-*.safetensors    optimizer state and random generators, each tensor once, from the rank that holds it
+        state.json                   everything that is not a tensor
+        DONE                         written last: size and sha256 of every other file
+
+Anchors: llm.c's DONE files, torchtitan's rule that a resumed run has the same losses. The tensors go through
+torch.distributed.checkpoint in its safetensors form: its usual form keeps its index as a pickle, and a pickle from a
+stranger runs code. What is read here is safetensors and JSON, from files that DONE lists, inside the folder.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data.shards import file_hash
+from engine.run_folder import atomic_write
+from engine.spec import UsageError
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
+
+WEIGHTS, STATE, DONE = "model.safetensors", "state.json", "DONE"
+NAME = re.compile(r"step-(\d{8,})")
+FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
+
+# ---------------------------------------------------------------- nested state as tensors and JSON
+
+
+def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path.
+
+    Raises:
+        TypeError: something that is none of these.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": [[pack_key(k), pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise TypeError(f"state {path} is a {type(value).__name__}: a checkpoint holds tensors and plain values alone")
+
+
+def pack_key(key: Any) -> Any:
+    if isinstance(key, tuple):
+        return {"tuple": list(key)}
+    if isinstance(key, (bool, int, float, str)):
+        return key
+    raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `pack` took apart."""
+    (kind, content), *_ = packed.items()
+    if kind == "tensor":
+        return tensors[content].reshape(packed["shape"])
+    if kind == "dict":
+        return {tuple(k["tuple"]) if isinstance(k, dict) else k: unpack(v, tensors) for k, v in content}
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](unpack(v, tensors) for v in content)
+    return content
+
+
+def merged(ranks: list[Any]) -> Any:
+    """Packed states of all ranks as one: dicts united key by key, everything else as the first rank has it."""
+    if "dict" not in ranks[0]:
+        return ranks[0]
+    found: dict[str, tuple[Any, list[Any]]] = {}
+    for packed in ranks:
+        for key, value in packed["dict"]:
+            found.setdefault(json.dumps(key), (key, []))[1].append(value)
+    return {"dict": [[key, merged(values)] for key, values in found.values()]}
+
+
+def only(packed: Any, own: Any) -> Any:
+    """`packed` without the blocks (optimizers.matrix, optimizers.shard) that the packed state `own` has no part in."""
+    if "dict" not in packed:
+        return packed
+    here = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}
+    kept = []
+    for key, value in packed["dict"]:
+        inner = here.get(json.dumps(key))
+        if key == "blocks" and inner is not None:
+            mine = [k for k, _ in inner["dict"]]
+            value = {"dict": [pair for pair in value["dict"] if any(meet(pair[0], k) for k in mine)]}
+        kept.append([key, only(value, inner)])
+    return {"dict": kept}
+
+
+def meet(one: Any, other: Any) -> bool:
+    """Are two packed keys the same, or two ranges that overlap?"""
+    if isinstance(one, dict):
+        (a, b), (c, d) = one["tuple"], other["tuple"]
+        return a < d and c < b
+    return one == other
+
+
+def references(packed: Any) -> Iterator[dict[str, Any]]:
+    """The tensors that a packed state speaks of: {"tensor": path, "shape", "dtype"}."""
+    if "tensor" in packed:
+        yield packed
+    for kind in ("list", "tuple"):
+        for value in packed.get(kind, ()):
+            yield from references(value)
+    for _, value in packed.get("dict", ()):
+        yield from references(value)
+
+
+# ---------------------------------------------------------------- files
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def files(folder: Path) -> list[str]:
+    """All files in a checkpoint but DONE, by their names relative to it."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() and p.name != DONE)
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None when every byte is as it was written."""
+    if not (folder / DONE).exists():
+        return "was not finished"
+    try:
+        listed = json.loads((folder / DONE).read_text())["files"]
+        names = sorted(listed)
+        if folder.is_symlink() or any(p.is_symlink() for p in folder.rglob("*")):
+            return "holds links"
+        if not all(FILE.fullmatch(name) for name in names):
+            return f"{DONE} lists files outside the folder"
+        if names != files(folder):
+            return f"does not hold the files that {DONE} lists"
+        for name in names:
+            size, digest = listed[name]
+            if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
+                return f"{name} is damaged"
+        json.loads((folder / STATE).read_text())
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{DONE} is damaged ({type(error).__name__})"
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The step at which a checkpoint was written, by its name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first, finished or not."""
+    found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete and intact checkpoint, and what was passed over: a line each."""
+    passed = []
+    for path in listing(folder):
+        problem = damage(path)
+        if problem is None:
+            return path, passed
+        passed.append(f"checkpoint {path} passed over: {problem}")
+    return None, passed
+
+
+def load_weights(gpt: nn.Module, path: Path) -> None:
+    """Copy the weights of a checkpoint into `gpt`, in place.
+
+    Raises:
+        UsageError: they are not a safetensors file, or those of another model.
+    """
+    try:
+        saved = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path / WEIGHTS} cannot be read: {error}") from None
+    own = dict(gpt.named_parameters())
+    if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in saved.items()}:
+        other = sorted(n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape)
+        raise UsageError(f"{path / WEIGHTS} holds another model: {other[0]} differs")
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(saved[name])
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls save, wait and load at the same steps.
+
+    save() copies the state and returns; a thread writes it, with collectives of its own (a gloo group). At most one
+    checkpoint is being written: the next save waits for it. All ranks must see the same folder.
+
+    Args:
+        keep: how many to keep, newest first.
+        milestone: steps between checkpoints that are never deleted; 0: none.
+        written: called on rank 0, from the thread, with the facts of a finished checkpoint: step, bytes, seconds that it
+            took to write, and `blocked`, those of them that training stood still.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, milestone: int = 0, written: Callable[..., None] = lambda **_: None):
+        self.folder, self.keep, self.milestone, self.written = folder, max(1, keep), milestone, written
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.group = dist.new_group(backend="gloo") if several else None
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future | None = None
+        self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
+
+    def save(self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any]) -> None:
+        """Copy the state and begin to write it.
+
+        Args:
+            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix, .shard) other ranks may hold in part.
+            rng: states of this rank's generators, uint8.
+            extra: plain values of rank 0, which `load` returns.
+        Raises:
+            OSError: the checkpoint before could not be written, such as to a full disk.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        tensors: dict[str, Tensor] = {}
+        packed = pack(optimizer, "optimizer", tensors)
+        shared = [packed]
+        if self.group:
+            shared = [None] * self.ranks
+            dist.all_gather_object(shared, packed, group=self.group)
+        # what several ranks hold, all hold alike: each writes its part of that, which all count out in the same order
+        holders: dict[str, list[int]] = {}
+        for rank, structure in enumerate(shared):
+            for reference in references(structure):
+                holders.setdefault(reference["tensor"], []).append(rank)
+        mine = {k: tensors[k] for i, (k, by) in enumerate(holders.items()) if by[i % len(by)] == self.rank}
+        mine |= {f"rng/{self.rank}/{i}": state for i, state in enumerate(rng)}
+        weights = {f"model/{k}": v for k, v in gpt.named_parameters()} if self.rank == 0 else {}
+        copies = {k: self._copy(k, v) for k, v in (mine | weights).items()}
+        if any(v.device.type == "cuda" for v in (mine | weights).values()):
+            torch.cuda.synchronize()
+        self.copies = copies
+        state = extra | {"step": step, "ranks": self.ranks, "rng": [len(r) for r in rng], "optimizer": merged(shared)}
+        state = json.dumps(state)  # now: training goes on changing what it speaks of
+        self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        old = self.copies.get(name)
+        if old is None or old.shape != value.shape or old.dtype != value.dtype:
+            old = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+        return old.copy_(value.detach(), non_blocking=True)
+
+    def _write(self, step: int, state: str, blocked: float) -> None:
+        begin = time.perf_counter()
+        name = f"step-{step:08}"
+        temporary, final = self.folder / f".{name}.tmp", self.folder / name
+        own = {k: v.reshape(1) if v.dim() == 0 else v for k, v in self.copies.items() if not k.startswith("model/")}
+        writer = dcp.HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True)
+        dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        if self.rank:
+            return
+        weights = {k.removeprefix("model/"): v for k, v in self.copies.items() if k.startswith("model/")}
+        save_file(weights, temporary / WEIGHTS)
+        sync(temporary / WEIGHTS)
+        atomic_write(temporary / STATE, state)
+        listed = {f: [(temporary / f).stat().st_size, file_hash(temporary / f)] for f in files(temporary)}
+        sync(temporary / "state")
+        sync(temporary)
+        if final.exists():  # damaged, and trained anew since
+            shutil.rmtree(final)
+        temporary.rename(final)
+        atomic_write(final / DONE, json.dumps({"files": listed}, indent=1))
+        sync(final)
+        sync(self.folder)
+        self._prune(step)
+        written = sum(size for size, _ in listed.values())
+        self.written(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked)
+
+    def _prune(self, step: int) -> None:
+        # what lies ahead of this one was passed over as damaged: it must not take the place of one that is intact
+        finished = [p for p in listing(self.folder) if (p / DONE).exists() and step_of(p) <= step]
+        for path in finished[self.keep :]:
+            if not (self.milestone and step_of(path) % self.milestone == 0):
+                (path / DONE).unlink()  # first: half deleted must not look complete
+                shutil.rmtree(path)
+
+    def clean(self, everything: bool = False) -> None:
+        """Remove what interrupted writes and deletions left, or all there is. For rank 0, before anybody saves."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = [p for p in listing(self.folder) if everything or not (p / DONE).exists()]
+        for path in [*self.folder.glob(".step-*.tmp"), *unfinished]:
+            shutil.rmtree(path)
+
+    def poll(self) -> None:
+        """Raises what went wrong in the thread, if anything has by now."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is complete; raises what went wrong in writing it, as an OSError
+        where the system refused, whatever the libraries have wrapped it in."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except CheckpointException as error:
+            raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from error
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(code[1]), str(error)) if code else error) from error
+
+    def close(self) -> None:
+        self.worker.shutdown(wait=True)
+
+    def load(
+        self, path: Path, gpt: nn.Module, optimizer: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
+        """Copy the weights into `gpt`; returns the optimizer's state, the plain values, and the states of this rank's
+        generators: none where fewer ranks wrote the checkpoint.
+
+        Args:
+            path: an intact checkpoint (`newest`).
+            optimizer: state_dict of this rank's fresh optimizer: of blocks, those that it has are read.
+        Raises:
+            UsageError: the weights are those of another model.
+        """
+        load_weights(gpt, path)
+        state = json.loads((path / STATE).read_text())
+        wanted = only(state.pop("optimizer"), pack(optimizer, "optimizer", {}))
+        tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
+        rng = [f"rng/{self.rank}/{i}" for i in range(len(state["rng"]) if self.rank < state["ranks"] else 0)]
+        tensors |= {name: torch.empty(size, dtype=torch.uint8) for name, size in zip(rng, state["rng"])}
+        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
+        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        return unpack(wanted, tensors), state, [tensors[name] for name in rng]

@@ -1,0 +1,232 @@
+"""What this machine can do: device, native bf16, the peak of its matrix products, and a description for the record.
+
+CARDS is the table of accelerators, with what their data sheets say."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sysconfig
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Tensors of 2 MB and more in large pages, where Linux gives them on request. glibc returns blocks above 32 MB to the kernel
+# when they are freed, such as logits of GPT-2's vocabulary: in pages of 4 kB the next step waits for as many page faults as
+# they have pages (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp). torch reads this once, when it first allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch
+
+from engine.spec import UsageError
+
+
+@dataclass(frozen=True)
+class Card:
+    """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
+
+    fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
+    Infinity Fabric, else PCIe). price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as
+    deploybase.ai has it (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); prices differ by 2.5 times
+    between providers. reached: the share of bf16 that the fastest large products get (MAMF table of
+    github.com/stas00/ml-engineering; 0.8, about that of H100, where it has no measurement). network: bytes/s to other
+    machines, one adapter a card as in the vendors' own systems.
+    """
+
+    bf16: float
+    fp8: float
+    fp32: float
+    bandwidth: float
+    memory: float
+    link: float
+    price: float
+    source: str
+    reached: float = 0.80
+    network: float = 50e9
+    fp64: float = 1 / 64  # as a share of fp32
+
+
+# By a word of torch.cuda.get_device_name (longest match wins).
+CARDS: dict[str, Card] = {
+    "A100": Card(312e12, 0, 19.5e12, 2.039e12, 80e9, 300e9, 1.39, "NVIDIA A100 80GB SXM data sheet", 0.859, 25e9, 1.0),
+    "A100-SXM4-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 300e9, 0, "NVIDIA A100 40GB SXM data sheet", 0.859, 25e9, 1.0),
+    "A100 80GB PCIe": Card(312e12, 0, 19.5e12, 1.935e12, 80e9, 32e9, 0, "NVIDIA A100 80GB PCIe data sheet", 0.859, 25e9, 1.0),
+    "A100-PCIE-40GB": Card(312e12, 0, 19.5e12, 1.555e12, 40e9, 32e9, 0, "NVIDIA A100 40GB PCIe data sheet", 0.859, 25e9, 1.0),
+    "H100": Card(989e12, 1979e12, 67e12, 3.35e12, 80e9, 450e9, 2.69, "NVIDIA H100 SXM data sheet", 0.803, fp64=1.0),
+    "H100 PCIe": Card(756e12, 1513e12, 51e12, 2.0e12, 80e9, 64e9, 1.99, "NVIDIA H100 PCIe data sheet", fp64=1.0),
+    # their NVLink bridges join two or four cards alone
+    "H100 NVL": Card(835e12, 1671e12, 60e12, 3.9e12, 94e9, 64e9, 0, "NVIDIA H100 NVL data sheet", fp64=1.0),
+    "H200 NVL": Card(835e12, 1671e12, 60e12, 4.8e12, 141e9, 64e9, 0, "NVIDIA H200 NVL data sheet", fp64=1.0),
+    "H200": Card(989e12, 1979e12, 67e12, 4.8e12, 141e9, 450e9, 3.59, "NVIDIA H200 SXM data sheet", 0.803, fp64=1.0),
+    "GH200": Card(989e12, 1979e12, 67e12, 4.0e12, 96e9, 450e9, 0, "NVIDIA GH200 data sheet, 96 GB", 0.83, fp64=1.0),
+    "B200": Card(2250e12, 4500e12, 75e12, 7.7e12, 180e9, 900e9, 5.98, "NVIDIA HGX B200 data sheet", 0.776, fp64=0.5),
+    "MI300X": Card(1307e12, 2615e12, 163e12, 5.3e12, 192e9, 448e9, 0, "AMD Instinct MI300X data sheet", 0.601, fp64=1.0),
+    "A6000": Card(155e12, 0, 38.7e12, 0.768e12, 48e9, 32e9, 0, "NVIDIA RTX A6000 data sheet"),
+    "L40S": Card(362e12, 733e12, 91.6e12, 0.864e12, 48e9, 32e9, 0.79, "NVIDIA L40S data sheet"),
+    "RTX 3090": Card(71e12, 0, 35.6e12, 0.936e12, 24e9, 32e9, 0.22, "NVIDIA GA102 white paper"),
+    "RTX 4090": Card(165e12, 330e12, 82.6e12, 1.008e12, 24e9, 32e9, 0.34, "NVIDIA Ada white paper"),
+    "RTX 5090": Card(210e12, 419e12, 105e12, 1.792e12, 32e9, 64e9, 0.69, "NVIDIA RTX Blackwell white paper"),
+}
+
+
+def card_named(name: str) -> tuple[str, Card] | None:
+    """The table's word and card for a GPU's name, such as torch has it; None where the table has none. What laptops and the
+    D models have by a card's name is a smaller one."""
+    known = [word for word in CARDS if word in name and "Laptop" not in name and not name.endswith(" D")]
+    word = max(known, key=len, default=None)
+    return word and (word, CARDS[word])
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA when there is one, else the CPU.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu, or install a CUDA build")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: PyTorch sees no Apple GPU here; use --device cpu")
+    return device
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 here, not merely emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32.
+
+    Raises:
+        UsageError: bf16 asked for where the device only emulates it.
+    """
+    native = has_native_bf16(device)
+    if name == "fp32":
+        return torch.float32, "asked for"
+    if name == "bf16":
+        if not native:
+            raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")
+        return torch.bfloat16, "asked for"
+    return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
+
+
+def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
+    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)?
+
+    name: same, auto or fp8 (ModelConfig.head_dtype).
+
+    Raises:
+        UsageError: fp8 asked for on a GPU that has none.
+    """
+    if name == "same":
+        return False, ""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
+        return True, ""
+    if name == "fp8" and device.type == "cpu":
+        return True, "8-bit floats of the head are simulated on this cpu"
+    lacking = f"{card} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
+    if name == "fp8":
+        raise UsageError(f"--head-dtype fp8: {lacking}: use auto or same")
+    return False, f"{lacking}: the head's products stay in the type of the others"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a CUDA GPU, of tensors; else resident. 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # of Linux, whose ru_maxrss begins with what the process that started this one held
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compiler_lacks(device: torch.device) -> str:
+    """What torch.compile lacks here: on a CPU a C++ compiler and Python's headers, on CUDA Triton. Nothing: empty."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "no Triton here"
+    if device.type != "cpu":
+        return ""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    there = compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    return "" if there else "no C++ compiler with Python headers here"
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs."""
+    return not compiler_lacks(device)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def counted(names: Iterable[str]) -> str:
+    """4 x NVIDIA H100 80GB HBM3, 4 x NVIDIA A100-SXM4-80GB."""
+    names = list(names)
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """Peak of matrix products in FLOP/s, and where the figure is from; (None, ...) where it is unknown.
+
+    GPUs: data sheet (bf16 only). CPU: the fastest of a few 2048^3 products timed now, about 0.2 s.
+    """
+    if device.type == "cuda":
+        found = card_named(torch.cuda.get_device_name(device))
+        if found and dtype == torch.bfloat16:
+            return found[1].bf16, "data sheet"
+        return None, "unknown GPU or dtype"
+    if device.type != "cpu":
+        return None, "unknown device"
+    n = 2048 if dtype == torch.bfloat16 else 1024
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    best = float("inf")
+    for _ in range(8):  # the first ones set up the primitive
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, "measured at start"
+
+
+def processor_name() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict:
+    """Hardware and software facts for env.json."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
+    return {
+        "device": device.type,
+        "cpu": processor_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "platform": platform.system(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }

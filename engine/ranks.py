@@ -1,0 +1,253 @@
+"""This process among the ranks that torchrun started, or alone under plain python.
+
+A rank that dies or hangs is named: every rank leaves word of what it does in torchrun's store (`beat`), and when the others
+have waited too long, a thread reads these words and says whose are the oldest. torchrun then starts all ranks anew
+(--max-restarts), and they continue from the newest checkpoint.
+"""
+
+import itertools
+import os
+import sys
+import threading
+import time
+import uuid
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine import hardware
+from engine.spec import UsageError
+
+# What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
+# PERFORMANCE.md). Of a reduce to one rank the mean over ranks, since that one sends nothing.
+WIRE = {
+    "allreduce": lambda n: 2 * (n - 1) / n,
+    "allgather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "reduce": lambda n: (n - 1) / n,  # after those in whose names it is found, too
+}
+
+
+class RankError(RuntimeError):
+    """Ranks that died, hang or no longer agree. The trainer prints it as one line and exits with code 1."""
+
+
+class World:
+    """Rank, number of ranks and device of this process, and what ranks exchange.
+
+    Args:
+        device_name: auto, cpu, cuda or mps.
+        timeout: seconds that a rank waits for the others before it gives up.
+    Raises:
+        UsageError: no such device, or too few of it for the ranks of this machine.
+    """
+
+    def __init__(self, device_name: str, timeout: float = 600):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = hardware.pick_device(device_name)
+        self.main, self.timeout = self.rank == 0, timeout
+        self.beats, self.doing, self.since = 0, "the start", time.monotonic()
+        self.store, self.ending = None, threading.Event()
+        if self.device.type == "mps" and self.size > 1:
+            raise UsageError(f"{self.size} ranks on --device mps, which has no collectives: start one, or use --device cpu")
+        if self.device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            here, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+            if here > there:
+                seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+                why = f" (CUDA_VISIBLE_DEVICES={seen})" if seen else ""
+                raise UsageError(f"{here} ranks on a machine with {there} CUDA GPUs{why}: torchrun --nproc_per_node={there}")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout)))
+            self.store = own_corner(store, self.rank, self.size)
+            # collectives wait a little longer than the thread below, which knows whom they wait for
+            backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
+            wait = timedelta(seconds=timeout * 1.5 + 30)
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait)
+            self.watch = threading.Thread(target=self._watch, daemon=True, name="watch")
+            self.watch.start()
+
+    # what ranks do
+
+    def beat(self, doing: str) -> None:
+        """Leave word of what this rank begins to do now: all ranks do the same things in the same order."""
+        self.beats, self.doing, self.since = self.beats + 1, doing, time.monotonic()
+
+    def _watch(self) -> None:
+        """Post this rank's word every second; when it has not changed for `timeout` seconds, say who holds up the others."""
+        for tick in itertools.count():
+            try:
+                self.store.set(f"beat/{self.rank}", f"{self.beats} {tick} {self.doing}")
+                if time.monotonic() - self.since > self.timeout:
+                    print(f"train_gpt.py: rank {self.rank}: {self.laggards()}", file=sys.stderr, flush=True)
+                    os._exit(1)  # the main thread is inside a collective and cannot be woken; torchrun ends the rest
+            except (RuntimeError, AttributeError):  # the store has gone: closed, or torchrun has ended
+                return
+            if self.ending.wait(1):
+                return
+
+    def laggards(self) -> str:
+        """Who holds up the others: ranks whose word no longer changes, else those that have done least."""
+
+        def words() -> list[tuple[int, int, str]]:
+            found = [self.store.get(f"beat/{rank}").decode().split(" ", 2) for rank in range(self.size)]
+            return [(int(beats), int(tick), doing) for beats, tick, doing in found]
+
+        before = words()
+        time.sleep(3)
+        now = words()
+        frozen = [r for r in range(self.size) if r != self.rank and before[r][1] == now[r][1]]
+        least = min(beats for beats, _, _ in now)
+        late = frozen or [r for r in range(self.size) if now[r][0] == least]
+        why = "does not run any more" if frozen else "is behind" if len(late) < self.size else "waits as all others do"
+        names = "; ".join(f"rank {r} {why}, at {now[r][2]}" for r in late)
+        return f"no progress for {self.timeout:g} s: {names}"
+
+    # what ranks exchange
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_sparse(self, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced.
+
+        dtype: of the rows on their way; they are added up in their own.
+        """
+        rows = grad._indices()[0]
+        if bool((rows[1:] > rows[:-1]).all()):  # as the model makes them; autograd forgets to say so
+            grad = grad._coalesced_(True)
+        grad = grad.coalesce()  # adds up what a row got from several places
+        if self.size == 1:
+            return grad
+        rows, values = grad.indices()[0], grad.values().to(dtype)
+        most = torch.tensor(len(rows), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        missing = most.item() - len(rows)
+        rows, values = F.pad(rows, (0, missing)), F.pad(values, (0, 0, 0, missing))
+        everyone = [[torch.empty_like(x) for _ in range(self.size)] for x in (rows, values)]
+        for found, own in zip(everyone, (rows, values), strict=True):
+            dist.all_gather(found, own)
+        rows, values = map(torch.cat, everyone)
+        values = values.to(grad.dtype)
+        return torch.sparse_coo_tensor(rows[None], values, grad.shape, check_invariants=False).coalesce()
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small object from each rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def check_equal(self, tensors: list[torch.Tensor], what: str) -> None:
+        """All ranks hold the same bits of `tensors`, judged by a checksum of each.
+
+        Raises:
+            RankError: they do not; names the ranks that differ from most.
+        """
+        if self.size == 1:
+            return
+        sums = torch.stack([checksum(t) for t in tensors])
+        everyone = [torch.empty_like(sums) for _ in range(self.size)]
+        dist.all_gather(everyone, sums)
+        found = [tuple(s.tolist()) for s in everyone]
+        usual = max(found, key=found.count)
+        odd = [rank for rank, value in enumerate(found) if value != usual]
+        if odd:
+            raise RankError(f"{what} of rank {', '.join(map(str, odd))} differ from those of the other ranks")
+
+    def first(self, what: str) -> bool:
+        """Is this the first rank that asks? So what befalls several is said once."""
+        return self.store is None or self.store.add(f"first/{what}", 1) == 1
+
+    def close(self) -> None:
+        self.ending.set()
+        if self.size > 1:
+            self.watch.join(10)  # not for ever: the store may not answer
+            self.store = None
+            dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; a rank without the interpreter's clean-up.
+
+    Threads of gloo's outlive destroy_process_group. One that lets go of a tensor while the interpreter is being taken down
+    aborts the process (pytorch issues 190489 and 38228), and torchrun then reports a finished run as a failed one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def collective(func: torch._ops.OpOverload, args: tuple) -> tuple[str | None, int]:
+    """Kind of a collective of WIRE and the bytes of its larger side; (None, 0) of other operations."""
+    kind = next((kind for kind in WIRE if func.namespace == "c10d" and kind in func._schema.name), None)
+    sides = (sum(t.numel() * t.element_size() for t in tree_leaves(side) if isinstance(t, torch.Tensor)) for side in args)
+    return kind, max(sides) if kind else 0
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that this rank sends in the collectives of what is done in here; DDP's buckets too."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks, self.sent = ranks, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind, size = collective(func, args)
+        if kind:
+            self.sent += round(WIRE[kind](self.ranks) * size)
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # what is compiled stays so in here
+
+
+def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """torch's hook for DistributedDataParallel: a bucket travels in bf16. By its own name DDP takes it with NCCL alone."""
+    return bf16_compress_hook(group, bucket)
+
+
+def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that only these ranks of this start know.
+
+    torchrun (2.13) keeps one store through all restarts, in which the ranks of a new start would find the addresses of dead
+    ones. Numbers of restarts cannot tell starts apart, since two agents may count differently; so rank 0 draws a name, and
+    tells it to those who ask now: a question carries a random number, which no rank of an earlier start waits for.
+    """
+    if rank:
+        nonce = uuid.uuid4().hex
+        store.set(f"ask/{rank}", nonce)
+        name = store.get(f"answer/{rank}/{nonce}").decode()
+        store.set(f"heard/{rank}/{name}", "")
+    else:
+        name, left = uuid.uuid4().hex, set(range(1, size))
+        while left:
+            for other in list(left):
+                if store.check([f"ask/{other}"]):
+                    nonce = store.get(f"ask/{other}").decode()
+                    store.set(f"answer/{other}/{nonce}", name)
+                    if store.check([f"heard/{other}/{name}"]):
+                        left.remove(other)
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of the bits of a tensor, read as integers: int64, on its device. No single number can change unseen."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().reshape(-1).view(integers).sum(dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Records: what is kept, the rules it keeps, and their verification."""

@@ -1,0 +1,1 @@
+"""Do tricks survive at larger sizes: ladders, laws, verdicts, plans."""

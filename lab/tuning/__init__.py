@@ -1,0 +1,1 @@
+"""Equal tuning: search spaces, trials, the AlgoPerf score."""

@@ -1,0 +1,326 @@
+"""The AlgoPerf score: performance profiles over workloads, and the area under them.
+
+    ./run.sh compare score --times times.csv --held-out "wmt_glu_tanh=wmt,fastmri_tanh=fastmri" --plot profile
+    ./run.sh compare score --studies studies.csv                 with intervals, from several studies of each
+
+times.csv: first column `submission`, then one column a workload: seconds to the target, `inf` = missed, empty = not run.
+studies.csv: columns submission, workload, study, seconds; a workload's time is the median over its studies.
+
+Rules as AlgoPerf has them (Dahl et al. 2023, arXiv 2306.07179; Kasimbeg et al. 2025, arXiv 2502.15015; the code of
+mlcommons/algorithmic-efficiency), in this order, where not run counts as missed: a held-out variant is missed where its base
+is; a time above tau_max x the best time of its workload is missed; a base workload is missed where its variant is (rule of
+v0.5); r = time / best time left of the base workload. A submission's profile is rho(tau) = the share of base workloads with
+r <= tau; its score is the mean of rho over tau from 1 to tau_max = 4, by the trapezoid rule on 100 points, as their code has
+it. Other quirks of that code do not change published scores, and are left out: the base of a variant is named here, not
+guessed from its name; a NaN is refused, not read as zero.
+
+A score depends on the field. Hence beside it: the ranks when any one submission is left out; intervals by resampling studies,
+for those that have several on every workload; and, with --reference, a score that knows no field: the mean over workloads of
+how far log(reference time / time) lies on the way from -log(tau_max) to log(tau_max): 0.5 is the reference's own, 1 is tau_max
+times as fast or more.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.integrate import trapezoid
+
+from engine.spec import UsageError, nearest
+from lab import plots
+
+POINTS = 100
+TAU_MAX = 4.0
+HIGHLIGHTED = 6  # of the profiles in a picture, the best ones
+
+
+@dataclass(frozen=True)
+class Times:
+    """seconds [submissions, workloads]; inf where missed or not run."""
+
+    submissions: list[str]
+    workloads: list[str]
+    seconds: np.ndarray
+
+    def without(self, submission: str) -> "Times":
+        left = [i for i, name in enumerate(self.submissions) if name != submission]
+        return Times([self.submissions[i] for i in left], self.workloads, self.seconds[left])
+
+
+def seconds(cell: str, where: str) -> float:
+    """One cell of a table.
+
+    Raises:
+        UsageError: it is no time.
+    """
+    if not cell.strip():
+        return math.inf
+    try:
+        value = float(cell)
+    except ValueError:
+        raise UsageError(f"{where}: {cell!r} is no time: seconds, inf (missed) or nothing (not run)") from None
+    if not value > 0:
+        raise UsageError(f"{where}: {cell!r} is no time: it must be above 0")
+    return value
+
+
+def check_names(names: list[str], kind: str, path: Path) -> None:
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise UsageError(f"{path}: {f'{kind} {name!r} comes twice' if name else f'a {kind} without a name'}")
+
+
+def read_times(path: Path) -> Times:
+    """
+    Raises:
+        UsageError: missing file, duplicate names, a cell that is no time, fewer than two workloads.
+    """
+    rows = read_csv(path)
+    head, lines = [c.strip() for c in rows[0]], rows[1:]
+    if head[0] != "submission":
+        raise UsageError(f"{path}: the first column must be `submission`, not {head[0]!r}")
+    workloads, submissions = head[1:], [line[0].strip() for line in lines]
+    check_names(workloads, "workload", path)
+    check_names(submissions, "submission", path)
+    if len(workloads) < 2:
+        raise UsageError(f"{path}: a profile needs at least two workloads, not {len(workloads)}")
+    if not submissions:
+        raise UsageError(f"{path}: no submission")
+    for line in lines:
+        if len(line) != len(head):
+            raise UsageError(f"{path}: {line[0]} has {len(line) - 1} times for {len(workloads)} workloads")
+    found = [[seconds(c, f"{path}: {line[0]}, {w}") for w, c in zip(workloads, line[1:])] for line in lines]
+    return Times(submissions, workloads, np.array(found))
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} is no CSV file: {error}") from None
+    if not rows:
+        raise UsageError(f"{path} is empty")
+    return rows
+
+
+Studies = dict[tuple[str, str], list[float]]  # (submission, workload) -> seconds of each study
+
+
+def read_studies(path: Path) -> Studies:
+    """
+    Raises:
+        UsageError: missing file or column, a study that comes twice, a cell that is no time.
+    """
+    rows = read_csv(path)
+    wanted = ["submission", "workload", "study", "seconds"]
+    if [c.strip() for c in rows[0]] != wanted:
+        raise UsageError(f"{path}: the columns must be {', '.join(wanted)}")
+    found: Studies = defaultdict(list)
+    seen = set()
+    for number, line in enumerate(rows[1:], start=2):
+        if len(line) != 4:
+            raise UsageError(f"{path} line {number}: {len(line)} cells instead of 4")
+        submission, workload, study, cell = (c.strip() for c in line)
+        if (submission, workload, study) in seen:
+            raise UsageError(f"{path} line {number}: study {study} of {submission} on {workload} comes twice")
+        seen.add((submission, workload, study))
+        found[submission, workload].append(seconds(cell, f"{path} line {number}"))
+    return found
+
+
+def medians(studies: Studies) -> Times:
+    """The table of medians over studies."""
+    submissions = list(dict.fromkeys(s for s, _ in studies))
+    workloads = list(dict.fromkeys(w for _, w in studies))
+    if len(workloads) < 2:
+        raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
+    middle = lambda s, w: float(np.median(studies[s, w])) if (s, w) in studies else math.inf  # noqa: E731
+    table = np.array([[middle(s, w) for w in workloads] for s in submissions])
+    return Times(submissions, workloads, np.where(np.isnan(table), math.inf, table))
+
+
+def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
+    """`variant=base,...` -> base workload of each variant.
+
+    Raises:
+        UsageError: no such workload.
+    """
+    found = {}
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        variant, equals, base = word.partition("=")
+        for name in (variant, base) if equals else (word,):
+            if name not in workloads:
+                raise UsageError(f"--held-out {word}: no workload {name!r}: {nearest(name, workloads)}")
+        if not equals or variant == base:
+            raise UsageError(f"--held-out takes variant=base, not {word!r}")
+        found[variant] = base
+    return found
+
+
+def ratios(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> tuple[list[str], np.ndarray]:
+    """Base workloads, and r [submissions, base workloads]: time over the best time; inf where missed."""
+    column = {w: i for i, w in enumerate(times.workloads)}
+    t = times.seconds.copy()
+    for variant, base in held_out.items():
+        t[np.isinf(t[:, column[base]]), column[variant]] = np.inf
+    best = t.min(0)
+    t[t > tau_max * best] = np.inf
+    for variant, base in held_out.items():
+        t[np.isinf(t[:, column[variant]]), column[base]] = np.inf
+    bases = [w for w in times.workloads if w not in held_out]
+    t = t[:, [column[w] for w in bases]]
+    best = t.min(0)
+    with np.errstate(invalid="ignore"):
+        return bases, np.where(np.isinf(t), np.inf, t / best)
+
+
+def profile(r: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """rho [submissions, tau]: share of the workloads with r <= tau."""
+    return (r[:, :, None] <= tau).mean(1)
+
+
+def scores(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> np.ndarray:
+    """The AlgoPerf score of every submission."""
+    tau = np.linspace(1, tau_max, POINTS)
+    return trapezoid(profile(ratios(times, held_out, tau_max)[1], tau), tau, axis=1) / (tau_max - 1)
+
+
+def reference_scores(times: Times, held_out: dict[str, str], reference: str, tau_max: float = TAU_MAX) -> np.ndarray:
+    """Of every submission against one of them, whatever the others do. Workloads that the reference missed are left out.
+
+    Raises:
+        UsageError: no such submission, or it met no target.
+    """
+    if reference not in times.submissions:
+        raise UsageError(f"--reference {reference!r}: {nearest(reference, times.submissions)}")
+    bases = [i for i, w in enumerate(times.workloads) if w not in held_out]
+    t = times.seconds[:, bases]
+    own = t[times.submissions.index(reference)]
+    met = np.isfinite(own)
+    if not met.any():
+        raise UsageError(f"--reference {reference}: it met no target")
+    gain = np.log(own[met]) - np.log(t[:, met])
+    return np.clip(0.5 + gain / (2 * math.log(tau_max)), 0, 1).mean(1)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """1 for the highest; equal values share the better rank."""
+    return np.array([1 + int((values > v + 1e-12).sum()) for v in values])
+
+
+def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """95 % intervals [submissions, 2] of the score, by drawing studies with replacement."""
+    dice = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        again = {key: list(dice.choice(values, len(values))) for key, values in sorted(studies.items())}  # whatever their order
+        drawn.append(scores(medians({key: again[key] for key in studies}), held_out, tau_max))
+    return np.quantile(drawn, [0.025, 0.975], axis=0).T
+
+
+def summary(
+    times: Times, held_out: dict[str, str], tau_max: float, reference: str = "", studies: Studies | None = None
+) -> dict:
+    """All of it, as JSON: a list of submissions, best score first."""
+    value = scores(times, held_out, tau_max)
+    bases, r = ratios(times, held_out, tau_max)
+    left_out = {}
+    for gone in times.submissions if len(times.submissions) > 2 else ():
+        fewer = times.without(gone)
+        left_out[gone] = dict(zip(fewer.submissions, ranks(scores(fewer, held_out, tau_max)).tolist()))
+    rank = ranks(value).tolist()
+    against = reference_scores(times, held_out, reference, tau_max) if reference else None
+    spread = intervals(studies, held_out, tau_max) if studies else None
+    rows = []
+    for i, name in enumerate(times.submissions):
+        without = [where[name] for where in left_out.values() if name in where]
+        row = {
+            "submission": name, "score": float(value[i]), "rank": rank[i], "targets_met": int(np.isfinite(r[i]).sum()),
+            "ranks_when_one_is_left_out": [min(without), max(without)] if without else [rank[i], rank[i]],
+            "ratios": {w: (None if math.isinf(x) else float(x)) for w, x in zip(bases, r[i])},
+        }  # fmt: skip
+        if spread is not None and all(len(studies.get((name, w), ())) > 1 for w in times.workloads):  # one says nothing of luck
+            row["interval"] = spread[i].tolist()
+        if against is not None:
+            row["against_reference"] = float(against[i])
+        rows.append(row)
+    rows.sort(key=lambda row: -row["score"])
+    return {"tau_max": tau_max, "workloads": bases, "held_out": held_out, "reference": reference, "submissions": rows}
+
+
+def text(found: dict) -> str:
+    """The summary as a table for people."""
+    wide = max(len("submission"), *(len(row["submission"]) for row in found["submissions"]))
+    several = any("interval" in row for row in found["submissions"])
+    head = f"{'rank':>4}  {'submission':{wide}}  {'score':>6}" + ("  95 % interval" if several else "")
+    head += "  targets  rank if one is left out" + (f"  against {found['reference']}" if found["reference"] else "")
+    lines = [head]
+    for row in found["submissions"]:
+        low, high = row["ranks_when_one_is_left_out"]
+        line = f"{row['rank']:4}  {row['submission']:{wide}}  {row['score']:6.4f}"
+        if several:
+            line += "  {:.3f} - {:.3f}".format(*row["interval"]) if "interval" in row else f"  {'-':13}"
+        line += f"  {row['targets_met']:3}/{len(found['workloads']):<3}  {f'{low} to {high}' if low < high else low!s:24}"
+        lines.append(line + (f"{row['against_reference']:.3f}" if found["reference"] else ""))
+    return "\n".join(lines)
+
+
+def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> None:
+    """The profiles, as `stem`.png and .svg."""
+    tau = np.linspace(1, tau_max, 600)
+    rho = profile(ratios(times, held_out, tau_max)[1], tau)
+    value = scores(times, held_out, tau_max)
+    figure, axes = plots.pyplot().subplots(figsize=(9, 5), constrained_layout=True)
+    order = np.argsort(-value, kind="stable")
+    for i in order[:HIGHLIGHTED]:
+        axes.step(tau, rho[i], where="post", label=f"{times.submissions[i]}  {value[i]:.3f}")
+    for i in order[HIGHLIGHTED:]:  # their names would be one on the other: the table has them
+        axes.step(tau, rho[i], where="post", color="0.75", linewidth=0.8, zorder=1)
+    if rest := value[order[HIGHLIGHTED:]].tolist():
+        axes.plot([], [], color="0.75", linewidth=0.8, label=f"{len(rest)} more  {rest[0]:.3f} - {rest[-1]:.3f}")
+    axes.set(
+        xlabel="tau: time / best time of the field", ylabel="share of workloads within tau", xlim=(1, tau_max), ylim=(0, 1.02)
+    )
+    axes.legend(title="submission, score", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    plots.save(figure, stem.parent, stem.name)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="compare.py score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--times", type=Path, help="table of seconds to target")
+    source.add_argument("--studies", type=Path, help="table of single studies; gives intervals too")
+    parser.add_argument("--held-out", default="", help="variant=base,...: columns that are variants of a workload")
+    parser.add_argument("--tau-max", type=float, default=TAU_MAX, help="largest ratio to the best that counts (default: 4)")
+    parser.add_argument("--reference", default="", help="also score against this submission alone")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", type=Path, help="draw the profiles: PLOT.png and PLOT.svg")
+    options = parser.parse_args(argv)
+    try:
+        if not options.tau_max > 1:
+            raise UsageError(f"--tau-max must be above 1, got {options.tau_max:g}")
+        studies = read_studies(options.studies) if options.studies else None
+        times = medians(studies) if studies else read_times(options.times)
+        held_out = read_held_out(options.held_out, times.workloads)
+        if not np.isfinite(times.seconds).any():
+            raise UsageError("no submission met any target: nothing to score")
+        found = summary(times, held_out, options.tau_max, options.reference, studies)
+        print(json.dumps(found, indent=1) if options.json else text(found))
+        if options.plot:
+            draw(times, held_out, options.tau_max, options.plot)
+        return 0
+    except UsageError as error:
+        print(f"compare.py score: {error}", file=sys.stderr)
+        return 2

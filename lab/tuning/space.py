@@ -1,0 +1,168 @@
+"""What a tuning contest is over: submissions (an optimizer with its schedule and average) and the space of their settings.
+
+The ranges are the registry's (`./run.sh optimizers NAME` shows them), and warm-up is one more: a submission brings a method,
+not a way of tuning it. Every range is the same on every workload, as AlgoPerf wants it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from scipy.stats import qmc
+
+import optimizers
+from engine.spec import UsageError, convert, nearest, split
+from optimizers.average import AVERAGES
+
+WARMUP = (0.01, 0.2, "log")  # fraction of the run
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One setting to search: `part` of the command it belongs to (optimizer, schedule, average), its range and scale."""
+
+    part: str
+    key: str
+    low: float
+    high: float
+    scale: str  # linear, log, or complement: 1 - value is searched by its logarithm
+
+    @property
+    def name(self) -> str:
+        return self.key if self.part == "optimizer" else f"{self.part}_{self.key}"
+
+    @property
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        if self.scale == "complement":
+            return optuna.distributions.FloatDistribution(1 - self.high, 1 - self.low, log=True)
+        return optuna.distributions.FloatDistribution(self.low, self.high, log=self.scale == "log")
+
+    def value(self, searched: float) -> float:
+        """The setting, of what Optuna searches; to three digits, as it is written on the command line."""
+        return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
+
+    def searched(self, value: float) -> float:
+        """The inverse of `value`, kept within the range that rounding may have left."""
+        found, limits = (1 - value if self.scale == "complement" else value), self.distribution
+        return min(max(found, limits.low), limits.high)
+
+    def at(self, share: float) -> float:
+        """What Optuna searches, at a share (0 to 1) of the way from low to high."""
+        limits = self.distribution
+        if limits.log:
+            return limits.low * (limits.high / limits.low) ** share
+        return limits.low + (limits.high - limits.low) * share
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A registered optimizer (or one's own, path.py:Class), perhaps with fixed keys, its schedule, perhaps an average."""
+
+    name: str
+    optimizer: str
+    schedule: str = "cosine"
+    average: str = ""
+    extra: tuple[Dimension, ...] = ()
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """The space.
+
+        Raises:
+            UsageError: there is nothing to search.
+        """
+        name, fixed = split(self.optimizer)
+        cls = optimizers.OPTIMIZERS.get(name)
+        found = [
+            Dimension("optimizer", f.name, *f.metadata["search"])
+            for f in (dataclasses.fields(cls) if cls else ())
+            # a default of None follows another setting: the method has its full strength without
+            if f.metadata["search"] and f.name not in fixed and f.default is not None
+        ]
+        if cls is None and "lr" not in fixed:
+            found.append(Dimension("optimizer", "lr", 1e-4, 1e-1, "log"))
+        if not optimizers.own_schedule(name):
+            found.append(Dimension("schedule", "warmup", *WARMUP))
+        if not found:
+            raise UsageError(f"{self.name}: every setting is fixed, nothing is left to search")
+        return (*found, *self.extra)
+
+    @property
+    def version(self) -> str:
+        """All that a study's trials have in common; trials of another version are of another study."""
+        about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
+        return json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
+
+    def flags(self, values: dict[str, float]) -> tuple[str, ...]:
+        """Trainer flags for these settings, by the names of the dimensions."""
+        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
+        for d in self.dimensions:
+            if d.name in values:
+                whole = d.key in ("every", "length")
+                joint = "," if "=" in parts[d.part] else ":"
+                parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if whole else f'{values[d.name]:g}'}"
+        return tuple(word for part, spec in parts.items() if spec for word in (f"--{part}", spec))
+
+    def defaults(self) -> dict[str, float]:
+        """The registry's own settings for every dimension."""
+        found = {}
+        for d in self.dimensions:
+            if d.part == "optimizer":
+                cls = optimizers.OPTIMIZERS.get(split(self.optimizer)[0])
+                found[d.name] = getattr(cls, d.key) if cls else 1e-3
+            elif d.part == "average":
+                found[d.name] = getattr(AVERAGES[split(self.average)[0]], d.key)
+            else:
+                found[d.name] = 0.05
+        return found
+
+
+EXTRAS = {
+    # the classic two that AlgoPerf's targets are set by, beside AdamW and NAdamW; `sgd` is Nesterov's form
+    "heavy_ball": Submission("heavy_ball", "sgd:nesterov=false"),
+    # entries of AlgoPerf's first round: a schedule or an average on its baseline, NAdamW
+    "cyclic": Submission("cyclic", "nadamw", "cyclic:cycles=2"),
+    "lawa_ema": Submission(
+        "lawa_ema", "nadamw", average="lawa_ema", extra=(Dimension("average", "decay", 0.9, 0.999, "complement"),)
+    ),
+    "lawa_queue": Submission(
+        "lawa_queue", "nadamw", average="lawa_queue", extra=(Dimension("average", "every", 1, 20, "log"),)
+    ),
+}
+
+
+def submission(word: str) -> Submission:
+    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if word in EXTRAS:
+        return EXTRAS[word]
+    name, _ = split(word)
+    try:
+        optimizers.check(word)
+    except UsageError:
+        if ":" in word or "." in word:
+            raise
+        raise UsageError(f"unknown submission {word!r}: {nearest(name, [*optimizers.OPTIMIZERS, *EXTRAS])}") from None
+    return Submission(word, word, "constant" if optimizers.own_schedule(name) else "cosine")
+
+
+def points(space: tuple[Dimension, ...], count: int, study: int) -> list[dict[str, float]]:
+    """`count` quasi-random points of the space: scrambled Halton, as AlgoPerf's external tuning has it; other ones per study.
+    As Optuna searches them: by dimension name."""
+    shares = qmc.Halton(len(space), scramble=True, rng=study).random(count)
+    return [{d.name: d.at(share) for d, share in zip(space, row, strict=True)} for row in shares]
+
+
+def values(space: tuple[Dimension, ...], searched: dict[str, Any]) -> dict[str, float]:
+    """Settings of what Optuna searched."""
+    return {d.name: d.value(searched[d.name]) for d in space}
+
+
+def parse_values(space: tuple[Dimension, ...], texts: dict[str, str]) -> dict[str, float]:
+    """Settings of a row of a table."""
+    return {d.name: convert(texts[d.name], float, d.name) for d in space}

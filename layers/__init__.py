@@ -1,0 +1,1 @@
+"""What a model is built from: attention, residual paths, kernels."""

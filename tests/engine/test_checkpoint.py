@@ -1,0 +1,744 @@
+"""Never lose a run: what is resumed is the same run, bit by bit; what is damaged is named; who dies or hangs is named."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, events, launch, losses, result, same, stored, torchrun, with_optimizer
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+import train_gpt
+from data.shards import Dataset
+from engine import checkpoint, ranks, run_folder
+from engine.schedules import SCHEDULES
+from engine.spec import UsageError
+from optimizers import OPTIMIZERS
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the log of a running trainer speaks of `step`, or it has ended."""
+    while process.poll() is None:
+        log = folder / "log.jsonl"
+        if log.exists() and re.search(rf'"step": {step}\b', log.read_text()):
+            return
+        time.sleep(0.02)
+
+
+def finish(folder: Path, *flags: str, ranks: int = 0) -> tuple[int, str]:
+    """Start the trainer and let it end: exit code and stderr."""
+    process = launch(ranks, folder, *flags)
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
+# ---------------------------------------------------------------- 1. exact resume
+
+
+def stop_at(step: int):
+    """A Training.log_step that interrupts the run after so many steps, as a crash would."""
+
+    def log_step(self, *args, original=train_gpt.Training.log_step):
+        original(self, *args)
+        if self.steps_done == step:
+            self.checkpoints.wait()
+            raise KeyboardInterrupt
+
+    return log_step
+
+
+def cut_and_resumed(train, monkeypatch, *flags: str) -> tuple[Path, Path]:
+    """Two runs of 12 steps: one whole, the other interrupted at 8 and continued from its checkpoint at 5."""
+    flags = ("--steps", "12", "--checkpoint-every", "5", "--deterministic", *flags)
+    whole = train(*flags, out="whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt.Training, "log_step", stop_at(8))
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags, out="cut")
+    cut = train(*flags, out="cut")
+    assert [e["step"] for e in events(cut, "resume")] == [5]
+    return whole, cut
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_equals_uninterrupted(train, monkeypatch, optimizer):
+    """The same losses, weights and optimizer state, bit by bit; the log tells of every step once."""
+    flags = (*with_optimizer(optimizer), "--dropout", "0.1")
+    if optimizer == "nadamw":
+        flags += ("--average", "lawa_ema:decay=0.8")
+    if optimizer == "muon":
+        flags += ("--tricks", "ngram_embedding,sparse_ngrams", "--micro-batch-tokens", "256")
+    whole, cut = cut_and_resumed(train, monkeypatch, *flags)
+    assert losses(cut) == losses(whole) and losses(cut, "val") == losses(whole, "val")
+    assert same(stored(whole, *flags), stored(cut, *flags))
+    assert result(cut)["train_time"] == pytest.approx(events(cut, "train")[-1]["train_time"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_goes_on_where_it_was(train, monkeypatch, schedule):
+    whole, cut = cut_and_resumed(
+        train, monkeypatch, "--schedule", schedule, "--momentum-schedule", "ramp", "--optimizer", "sgd"
+    )
+    assert losses(cut) == losses(whole)
+    assert [e["lr"] for e in events(cut, "train")] == [e["lr"] for e in events(whole, "train")]
+
+
+def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
+    """A cool-down from a stable phase that another run has trained: same weights, state and losses as a whole run."""
+    small = ("--layers", "1", "--batch-tokens", "256", "--val-tokens", "512")
+    flags = (*small, "--schedule", "wsd:cooldown=0.5,warmup=3", "--deterministic", "--dropout", "0.1")
+    train(*flags, "--steps", "24", "--checkpoint-every", "4", "--milestone-every", "4", out="stem")
+    for steps, start in ((40, 12), (16, 8)):
+        whole = train(*flags, "--steps", str(steps), out=f"whole-{steps}")
+        stem = whole.parent / "stem"
+        branch = train(*flags, "--steps", str(steps), "--branch", str(stem), out=f"branch-{steps}")
+        assert [e["step"] for e in events(branch, "branch")] == [start] and not events(branch, "resume")
+        assert losses(branch) == losses(whole) and losses(branch, "val")[-1] == losses(whole, "val")[-1]
+        assert same(stored(branch, *flags), stored(whole, *flags))
+    both = f"{stem},{whole.parent / 'branch-40'}"  # of several, the one that reaches furthest
+    longer = train(*flags, "--steps", "60", "--branch", both, out="longer")
+    assert [e["step"] for e in events(longer, "branch")] == [12]
+    cosine = (*small, "--schedule", "cosine", "--checkpoint-every", "2", "--milestone-every", "2")
+    train(*cosine, "--steps", "8", out="cosine")
+    alone = train(*cosine, "--steps", "9", "--branch", str(whole.parent / "cosine"), out="alone")
+    assert not events(alone, "branch")  # no two steps have the same learning rate
+    killed = shutil.copytree(branch, branch.parent / "killed")  # before its first step: all but the files of the start
+    for name in ("log.jsonl", "result.json", "checkpoints"):
+        shutil.rmtree(killed / name) if (killed / name).is_dir() else (killed / name).unlink()
+    again = train(*flags, "--steps", str(steps), "--branch", str(stem), out="killed")
+    assert losses(again) == losses(whole)
+    capsys.readouterr()
+    for words, said in (
+        (("--seed", "1"), "differs from this run in more than its steps"),
+        (("--branch", "nowhere"), "there is no run"),
+    ):
+        train(*flags, "--steps", "40", "--branch", str(stem), *words, out="bad", code=2)
+        assert said in capsys.readouterr().err
+    own = (*small, "--optimizer", "schedule_free_adamw:warmup=0.2", "--schedule", "constant", "--checkpoint-every", "4")
+    train(*own, "--steps", "8", out="own")
+    train(*own, "--steps", "16", "--branch", str(whole.parent / "own"), out="worse", code=2)
+    assert "fractions of the run's length" in capsys.readouterr().err
+
+
+def test_killed_at_any_moment(sotu, tmp_path):
+    """SIGKILL three times at random moments; a last line cut in two; the data repeat themselves meanwhile."""
+    flags = ("--steps", "60", "--checkpoint-every", "4", "--val-every", "7", "--deterministic", "--optimizer", "muon")
+    whole, cut, moment = tmp_path / "whole", tmp_path / "cut", random.Random(0)
+    assert finish(whole, *flags)[0] == 0
+    for first in (5, 14, 30):
+        process = launch(0, cut, *flags)
+        wait_for_step(cut, first, process)
+        time.sleep(moment.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        with (cut / "log.jsonl").open("a") as log:
+            log.write('{"event": "train", "st')
+    assert finish(cut, *flags)[0] == 0
+    assert losses(cut) == losses(whole) and losses(cut, "val") == losses(whole, "val")
+    assert same(stored(whole, *flags), stored(cut, *flags))
+
+
+def test_other_code_and_other_data_are_noticed(train, monkeypatch, capsys, tmp_path):
+    flags = ("--steps", "4", "--checkpoint-every", "2")
+    folder = train(*flags)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    again = shutil.copytree(folder, tmp_path / "again")
+    monkeypatch.setattr(train_gpt, "source_hash", lambda: "other")
+    train(*flags)
+    assert "written by other code" in capsys.readouterr().err
+    for name in ("config.json", "env.json", "log.jsonl"):
+        (again / name).unlink()
+    train(*flags, "--seed", "9", out=again.name, code=2)
+    assert "run with other settings" in capsys.readouterr().err
+    real = Dataset.__init__
+
+    def other(self, *args):
+        real(self, *args)
+        self.fingerprint = "other"
+
+    monkeypatch.setattr(Dataset, "__init__", other)
+    train(*flags, out=again.name, code=2)
+    assert "trained on other data" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- 2. any number of ranks
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "shampoo:every=2,start=2"])
+def test_a_checkpoint_continues_on_other_ranks(train, sotu, tmp_path, optimizer):
+    """Written by 4 ranks, continued by 1 and by 2; written by 1, continued by 4: the losses of one rank, but for rounding."""
+    flags = ("--steps", "8", "--optimizer", optimizer, "--checkpoint-every", "4", "--micro-batch-tokens", "128")
+    one = train(*flags, out="one")
+    four = tmp_path / "four"
+    torchrun(4, four, *flags)
+    # Shampoo's inverse roots magnify rounding: what undisturbed runs on 1 and 4 ranks differ by is the measure
+    noise = max(abs(a / b - 1) for a, b in zip(losses(four), losses(one), strict=True))
+    assert noise < 5e-4
+
+    def continued(source: Path, count: int) -> None:
+        folder = shutil.copytree(source, tmp_path / f"{source.name}-on-{count}")
+        (folder / "result.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "step-00000008")
+        code, errors = finish(folder, *flags, ranks=count)
+        assert code == 0, errors[-2000:]
+        assert [e["step"] for e in events(folder, "resume")] == [4]
+        for kind in ("train", "val"):
+            assert losses(folder, kind) == pytest.approx(losses(one, kind), rel=max(1e-5, 3 * noise))
+
+    continued(four, 0)
+    continued(four, 2)
+    continued(one, 4)
+    # sharded state was written by those who hold it, each tensor once
+    shards = sorted((four / "checkpoints" / "step-00000008" / "state").glob("*.safetensors"))
+    sizes = [path.stat().st_size for path in shards]
+    assert len(shards) == 4 and max(sizes) < 0.6 * sum(sizes)
+
+
+def test_ranks_that_hold_unlike_shares_forget_nothing(train, tmp_path):
+    """5 ranks have 2 or 3 of Muon's 12 blocks; of AdamW's state, which all have alike, one must still write each tensor."""
+    flags = ("--steps", "2", "--optimizer", "muon:dtype=fp32", "--batch-tokens", "320", "--val-tokens", "320")
+    torchrun(5, tmp_path / "five", *flags)
+    one, five = (stored(folder, *flags)[1]["state"] for folder in (train(*flags, out="one"), tmp_path / "five"))
+    held = lambda state: {  # noqa: E731
+        number: {name: set(own) if name == "blocks" else torch.as_tensor(own).shape for name, own in kept.items()}
+        for number, kept in state.items()
+    }
+    assert held(one) == held(five)
+
+
+def test_weights_export_as_safetensors(train):
+    """Any reader of safetensors takes them."""
+    from safetensors.torch import load_file
+
+    path, _ = checkpoint.newest(train("--steps", "2") / "checkpoints")
+    gpt = train_gpt.GPT(train_gpt.resolve(["--track", "tiny"])[1])
+    assert load_file(path / "model.safetensors").keys() == dict(gpt.named_parameters()).keys()
+
+
+# ---------------------------------------------------------------- 3. atomic and verified
+
+
+@pytest.fixture
+def two(train) -> Path:
+    """A folder with the checkpoints of steps 2 and 4."""
+    return train("--steps", "4", "--checkpoint-every", "2") / "checkpoints"
+
+
+def test_every_flipped_byte_is_found(two):
+    """200 bytes at random, in every file of a checkpoint."""
+    newest = two / "step-00000004"
+    dice = random.Random(1)
+    names = [*checkpoint.files(newest), "DONE"]
+    for i in range(200):
+        path = newest / names[i % len(names)]
+        whole = path.read_bytes()
+        place = dice.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << dice.randrange(8))]) + whole[place + 1 :])
+        assert checkpoint.damage(newest), (path, place)
+        path.write_bytes(whole)
+    assert checkpoint.damage(newest) is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda p: (p / "DONE").unlink(), "not finished"),
+        (lambda p: (p / "DONE").write_text("{"), "DONE is damaged"),
+        (lambda p: (p / "DONE").write_text("[]"), "DONE is damaged"),
+        (lambda p: os.truncate(p / "model.safetensors", 1000), "model.safetensors is damaged"),
+        (lambda p: (p / "state.json").unlink(), "does not hold the files"),
+        (lambda p: (p / "state" / "more.safetensors").write_bytes(b""), "does not hold the files"),
+    ],
+)
+def test_the_newest_intact_one_wins(two, capsys, train, harm, message):
+    harm(two / "step-00000004")
+    assert message in checkpoint.damage(two / "step-00000004")
+    (two.parent / "result.json").unlink()
+    whole = losses(two.parent)
+    folder = train("--steps", "4", "--checkpoint-every", "2")
+    assert re.search(rf"step-00000004 passed over: .*{message}", capsys.readouterr().err)
+    assert [e["step"] for e in events(folder, "resume")] == [2] and losses(folder) == whole
+    assert checkpoint.newest(two)[0].name == "step-00000004"
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_an_intact_one(train, monkeypatch):
+    flags = ("--steps", "12", "--checkpoint-every", "3", "--keep", "1", "--milestone-every", "6")
+    folder = train(*flags)
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "step-00000012" / "DONE").write_text("{")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt.Training, "log_step", stop_at(10))
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    assert checkpoint.newest(folder / "checkpoints")[0].name == "step-00000009"  # with --keep 1, beside the damaged one
+    train(*flags)
+    assert [e["step"] for e in events(folder, "resume")] == [6, 9] and losses(folder) == losses(train(*flags, out="whole"))
+
+
+def test_a_run_that_ended_at_its_target_ends_there_again(train, monkeypatch):
+    """Ended by force between its last checkpoint and its result: it must not train past the target."""
+    flags = ("--steps", "30", "--target-loss", "5", "--val-every", "2", "--stop-at-target")
+    folder = train(*flags)
+    before, log = result(folder), losses(folder)
+    (folder / "result.json").unlink()
+    train(*flags)
+    assert result(folder)["steps"] == before["steps"] and losses(folder) == log and result(folder)["status"] == "stopped"
+
+
+def test_the_last_step_is_saved_once(train):
+    folder = train("--steps", "6", "--checkpoint-every", "3")
+    assert [e["step"] for e in events(folder, "checkpoint")] == [3, 6]
+
+
+def test_nothing_intact_is_said(two, capsys, train):
+    for path in checkpoint.listing(two):
+        os.truncate(path / "model.safetensors", 10)
+    (two.parent / "result.json").unlink()
+    train("--steps", "4", "--checkpoint-every", "2", "--resume", "must", code=2)
+    assert "--resume must: checkpoint" in capsys.readouterr().err
+
+
+def test_keep_and_milestones(train):
+    folder = train("--steps", "10", "--checkpoint-every", "1", "--keep", "3", "--milestone-every", "4")
+    assert [int(p.name[5:]) for p in checkpoint.listing(folder / "checkpoints")] == [10, 9, 8, 4]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
+    """However slow the disk: what the run waits for is the copy alone. Off the clock, in the log."""
+    real = checkpoint.file_hash
+    monkeypatch.setattr(checkpoint, "file_hash", lambda path: (time.sleep(0.3), real(path))[1])
+    folder = train("--steps", "6", "--checkpoint-every", "6")
+    (event,) = events(folder, "checkpoint")[:1]
+    assert event["seconds"] > 0.9 and event["blocked"] < 0.1 * event["seconds"] and event["bytes"] > 1e5
+
+
+def test_by_the_minute(train):
+    folder = train("--steps", "6", "--checkpoint-minutes", "1e-9", "--keep", "9")
+    assert len(checkpoint.listing(folder / "checkpoints")) >= 3
+    assert len(checkpoint.listing(train("--steps", "6", "--checkpoint-minutes", "0", out="off") / "checkpoints")) == 1
+
+
+# ---------------------------------------------------------------- 4. signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_its_step(sotu, tmp_path, name):
+    flags = ("--steps", "400", "--val-every", "400")
+    folder = tmp_path / "run"
+    process = launch(0, folder, *flags)
+    wait_for_step(folder, 10, process)  # train events are flushed late: this is step 0 of the `start` event or later
+    process.send_signal(getattr(signal, name))
+    out, errors = process.communicate()
+    assert process.returncode == train_gpt.STOPPED == 75, errors
+    (event,) = events(folder, "stopped")
+    assert event["signal"] == name and event["step"] < 400 and "the same command continues" in out
+    assert not (folder / "result.json").exists()
+    assert checkpoint.newest(folder / "checkpoints")[0].name == f"step-{event['step']:08}"
+    assert finish(folder, *flags)[0] == 0
+    assert finish(tmp_path / "whole", *flags)[0] == 0
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def test_a_second_sigint_leaves_at_once():
+    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+    with train_gpt.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.name == "SIGINT" and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_all_ranks_stop_at_the_same_step(sotu, tmp_path):
+    """One of them is told; all save, and the command continues."""
+    flags = ("--steps", "300", "--val-every", "300")
+    process = launch(2, tmp_path / "run", *flags)
+    wait_for_step(tmp_path / "run", 0, process)
+    time.sleep(1)
+    workers = children(process.pid)
+    os.kill(workers[1], signal.SIGTERM)
+    process.communicate()
+    (event,) = events(tmp_path / "run", "stopped")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].name == f"step-{event['step']:08}"
+
+
+# ---------------------------------------------------------------- 5. ranks die
+
+
+def children(pid: int) -> list[int]:
+    """Process numbers of the ranks that a torchrun agent started, in order of rank."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    of = lambda p: Path(f"/proc/{p}/environ").read_bytes().split(b"\0")  # noqa: E731
+    ranked = {}
+    for p in map(int, found):
+        rank = [v for v in of(p) if v.startswith(b"RANK=")]
+        if rank:
+            ranked[int(rank[0][5:])] = p
+    return [ranked[r] for r in sorted(ranked)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_killed_rank_is_started_anew(train, sotu, tmp_path, count):
+    flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4")
+    folder = tmp_path / "run"
+    process = launch(count, folder, *flags, agent=("--standalone", "--max-restarts=2"))
+    wait_for_step(folder, 8, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    assert events(folder, "resume")[0]["step"] >= 4
+    assert losses(folder) == pytest.approx(losses(train(*flags, out="one")), rel=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
+    """Two nodes of one rank each; the one that has rank 0 is lost with everything on it: the same losses and weights."""
+    flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4", "--deterministic")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    torchrun(2, whole, *flags)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # why: README.md, "Eight GPUs, several nodes"
+    agent = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run", "--rdzv-endpoint=127.0.0.1:"]
+    agent[-1] += str(get_free_port())
+
+    def node(address: str, has_store: bool) -> subprocess.Popen:
+        """torchrun gives ranks in order of addresses; a node that sends no word for 3 s (usually 15) counts as lost."""
+        conf = f"--rdzv-conf=is_host={has_store},keep_alive_interval=1,keep_alive_max_attempt=3"
+        return launch(1, folder, *flags, agent=(*agent, f"--local-addr={address}", conf))
+
+    nodes = [node("127.0.0.2", True), node("127.0.0.1", False)]
+    try:
+        wait_for_step(folder, 8, nodes[1])
+        lost = nodes.pop()
+        (rank,) = children(lost.pid)
+        for pid in (lost.pid, rank):  # torchrun first: it must not see its rank die
+            os.kill(pid, signal.SIGKILL)
+        lost.communicate()
+        assert not (folder / "result.json").exists()
+        nodes.append(node("127.0.0.1", False))
+        for process in nodes:
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in nodes:
+            process.terminate()  # whoever still runs ends its rank too
+    assert 4 <= events(folder, "resume")[0]["step"] < 40
+    assert losses(folder) == losses(whole) and losses(folder, "val") == losses(whole, "val")
+    assert same(stored(folder, *flags), stored(whole, *flags))
+
+
+def test_a_hung_rank_is_named(sotu, tmp_path):
+    flags = ("--steps", "100000", "--timeout", "4", "--val-every", "100000")
+    process = launch(2, tmp_path / "run", *flags)
+    wait_for_step(tmp_path / "run", 0, process)
+    time.sleep(1)
+    hung = children(process.pid)[1]
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        _, errors = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # torchrun has ended it
+            os.kill(hung, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "no progress for 4 s: rank 1 does not run any more, at step " in errors
+
+
+# ---------------------------------------------------------------- 6. numbers
+
+HARMFUL = """
+import os
+import torch
+
+
+class Harmful(torch.optim.SGD):
+    calls = 0
+
+    def step(self, closure=None):
+        super().step()
+        Harmful.calls += 1
+        if Harmful.calls == 3 and os.environ.get("RANK") == "1":
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].view(-1)[7] += 1e-3
+"""
+
+
+def test_ranks_that_drift_apart_are_found(sotu, tmp_path):
+    (tmp_path / "harmful.py").write_text(HARMFUL)
+    flags = ("--steps", "20", "--optimizer", f"{tmp_path / 'harmful.py'}:Harmful:lr=0.01")
+    assert finish(tmp_path / "unseen", *flags, ranks=2)[0] == 0  # 20 steps: before the first check
+    code, errors = finish(tmp_path / "run", *flags, "--check-ranks", "5", ranks=2)
+    assert code != 0 and "step 5: weights of rank" in errors
+
+
+def test_no_bit_changes_unseen():
+    w = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    before = ranks.checksum(w)
+    for bit in range(32):
+        other = w.clone()
+        other.view(torch.int32)[bit * 31] ^= -(2**31) if bit == 31 else 1 << bit
+        assert ranks.checksum(other) != before
+    assert ranks.checksum(w.bfloat16()).dtype == torch.int64
+
+
+def spoil(monkeypatch, *steps: int) -> None:
+    """The loss of these steps is not a number."""
+    real = train_gpt.Training.backward
+
+    def backward(self, x, y, **how):
+        hooks = []
+        if self.steps_done + 1 in steps:
+            hooks.append(self.gpt.blocks[0].mlp.up.weight.register_hook(lambda g: g * float("nan")))
+        done = real(self, x, y, **how)
+        for hook in hooks:
+            hook.remove()
+        return done
+
+    monkeypatch.setattr(train_gpt.Training, "backward", backward)
+
+
+def test_what_is_not_finite_is_named_and_stops_the_run(train, monkeypatch, capsys):
+    spoil(monkeypatch, 5)
+    folder = train("--steps", "9", "--checkpoint-every", "2", code=3)
+    (event,) = events(folder, "nonfinite")
+    assert event["step"] == 5 and event["parameters"] == ["blocks.0.mlp.up.weight"] and event["ranks"] == []
+    said = capsys.readouterr().out
+    assert "step 5: not finite: gradients of blocks.0.mlp.up.weight; nothing was updated" in said
+    assert "newest checkpoint" in said and "step-00000004" in said and result(folder)["status"] == "diverged"
+
+
+def test_steps_that_are_not_finite_can_be_left_out(train, monkeypatch):
+    spoil(monkeypatch, 3, 5)
+    folder = train("--steps", "8", "--nonfinite", "skip:2")
+    assert [e["step"] for e in events(folder, "nonfinite")] == [3, 5]
+    assert [e["step"] for e in events(folder, "train")] == [1, 2, 4, 6, 7, 8] and result(folder)["steps"] == 8
+    assert result(train("--steps", "8", "--nonfinite", "skip:1", out="one", code=3))["status"] == "diverged"
+
+
+NAN_ON_RANK_1 = """
+import os, sys
+sys.argv[0] = "train_gpt.py"
+sys.path.insert(0, os.getcwd())
+import train_gpt
+real = train_gpt.Training.backward
+
+def backward(self, x, y, **how):
+    if self.steps_done == 2 and self.world.rank == 1:
+        with __import__("torch").no_grad():
+            self.gpt.norm.weight.fill_(float("nan"))
+    return real(self, x, y, **how)
+
+train_gpt.Training.backward = backward
+train_gpt.leave(train_gpt.main(sys.argv[1:]))
+"""
+
+
+def test_the_rank_whose_loss_is_not_finite_is_named(sotu, tmp_path):
+    (tmp_path / "nan.py").write_text(NAN_ON_RANK_1)
+    launch(2, tmp_path / "run", "--steps", "5", script=tmp_path / "nan.py").communicate()
+    (event,) = events(tmp_path / "run", "nonfinite")
+    assert event["ranks"] == [1] and event["step"] == 3
+
+
+BUSY_AT_THE_END = """
+import os, sys, threading, time
+sys.path.insert(0, os.getcwd())
+import torch
+from engine import ranks
+
+def add():
+    while True:
+        torch.zeros(100) + 1
+
+for _ in range(4):
+    threading.Thread(target=add, daemon=True).start()
+time.sleep(0.1)
+print("the end", end="")
+ranks.leave(3)
+"""
+
+
+def test_a_rank_whose_threads_still_work_ends_with_its_own_code():
+    """With sys.exit the interpreter (before 3.14) aborts here."""
+    command = [sys.executable, "-c", BUSY_AT_THE_END]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"WORLD_SIZE": "2"})
+    assert (process.returncode, process.stdout) == (3, "the end"), process.stderr
+
+
+# ---------------------------------------------------------------- 7. disk and data
+
+
+@pytest.mark.parametrize("target", ["save_file", "atomic_write", "sync"])
+def test_full_disk_in_a_checkpoint(train, monkeypatch, capsys, target):
+    whole = train("--steps", "6", out="whole")
+    real, calls = getattr(checkpoint, target), []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, target, full)
+        train("--steps", "6", "--checkpoint-every", "1", code=2)
+    assert "no space left" in capsys.readouterr().err
+    folder = train("--steps", "6", "--checkpoint-every", "1")
+    assert losses(folder) == losses(whole) and not list((folder / "checkpoints").glob(".*"))
+
+
+def test_full_disk_inside_the_libraries(train, monkeypatch, capsys):
+    """What torch.distributed.checkpoint and safetensors make of a full disk is one line all the same."""
+    whole = train("--steps", "4", out="whole")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def refused(*args):
+        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for target, name, failing in (
+        (checkpoint.dcp.HuggingFaceStorageWriter, "write_data", full), (checkpoint, "save_file", refused),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, failing)
+            train("--steps", "4", "--checkpoint-every", "2", out=name, code=2)
+        assert "no space left" in capsys.readouterr().err
+        assert losses(train("--steps", "4", "--checkpoint-every", "2", out=name)) == losses(whole)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_full_disk_in_what_a_run_writes_of_itself(train, monkeypatch, capsys, call):
+    """config.json, env.json and result.json: whichever fails, the same command goes on."""
+    real, calls = run_folder.atomic_write, []
+
+    def full(path, text):
+        calls.append(path.name)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "atomic_write", full)
+        train("--steps", "3", code=2)
+    assert calls[-1] == ("config.json", "env.json", "result.json")[call - 1] and "no space left" in capsys.readouterr().err
+    assert len(losses(train("--steps", "3"))) == 3
+
+
+def test_full_disk_in_the_log(train, monkeypatch, capsys):
+    whole = train("--steps", "6", out="whole")
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder.Run, "logged", full)
+        train("--steps", "6", "--checkpoint-every", "2", code=2)
+    assert "no space left" in capsys.readouterr().err
+    assert losses(train("--steps", "6", "--checkpoint-every", "2")) == losses(whole)
+
+
+@pytest.fixture
+def copy_of_sotu(sotu, tmp_path) -> Path:
+    """A corpus to damage."""
+    return shutil.copytree(sotu, tmp_path / "data" / sotu.name)
+
+
+def test_damaged_shards_are_refused(train, copy_of_sotu, capsys):
+    flags = ("--steps", "2", "--data-root", str(copy_of_sotu.parent))
+    shard = sorted(copy_of_sotu.glob("*train*.bin"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:])
+    train(*flags, code=2)
+    assert f"{shard} is damaged" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    train(*flags)
+
+
+def test_a_shard_that_changes_under_a_run_is_noticed(train, copy_of_sotu, monkeypatch, capsys):
+    shard = sorted(copy_of_sotu.glob("*train*.bin"))[0]
+    real = train_gpt.Training.log_step
+
+    def touched(self, *args):
+        real(self, *args)
+        if self.steps_done == 3:
+            os.utime(shard, ns=(1, 1))
+
+    monkeypatch.setattr(train_gpt.Training, "log_step", touched)
+    folder = train("--steps", "6", "--checkpoint-every", "2", "--data-root", str(copy_of_sotu.parent), code=2)
+    assert f"{shard} has changed since" in capsys.readouterr().err
+    assert [p.name for p in checkpoint.listing(folder / "checkpoints")] == ["step-00000002"]
+
+
+def test_tokens_of_another_vocabulary_are_refused(train, capsys):
+    train("--steps", "2", "--vocab-size", "64", code=2)
+    assert "vocabulary" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- 8. trust
+
+
+def test_nothing_that_is_loaded_can_run():
+    """No pickle is read anywhere in the repository's own code."""
+    sources = [p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+    assert len(sources) > 30
+    for path in sources:
+        text = path.read_text()
+        assert "torch.load(" not in text and "import pickle" not in text and "FileSystemReader" not in text, path
+        assert "allow_pickle=True" not in text, path
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "state/../../outside", "state/sub/file"])
+def test_names_that_lead_outside_are_refused(two, name):
+    path = two / "step-00000004"
+    listed = json.loads((path / "DONE").read_text())
+    listed["files"][name] = [0, "0" * 64]
+    (path / "DONE").write_text(json.dumps(listed))
+    assert "outside the folder" in checkpoint.damage(path)
+
+
+def test_links_are_refused(two):
+    path = two / "step-00000004"
+    target = path / "model.safetensors"
+    shutil.copy(target, two / "elsewhere")
+    target.unlink()
+    target.symlink_to(two / "elsewhere")
+    assert "links" in checkpoint.damage(path)
+
+
+def test_weights_of_another_model_are_refused(two):
+    gpt = train_gpt.GPT(train_gpt.resolve(["--track", "tiny", "--width", "32"])[1])
+    with pytest.raises(UsageError, match="another model"):
+        checkpoint.load_weights(gpt, two / "step-00000004")
+    (two / "step-00000004" / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(UsageError, match="cannot be read"):
+        checkpoint.load_weights(gpt, two / "step-00000004")
+
+
+# ---------------------------------------------------------------- 9. two at once
+
+
+def test_two_processes_cannot_have_one_folder(train, tmp_path, capsys):
+    process = launch(0, tmp_path / "run", "--steps", "100000", "--val-every", "100000")
+    wait_for_step(tmp_path / "run", 0, process)
+    train("--steps", "100000", "--val-every", "100000", code=2)
+    said = capsys.readouterr().err
+    assert f"in use by process {process.pid} on " in said and said.count("\n") == 1
+    process.kill()
+    process.communicate()
+    run_folder.lock(tmp_path / "run").release()  # who died holds nothing
+
+
+def test_packed_state_comes_back():
+    state = {"a": [1, 2.5, None, True, "x"], 3: {(1, 2): torch.arange(3)}, "t": (torch.tensor(2.0), float("inf"))}
+    tensors: dict[str, torch.Tensor] = {}
+    packed = json.loads(json.dumps(checkpoint.pack(state, "s", tensors)))
+    assert same(checkpoint.unpack(packed, tensors), state) and len(tensors) == 2
+    with pytest.raises(TypeError, match="set"):
+        checkpoint.pack({"a": {1}}, "s", {})

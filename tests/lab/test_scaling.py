@@ -1,0 +1,710 @@
+"""scaling.py: published figures come out again, known truths give the right verdicts, and a small ladder runs to its report."""
+
+import json
+import math
+import random
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_compare import ENV
+
+import scaling
+import train_gpt
+from engine.spec import UsageError
+from lab import plots, trials
+from lab.comparison import read_rows
+from lab.scaling import ladder, plan, published, survival
+from lab.scaling import laws as scaling_laws
+from lab.scaling import report as survival_report
+from lab.scaling.laws import Lines, Noise, PowerLaw, between, bootstrap, curve_through, fit, fit_joint, speedup, trend
+from lab.trials import Outcome
+from model import GPT, parameter_counts
+
+WEN = ROOT / "tests" / "wen2025_best.csv"  # Wen et al. 2025, arXiv 2509.02046: best loss of each optimizer, size and data ratio
+
+# ---------------------------------------------------------------- published losses
+
+
+@pytest.fixture(scope="module")
+def wen():
+    return published.published_speedups(published.read_losses(WEN), "adamw", [1, 2, 4, 8])
+
+
+@pytest.mark.parametrize(("size", "right"), [("130m", 1.42), ("300m", 1.30), ("520m", 1.30), ("1.2b", 1.18)])
+def test_muon_of_wen_et_al(wen, size, right):
+    """Their speed-ups to two decimals. Our losses are rounded to four, which is worth 0.001 of a speed-up more."""
+    (found,) = [s for row, s in wen["speedups"] if (row.optimizer, row.size, row.ratio) == ("muon", size, 1)]
+    assert found.inside and found.ratio == pytest.approx(right, abs=0.005 + 0.001)
+
+
+@pytest.mark.parametrize(
+    ("size", "right"),
+    [("130m", (0.4179, 0.4950, 3.1113)), ("300m", (0.3498, 0.4774, 2.9130)), ("520m", (0.3417, 0.3973, 2.7627)),
+     ("1.2b", (0.2394, 0.4848, 2.6649))],
+)  # fmt: skip
+def test_adamw_curves_of_wen_et_al(wen, size, right):
+    curve, amounts, losses = wen["curves"][size]
+    assert (curve.alpha, curve.exponent, curve.floor) == pytest.approx(right, abs=0.0015)
+    own = [curve.alpha, curve.exponent, curve.floor]
+    squares = lambda a, b, c: sum((a * d**-b + c - y) ** 2 for d, y in zip(amounts[:4], losses[:4]))  # noqa: E731
+    assert squares(*own) <= squares(*right)  # least squares: nothing near is better
+    assert curve.rms == pytest.approx(math.sqrt(squares(*own) / 4), abs=1e-9)
+
+
+def test_what_was_held_out_is_missed_and_what_lies_beyond_is_only_bounded(wen):
+    miss = {size: value for size, ratio, value in wen["checks"] if ratio == 16}
+    assert miss == pytest.approx({"130m": 0.010, "300m": 0.006}, abs=0.0006)
+    found = {(row.size, row.ratio): s for row, s in wen["speedups"] if row.optimizer == "muon"}
+    assert not found["130m", 8].inside and found["130m", 8].words() == "> 1.00x"
+    assert found["130m", 8].ratio == pytest.approx(1.41, abs=0.005)  # what the fit would have claimed
+    assert found["130m", 8].between == pytest.approx(1.35, abs=0.005)  # between the measured ratios 8 and 16
+    assert all(s.inside or math.isinf(s.high) or s.low == 0 for s in found.values())
+
+
+def test_fit_command(capsys):
+    assert scaling.main(["fit", "--losses", str(WEN), "--at", "7B"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| muon | 130m | 1 | 3.4626 | 1.42x | 1.46x |  |" in lines
+    assert "| muon | 130m | 8 | 3.2373 | > 1.00x | 1.35x | extrapolated: 1.41x |" in lines
+    assert any(line.startswith("muon: fades: ") and "shrinking by" in line for line in lines)
+    # one row for every line of the table that is not AdamW's own
+    rows = [row for row in published.read_losses(WEN) if row.optimizer != "adamw" and math.isfinite(row.loss)]
+    assert sum(line.count(" | ") == 6 for line in lines) == len(rows) + 2  # the head and its rule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("optimizer,size,chinchilla\n", "no column 'best_loss'"), ("optimizer,size,chinchilla,best_loss\n", "is empty"),
+     ("optimizer,size,chinchilla,best_loss\nmuon,130m,1,low\n", "line 2: .*must be numbers"),
+     ("optimizer,size,chinchilla,best_loss\nmuon,big,1,3\n", "'big' is no size"),
+     ("optimizer,size,chinchilla,best_loss\nmuon,130m,1,3\nmuon,130m,1,3\n", "line 3: .*comes twice"),
+     ("optimizer,size,chinchilla,best_loss\nmuon,130m,1,3\n", "--base adamw"),
+     ("optimizer,size,chinchilla,best_loss\nadamw,130m,1,3\n", "no size with losses at two")],
+)  # fmt: skip
+def test_bad_table(tmp_path, capsys, text, message):
+    path = tmp_path / "losses.csv"
+    path.write_text(text)
+    assert scaling.main(["fit", "--losses", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+
+
+# ---------------------------------------------------------------- curves
+
+
+def test_a_curve_gives_back_its_own_parameters():
+    x = np.array([3e5, 6e5, 1.2e6, 2.4e6, 4.8e6])
+    curve = fit(x, 40 * x**-0.3 + 1.1)
+    assert (curve.alpha, curve.exponent, curve.floor) == pytest.approx((40, 0.3, 1.1), rel=1e-4)
+    assert curve.amount(curve.loss(1e6)) == pytest.approx(1e6) and curve.amount(1.0) == math.inf
+    assert fit(x, 1 + x * 1e-7) is None  # a loss that rises
+    two = fit([1, 4], [3.0, 2.8])  # two budgets: nearly a straight line in log tokens
+    assert two.amount(2.9) == pytest.approx(2, rel=0.02) and between([1, 4], [3.0, 2.8], 2.9) == pytest.approx(2)
+    with pytest.raises(ValueError, match="two or more budgets"):
+        fit([1, 1], [3.0, 2.9])
+
+
+def test_a_speedup_is_a_figure_inside_and_a_bound_outside():
+    x, law = np.array([0.5, 1, 2]), lambda d: 1 + d**-0.4
+    curve = fit(x, law(x))
+    inside = speedup(curve, x, law(x), law(1.3), 1)
+    assert inside.inside and inside.ratio == pytest.approx(1.3, rel=1e-3) and inside.words() == "1.30x"
+    above, below = speedup(curve, x, law(x), law(3), 1), speedup(curve, x, law(x), law(0.3), 1)
+    assert (above.low, above.high, above.words()) == (2, math.inf, "> 2.00x") and not above.inside
+    assert (below.low, below.high, below.words()) == (0, 0.5, "< 0.50x") and math.isnan(below.between)
+
+
+def test_straight_lines_inside_and_beyond():
+    lines = Lines.through([1, 1, 2, 4, 8], [3.1, 2.9, 2.5, 2.6, 1.5])  # the third mean is above the second: level there
+    assert lines.losses == (3.0, 2.5, 2.5, 1.5) and (lines.least, lines.most) == (1, 8)
+    assert [lines.amount(loss) for loss in (3, 2.75, 2, 1.5)] == pytest.approx([1, 2**0.5, 4 * 2**0.5, 8])
+    assert [lines.amount(loss) for loss in (3.5, 0.5)] == pytest.approx([0.5, 16])  # by the outermost lines
+    assert Lines.through([1, 2, 4], [3, 2, 2]).amount(1.9) == math.inf
+    bound = speedup(lines, [1, 1, 2, 4, 8], [3.1, 2.9, 2.5, 2.6, 1.5], 1.2, 1)
+    assert not bound.inside and bound.words() == "> 8.00x" and math.isnan(bound.between)
+
+
+BUDGETS = np.repeat([0.25, 0.5, 1, 2, 4, 8], 3)
+
+
+def test_a_power_law_stands_until_its_runs_reject_it():
+    """Of 400 true power laws about 5 % are rejected; what falls faster and faster always is, but not by single runs."""
+    rng, noise = np.random.default_rng(0), 0.01 * np.random.default_rng(1).standard_normal((400, len(BUDGETS)))
+    found = [isinstance(curve_through(BUDGETS, 1 + BUDGETS**-0.4 + e), Lines) for e in noise]
+    assert 0.02 <= np.mean(found) <= 0.08
+    faster = 3 - 0.1 * np.log2(4 * BUDGETS) ** 1.5
+    assert all(isinstance(curve_through(BUDGETS, faster + e), Lines) for e in noise[:50])
+    once = slice(None, None, 3)
+    assert isinstance(curve_through(BUDGETS[once], (faster + noise[0])[once]), PowerLaw)
+    assert curve_through(BUDGETS, 1 + BUDGETS + 0.01 * rng.standard_normal(len(BUDGETS))) is None  # a loss that rises
+
+
+def test_straight_intervals_cover_where_a_power_law_misses():
+    rng, law = np.random.default_rng(0), lambda d: 3 - 0.1 * np.log2(4 * d) ** 1.5
+    hits = {False: [], True: []}
+    for _ in range(200):
+        y, own = law(BUDGETS) + 0.01 * rng.standard_normal(len(BUDGETS)), law(4) + 0.01 * rng.standard_normal(3)
+        noise = Noise.pooled([*(y[b == BUDGETS] for b in np.unique(BUDGETS)), own])
+        for straight in hits:
+            low, high = scaling_laws.interval(bootstrap(BUDGETS, y, 1, own, noise, 1, 400, straight))
+            hits[straight].append(low <= math.log(4) <= high)
+    assert 0.91 <= np.mean(hits[True]) <= 0.99 and np.mean(hits[False]) < 0.75
+
+
+def test_joint_law_gives_back_its_exponents():
+    rng = np.random.default_rng(0)
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e5, 4e6, 5), np.geomspace(3e5, 9e6, 4)))
+    losses = 0.8 + 3 * n**-0.2 + 30 * d**-0.35 + 1e-4 * rng.standard_normal(len(n))
+    law = fit_joint(n, d, losses)
+    assert (
+        abs(law.size_exponent - 0.2) < law.half["size_exponent"] and abs(law.token_exponent - 0.35) < law.half["token_exponent"]
+    )
+    assert law.half["token_exponent"] < 0.05 and law.rms < 2e-4
+    assert law.loss(1e6, 2e6) == pytest.approx(0.8 + 3 * 1e6**-0.2 + 30 * 2e6**-0.35, abs=1e-3)
+    assert fit_joint(n[:4], d[:4], losses[:4]) is None
+
+
+# ---------------------------------------------------------------- trends of known truth
+
+SIZES = np.array([98e3, 332e3, 786e3, 1.54e6, 4.2e6])
+
+
+def measured(truth: float, rng: np.random.Generator, sd=0.003, seeds=3, budgets=(0.5, 1, 2)):
+    """Runs of a base and a trick that is `truth` times as fast -> its measured speed-up and the bootstrap's draws."""
+    law = lambda d: 0.9 + 0.25 * d**-0.35  # noqa: E731
+    x = np.repeat(budgets, seeds).astype(float)
+    y, own = law(x) + sd * rng.standard_normal(len(x)), law(truth) + sd * rng.standard_normal(seeds)
+    noise = Noise.pooled([*(y[x == b] for b in budgets), own])
+    return speedup(fit(x, y), x, y, own.mean(), 1).ratio, bootstrap(x, y, 1, own, noise, seed=1, draws=500)
+
+
+def test_no_joint_law_where_size_does_not_matter():
+    grid = [(n, d) for n in (1e4, 1e5, 1e6) for d in (1e5, 1e6, 1e7)]
+    losses = [1 + 2 * (d / 1e6) ** -0.3 + 0.02 * math.log10(n) for n, d in grid]  # larger is worse: its factor ends at 0
+    assert fit_joint(*zip(*grid, strict=True), losses) is None
+
+
+def test_bootstrap_interval_covers_the_true_speedup():
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(200):
+        _, draws = measured(1.3, rng)
+        low, high = scaling_laws.interval(draws)
+        hits.append(low <= math.log(1.3) <= high)
+    assert 0.91 <= np.mean(hits) <= 0.99  # 95 %, +- 2.6 standard errors
+
+
+def judged(truth, scatter: float, se: float, trials: int, at: float):
+    """Trends of `trials` experiments in which the sizes' true speed-ups lie about `truth` with that scatter."""
+    rng = np.random.default_rng(2)
+    for k in range(trials):
+        right = np.log([truth(n) for n in SIZES]) + scatter * rng.standard_normal(len(SIZES))
+        y = right + se * rng.standard_normal(len(SIZES))
+        found = trend(SIZES, np.exp(y), y + se * rng.standard_normal((600, len(SIZES))), at, 3, seed=k)
+        yield found, truth(at) * math.exp(scatter * rng.standard_normal())
+
+
+@pytest.mark.parametrize(("scatter", "se", "widest"), [(0, 0.02, 1.25), (0.05, 0.02, 1.6), (0.15, 0.07, 5), (0.3, 0.07, 25)])
+def test_prediction_intervals_cover(scatter, se, widest):
+    """95 %, however far the sizes scatter: 400 experiments, 2.6 standard errors."""
+    found = list(judged(lambda n: 1.5 * (n / 98e3) ** -0.05, scatter, se, 400, 20e6))
+    assert np.mean([t.low <= right <= t.high for t, right in found]) > 0.95 - 2.6 * math.sqrt(0.95 * 0.05 / 400)
+    assert np.median([t.high / t.low for t, _ in found]) < widest  # and are not merely wide
+
+
+def test_scatter_about_a_line_is_what_lies_beyond_the_errors():
+    rng, x = np.random.default_rng(0), np.log(SIZES)
+    of = lambda scatter: scaling_laws.scatter_about_line(  # noqa: E731
+        x, x + np.hypot(scatter, 0.05) * rng.standard_normal(5), np.full(5, 0.05)
+    )
+    assert np.mean([of(0.3) ** 2 for _ in range(400)]) == pytest.approx(0.3**2, rel=0.15)  # unbiased, as its square
+    assert scaling_laws.scatter_about_line(x, 1 + 2 * x, np.full(5, 0.05)) == 0
+
+
+def test_two_sizes_predict_nothing():
+    found = trend(SIZES[:2], [1.3, 1.2], np.log([1.3, 1.2]) + 0.01 * np.random.default_rng(0).standard_normal((500, 2)), 1e6, 3)
+    assert (found.low, found.high, found.verdict) == (0, math.inf, "not decided") and "add a third" in found.words()
+
+
+def test_an_interval_does_not_hang_on_the_bootstraps_seed():
+    y = 3 - 0.1 * np.log2(4 * BUDGETS)
+    draws = [bootstrap(BUDGETS, y, 1, [2.8] * 3, Noise(0.01, 12), seed, straight=True) for seed in range(10)]
+    ends = np.array([scaling_laws.interval(d) for d in draws])
+    assert ends[:, 0].std() < 0.02 * np.ptp(ends, axis=1).mean() / 2
+
+
+@pytest.mark.parametrize(
+    ("truth", "right", "least"),
+    [(lambda n: 1.3, "survives", 0.95), (lambda n: 0.8, "reverses", 0.95), (lambda n: 1.6 * (n / 98e3) ** -0.1, "fades", 0.8),
+     (lambda n: 1.0, "not decided", 0.5)],
+)  # fmt: skip
+def test_verdicts_of_known_truths(truth, right, least):
+    verdicts = [t.verdict for t, _ in judged(truth, 0, 0.02, 100, 12e6)]
+    assert verdicts.count(right) >= least * len(verdicts), {v: verdicts.count(v) for v in verdicts}
+    wrong = {"survives": "reverses", "reverses": "survives"}.get(right, "survives")
+    assert verdicts.count(wrong) <= 0.05 * len(verdicts)
+
+
+def test_a_gain_that_is_surely_nothing_vanishes_and_an_open_question_says_what_it_takes():
+    assert {t.verdict for t, _ in judged(lambda n: 1.0, 0, 0.002, 20, 12e6)} == {"vanishes"}
+    open_ones = [t for t, _ in judged(lambda n: 1.08, 0, 0.05, 60, 12e6) if t.verdict == "not decided"]
+    assert open_ones and all("would decide" in t.why for t in open_ones)
+    needed = [int(t.why.split()[1]) for t in open_ones if t.why.startswith("about")]
+    assert needed and min(needed) > 3
+
+
+def test_the_line_meets_one_where_it_should():
+    y = np.log(1.4) - 0.08 * np.log(SIZES / SIZES[0])
+    found = trend(SIZES, np.exp(y), y + 0.005 * np.random.default_rng(0).standard_normal((1000, 5)), 20e6, 3)
+    right = SIZES[0] * math.exp(math.log(1.4) / 0.08)
+    assert found.crossing == pytest.approx(right, rel=0.01) and found.crossing_low < right < found.crossing_high
+    assert found.slope == pytest.approx(-0.08) and "shrinking by 17% a decade" in found.words()
+    with pytest.raises(ValueError, match="two sizes"):
+        trend(SIZES[:1], [1.3], np.zeros((10, 1)), 20e6, 3)
+
+
+# ---------------------------------------------------------------- ladders
+
+
+def test_ladders_have_one_dial_and_their_rules():
+    cpu, gpt2 = ladder.LADDERS["cpu"], ladder.LADDERS["gpt2"]
+    assert (
+        len(cpu.sizes) >= 5
+        and {s.width // s.heads for s in cpu.sizes} == {32}
+        and {s.width // s.layers for s in cpu.sizes} == {32}
+    )
+    rungs = [ladder.rung(s, cpu, cpu.tokens_per_parameter, ["--tricks", "modern"]) for s in cpu.sizes]
+    n = [r.parameters for r in rungs]
+    assert n[-1] / n[0] > 10**1.5 and all(12 * r.size.layers * r.size.width**2 < r.parameters for r in rungs)
+    for r in rungs:
+        _, config, _ = train_gpt.resolve(["--track", "cpu", "--tricks", "modern", *r.size.flags])
+        assert parameter_counts(GPT(config))["non_embedding"] == r.parameters and r.tokens == 1.25 * r.parameters
+        assert r.batch_tokens == 2 ** round(math.log2(4096 * (r.tokens / (2400 * 4096)) ** 0.383))
+        assert abs(r.steps(1) * r.batch_tokens - r.tokens) <= r.batch_tokens / 2
+    assert 2 * rungs[-1].tokens < 10_896_718  # training bytes of the corpus: nothing is seen twice
+    rung = ladder.rung(gpt2.sizes[0], gpt2, 20, ["--tricks", "baseline"])
+    assert rung.parameters == 85_056_000 and rung.size.name == "124M"  # GPT-2's 124.4M without 39.4M of embeddings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["0.3M"], "one size is no ladder"), (["0.8M", "0.3M"], "out of order: 786k .* and 332k"),
+     (["big", "1M"], "'big' is no size"), (["0.30M", "0.33M"], "same size"), (["-1M", "1M"], "no size"),
+     (["records/scaling/small-size"], "small-size: there is no such file")],
+)  # fmt: skip
+def test_bad_sizes(words, message):
+    with pytest.raises(UsageError, match=message):
+        ladder.own_sizes(words, ladder.LADDERS["cpu"])
+
+
+def test_own_sizes(tmp_path):
+    cpu, gpt2 = ladder.LADDERS["cpu"], ladder.LADDERS["gpt2"]
+    assert [s.layers for s in ladder.own_sizes(["0.1M", "0.8M", "6M"], cpu)] == [2, 4, 8]
+    assert ladder.own_sizes(["124M", "1.5B"], gpt2) == (gpt2.sizes[0], gpt2.sizes[3])
+    path = tmp_path / "sizes"
+    path.write_text("# name layers heads width\nsmall 2 2 64\nlarge 4 2 128\n")
+    assert [(s.name, s.layers, s.heads, s.width) for s in ladder.own_sizes([str(path)], cpu)] == [
+        ("small", 2, 2, 64),
+        ("large", 4, 2, 128),
+    ]
+    path.write_text("small 2 2\nlarge 4 2 128\n")
+    with pytest.raises(UsageError, match="line 1: a size is"):
+        ladder.own_sizes([str(path)], cpu)
+
+
+def test_learning_rates_go_with_the_width():
+    cpu = ladder.LADDERS["cpu"]
+    rung = ladder.rung(cpu.sizes[2], cpu, 1.25, ["--tricks", "modern"])  # width 128, half of the track's
+    flags = lambda rule, *words, factor=1.0: " ".join(  # noqa: E731
+        ladder.at_size("x", ("--track", "cpu", "--tricks", "modern", *words), rung, cpu, rule, factor).flags
+    )
+    rate = lambda text: train_gpt.resolve(text.split())[0].optimizer  # noqa: E731
+    assert rate(flags("mup")) == "adamw:lr=0.004" and rate(flags("none")) == "adamw:lr=2e-3"
+    assert rate(flags("power:-0.5", "--optimizer", "soap:lr=0.01,every=5")) == "soap:lr=0.01414,every=5"
+    assert rate(flags("mup", "--optimizer", "muon")) == "muon"  # its update has the same singular values at every width
+    assert rate(flags("mup", "--optimizer", "muon:scale=moonlight,lr=0.01")) == "muon:scale=moonlight,lr=0.01414"
+    assert rate(flags("none", "--optimizer", "muon", factor=2)) == "muon:lr=0.04"  # the class's default, doubled
+    # a warm-up of 100 of the track's 2,400 steps is the same fraction of any run; a trick's own schedule stays
+    assert train_gpt.resolve(flags("mup").split())[0].schedule == "cosine:warmup=0.04167"
+    assert train_gpt.resolve(flags("mup", "--schedule", "wsd:cooldown=0.7").split())[0].schedule == "wsd:cooldown=0.7"
+    assert ladder.retune_factors(5, 2) == [1, 0.5, 2, 0.25, 4]
+    for rule in ("mupp", "power:", "power:x", "none:1"):
+        with pytest.raises(UsageError, match="takes mup, power:EXPONENT"):
+            ladder.transfer_exponent(rule, "adamw")
+
+
+# ---------------------------------------------------------------- from trials to a report
+
+FLAGS = ["--sequence-length", "64", "--val-tokens", "512"]
+
+
+class FakeTrainer:
+    """Leaves the run folder that a trainer would have left. Loss = law(N, s D) of the arm's own speed-up s(N), worse by
+    `off` (log2 of the learning-rate factor)^2; arms in `diverge` diverge at the sizes named there."""
+
+    def __init__(self, speedups, paces=None, best_factor=None, diverge=(), noise=0.002):
+        self.speedups, self.paces, self.best_factor = speedups, paces or {}, best_factor or {}
+        self.diverge, self.noise, self.trained = set(diverge), noise, []
+
+    def __call__(self, trial, processes=1, threads=0):
+        if trial.result is not None and trial.extra != trials.ANEW:
+            return Outcome(trial, trial.result)
+        config, model, _ = train_gpt.resolve(trial.flags)
+        name, size = trial.arm.name.split(",")[0].split(" at ")
+        factor = float(trial.arm.name.split("lr x ")[1]) if "lr x " in trial.arm.name else 1.0
+        self.trained.append((trial.arm.name, trial.steps, trial.seed))
+        n = parameter_counts(ladder.abstract_model(model))["non_embedding"]
+        tokens = trial.steps * config.batch_tokens
+        dice = random.Random(f"{trial.arm.name} {trial.steps} {trial.seed}")
+        speed = self.speedups.get(name, lambda n: 1.0)(n)
+        off = 0.02 * math.log2(factor / self.best_factor.get(name, 1.0)) ** 2
+        loss = 0.7 + 2.5 * n**-0.15 + 20 * (speed * tokens) ** -0.3 + off + dice.gauss(0, self.noise)
+        diverged = (name, size) in self.diverge
+        seconds = tokens * n * 1e-9 * self.paces.get(name, 1.0) * math.exp(dice.gauss(0, 0.01))
+        result = {
+            "status": "diverged" if diverged else "ok", "steps": trial.steps, "val_loss": None if diverged else loss,
+            "train_time": seconds, "robust_train_time": seconds, "process_time": seconds, "tokens": tokens,
+            "flops_per_token": 6 * n, "peak_memory": 10**8, "stalled": False,
+        }  # fmt: skip
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        (trial.folder / "env.json").write_text(json.dumps(ENV))
+        (trial.folder / "log.jsonl").write_text(json.dumps(dict(event="end", utc="2026-01-01T00:00:00Z")) + "\n")
+        (trial.folder / "result.json").write_text(json.dumps(result))
+        return Outcome(trial, result)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch, sotu):
+    """fake(speedups, ...) puts a FakeTrainer in the trainer's place."""
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
+    monkeypatch.setattr(plots, "draw_scaling", lambda folder, summary: [])  # drawn by one test below
+
+    def install(*args, **kwargs):
+        trainer = FakeTrainer(*args, **kwargs)
+        monkeypatch.setattr(trials, "train", trainer)
+        return trainer
+
+    return install
+
+
+def command(out, *flags, sizes=("0.1M", "0.33M", "0.8M", "1.5M")):
+    return [*flags, "--sizes", *sizes, "--out", str(out), "--", *FLAGS]
+
+
+def summary(out):
+    return json.loads((out / "scaling.json").read_text())
+
+
+def test_survival_of_known_tricks(fake, tmp_path, capsys):
+    trainer = fake(
+        {"+muon": lambda n: 1.5, "+soap": lambda n: 1.6 * (n / 1e5) ** -0.15, "+lion": lambda n: 0.8}, paces={"+soap": 2.0}
+    )
+    out = tmp_path / "s"
+    assert scaling.main(command(out, "--tricks", "muon", "soap", "lion", "--retune", "1", "--at", "4M")) == 0
+    found = {t["trick"]: t for t in summary(out)["tricks"]}
+    verdicts = {name: t["trends"]["tokens"]["verdict"] for name, t in found.items()}
+    assert verdicts["+muon"] == "survives" and verdicts["+lion"] == "reverses" and verdicts["+soap"] in ("fades", "not decided")
+    for name, right in (("+muon", 1.5), ("+lion", 0.8)):
+        for size in found[name]["sizes"]:
+            low, high = size["intervals"]["tokens"]
+            assert size["ratios"]["tokens"] == pytest.approx(right, rel=0.12) and low / 1.1 < right < high * 1.1
+            assert size["ratios"]["flops"] == size["ratios"]["tokens"]
+            assert size["time_to_loss"]["inside"] == (name == "+muon")  # a slower trick would need more than its budgets
+    seconds = [s["ratios"]["seconds"] / s["ratios"]["tokens"] for s in found["+soap"]["sizes"]]
+    assert seconds == pytest.approx([0.5] * 4, rel=0.03)
+    (held,) = found["+muon"]["held_out"]
+    assert held["size"] == "1.54M" and held["hit"] and held["low"] < 1.5 < held["high"]
+    law = summary(out)["laws"]["modern"]
+    assert abs(law["token_exponent"] - 0.3) < law["half"]["token_exponent"] + 0.05
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert (
+        lines[0].startswith("+muon: survives: ")
+        and "; in seconds survives, " in lines[0]
+        and lines[2].startswith("+lion: reverses")
+    )
+    text = (out / "README.md").read_text()
+    assert (
+        "| trick | 98.3k | 332k | 786k | 1.54M | at 4M | verdict |" in text
+        and "./run.sh scaling --tricks muon soap lion" in text
+    )
+    assert summary(out)["dtype"] == "fp32" and ", in fp32. Source: " in text
+    # what is printed is what trials.csv gives again; nothing is trained twice
+    count = len(trainer.trained)
+    assert scaling.main(command(out, "--tricks", "muon", "soap", "lion", "--retune", "1", "--at", "4M")) == 0
+    assert len(trainer.trained) == count == len(set(trainer.trained))
+    before = (out / "scaling.json").read_text()
+    assert scaling.main(["--report", str(out)]) == 0 and (out / "scaling.json").read_text() == before
+
+
+def test_a_ladder_in_two_compute_types_is_refused(fake, tmp_path, capsys, monkeypatch):
+    """Half of a ladder on a machine with bf16 would shift a trick against its base."""
+    out = tmp_path / "s"
+    fake({"muon": lambda n: 1.5})
+    assert scaling.main(command(out, "--tricks", "muon", "--at", "4M")) == 0
+    before = (out / "trials.csv").read_text()
+    monkeypatch.setitem(ENV, "dtype", "bfloat16")
+    capsys.readouterr()
+    assert scaling.main(command(out, "--tricks", "muon", "soap", "--at", "4M")) == 2
+    error = capsys.readouterr().err
+    assert "their losses do not compare" in error and error.count("\n") == 1 and (out / "trials.csv").read_text() == before
+
+
+def test_runs_of_other_settings_are_left_out(fake, tmp_path, capsys):
+    out = tmp_path / "s"
+    trainer = fake({"+muon": lambda n: 1.5})
+    words = command(out, "--tricks", "muon", "--retune", "1", "--timing-steps", "0", "--hold-out", "0", sizes=("0.1M", "0.33M"))
+    assert scaling.main(words) == 0 and summary(out)["left_out"] == []
+    first = read_rows(out / "trials.csv")
+    # as if the trainer had gained a setting since: the arms have their names, and their runs other ones
+    text = (out / "trials.csv").read_text()
+    for row in first:
+        text = text.replace(row.run, row.run[:-8] + row.run[:-9:-1]).replace(repr(row.val_loss), repr(row.val_loss + 0.3))
+    (out / "trials.csv").write_text(text)
+    trainer.trained.clear()
+    assert scaling.main(words) == 0 and len(trainer.trained) == 0  # found by their run folders
+    assert len(summary(out)["left_out"]) == len(first) == len(read_rows(out / "trials.csv")) / 2
+    assert f"{len(first)} trials in this folder are of other settings" in capsys.readouterr().out
+    points = [p for arm in summary(out)["curves"].values() for size in arm.values() for p in size["points"]]
+    assert sorted(loss for p in points for loss in p["losses"]) == sorted(row.val_loss for row in first)
+    before = summary(out)
+    assert scaling.main(["--report", str(out)]) == 0 and summary(out) == before
+
+
+def test_the_timings_of_a_turn_lie_together(fake, tmp_path):
+    """A turn that was cut off is timed anew as a whole; one whose runs lie hours apart is left out, and said."""
+    out, trainer = tmp_path / "s", fake({"+muon": lambda n: 1.5}, paces={"+muon": 1.4})
+    words = command(out, "--tricks", "muon", "--retune", "1", "--seeds", "2", "--hold-out", "0", sizes=("0.1M", "0.33M"))
+    assert scaling.main(words) == 0 and "apart" not in summary(out)
+    timed = [row for row in read_rows(out / "trials.csv") if row.phase == "time"]
+    last = timed[-1]
+    assert len(timed) == 2 * 2 * scaling.TIME_PAIRS and last.arm == "+muon at 332k"
+    text = (out / "trials.csv").read_text().splitlines(keepends=True)
+    (out / "trials.csv").write_text("".join(line for line in text if last.run not in line))
+    shutil.rmtree(tmp_path / "work" / "runs" / "cpu" / last.run)
+    trainer.trained.clear()
+    assert scaling.main(words) == 0
+    assert trainer.trained == [("modern at 332k", last.steps, last.pair), ("+muon at 332k", last.steps, last.pair)]
+    line = next(line for line in (out / "trials.csv").read_text().splitlines() if last.run in line)
+    (out / "trials.csv").write_text((out / "trials.csv").read_text().replace(line, line.replace("T00:", "T09:")))
+    assert scaling.main(["--report", str(out)]) == 0
+    found = summary(out)
+    assert found["apart"] == [{"size": "332k", "pair": last.pair, "hours": 9.0}]
+    assert sorted(found["curves"]["modern"]["332k"]["cost"]["seconds"]) == [str(row.pair) for row in timed[-6:-2:2]]
+    assert f"- short runs of seed {last.pair} at 332k lie 9.0 hours apart and are left out" in (out / "README.md").read_text()
+    assert survival.again(found, read_rows(out / "trials.csv")) | {"plots": found["plots"]} == found
+
+
+def test_no_bound_where_the_runs_themselves_do_not_keep_it():
+    """A curve through runs that scatter says that the base does not get there, or was there from the start; its runs there say
+    otherwise."""
+
+    def size(base, trick):
+        points = [{"budget": b, "tokens": 1000 * b, "losses": losses, "failed": 0} for b, losses in base.items()]
+        own = {"budget": 1, "tokens": 1000, "losses": trick, "failed": 0}
+        return survival.at_one_size(*({"points": p, "cost": {"flops": 1.0, "seconds": {}}} for p in (points, [own])), seed=0)
+
+    base = {1: [3.2, 3.0, 2.8], 2: [2.85, 2.95, 2.75], 4: [2.9, 2.6, 2.7], 8: [2.8, 2.65, 2.47]}
+    found = size(base, [2.2, 2.3, 2.25])
+    assert found["words"] == "> 8.00x" and found["why"] == "the base's curve is above this loss at 8 x the tokens"
+    found = size(base | {8: [2.95, 2.62, 2.0]}, [2.53, 2.53, 2.53])  # mean 2.523
+    assert found["words"] == "unclear" and found["why"].endswith("at 8 x the tokens, but the mean of its runs there is not")
+    found = size(base, [3.6, 3.5, 3.4])
+    assert found["words"] == "< 1.00x" and found["why"] == "the base's curve is below this loss at 1 x the tokens"
+    found = size(base | {1: [3.7, 3.1, 2.6]}, [3.1325, 3.1325, 3.1325])  # mean 3.1333
+    assert found["words"] == "unclear" and found["why"].startswith("the base's curve is below this loss at 1 x the tokens, but")
+
+
+def test_retune_is_equal_and_its_cost_is_told(fake, tmp_path):
+    trainer = fake({"+muon": lambda n: 1.4}, best_factor={"modern": 2.0}, noise=0.0005)
+    out = tmp_path / "s"
+    words = command(out, "--tricks", "muon", "--seeds", "2", "--timing-steps", "0", sizes=("0.1M", "0.33M"))
+    assert scaling.main(words) == 0
+    tried = [name.split(" at ")[0] for name, _, seed in trainer.trained if seed == scaling.RETUNE_SEED]
+    assert tried.count("modern") == tried.count("+muon") == 3 * 2
+    found = summary(out)["curves"]
+    for size in ("98.3k", "332k"):
+        assert found["modern"][size]["retune"]["best"] == 2 and found["modern"][size]["retune"]["edge"]
+        assert found["modern"][size]["retune"]["cost"] == pytest.approx(0.02, abs=0.003)
+        assert found["+muon"][size]["retune"]["best"] == 1 and found["+muon"][size]["retune"]["cost"] == 0
+    # the curves were run at the better rate
+    assert all("lr x 2" in name for name, _, seed in trainer.trained if name.startswith("modern") and seed < 1000)
+    assert summary(out)["tricks"][0]["sizes"][0]["ratios"]["tokens"] == pytest.approx(1.4, rel=0.05)
+
+
+def test_base_budgets_are_extended_only_as_far_as_they_may(fake, tmp_path, capsys):
+    trainer = fake({"+muon": lambda n: 3.0}, noise=0.0005)
+    words = ("--tricks", "muon", "--retune", "1", "--seeds", "2", "--timing-steps", "0")
+    out = tmp_path / "a"
+    assert scaling.main(command(out, *words, sizes=("0.1M", "0.33M"))) == 0
+    assert {p["budget"] for p in summary(out)["curves"]["modern"]["98.3k"]["points"]} == {0.5, 1, 2, 4}
+    assert summary(out)["tricks"][0]["sizes"][0]["ratios"]["tokens"] == pytest.approx(3, rel=0.1)
+    out = tmp_path / "b"
+    assert scaling.main(command(out, *words, "--most-budget", "2", sizes=("0.1M", "0.33M"))) == 2
+    error = capsys.readouterr().err
+    assert "nothing can be said: +muon: not decided: 98.3k: the base's curve is above this loss at 2 x the tokens" in error
+    assert error.count("\n") == 1 and "> 2.0" in (out / "README.md").read_text()
+    assert trainer.trained
+
+
+def test_all_runs_diverged_at_a_size(fake, tmp_path, capsys, monkeypatch):
+    fake({"+muon": lambda n: 1.4}, diverge={("modern", "332k")})
+    words = ("--tricks", "muon", "--seeds", "2", "--timing-steps", "0")
+    assert scaling.main(command(tmp_path / "a", *words, sizes=("0.1M", "0.33M"))) == 2
+    assert "all 3 runs of modern diverged or crashed at 332k" in capsys.readouterr().err
+    assert scaling.main(command(tmp_path / "b", *words, "--retune", "1", sizes=("0.1M", "0.33M"))) == 2
+    error = capsys.readouterr().err
+    assert "all 6 runs of modern diverged or crashed at 332k" in error and error.count("\n") == 1
+    # a trick's size is left out, and said
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "other work")
+    fake({"+muon": lambda n: 1.4}, diverge={("+muon", "332k")})
+    assert scaling.main(command(tmp_path / "c", *words, "--retune", "1", sizes=("0.1M", "0.33M", "0.8M"))) == 0
+    assert "left out: 332k (every run of it diverged or crashed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "scale what"), (["--tricks", "muno"], "did you mean 'muon'"), (["--tricks", "muon", "muon"], "twice"),
+     (["--tricks", "wide_heads"], "are the same settings on this ladder"),
+     (["--tricks", "batch_stages"], "is not for a ladder, whose batch is set by size"),
+     (["--tricks", "muon", "--seeds", "1"], "no variance"), (["--tricks", "muon", "--ladder", "cpus"], "did you mean 'cpu'"),
+     (["--tricks", "muon", "--sizes", "1M"], "one size is no ladder"),
+     (["--tricks", "muon", "--sizes", "1M", "0.1M"], "out of order"),
+     (["--tricks", "muon", "--tokens-per-parameter", "20"], "no data left: 4.23M parameters at budget 2 want 169,"),
+     (["--tricks", "muon", "--budgets", "1"], "at least two"), (["--tricks", "muon", "--budgets", "2", "4"], "one of them 1"),
+     (["--tricks", "muon", "--lr-transfer", "mupp"], "takes mup"), (["--tricks", "soap:lrr=1"], "no key 'lrr'"),
+     (["--tricks", "muon", "--at", "big"], "'big' is no size"), (["--report", "nowhere"], "holds no experiment"),
+     (["--tricks", "muon", "--plan", "--hardware", "8xH10"], "did you mean 'H100'"),
+     (["--tricks", "muon", "--plan", "--hardware", "H100"], "takes 8xH100 and the like")],
+)  # fmt: skip
+def test_bad_command(fake, tmp_path, capsys, flags, message):
+    fake({})
+    assert scaling.main([*flags, "--out", str(tmp_path / "s")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_a_plan_counts_what_is_run(fake, tmp_path, capsys):
+    trainer = fake({"+muon": lambda n: 1.4})
+    words = command(tmp_path / "s", "--tricks", "muon", "--hardware", "1xH100", sizes=("0.1M", "0.33M"))
+    assert scaling.main([*words[:1], "muon", "--plan", *words[2:]]) == 0
+    text = capsys.readouterr().out
+    assert not trainer.trained and not (tmp_path / "s").exists()
+    runs, tokens = re.search(r"^([\d,]+) runs, ([\d.]+)M tokens", text, re.MULTILINE).groups()
+    assert scaling.main(words) == 0
+    assert int(runs) == len(trainer.trained)
+    rows = read_rows(tmp_path / "s" / "trials.csv")
+    assert float(tokens) == pytest.approx(sum(r.tokens for r in rows) / 1e6, rel=0.005)
+    # FLOPs over MFU x peak are the hours, and the hours are the cost
+    hours, cost = map(float, re.search(r"([\d.]+) hours, ([\d,]+) \$ on 1xH100", text).groups())
+    assert hours < 0.1 and cost == round(plan.CARDS["H100"].price * hours)
+
+
+def test_a_plan_measures_this_machine(fake, tmp_path, capsys):
+    trainer = fake({}, paces={"+muon": 3.0})
+    words = command(tmp_path / "s", "--tricks", "muon", sizes=("0.1M", "0.33M", "0.8M"))
+    assert scaling.main([*words[:1], "muon", "--plan", *words[2:]]) == 0
+    assert {steps for _, steps, _ in trainer.trained} == {scaling.CALIBRATION_STEPS}
+    assert [name.split(" at ")[0] for name, _, _ in trainer.trained] == ["modern"] * 3 + ["+muon"]
+    text = capsys.readouterr().out
+    assert "this machine" in text and "98.3k" in text and "GB" in text
+
+
+def test_a_plan_that_does_not_fit(fake, tmp_path, capsys, monkeypatch):
+    fake({})
+    monkeypatch.setitem(plan.CARDS, "L40S", replace(plan.CARDS["L40S"], memory=3e7))  # 30 MB
+    words = command(tmp_path / "s", "--tricks", "muon", "--plan", "--hardware", "1xL40S", sizes=("12k", "98k", "4.2M"))
+    assert scaling.main(words) == 2
+    captured = capsys.readouterr()
+    assert "4.21M takes 0.1 GB a rank with micro-batches of one sequence, 1xL40S has 0.0: add" in captured.err
+    assert captured.err.count("\n") == 1
+    first, second, third = (line.split(" | ") for line in captured.out.splitlines()[2:5])
+    assert [line[-2] == "does not fit" for line in (first, second, third)] == [False, False, True]
+    assert first[-2] == first[3] and float(second[-3].split()[0]) <= 0.03  # GB; the 12k model takes its whole batch at once
+
+
+# ---------------------------------------------------------------- the real trainer
+
+
+def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
+    """The trainer in this process: test_trials.py has what starts it as one of its own."""
+    monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
+
+    def here(trial, processes=1, threads=0):
+        assert train_gpt.main([*trial.flags, "--out", str(trial.folder)]) == 0
+        return Outcome(trial, trial.result)
+
+    monkeypatch.setattr(trials, "train", here)
+    monkeypatch.setattr(scaling, "TIME_PAIRS", 2)
+    monkeypatch.setattr(trials, "in_turn", lambda wanted, launch, workers: map(launch, wanted))  # signals: main thread only
+    out = tmp_path / "s"
+    (tmp_path / "sizes").write_text("3k 1 1 16\n12k 1 1 32\n")
+    words = ["--tricks", "muon", "--sizes", str(tmp_path / "sizes"), "--tokens-per-parameter", "0.1", "--budgets", "1", "4",
+             "--trick-budgets", "1", "--most-budget", "1", "--seeds", "2", "--retune", "1", "--timing-steps", "2"]  # fmt: skip
+    own = ["--sequence-length", "32", "--val-tokens", "512", "--checkpoint-minutes", "0"]
+    code = scaling.main([*words, "--at", "1M", "--out", str(out), "--", *own])
+    found, rows = summary(out), read_rows(out / "trials.csv")
+    assert {r.phase for r in rows} == {"curve", "time"} and {r.status for r in rows} == {"ok"}
+    said = [s for s in found["tricks"][0]["sizes"] if "ratios" in s]
+    assert (code == 0) == (len(said) == 2)  # so short a run may leave only bounds
+    for size in found["curves"]["modern"].values():
+        points = {p["budget"]: p for p in size["points"]}
+        assert points.keys() >= {1, 4} and all(len(p["losses"]) == 2 for p in points.values())
+        assert max(points[4]["losses"]) < min(points[1]["losses"])  # it learns
+        assert set(size["cost"]["seconds"]) == {"2000", "2001"}
+    for name in ("README.md", "survival.png", "survival.svg", "sizes.png", "sizes.svg"):
+        assert (out / name).stat().st_size > 100, name
+
+
+def test_the_survival_picture_shows_open_ends_and_sizes_without_a_figure(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "save", lambda figure, folder, name: figure)
+    sizes = [{"size": name, "parameters": n} for name, n in (("10k", 1e4), ("100k", 1e5), ("1M", 1e6))]
+    measured = [
+        {"ratios": {"tokens": 1.2}, "intervals": {"tokens": [1.1, None]}}, {"words": "unclear"}, {"words": "> 8x", "low": 8.0}
+    ]  # fmt: skip
+    measured = [size | found for size, found in zip(sizes, measured, strict=True)]
+    tricks = [{"trick": f"+{i}", "sizes": measured, "trends": {"tokens": None}} for i in range(5)]
+    axes = plots.survival(tmp_path, {"at": 1e7, "sizes": sizes, "tricks": tricks}).axes[:5]
+    markers = [line.get_marker() for line in axes[0].lines]
+    assert markers.count("_") == 1 and markers.count(6) == 1  # a cap below, an arrowhead above
+    assert [text.get_text() for text in axes[0].texts] == ["?"]
+    labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes]
+    assert labelled == [False, True, True, True, True]  # the lowest of every column
+
+
+def test_experiments_on_several_corpora_stand_beside_each_other():
+    def experiment(*sizes):
+        trend = {"ratio": 1.5, "low": 1.1, "high": None, "at": 1e6, "verdict": "survives"}
+        measured = [{"size": s, "ratios": {"tokens": 1.2}, "intervals": {"tokens": [1.1, 1.3]}} for s in sizes]
+        tricks = [{"trick": "+muon", "sizes": measured, "trends": {"tokens": trend}}]
+        return {"sizes": [{"size": s} for s in sizes], "tricks": tricks}
+
+    first = experiment("14k", "25k")
+    first["tricks"].append({"trick": "+soap", "sizes": [], "trends": {"tokens": None}})
+    lines = survival_report.corpora_table({"sotu": first, "wiki": experiment("14k")}).splitlines()
+    assert lines[0] == "| trick | corpus | 14k | 25k | predicted | verdict |"
+    assert lines[2:] == [
+        "| `+muon` | sotu | 1.20x (1.10-1.30) | 1.20x (1.10-1.30) | 1.50x (1.10-inf) | survives at 1M |",
+        "| `+muon` | wiki | 1.20x (1.10-1.30) | - | 1.50x (1.10-inf) | survives at 1M |",
+    ]
+
+
+def test_a_gpu_and_a_cpu_trained_the_same_runs_to_the_same_losses():
+    """README's words on the two ladders that are kept: those runs that have the same settings in both, in fp32."""
+    cpu, gpu = (
+        {
+            (r.arm, r.steps, r.seed): r.val_loss
+            for r in read_rows(ROOT / "records" / "scaling" / name / "trials.csv")
+            if ("H100" in r.machine) == (name == "h100-modern")  # three runs of that ladder are a CPU's
+        }
+        for name in ("cpu-modern", "h100-modern")
+    )
+    apart = [abs(cpu[run] - gpu[run]) for run in cpu.keys() & gpu.keys()]
+    assert len(apart) == 195 and np.median(apart) < 0.0003 and sum(d > 0.01 for d in apart) == 25

@@ -1,0 +1,588 @@
+"""compare.py tune: the space, the budget, and what the tables say. A formula stands in the place of the trainer; one test runs
+the real one."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+
+import optuna
+import pytest
+import torch
+from scipy import stats
+
+import optimizers
+import train_gpt
+import tricks
+from engine import hardware
+from engine.spec import UsageError, split
+from lab import trials
+from lab.trials import PRUNED, Arm, Outcome, Trial
+from lab.tuning import tune, tuned
+from lab.tuning.space import EXTRAS, Dimension, points, submission, values
+from lab.tuning.tuned import Row, Table
+from model import GPT
+
+EVERYONE = [*optimizers.OPTIMIZERS, *EXTRAS]
+
+
+class FakeTrainer:
+    """Leaves the run folder that a trainer would have: a bowl of the logarithm of the learning rate, lowest at `best`."""
+
+    def __init__(self, best=3e-3, diverged=(), seconds=0.02):
+        self.crashing: set[str] = set()
+        self.cpu = "some CPU"
+        self.best, self.diverged, self.seconds, self.trained, self.stop_after = best, set(diverged), seconds, [], math.inf
+
+    def __call__(self, trial, processes=1, threads=0, tries=2, watch=None):
+        if trial.result is not None:
+            return Outcome(trial, trial.result)
+        if len(self.trained) >= self.stop_after:
+            raise KeyboardInterrupt
+        config, _, _ = train_gpt.resolve(trial.flags)
+        self.dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.dtype]
+        if trial.arm.name in self.crashing:
+            return Outcome(trial, None, "RuntimeError: out of luck")
+        if trial.arm.name != "plan":
+            self.trained.append((trial.arm.name, trial.steps, trial.seed, config.optimizer, config.track))
+        rate = float(split(config.optimizer)[1].get("lr", 1e-3))
+        final = 2.0 + 0.1 * math.log(rate / self.best) ** 2 + 1e-3 * (trial.seed % 7)
+        status = "diverged" if trial.arm.name in self.diverged else "ok"
+        log = [dict(event="val", step=s, loss=final + 1 - s / trial.steps) for s in range(1, trial.steps + 1)]
+        trial.folder.mkdir(parents=True)
+        (trial.folder / "env.json").write_text(
+            json.dumps({"cpu": self.cpu, "dtype": self.dtype, "source_sha256": trials.run_folder.source_hash()})
+        )
+        (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+        if watch and not watch(trial):
+            return Outcome(trial, None, PRUNED)
+        result = {
+            "status": status,
+            "val_loss": None if status == "diverged" else final,
+            "process_time": self.seconds * trial.steps,
+            "train_time": 1.5 * self.seconds * trial.steps,
+        }
+        (trial.folder / "result.json").write_text(json.dumps(result))
+        return Outcome(trial, result)
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A FakeTrainer for two short workloads, and the flags that name a fresh --out."""
+    trainer = FakeTrainer()
+    monkeypatch.setattr(trials, "train", trainer)
+    monkeypatch.setattr(trials, "RUNS", tmp_path)
+    for name in ("wiki", "tokens"):
+        short = tricks.TRACKS[name].settings | {"steps": 40}
+        monkeypatch.setitem(tricks.TRACKS, name, dataclasses.replace(tricks.TRACKS[name], settings=short))
+    return trainer
+
+
+def call(tmp_path, *words: str) -> int:
+    return tune.main([*words, "--workloads", "wiki", "tokens", "--side-by-side", "1", "--out", str(tmp_path / "out")])
+
+
+def table(tmp_path, name: str, track: str = "wiki") -> Table:
+    return Table(tmp_path / "out" / track / f"{name}.csv")
+
+
+# ---------------------------------------------------------------- space
+
+
+@pytest.mark.parametrize(("scale", "middle"), [("linear", 0.5495), ("log", 0.3146), ("complement", 0.9684)])
+def test_a_dimension_is_even_on_its_scale(scale, middle):
+    low, high = (0.9, 0.99) if scale == "complement" else (0.1, 0.999)
+    d = Dimension("optimizer", "x", low, high, scale)
+    found = d.value(d.at(0.5))
+    expected = {"linear": (low + high) / 2, "log": math.sqrt(low * high), "complement": 1 - math.sqrt((1 - low) * (1 - high))}
+    assert found == pytest.approx(expected[scale], rel=2e-3) and found == pytest.approx(middle, abs=2e-3)
+    assert {d.value(d.at(0)), d.value(d.at(1))} == {low, high}
+    assert d.value(d.searched(found)) == found
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_every_corner_of_every_space_builds(name):
+    entry = submission(name)
+    keys = [d.name for d in entry.dimensions]
+    assert len(set(keys)) == len(keys) and "lr" in keys and any("warmup" in key for key in keys)
+    if name != "amos":  # whose decay is part of the rule
+        assert any("weight_decay" in key for key in keys)
+    config = tune.tricks.track("bytes-small").settings
+    _, model, _ = train_gpt.resolve(["--track", "bytes-small", "--layers", "1"])
+    for share in (0, 1):
+        flags = entry.flags(values(entry.dimensions, {d.name: d.at(share) for d in entry.dimensions}))
+        run, _, _ = train_gpt.resolve(["--track", "bytes-small", *flags])
+        built = optimizers.build(run.optimizer, GPT(model), config["steps"], run.average)
+        assert all(math.isfinite(g["lr"]) for g in built.param_groups)
+    assert entry.flags(entry.defaults()) and set(entry.defaults()) == set(keys)
+
+
+def test_points_are_the_same_for_all_with_as_many_dimensions_and_other_ones_per_study():
+    adam, lion = submission("adamw").dimensions, submission("lion").dimensions
+    share = lambda dims, point: [  # noqa: E731
+        (math.log(point[d.name] / d.at(0)) / math.log(d.at(1) / d.at(0))) if d.distribution.log else None for d in dims
+    ]
+    for one, other in zip(points(adam, 5, 0), points(lion, 5, 0), strict=True):
+        assert share(adam, one) == pytest.approx(share(lion, other))
+    assert points(adam, 3, 0) == points(adam, 5, 0)[:3] and points(adam, 3, 1) != points(adam, 3, 0)
+    rates = sorted(p["lr"] for p in points(adam, 5, 0))  # quasi-random: no two close together
+    assert min(b / a for a, b in itertools.pairwise(rates)) > 1.3
+
+
+def test_own_optimizers_and_fixed_keys(tmp_path):
+    fixed = submission("sgd:nesterov=false,momentum=0.9")
+    assert [d.key for d in fixed.dimensions] == ["lr", "weight_decay", "warmup"]
+    assert fixed.flags({"lr": 0.1})[:2] == ("--optimizer", "sgd:nesterov=false,momentum=0.9,lr=0.1")
+    own = tmp_path / "mine.py"
+    own.write_text("import torch\nclass Mine(torch.optim.SGD):\n    pass\n")
+    entry = submission(f"{own}:Mine")
+    assert [d.key for d in entry.dimensions] == ["lr", "warmup"]
+    train_gpt.resolve(["--track", "wiki", *entry.flags({"lr": 0.1, "schedule_warmup": 0.1})])
+    with pytest.raises(UsageError, match="did you mean 'muon'"):
+        submission("muno")
+    everything = ",".join(f"{d.key}=0.1" for d in submission("schedule_free_sgd").dimensions)
+    with pytest.raises(UsageError, match="nothing is left to search"):
+        _ = submission(f"schedule_free_sgd:{everything}").dimensions
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_everyone_gets_the_same_budget_and_nothing_is_trained_twice(fake, tmp_path, capsys):
+    words = ("--optimizers", "adamw", "muon", "heavy_ball", "--trials", "3", "--target-seeds", "2")
+    assert call(tmp_path, *words) == 0
+    search = [t for t in fake.trained if t[1] == 40]
+    by_name = {name: [t for t in search if t[0] == name] for name in ("adamw", "muon", "heavy_ball")}
+    assert {name: len(t) for name, t in by_name.items()} == {
+        "adamw": 2 * (3 + 4),
+        "muon": 2 * (3 + 4),
+        "heavy_ball": 2 * (3 + 4),
+    }
+    assert sum(t[1] == 30 for t in fake.trained) == 2 * 2 * 2  # targets, of the two that set them, at three quarters
+    rows = table(tmp_path, "adamw").of("search")
+    assert [row.number for row in rows] == [0, 1, 2] and len({row.seed for row in rows}) == 3
+    assert [r.settings for r in rows] == [r.settings for r in table(tmp_path, "adamw", "tokens").of("search")]
+
+    count = len(fake.trained)
+    (tmp_path / "out" / "journal.log").unlink()  # the tables alone are enough
+    assert call(tmp_path, *words) == 0 and len(fake.trained) == count
+    capsys.readouterr()
+    assert call(tmp_path, *words, "--studies", "2", "--no-neighbours") == 0
+    assert len(table(tmp_path, "muon").of("search", 1)) == 3 and len(table(tmp_path, "muon").of("search", 0)) == 3
+    assert "there already" in capsys.readouterr().out
+
+
+def test_an_interrupted_search_goes_on(fake, tmp_path):
+    fake.stop_after = 4
+    words = ("--optimizers", "adamw", "lion", "--trials", "3", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, *words) == 130
+    assert len(fake.trained) == 4
+    fake.stop_after = math.inf
+    assert call(tmp_path, *words) == 0
+    assert len(fake.trained) == 2 * 2 * 3 + 2 and len(set(fake.trained)) == len(fake.trained)
+    lion = submission("lion").dimensions
+    assert [row.settings for row in table(tmp_path, "lion").of("search")] == [values(lion, p) for p in points(lion, 3, 0)]
+
+
+def test_a_crashed_trial_is_tried_again_with_its_own_settings(fake, tmp_path, capsys):
+    fake.crashing = {"lion"}
+    words = ("--optimizers", "adamw", "lion", "--trials", "2", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, *words) == 0
+    said = capsys.readouterr().out
+    assert "lion  study 0, trial 0: crashed" in said and "hours are over" not in said and "other machines" not in said
+    fake.crashing = set()
+    assert call(tmp_path, *words) == 0
+    lion = submission("lion").dimensions
+    rows = table(tmp_path, "lion").of("search")
+    assert [r.status for r in rows] == ["ok", "ok"] and [r.settings for r in rows] == [
+        values(lion, p) for p in points(lion, 2, 0)
+    ]
+
+
+def test_tpe_learns_from_the_trials_that_are_there(fake, tmp_path):
+    words = ("--optimizers", "adamw", "--no-neighbours", "--target-seeds", "1", "--sampler", "tpe")
+    assert call(tmp_path, *words, "--trials", "10") == 0
+    (tmp_path / "out" / "journal.log").unlink()
+    assert call(tmp_path, *words, "--trials", "40") == 0
+    losses = [row.val_loss for row in table(tmp_path, "adamw").of("search", 0)]
+    assert len(losses) == 40 and statistics.median(losses[25:]) < statistics.median(losses[:10])
+    assert table(tmp_path, "adamw").best().settings["lr"] == pytest.approx(3e-3, rel=0.5)
+
+
+def test_two_machines_share_a_study(fake, tmp_path):
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    words = ("--optimizers", "adamw", "--trials", "4", "--no-neighbours", "--target-seeds", "1", "--storage", url)
+    assert call(tmp_path, *words) == 0
+    count = len(fake.trained)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert call(tmp_path, *words) == 0  # another --out: the trials come from the storage
+    assert len(fake.trained) == count
+    assert len(table(tmp_path, "adamw").of("search")) == 4
+
+
+def test_a_workload_keeps_its_compute_type(fake, tmp_path, capsys, monkeypatch):
+    """The neighbours of trials in fp32 would else be in bf16 on a machine that has it, and the two end apart."""
+    words = ("--optimizers", "adamw", "--trials", "2", "--target-seeds", "1")
+    types = lambda: {row.dtype for row in table(tmp_path, "adamw").rows}  # noqa: E731
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: False)
+    assert call(tmp_path, *words, "--no-neighbours") == 0 and types() == {"fp32"}
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: True)
+    assert call(tmp_path, *words) == 0 and types() == {"fp32"} and len(table(tmp_path, "adamw").of("neighbour")) == 4
+    assert "All trials in fp32." in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert call(tmp_path, *words, "--dtype", "bf16") == 2
+    assert "are in fp32: choose another --out" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    mixed = made(tmp_path / "mixed", "adamw", row(), row(number=1, dtype="bf16"))
+    with pytest.raises(UsageError, match="the trials of wiki are in bf16 and in fp32, whose losses do not compare"):
+        tuned.compute_type("wiki", [mixed])
+
+
+def test_so_does_a_storage_that_machines_share(fake, tmp_path, capsys, monkeypatch):
+    url = ("--storage", f"sqlite:///{tmp_path / 'studies.db'}", "--no-neighbours")
+    words = ("--optimizers", "adamw", "--trials", "2", "--target-seeds", "1", *url)
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: True)
+    assert call(tmp_path, *words) == 0 and {row.dtype for row in table(tmp_path, "adamw").rows} == {"bf16"}
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda device: False)
+    capsys.readouterr()
+    assert call(tmp_path, *words) == 2 and "--dtype bf16: this cpu has no native bf16" in capsys.readouterr().err
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert call(tmp_path, *words) == 2
+    assert "is in bf16, not in fp32: add --dtype bf16" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_pruned_and_diverged_trials_are_kept_and_never_win(fake, tmp_path, capsys):
+    fake.diverged = {"lion"}
+    words = ("--optimizers", "adamw", "lion", "--trials", "8", "--prune", "median", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, *words) == 0
+    rows = table(tmp_path, "adamw").of("search")
+    assert {"ok", "pruned"} == {row.status for row in rows}
+    assert table(tmp_path, "adamw").best().status == "ok"
+    assert table(tmp_path, "lion").best() is None
+    lion = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "lion.csv" in line]
+    assert len(lion) == 2 and all("| diverged |" in line for line in lion)
+
+
+def test_the_self_tuning_ruleset_runs_the_defaults_three_times_as_long(fake, tmp_path):
+    assert call(tmp_path, "--optimizers", "adamw", "adam", "--ruleset", "self", "--studies", "2") == 0
+    assert [t[1] for t in fake.trained] == [120] * 8
+    rows = table(tmp_path, "adam").of("self")
+    assert len(rows) == 2 and rows[0].settings["lr"] == optimizers.OPTIMIZERS["adam"].lr
+    (line,) = [x for x in (tmp_path / "out" / "README.md").read_text().splitlines() if "(wiki/adam.csv)" in x]
+    assert f"| {statistics.median(r.val_loss for r in rows):.4f} |" in line
+
+
+def test_time_to_the_target_as_the_objective(fake, tmp_path, capsys):
+    words = ("--optimizers", "adamw", "--trials", "2", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, *words, "--objective", "time") == 2
+    assert "has no target yet" in capsys.readouterr().err
+    assert call(tmp_path, *words) == 0
+    assert call(tmp_path, *words, "--objective", "time", "--trials", "3") == 0
+    study = optuna.load_study(
+        study_name="wiki/adamw/0",
+        storage=optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / "out" / "journal.log"))
+        ),
+    )
+    target = tuned.targets(tmp_path / "out")["wiki"]
+    row = table(tmp_path, "adamw").of("search")[2]
+    steps = tuned.steps_to(row, target)
+    assert study.trials[-1].value == (math.inf if steps is None else pytest.approx(steps * 0.02))
+
+
+def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
+    words = ("--optimizers", "adamw", "muon", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, *words, "--plan", "--trials", "7") == 0
+    assert "2 submissions, 1 studies of 7 trials" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert not fake.trained and not any((tmp_path / "runs").rglob("result.json"))  # what was timed is cleared away
+    monkeypatch.setattr(tune, "calibrate", lambda options, track: 60.0)
+    assert call(tmp_path, *words, "--machine-hours", "0.0001", "--plan") == 2
+    assert "one trial for everyone takes" in capsys.readouterr().err
+    assert call(tmp_path, *words, "--machine-hours", "0.3", "--trials", "500", "--plan") == 0
+    planned = int(capsys.readouterr().out.split("studies of ")[1].split()[0])
+    assert 1 <= planned < 500
+
+
+def test_the_plan_counts_only_what_is_not_there(fake, tmp_path, capsys):
+    """Else a resumed search would be cut to hours that are spent already."""
+    near = lambda value: pytest.approx([value, value], abs=0.006)  # noqa: E731
+
+    def hours(*words: str) -> list[float]:
+        capsys.readouterr()
+        assert call(tmp_path, *words, "--optimizers", "adamw", "muon", "--target-seeds", "1", "--plan") == 0
+        return [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines() if " a trial " in line]
+
+    assert call(tmp_path, "--optimizers", "adamw", "muon", "--trials", "3", "--target-seeds", "1", "--no-neighbours") == 0
+    for path in (tmp_path / "out").glob("*/*.csv"):  # an hour and a half each
+        found = Table(path)
+        for each in found.rows:
+            found.add(dataclasses.replace(each, wall=5400.0))
+    assert hours("--trials", "3", "--no-neighbours") == [0, 0]
+    assert hours("--trials", "3") == [2 * 4 * 1.5] * 2
+    assert hours("--trials", "5", "--no-neighbours") == near(1.5 * (2 * 2 + 0.75))  # targets may be others then
+    assert hours("--trials", "3", "--studies", "2", "--no-neighbours", "--machine-hours", "30") == near(1.5 * (2 * 3 + 0.75))
+    assert hours("--ruleset", "self") == [1.5 * 2 * 3] * 2
+
+
+def test_bad_words_are_one_line(fake, tmp_path, capsys):
+    for words, said in {
+        ("--trials", "3"): "tune what?",
+        ("--optimizers", "muoon"): "did you mean 'muon'?",
+        ("--optimizers", "adamw", "--trials", "0"): "--trials must be at least 1",
+        ("--optimizers", "adamw", "--machine-hours", "-1"): "--machine-hours must be above 0",
+        ("--optimizers", "adamw", "--trails", "3"): "unrecognized arguments: --trails",
+        ("--report",): "holds no finished trial",
+    }.items():
+        assert call(tmp_path, *words) == 2, words
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+    assert tune.main(["--optimizers", "adamw", "--workloads", "wikki"]) == 2
+    assert "did you mean 'wiki'" in capsys.readouterr().err
+    assert not fake.trained
+
+
+def test_damaged_and_foreign_studies_are_refused_by_name(fake, tmp_path, capsys):
+    words = ("--optimizers", "adamw", "--trials", "2", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, *words) == 0
+    journal, path = tmp_path / "out" / "journal.log", table(tmp_path, "adamw").path
+    whole, text = journal.read_text(), path.read_text()
+    journal.write_text("no journal\n" + whole)
+    capsys.readouterr()
+    assert call(tmp_path, *words, "--trials", "3") == 2
+    assert "journal.log" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    journal.write_text(whole)
+    path.write_text(text.replace(",ok,", ",ok,x", 1))
+    assert call(tmp_path, *words) == 2 and "adamw.csv line 2 is no trial" in capsys.readouterr().err
+    path.write_text(text.replace(Table(tmp_path / "out" / "tokens" / "adamw.csv").rows[0].space, "00000000"))
+    assert call(tmp_path, *words) == 2 and "another version of its space" in capsys.readouterr().err
+    path.unlink()
+    study = optuna.load_study(
+        study_name="wiki/adamw/0",
+        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
+    )
+    study.set_user_attr("version", "{}")
+    assert call(tmp_path, *words) == 2 and "another version of the space of adamw" in capsys.readouterr().err
+
+
+def test_all_diverged(fake, tmp_path, capsys):
+    fake.diverged = {"adamw"}
+    assert call(tmp_path, "--optimizers", "adamw", "--trials", "2", "--target-seeds", "1") == 2
+    assert "every trial diverged or crashed" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what the tables say
+
+
+def row(
+    kind="search",
+    number=0,
+    loss=2.0,
+    study=0,
+    seed=0,
+    steps=10,
+    settings=None,
+    losses=(),
+    seconds=1.0,
+    machine="a",
+    status="ok",
+    dtype="fp32",
+    source="s",
+):
+    settings = settings or {"lr": 0.01, "weight_decay": 0.1, "schedule_warmup": 0.1}
+    about = (machine, dtype, source, "v")
+    return Row(kind, study, number, seed, steps, status, loss, seconds, 1.0, settings, list(losses), *about)
+
+
+def made(tmp_path, name: str, *rows: Row) -> Table:
+    found = Table(tmp_path / "wiki" / f"{name}.csv")
+    for each in rows:
+        found.add(each)
+    return Table(found.path)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [
+        row(number=1, losses=[(5, 2.5), (10, 2.0)]),
+        row(number=0, loss=math.inf, status="diverged"),
+        row("target", study=1),
+    ]
+    found = made(tmp_path, "adamw", *rows)
+    assert found.rows == [rows[1], rows[0], rows[2]]
+    assert made(tmp_path, "adamw", row(number=1, loss=1.5)).best().val_loss == 1.5  # the same trial again takes its place
+
+
+def test_a_run_that_had_ended_before_costs_its_training(tmp_path, monkeypatch):
+    """`tune` was killed between the end of a run and its row: the next one finds the run there, in no time."""
+    monkeypatch.setattr(trials, "RUNS", tmp_path)
+    trial = Trial(Arm("adamw", ("--track", "wiki")), 40, 0)
+    ended = Outcome(trial, {"status": "ok", "val_loss": 2.0, "process_time": 30.0, "train_time": 40.0})
+    assert [Row.of("search", 0, 0, {}, ended, wall, "v").wall for wall in (0.0, 55.0)] == [40.0, 55.0]
+
+
+def test_neighbours_differ_in_one_setting_and_are_judged_on_the_best_one_s_seed(tmp_path):
+    best = row(number=3, seed=3, loss=2.0)
+    found = dict(tuned.neighbours(best.settings))
+    assert list(found) == ["lr / 2", "lr x 2", "no weight decay", "half the warm-up"]
+    for settings in found.values():
+        assert sum(settings[key] != best.settings[key] for key in settings) == 1
+    off = [row("neighbour", n, 2.1 + n / 10, seed=3, settings=s) for n, s in enumerate(found.values())]
+    stray = row("neighbour", 9, 9.0, seed=4, settings=found["lr / 2"])
+    held = made(tmp_path, "adamw", best, row(loss=2.5), *off, stray)
+    assert [r.number for r in tuned.rate_neighbours(held)] == [0, 1]  # of which the picture's line is made
+    assert tuned.rate_neighbours(made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf), off[0])) == []
+    lost = tuned.sensitivity(held)
+    assert lost == pytest.approx({"lr / 2": 0.1, "lr x 2": 0.2, "no weight decay": 0.3, "half the warm-up": 0.4})
+    better = made(tmp_path / "better", "sgd", best, row("neighbour", 0, 1.98, seed=3, settings=found["lr / 2"]))
+    said = " ".join(tuned.beaten([held, better, made(tmp_path / "no", "lion", best)]))
+    assert said.startswith(" Of 2 best settings with neighbours (5 trials)") and "at most by 0.02" in said
+    assert "1 by more than 0.001, 1 by more than 0.01, 0 by more than 0.04" in said
+
+
+def test_the_target_is_the_best_median_of_the_reruns(tmp_path):
+    reruns = lambda losses: [row("target", n, x, study=0, seed=100 + n, steps=8) for n, x in enumerate(losses)]  # noqa: E731
+    tables = {
+        "adamw": made(tmp_path, "adamw", row(), *reruns([2.2, 2.1, 2.6])),
+        "sgd": made(tmp_path, "sgd", row(), *reruns([2.15, 2.14, 2.0])),
+        "muon": made(tmp_path, "muon", row(), *reruns([1.0, 1.0, 1.0])),  # sets none
+    }
+    assert tuned.target_of(tables) == {"loss": 2.14, "set_by": "sgd", "runs": 3, "steps": 8}
+    assert tuned.target_of({"muon": tables["muon"]}) is None
+    diverged = [row("target", n, math.inf, seed=100 + n, steps=8, status="diverged") for n in (1, 2)]
+    tables["sgd"] = made(tmp_path, "sgd", *diverged)  # one rerun at 2.15 is left: its median is inf
+    assert tuned.target_of(tables)["set_by"] == "adamw" and tuned.target_of({"sgd": tables["sgd"]}) is None
+
+
+def test_a_target_does_not_hang_on_the_number_of_studies(fake, tmp_path):
+    reruns = [row("target", n, 2.1, study=4, seed=100 + n, steps=8) for n in range(3)]
+    others = [row("target", n, 1.8, study=1002, seed=100 + n, steps=8) for n in range(3)]
+    adamw = made(tmp_path, "adamw", row(number=4), *reruns, row(number=2, study=1, loss=1.5), *others)
+    assert adamw.best().study == 1 and tuned.target_of({"adamw": adamw})["loss"] == 2.1
+    options = argparse.Namespace(tracks=["wiki"], submissions=[submission("adamw")], target_seeds=3)
+    assert {job.study for job in tune.target_jobs(options, {("wiki", "adamw"): adamw})} == {4}  # these are what is rerun
+
+
+def test_a_step_is_not_cheaper_for_who_has_more_trials(tmp_path):
+    """Times of a busy machine, right-skewed: 5 and 21 of one distribution."""
+    times = lambda n: [10 + 3 * stats.gamma(2).ppf((i + 0.5) / n) for i in range(n)]  # noqa: E731
+    few, many = (made(tmp_path, name, *(row(number=i, seconds=t) for i, t in enumerate(times(n)))) for name, n in
+                 (("muon", 5), ("adamw", 21)))  # fmt: skip
+    cost = tuned.step_seconds({"adamw": many, "muon": few})
+    assert cost["muon"] / cost["adamw"] == pytest.approx(1, abs=0.01) and min(times(5)) / min(times(21)) > 1.05
+
+
+def test_columns_that_nobody_has_are_left_out(tmp_path):
+    found = made(tmp_path, "adamw", row())
+    head = tuned.workload_table("wiki", {"adamw": found}).splitlines()[4]
+    assert "best loss" in head and "lr / 2" not in head and "defaults" not in head
+    found = made(tmp_path, "adamw", row("neighbour", settings=dict(tuned.neighbours(row().settings))["lr / 2"]))
+    head = tuned.workload_table("wiki", {"adamw": found, "sgd": made(tmp_path, "sgd", row())}).splitlines()[4]
+    assert "lr / 2" in head and "lr x 2" not in head
+
+
+def test_times_are_steps_times_the_cost_of_a_step_and_ratios_carry_over_sessions(tmp_path):
+    curve = [(5, 2.4), (10, 2.0)]
+    tables = {
+        "adamw": made(
+            tmp_path, "adamw", row(seconds=10, losses=curve), row(number=1, seconds=10), row(number=2, seconds=5, machine="b")
+        ),
+        "muon": made(tmp_path, "muon", row(seconds=7.5, machine="b", losses=curve)),
+        "lion": made(tmp_path, "lion", row(loss=3.0, losses=[(10, 3.0)])),
+    }
+    cost = tuned.step_seconds(tables)
+    assert cost == pytest.approx({"adamw": 1.0, "muon": 1.5, "lion": 0.1})
+    tables["muon"].rows.append(row("neighbour", number=40, seconds=1, source="later"))  # without AdamW it says nothing
+    assert tuned.step_seconds(tables) == cost
+    tables["adamw"].rows.append(row("neighbour", number=40, seconds=0.5, source="later"))  # with it: a step of twice AdamW's
+    assert tuned.step_seconds(tables)["muon"] == pytest.approx((1.5 * 2) ** 0.5)
+    tables["adamw"].rows.pop()
+    for name, seconds in (("adamw", 1), ("muon", 3)):  # runs that time a step are compared with each other alone
+        tables[name].rows.append(row("timing", seconds=seconds, machine="b", steps=5))
+    tables["adamw"].rows.append(row("timing", study=1, seconds=0.1, machine="b", steps=5))  # another day, with somebody else
+    assert tuned.step_seconds(tables)["muon"] == pytest.approx((1.5 * 3) ** 0.5)
+    for name in ("adamw", "adamw", "muon"):
+        tables[name].rows.pop()
+    tables["sgd"] = made(tmp_path, "sgd", row(), row("target", loss=2.4, steps=8))
+    found = tuned.studies({"wiki": tables})
+    assert found[("adamw", "wiki")] == [5.0] and found[("muon", "wiki")] == [7.5] and found[("lion", "wiki")] == [math.inf]
+    tables["muon"].rows[0] = dataclasses.replace(tables["muon"].rows[0], seconds=7.123456)
+    assert tuned.studies({"wiki": tables})["muon", "wiki"] == [7.1235]  # as studies.csv has it: one score, from file or trials
+
+
+def test_of_several_studies_the_median_counts_and_of_an_unfinished_one_nothing(tmp_path):
+    """More studies are no more luck: else who has three would be quoted with the best of fifteen trials."""
+    study = lambda n, *losses, first=10: [  # noqa: E731
+        row(study=n, number=i, loss=loss, losses=[(first, 2.0), (20, loss)], steps=20) for i, loss in enumerate(losses)
+    ]
+    rows = [*study(0, 1.5, 1.4), *study(1, 1.0, 9.0, first=5), *study(2, 1.3, 1.2), *study(3, 0.5, first=1)]
+    found = made(tmp_path, "adamw", *rows)
+    assert list(found.studies()) == [0, 1, 2] and found.typical() == 1.2
+    assert tuned.steps_of_studies(found, 2.0) == [10, 5, 10] and tuned.steps_of_studies(found, 1.3) == [math.inf, 20, 20]
+    assert found.best().val_loss == 0.5  # settings are worth having wherever they are from
+    assert "| 7 | 0 | 1.2000 |" in tuned.workload_table("wiki", {"adamw": found})
+    assert made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf)).typical() == math.inf
+
+
+def test_who_was_not_trained_beside_adamw_is_timed_beside_it(fake, tmp_path):
+    """A new optimizer on a new machine: without AdamW's step there its time to a target says nothing."""
+    words = ("--trials", "2", "--no-neighbours", "--target-seeds", "1")
+    assert call(tmp_path, "--optimizers", "adamw", "sgd", *words) == 0
+    assert not table(tmp_path, "adamw").of("timing")
+    fake.cpu, fake.best, fake.seconds = "another CPU", 0.03, 0.5
+    fake.trained.clear()
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0
+    assert [name for name, steps, *_ in fake.trained if steps == 10] == ["adamw", "muon"] * 3 * 2  # by turns, a quarter of 40
+    best = table(tmp_path, "muon").best()
+    assert [r.settings for r in table(tmp_path, "muon").of("timing")] == [best.settings] * 3
+    text, out = (tmp_path / "out" / "README.md").read_text(), tmp_path / "out"
+    assert "| 1 | `muon` |" in text and "Not scored" not in text
+    count = len(fake.trained)
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0 and len(fake.trained) == count
+    found = tuned.read_tables(out)["wiki"]
+    first, other = (next(r for r in found["adamw"].rows if r.machine == cpu) for cpu in ("some CPU", "another CPU"))
+    assert other.seconds / other.steps > 20 * first.seconds / first.steps
+    assert tuned.step_seconds(found)["muon"] == pytest.approx(tuned.step_seconds(found)["adamw"])  # not 25 times as dear
+    for track in ("wiki", "tokens"):  # as it was before it had been timed
+        path = out / track / "muon.csv"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("timing")))
+    tuned.report(out)
+    text = (out / "README.md").read_text()
+    assert "| `muon` |" not in text and "makes some): `muon` on tokens, `muon` on wiki." in text
+    fake.crashing = {"muon"}  # what failed is tried again
+    timed = lambda: tuned.timed(table(tmp_path, "muon"), table(tmp_path, "adamw"))  # noqa: E731
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0 and not timed()
+    fake.crashing = set()
+    assert call(tmp_path, "--optimizers", "muon", *words) == 0 and timed()
+
+
+def test_the_report_has_score_settings_and_plots(fake, tmp_path, monkeypatch):
+    assert call(tmp_path, "--optimizers", "adamw", "muon", "sgd", "--trials", "3", "--target-seeds", "1", "--studies", "2") == 0
+    out = tmp_path / "out"
+    text = (out / "README.md").read_text()
+    assert "AlgoPerf score" in text and "## `wiki`" in text and "`adamw`" in text
+    for name in ("profile.png", "sensitivity-wiki.png", "sensitivity-tokens.svg", "studies.csv"):
+        assert (out / name).stat().st_size > 100, name
+    best = table(tmp_path, "muon").best()
+    monkeypatch.setattr(tricks, "TUNED", out / "tuned.json")
+    config, _, _ = train_gpt.resolve(["--track", "wiki", "--optimizer", "muon:lr=0.5,nesterov=false"])
+    keys = split(config.optimizer)[1]
+    assert keys["lr"] == "0.5" and keys["nesterov"] == "false" and float(keys["momentum"]) == best.settings["momentum"]
+    assert config.schedule == f"cosine:warmup={best.settings['schedule_warmup']:g}"
+    config, _, _ = train_gpt.resolve(["--track", "wiki", "--optimizer", "muon", "--schedule", "wsd"])
+    assert config.schedule == "wsd" and float(split(config.optimizer)[1]["lr"]) == best.settings["lr"]
+    config, _, _ = train_gpt.resolve(["--track", "wiki", "--optimizer", "lion"])  # not tuned
+    assert config.optimizer == "lion" and config.schedule == "cosine:warmup=0.05"
+    assert tuned.report(out) and (out / "README.md").read_text() == text  # the same again
+
+
+def test_the_real_trainer(tmp_path, monkeypatch, sotu):
+    monkeypatch.setattr(trials, "RUNS", tmp_path)
+    words = ["--workloads", "tiny", "--optimizers", "adamw", "--trials", "2", "--no-neighbours", "--target-seeds", "1"]
+    short = tricks.TRACKS["tiny"].settings | {"steps": 20, "val_tokens": 512, "data_root": str(trials.ROOT / "corpora")}
+    monkeypatch.setitem(tricks.TRACKS, "tiny", dataclasses.replace(tricks.TRACKS["tiny"], settings=short))
+    monkeypatch.setattr(tune, "calibrate", lambda options, track: 1.0)
+    assert tune.main([*words, "--side-by-side", "1", "--out", str(tmp_path / "out")]) == 0
+    rows = Table(tmp_path / "out" / "tiny" / "adamw.csv").of("search")
+    assert [r.status for r in rows] == ["ok", "ok"] and all(0 < r.val_loss < 6 and r.seconds > 0 for r in rows)
+    assert len(rows[0].losses) == 20 and rows[0].losses[-1][1] == pytest.approx(rows[0].val_loss, abs=1e-4)
+    assert torch.isfinite(torch.tensor([loss for r in rows for _, loss in r.losses])).all()

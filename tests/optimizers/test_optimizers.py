@@ -1,0 +1,683 @@
+"""optimizers.py against published rules written out plainly, and its ways of routing, saving and being extended."""
+
+import copy
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import optimizers
+from engine.hardware import can_compile
+from engine.spec import UsageError
+from model import GPT, ModelConfig, roles, splits
+from optimizers import OPTIMIZERS, build, state_bytes
+from optimizers.base import ROLES, Chain
+from optimizers.matrix import COEFFICIENTS, Muon, balance, orthogonalize, tiles
+from optimizers.sparse import SparseAdagrad
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+EVERY = list(OPTIMIZERS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small lose more to threads than they win, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(vocab_size: int = 61, **fields) -> GPT:
+    torch.manual_seed(0)
+    fields = dict(sequence_length=16, layers=2, heads=2, width=32) | fields
+    return GPT(ModelConfig(vocab_size=vocab_size, **fields))
+
+
+def give_gradients(parameters, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def owner(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict:
+    (group,) = [g for g in optimizer.param_groups if any(p is q for q in g["params"])]
+    return group
+
+
+# ---------------------------------------------------------------- orthogonalisation
+
+
+def with_singular_values(values: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """An [m, n] matrix with these singular values."""
+    k = len(values)
+    U, V = (torch.linalg.qr(torch.randn(size, k))[0] for size in (m, n))
+    return U * values @ V.T
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "low", "high"),
+    [
+        ("quintic", 5, 0.65, 1.25),
+        ("polar_express", 5, 0.80, 1.20),
+        ("polar_express", 12, 0.97, 1.03),
+        ("cubic", 12, 0.97, 1.03),
+    ],
+)
+def test_singular_values_end_in_the_band(coefficients, steps, low, high, dtype):
+    torch.manual_seed(0)
+    shapes = [(32, 128), (128, 32), (64, 96), (1, 7), (3, 16, 64), (2, 3, 40, 10)]
+    batches = [torch.randn(shape) for shape in shapes]
+    batches += [with_singular_values(torch.linspace(0.1, 1, 48), 48, 48) * size for size in (1e-3, 1.0, 1e4)]
+    batches += [torch.outer(torch.randn(20), torch.randn(30))]  # rank one: the norm is the largest singular value
+    for G in batches:
+        X = orthogonalize(G, steps, coefficients, dtype)
+        assert X.shape == G.shape
+        assert X.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        values = torch.linalg.svdvals(X.float())
+        values = values[:1] if G is batches[-1] else values
+        assert low < values.min() and values.max() < high, (G.shape, values.min(), values.max())
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (5, 16, 24)])
+def test_cubic_converges_to_the_polar_factor(shape):
+    torch.manual_seed(1)
+    m, n = shape[-2:]
+    G = torch.stack([with_singular_values(torch.linspace(0.2, 1, min(m, n)), m, n) for _ in range(5)])
+    G = G[0] if len(shape) == 2 else G
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    torch.testing.assert_close(orthogonalize(G, 12, "cubic", "fp32"), U @ Vh, atol=1e-4, rtol=0)
+
+
+def test_orthogonalize_keeps_its_input_and_takes_zeros():
+    G = torch.zeros(3, 8, 5)
+    G[0] = torch.randn(8, 5)
+    before = G.clone()
+    X = orthogonalize(G, dtype="fp32")
+    assert torch.equal(G, before)
+    assert torch.isfinite(X).all() and X[1:].abs().max() == 0
+
+
+def test_polar_express_repeats_its_last_step():
+    G = torch.randn(16, 32)
+    X = orthogonalize(G, 5, "polar_express", "fp32")
+    a, b, c = COEFFICIENTS["polar_express"][-1]
+    A = X @ X.T
+    torch.testing.assert_close(orthogonalize(G, 6, "polar_express", "fp32"), a * X + (b * A + c * A @ A) @ X)
+
+
+# ---------------------------------------------------------------- Muon against its rule
+
+
+def plain_muon(weights, gradients_by_step, lr, mu, nesterov, decay, iterations, scale, split):
+    """Muon one matrix at a time, in double precision; `iterations` = the (a, b, c) of each step."""
+    weights = [w.detach().double().clone() for w in weights]
+    averages = [torch.zeros_like(w) for w in weights]
+    for gradients in gradients_by_step:
+        for w, m, g, n in zip(weights, averages, gradients, split, strict=True):
+            g = g.double()
+            m.copy_(mu * m + (1 - mu) * g)
+            update = (1 - mu) * g + mu * m if nesterov else m
+            for target, u in zip(w.chunk(n), update.chunk(n), strict=True):
+                u = u.flatten(1)
+                rows, columns = u.shape
+                X = u / (u.norm() + 1e-7)
+                for a, b, c in iterations:
+                    A = X @ X.T
+                    X = a * X + (b * A + c * A @ A) @ X
+                factor = {
+                    "keller": max(1, rows / columns) ** 0.5,
+                    "moonlight": 0.2 * max(rows, columns) ** 0.5,
+                    "mup": (rows / columns) ** 0.5,
+                    "none": 1,
+                }[scale]
+                target.mul_(1 - lr * decay).sub_((lr * factor * X).view(target.shape))
+    return weights
+
+
+@pytest.mark.parametrize("scale", ["keller", "moonlight", "mup", "none"])
+@pytest.mark.parametrize(("nesterov", "coefficients"), [(True, "quintic"), (False, "polar_express")])
+def test_muon_agrees_with_the_plain_loop(scale, nesterov, coefficients):
+    torch.manual_seed(2)
+    shapes = [(16, 16), (16, 48), (48, 16), (48, 16), (48, 16), (24, 40), (8, 4, 3, 3)]
+    split = [1, 1, 1, 3, 3, 2, 1]
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+    groups = [dict(params=[w for w, own in zip(weights, split, strict=True) if own == n], split=n) for n in sorted(set(split))]
+    how = dict(nesterov=nesterov, coefficients=coefficients, scale=scale, dtype="fp32")
+    muon = Muon(groups, lr=0.05, momentum=0.9, weight_decay=0.1, **how)
+    table = COEFFICIENTS[coefficients]
+    expected = plain_muon(
+        weights, gradients, 0.05, 0.9, nesterov, 0.1, [table[min(i, len(table) - 1)] for i in range(5)], scale, split
+    )
+    for step in gradients:
+        for w, g in zip(weights, step, strict=True):
+            w.grad = g.clone()
+        muon.step()
+        assert all(torch.equal(w.grad, g) for w, g in zip(weights, step, strict=True))  # gradients stay the caller's
+    for w, right in zip(weights, expected, strict=True):
+        torch.testing.assert_close(w.double(), right, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
+@pytest.mark.parametrize(("scale", "adjust"), [("keller", "original"), ("moonlight", "match_rms_adamw")])
+def test_muon_agrees_with_torch(scale, adjust):
+    """torch iterates in bf16 always, so to bf16's accuracy; ours cast after normalising, torch before."""
+    torch.manual_seed(3)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in [(32, 32), (32, 96), (96, 32)]]
+    start = [w.detach().clone() for w in ours]
+    theirs = [nn.Parameter(w.detach().clone()) for w in ours]
+    a = Muon(ours, lr=0.1, momentum=0.9, weight_decay=0.1, scale=scale, dtype="bf16")
+    b = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn=adjust)
+    for step in range(4):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        a.step()
+        b.step()
+    for w, right, before in zip(ours, theirs, start, strict=True):
+        assert (w - right).norm() < 0.03 * (right - before).norm()
+
+
+def test_muon_skips_parameters_without_gradient_and_bears_zero_gradients():
+    idle, zero, busy = (nn.Parameter(torch.ones(4, 6)) for _ in range(3))
+    muon = Muon([idle, zero, busy], lr=0.1, weight_decay=0.0)
+    zero.grad, busy.grad = torch.zeros(4, 6), torch.randn(4, 6)
+    muon.step()
+    assert torch.equal(idle, torch.ones(4, 6))
+    assert torch.equal(zero, torch.ones(4, 6))
+    assert torch.isfinite(busy).all() and not torch.equal(busy, torch.ones(4, 6))
+
+
+def test_momentum_of_a_group_is_read_at_every_step():
+    a, b = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
+    changed, fixed = Muon([a], momentum=0.5, dtype="fp32"), Muon([b], momentum=0.9, dtype="fp32")
+    changed.param_groups[0]["momentum"] = 0.9
+    for step in range(3):
+        give_gradients([a], step)
+        give_gradients([b], step)
+        changed.step()
+        fixed.step()
+    assert torch.equal(a, b)
+
+
+RANK_SCRIPT = """
+import sys, torch, torch.distributed as dist
+from optimizers.matrix import Muon
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+torch.manual_seed(0)
+saved = {}
+for dtype in ("fp32", "bf16"):
+    weights = [torch.nn.Parameter(torch.randn(s)) for s in [(16, 16), (16, 48), (48, 16), (48, 16), (20, 8)]]
+    muon = Muon([dict(params=weights[:3]), dict(params=weights[3:4], split=3), dict(params=weights[4:])], dtype=dtype)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for w in weights:
+            w.grad = torch.randn(w.shape, generator=generator)
+        muon.step()
+    saved[dtype] = [w.detach() for w in weights]
+torch.save(saved, f"{folder}/{world}-{rank}.pt")
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_give_the_weights_of_one(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(world), str(tmp_path)], env=environment, stderr=subprocess.PIPE
+        )
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, errors.decode()
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for dtype, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
+        for a, b, c in zip(alone[dtype], first[dtype], second[dtype], strict=True):
+            assert torch.equal(b, c)
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def test_work_is_cut_and_shared_evenly():
+    assert tiles(50257, 1024)[0] == (0, 1005) and tiles(50257, 1024)[-1][1] == 50257
+    assert tiles(768, 0) == tiles(768, 1024) == [(0, 768)]
+    owners = balance([5, 4, 3, 3, 3], 2)
+    assert sorted(sum(c for c, o in zip([5, 4, 3, 3, 3], owners, strict=True) if o == r) for r in (0, 1)) == [8, 10]
+    assert set(balance([1.0] * 48, 8)) == set(range(8))
+
+
+# ---------------------------------------------------------------- first-order methods against their formulas
+
+
+def quadratic(spec: str, steps: int = 6):
+    """Minimise sum(h (w - 1)^2) / 2 over the matrix `w` of a one-parameter module; (module, start, curvature)."""
+    module = nn.Module()
+    torch.manual_seed(4)
+    start, h = torch.randn(5, 3), torch.rand(5, 3) + 0.5
+    module.w = nn.Parameter(start.clone())  # `roles` calls an unknown 2-D parameter a matrix: it decays
+    optimizer = build(spec, module)
+    for _ in range(steps):
+        module.w.grad = (h * (module.w - 1)).detach()
+        optimizer.step()
+    return module.w.detach(), start.double(), h.double()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_is_its_formula(nesterov):
+    got, w, h = quadratic(f"sgd:lr=0.1,momentum=0.8,nesterov={nesterov},weight_decay=0.05")
+    m = torch.zeros_like(w)
+    for _ in range(6):
+        g = h * (w - 1) + 0.05 * w
+        m = 0.8 * m + g
+        w = w - 0.1 * (g + 0.8 * m if nesterov else m)
+    torch.testing.assert_close(got.double(), w, atol=1e-6, rtol=1e-5)
+
+
+def test_sgd_without_momentum_is_gradient_descent():
+    got, w, h = quadratic("sgd:lr=0.1,momentum=0")
+    for _ in range(6):
+        w = w - 0.1 * h * (w - 1)
+    torch.testing.assert_close(got.double(), w, atol=1e-6, rtol=1e-5)
+
+
+def test_adamw_is_its_formula():
+    got, w, h = quadratic("adamw:lr=0.02,beta1=0.8,beta2=0.9,eps=1e-3,weight_decay=0.3")
+    m = v = torch.zeros_like(w)
+    for t in range(1, 7):
+        g = h * (w - 1)
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        w = (1 - 0.02 * 0.3) * w - 0.02 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-3)
+    torch.testing.assert_close(got.double(), w, atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- routing
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_lies_in_one_group_that_states_its_roles(name):
+    gpt = tiny(tied_head=False)
+    optimizer = build(name, gpt)
+    role = roles(gpt)
+    for parameter, p in gpt.named_parameters():
+        group = owner(optimizer, p)
+        assert role[parameter] in group["roles"].split("+")
+        assert {"lr", "initial_lr", "weight_decay", "roles"} <= set(group)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(gpt.parameters()))
+    assert all(g["lr"] == g["initial_lr"] for g in optimizer.param_groups)
+    optimizer.eval()
+    optimizer.train()
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if hasattr(OPTIMIZERS[name], "weight_decay")])
+def test_vectors_and_scalars_never_decay(name):
+    keys = [key for key in ("weight_decay", "adamw_weight_decay") if hasattr(OPTIMIZERS[name], key)]
+    spec = name + ":" + ",".join(f"{key}=0.3" for key in keys)
+    gpt = tiny(tied_head=False)
+    optimizer = build(spec, gpt)
+    for name, p in gpt.named_parameters():
+        decays = roles(gpt)[name] in ("matrix", "embedding", "head")
+        assert owner(optimizer, p)["weight_decay"] == (0.3 if decays else 0.0), name
+
+
+@pytest.mark.parametrize("fields", [{}, {"tied_head": False}])
+def test_muon_takes_hidden_matrices_and_nothing_else(fields):
+    gpt = tiny(vocab_size=32, **fields)  # as small and square as a hidden matrix
+    muon, adamw = build("muon", gpt).parts
+    taken = {p for g in muon.param_groups for p in g["params"]}
+    assert taken == {p for name, p in gpt.named_parameters() if roles(gpt)[name] == "matrix"}
+    assert gpt.embedding.weight not in taken
+    assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
+    for name, p in gpt.named_parameters():
+        if p in taken:
+            assert owner(muon, p)["split"] == splits(gpt).get(name, 1)
+
+
+def test_muon_sets_each_role_by_its_own_key():
+    gpt = tiny(tied_head=False)
+    optimizer = build("muon:lr=0.1,adamw_lr=0.2,embedding_lr=0.3,head_lr=0", gpt)
+    lr = {role: g["lr"] for g in optimizer.param_groups for role in g["roles"].split("+")}
+    assert lr == {"matrix": 0.1, "embedding": 0.3, "head": 0.2, "vector": 0.2}
+
+
+def test_wrapped_models_route_like_bare_ones():
+    class Wrapper(nn.Module):  # what DistributedDataParallel does to names
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    gpt = tiny(vocab_size=32)
+    groups = [g["roles"] for g in build("muon", Wrapper(gpt)).param_groups]
+    assert groups == [g["roles"] for g in build("muon", gpt).param_groups]
+
+
+def test_frozen_parameters_are_left_out():
+    gpt = tiny()
+    gpt.embedding.weight.requires_grad_(False)
+    for name in EVERY:
+        held = {p for g in build(name, gpt).param_groups for p in g["params"]}
+        assert held == {p for p in gpt.parameters() if p.requires_grad}
+
+
+def test_registered_settings_are_documented():
+    for name, cls in OPTIMIZERS.items():
+        assert dataclasses.is_dataclass(cls) and "Source: " in cls.__doc__, name
+        assert set(cls.roles) <= set(ROLES) and cls.state_per_parameter >= 0
+        for f in dataclasses.fields(cls):
+            assert f.metadata["help"], (name, f.name)
+            if f.metadata["search"]:
+                low, high, kind = f.metadata["search"]
+                assert low < high and kind in ("log", "linear", "complement")
+                assert f.default in (None, 0.0) or low <= f.default <= high, (name, f.name)
+
+
+# ---------------------------------------------------------------- state
+
+
+def train(gpt, optimizer, steps: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        tokens = torch.randint(gpt.config.vocab_size, (4, 17), generator=torch.Generator().manual_seed(step % 3))
+        loss = gpt(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_saved_optimizer_continues_identically(name):
+    spec = name + {"muon": ":dtype=fp32", "shampoo": ":start=2,every=2", "soap": ":every=2"}.get(name, "")
+    gpt = tiny()
+    optimizer = build(spec, gpt)
+    train(gpt, optimizer, 3)
+    file = io.BytesIO()
+    torch.save([gpt.state_dict(), optimizer.state_dict()], file)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    expected = train(gpt, optimizer, 3, first=3)
+
+    file.seek(0)
+    weights, state = torch.load(file)  # weights_only: nothing but tensors and plain values may be inside
+    other = tiny()
+    resumed = build(spec, other)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for group in resumed.param_groups:
+        group["lr"] *= 0.5  # must reach the parts of a Chain
+    assert train(other, resumed, 3, first=3) == expected
+    for p, q in zip(gpt.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_state_bytes_are_those_the_registry_states(name):
+    gpt = tiny()
+    optimizer = build(name, gpt)
+    assert state_bytes(optimizer) == 0 or name == "adagrad"  # torch makes that one's state at once
+    train(gpt, optimizer, 1)
+    own, role = OPTIMIZERS[name], roles(gpt)
+    rest = sum(8.0 * p.numel() for n, p in gpt.named_parameters() if role[n] not in own.roles)
+    if own.roles == ("matrix",):  # stated for square matrices
+        p = nn.Parameter(torch.randn(64, 64))
+        p.grad = torch.randn(64, 64)
+        method = own.method([p])
+        method.step()
+        assert state_bytes(method) == pytest.approx(own.state_per_parameter * 64**2, rel=0.04)
+        return
+    expected = rest + sum(own.state_per_parameter * p.numel() for n, p in gpt.named_parameters() if role[n] in own.roles)
+    counters = 8 * len(list(gpt.parameters()))  # step counts and the like: a number or two for each tensor
+    if name == "adafactor":  # a row and a column of numbers for each matrix
+        counters += sum(4 * sum(p.shape) for p in gpt.parameters())
+    assert expected <= state_bytes(optimizer) <= expected + counters
+
+
+def test_chain_is_one_ordinary_optimizer():
+    a, b, c = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
+    chain = Chain(torch.optim.SGD([a], lr=1.0), torch.optim.AdamW([b], lr=0.5, weight_decay=0.0))
+    chain.add_param_group({"params": [c], "lr": 0.25})  # goes to the last part and takes its defaults
+    assert [g["lr"] for g in chain.param_groups] == [1.0, 0.5, 0.25]
+    assert chain.param_groups[2]["betas"] == (0.9, 0.999)
+    assert chain.parts[1].param_groups == chain.param_groups[1:]
+    chain.param_groups[0]["lr"] = 0.125
+    for p in (a, b, c):
+        p.grad = torch.ones(3, 3)
+    loss = chain.step(lambda: torch.tensor(7.0))
+    assert loss == 7
+    assert a[0, 0] == 0.875 and torch.allclose(b, torch.tensor(0.5)) and torch.allclose(c, torch.tensor(0.75))
+    assert chain.state[b] is chain.parts[1].state[b]
+    chain.zero_grad()
+    assert a.grad is None and b.grad is None and c.grad is None
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        chain.add_param_group({"params": [a]})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(chain, lambda step: 0.5)
+    assert scheduler.get_last_lr() == [0.0625, 0.25, 0.125]
+
+
+def test_chain_survives_deepcopy():
+    gpt = tiny()
+    optimizer = build("muon:dtype=fp32", gpt)
+    train(gpt, optimizer, 2)
+    other, twin = copy.deepcopy((gpt, optimizer))
+    assert train(gpt, optimizer, 2, first=2) == train(other, twin, 2, first=2)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_loss_falls(name):
+    gpt = tiny()
+    losses = train(gpt, build(name, gpt, steps=30), 30)
+    assert losses[-1] < losses[0] - 0.05  # Prodigy's rate has only begun to grow by then
+
+
+# ---------------------------------------------------------------- one's own
+
+OWN_CLASS = """
+import torch
+class Mine(torch.optim.Optimizer):
+    {roles}
+    def __init__(self, params, lr=0.1, weight_decay=0.5):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
+"""
+
+OWN_DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+@dataclass(frozen=True)
+class Mine:
+    lr: float = 0.1
+    def build(self, gpt):
+        return torch.optim.SGD(gpt.parameters(), lr=self.lr)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    def write(text: str, name: str = "mine.py") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_own_class_from_a_file(own):
+    gpt = tiny()
+    optimizer = build(own(OWN_CLASS.format(roles="")) + ":Mine:lr=0.01", gpt)
+    assert type(optimizer).__name__ == "Mine"
+    assert [(g["lr"], g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.01, 0.01, 0.5),
+        (0.01, 0.01, 0.0),
+    ]
+    losses = train(gpt, optimizer, 10)
+    assert losses[-1] < losses[0]
+    optimizer.eval()
+    optimizer.train()
+
+
+def test_own_class_that_owns_only_matrices(own):
+    gpt = tiny()
+    optimizer = build(own(OWN_CLASS.format(roles='roles = ("matrix",)')) + ":Mine", gpt)
+    mine, adamw = optimizer.parts
+    assert type(mine).__name__ == "Mine" and isinstance(adamw, torch.optim.AdamW)
+    for name, p in gpt.named_parameters():
+        assert owner(mine if roles(gpt)[name] == "matrix" else adamw, p)
+    assert sorted(g["split"] for g in mine.param_groups) == [1, 3]
+
+
+def test_own_dataclass_from_a_file(own):
+    gpt = tiny()
+    optimizer = build(own(OWN_DATACLASS) + ":Mine:lr=0.25", gpt)
+    assert isinstance(optimizer, torch.optim.SGD)
+    (group,) = optimizer.param_groups
+    assert group["initial_lr"] == 0.25 and group["roles"] == "matrix+embedding+vector"
+
+
+def test_a_class_of_an_installed_package():
+    optimizer = build("torch.optim:RMSprop:lr=0.001,momentum=0.5", tiny())
+    assert isinstance(optimizer, torch.optim.RMSprop) and optimizer.param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("muonn", "did you mean 'muon'"),
+        ("muon:weight_decy=1", "did you mean 'weight_decay'"),
+        ("muon:lr=fast", "float"),
+        ("muon:steps=0", "steps"),
+        ("muon:lr=nan", "lr"),
+        ("muon:scale=kelle", "did you mean 'keller'"),
+        ("muon:coefficients=quintik", "did you mean 'quintic'"),
+        ("muon:dtype=bf61", "did you mean 'bf16'"),
+        ("adamw:lr=-1", "learning rate"),
+        ("sgd:momentum=-1", "momentum"),
+        ("nowhere.py:Mine", "no file"),
+        ("no_such_package_at_all:Mine", "does not import"),
+        ("torch.optim:AdamV", "did you mean"),
+        ("torch.nn:Linear", "no torch.optim.Optimizer"),
+    ],
+)
+def test_bad_words_get_one_line(spec, message):
+    with pytest.raises(UsageError, match=message) as error:
+        build(spec, tiny())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import no_such_module", "does not import .ModuleNotFoundError"),
+        ("class Other: pass", "no class 'Mine'"),
+        (OWN_CLASS.format(roles='roles = ("matrices",)'), "unknown role 'matrices'"),
+        (OWN_DATACLASS.replace("gpt.parameters()", "gpt.blocks.parameters()"), "in 0 param groups"),
+    ],
+)
+def test_bad_files_get_one_line(own, text, message):
+    with pytest.raises(UsageError, match=message):
+        build(own(text) + ":Mine", tiny())
+
+
+def test_building_steps_no_weights_and_reads_no_random_numbers():
+    gpt = tiny()
+    before, state = copy.deepcopy(gpt.state_dict()), torch.get_rng_state()
+    for name in EVERY:
+        optimizers.build(name, gpt)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in gpt.state_dict().items())
+
+
+# ---------------------------------------------------------------- public collections
+
+
+@pytest.mark.parametrize("name", ["pytorch_optimizer.lion", "pytorch_optimizer.Lion", "heavyball.soap"])
+def test_a_class_of_a_public_collection(name):
+    pytest.importorskip(name.split(".")[0])
+    gpt = tiny()
+    optimizer = build(name + ":lr=0.002", gpt)
+    assert type(optimizer).__name__.lower() == name.split(".")[1].lower()
+    assert optimizer.param_groups[0]["lr"] == 0.002
+
+
+def test_tuples_are_written_with_a_slash():
+    pytest.importorskip("pytorch_optimizer")
+    assert build("pytorch_optimizer.lion:betas=0.8/0.9", tiny()).param_groups[0]["betas"] == (0.8, 0.9)
+    assert build("torch.optim:AdamW:betas=0.8/0.9", tiny()).param_groups[0]["betas"] == (0.8, 0.9)
+    with pytest.raises(UsageError, match="float"):
+        build("torch.optim:AdamW:betas=0.8/x", tiny())
+
+
+def test_a_collection_that_is_missing_or_lacks_the_name(monkeypatch):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(UsageError, match="did you mean 'Lion'"):
+        build("pytorch_optimizer.lionn", tiny())
+    monkeypatch.setitem(sys.modules, "heavyball", None)
+    with pytest.raises(UsageError, match="pip install heavyball"):
+        build("heavyball.soap", tiny())
+
+
+# ---------------------------------------------------------------- sparse tables
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sparse_adagrad_is_adagrad(compiled):
+    """Row by row the numbers of torch's dense Adagrad, also where a row comes twice in a batch or not at all."""
+    start, generator = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer, reference = SparseAdagrad([ours], lr=0.1), torch.optim.Adagrad([dense], lr=0.1)
+    assert torch.equal(optimizer.state[ours]["sum"], reference.state[dense]["sum"])  # made before the first step
+    if compiled:
+        optimizer.compile()
+        assert optimizer.compiled == can_compile(torch.device("cpu"))
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(5):
+        rows, values = torch.randint(9, (1, 7), generator=generator), torch.randn(7, 4, generator=generator)
+        ours.grad = torch.sparse_coo_tensor(rows, values, ours.shape, check_invariants=True)
+        dense.grad = ours.grad.to_dense()
+        optimizer.step()
+        reference.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "compiled in a step"
+    torch.testing.assert_close(ours, dense)
+    assert torch.equal(ours[9:], start[9:]) and not torch.equal(ours[:9], start[:9])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free_adamw"])
+def test_sparse_tables_get_an_optimizer_of_their_own(name):
+    gpt = tiny(ngram_buckets=32, ngram_sparse=True)
+    optimizer = build(name, gpt, tables="sparse_adagrad:lr=0.5", average="lawa_ema")
+    tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = gpt.ngrams.table.weight.detach().clone()
+    gpt(tokens, tokens).backward()
+    optimizer.step()
+    assert owner(optimizer, gpt.ngrams.table.weight)["roles"] == "table"
+    assert owner(optimizer, gpt.ngrams.table.weight)["initial_lr"] == 0.5
+    rows = gpt.ngrams.rows(tokens).unique()
+    moved = (gpt.ngrams.table.weight != before).any(-1).nonzero()[:, 0]
+    assert len(moved) and set(moved.tolist()) <= set(rows.tolist())
+    state = copy.deepcopy(optimizer.state_dict())
+    other = build(name, gpt, tables="sparse_adagrad:lr=0.5", average="lawa_ema")
+    other.load_state_dict(state)
+    found = other.state[gpt.ngrams.table.weight]["sum"]
+    assert torch.equal(found, optimizer.state[gpt.ngrams.table.weight]["sum"])
+
+
+def test_unknown_table_optimizer():
+    with pytest.raises(UsageError, match="sparse_adagrad"):
+        optimizers.check("adamw", tables="adagrad")
