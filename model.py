@@ -1,4 +1,4 @@
-"""GPT-2, faithful by default; every architecture trick is one field of ModelConfig.
+"""GPT-2, faithful by default; every architecture trick is one field of ModelConfig (layers/shape.py).
 
     GPT(ModelConfig())                         GPT-2 124M as published
     GPT(ModelConfig(**PRESETS["1.5B"]))        its largest size
@@ -6,7 +6,7 @@
 
 Published GPT-2 (Radford et al. 2019, github.com/openai/gpt-2): learned positions, pre-LayerNorm with bias, biases in
 every linear layer, tanh-GELU, head tied to the token embedding, weights N(0, 0.02), positions N(0, 0.01), residual
-projections scaled by 1/sqrt(2 * layers), dropout. The other forms and where they come from stand beside their fields.
+projections scaled by 1/sqrt(2 * layers), dropout. ModelConfig names the source of every other form.
 
 Weights are kept in fp32 (optimizers/mantissa.py can keep half of each). `compute_dtype` (set by the trainer) is the type of
 activations and of the matrix products: the residual stream itself is in bf16 then, as in modded-nanogpt since record 10,
@@ -15,178 +15,19 @@ which halves the memory traffic that autocast would leave in fp32. The loss is c
 
 import math
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers.attention import ATTENTION, attention
+from layers.attention import attention
 from layers.kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
+from layers.ngrams import NgramEmbedding
 from layers.residual import AttentionExtras, ResidualPaths, Smear
-
-
-def setting(default, help: str, choices: tuple[str, ...] | None = None, least: float = 0, most: float = math.inf):
-    """A config field with the words that `--help` prints. least, most: of a number."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
-
-
-def refusal(f: Field, value: Any) -> str:
-    """Why a field does not take a value, in words that go after its name; empty: it does."""
-    choices, least, most = (f.metadata[key] for key in ("choices", "least", "most"))
-    if choices:
-        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}"
-    if not isinstance(value, (int, float)) or least <= value <= most:  # not a number: nan too fails the comparison
-        return ""
-    return f"must be at least {least:g}, got {value:g}" if most == math.inf else f"must be {least:g} to {most:g}, got {value:g}"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape and form of the model. Raises ValueError when the fields contradict each other."""
-
-    vocab_size: int = setting(50257, "tokens in the vocabulary", least=1)
-    sequence_length: int = setting(1024, "context, tokens", least=1)
-    layers: int = setting(12, "transformer blocks; 0: embeddings, norm and head alone")
-    heads: int = setting(12, "attention heads per block", least=1)
-    width: int = setting(768, "residual width, channels", least=1)
-    mlp_ratio: int = setting(4, "hidden width of the MLP over residual width", least=1)
-    dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches")
-    bias: bool = setting(True, "biases in linear layers and LayerNorms (speedruns drop them: modded-nanogpt #2)")
-    norm: str = setting("layernorm", "normalisation (RMSNorm: arXiv 1910.07467)", ("layernorm", "rmsnorm"))
-    norm_gains: bool = setting(True, "learned gains in the normalisation layers")
-    positions: str = setting(
-        "learned",
-        "position encoding; rotary: arXiv 2104.09864; half_rotary: only half of each head turns, modded-nanogpt #17",
-        ("learned", "rotary", "half_rotary"),
-    )
-    rotary_base: float = setting(10000.0, "slowest rotary wavelength over 2 pi, tokens (modded-nanogpt: 1024)")
-    yarn: bool = setting(
-        False, "rotary frequencies and the factor on q.k follow a window that grows (arXiv 2309.00071, modded-nanogpt #31)"
-    )
-    qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
-    attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
-    activation: str = setting("gelu", "MLP activation; relu2 = ReLU(x)^2, arXiv 2109.08668", ("gelu", "relu2"))
-    zero_init_projections: bool = setting(
-        False, "projections into the residual stream, and an untied head, start at zero (modded-nanogpt #5)"
-    )
-    tied_head: bool = setting(True, "head shares its weight with the token embedding (untied: modded-nanogpt #8)")
-    embed_norm: bool = setting(False, "normalise right after the embedding (modded-nanogpt #8)")
-    logit_softcap: float = setting(0.0, "bound on the logits, nats; 0 is off (Gemma 2: 30, modded-nanogpt #18: 15)")
-    softcap_form: str = setting(
-        "rational",
-        "rational: c x / sqrt(x^2 + c^2) (modded-nanogpt); tanh: c tanh(x / c); sigmoid: c sigmoid((x + 5) / 7.5) "
-        "(modded-nanogpt #54, with c = 23)",
-        ("rational", "tanh", "sigmoid"),
-    )
-    vocab_multiple: int = setting(
-        1, "rows of embedding and head, a multiple of this; the logits of padding are cut off", least=1
-    )
-    head_dtype: str = setting(
-        "same",
-        "head's products in training; same: type of the activations; auto: 8-bit floats where the card has them "
-        "(modded-nanogpt #19); fp8: there alone, simulated on CPUs",
-        ("same", "auto", "fp8"),
-    )
-    ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
-    ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
-    ngram_sparse: bool = setting(False, "sparse gradients for the n-gram tables, which --table-optimizer updates then")
-    value_embeddings: int = setting(
-        0, "tables of value embeddings, for so many first and last blocks; 0 is off (modded-nanogpt #14, #17)"
-    )
-    value_gates: bool = setting(False, "gates on the value embeddings, one a head (modded-nanogpt #55)")
-    input_shortcut: bool = setting(False, "what enters the first block is added before each (modded-nanogpt #9)")
-    skips: str = setting(
-        "none", "skips from the lower to the upper blocks (modded-nanogpt #11; single: #45)", ("none", "unet", "single")
-    )
-    smear: bool = setting(False, "a gated part of the token before is added to each embedding (modded-nanogpt #34)")
-    backout: bool = setting(False, "the stream at two thirds of the depth is taken off at the end (modded-nanogpt #40)")
-    attention_gate: bool = setting(False, "a gate on each head's output (sparse attention gate, modded-nanogpt #28)")
-    exclusive_attention: bool = setting(False, "takes a token's own value out of its heads' outputs (modded-nanogpt #82)")
-    key_offset: bool = setting(
-        False, "keys of half-rotary attention: the channels without position from the token before (modded-nanogpt #49)"
-    )
-    window: int = setting(0, "long attention window, tokens that a token sees, itself included; 0: all before it")
-    window_pattern: str = setting(
-        "L", "windows of the blocks, repeated: L long, S half as long; the last block's is long (modded-nanogpt #20)"
-    )
-    document_mask: bool = setting(
-        False, "attention within a token's own document alone, in validation too (modded-nanogpt #12)"
-    )
-    end_of_text: int = setting(50256, "the tokenizer's token before each document")
-    attention: str = setting(
-        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
-    )
-    checkpoint_activations: bool = setting(
-        False, "keep a block's input alone and compute the block again in the backward pass: less memory, a third more work"
-    )
-
-    def __post_init__(self):
-        for f in fields(self):
-            if why := refusal(f, getattr(self, f.name)):
-                raise ValueError(f"{f.name} {why}")
-        if self.attention == "flex" and self.dropout:
-            raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.positions != "learned" and self.head_width % 4:
-            raise ValueError(f"rotary positions need a head width divisible by 4, got {self.head_width}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        round_blocks = ("value_embeddings", "input_shortcut", "backout")
-        if not self.layers and (wrong := [name for name in round_blocks if getattr(self, name)]):
-            raise ValueError(f"layers 0: there are no blocks for {wrong[0]}")
-        if self.ngram_sparse and not self.ngram_buckets:
-            raise ValueError("ngram_sparse needs ngram_buckets: such as 16384")
-        if self.value_gates and not self.value_embeddings:
-            raise ValueError("value_gates need value_embeddings: such as 3")
-        if self.key_offset and self.positions != "half_rotary":
-            raise ValueError(f"key_offset needs positions half_rotary, got {self.positions}")
-        if not 0 <= self.window <= self.sequence_length:
-            raise ValueError(f"window must be 0 to {self.sequence_length}, the sequence length; got {self.window}")
-        if not self.window_pattern or set(self.window_pattern) - set("LS"):
-            raise ValueError(f"window_pattern takes the letters L and S, such as LSSS; not {self.window_pattern!r}")
-        if self.yarn and self.positions == "learned":
-            raise ValueError("yarn needs positions rotary or half_rotary, got learned")
-        if self.head_dtype != "same" and (self.padded_vocab % 16 or self.width % 16):
-            raise ValueError(
-                f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {self.width} and "
-                f"{self.padded_vocab}: such as vocab_multiple 128"
-            )
-        if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
-            raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def padded_vocab(self) -> int:
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
-
-    def long_window(self, part: float = 1.0) -> int:
-        """The long window, tokens, in a stage of a run that has `part` of it; never 0."""
-        return max(1, round(part * (self.window or self.sequence_length)))
-
-    def windows(self, part: float = 1.0) -> list[int]:
-        """The window of each block, tokens; 0: all before a token."""
-        long, pattern = self.long_window(part), self.window_pattern
-        kinds = [*(pattern[layer % len(pattern)] for layer in range(self.layers - 1)), "L"][: self.layers]
-        windows = [long if kind == "L" else max(1, long // 2) for kind in kinds]
-        return [window if window < self.sequence_length else 0 for window in windows]
-
-
-# The four published sizes (GPT-2 paper, table 2; sizes as counted since its correction).
-PRESETS: dict[str, dict[str, int]] = {
-    "124M": dict(layers=12, heads=12, width=768),
-    "350M": dict(layers=24, heads=16, width=1024),
-    "774M": dict(layers=36, heads=20, width=1280),
-    "1.5B": dict(layers=48, heads=25, width=1600),
-}
+from layers.shape import ModelConfig
 
 
 class Linear(nn.Linear):
@@ -334,64 +175,6 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-class SummedLookup(torch.autograd.Function):
-    """table[rows].sum(-2) for rows [n, k] -> [n, C], with a sparse gradient that is coalesced from the start.
-
-    The rows are sorted, and what a row gets from several places is one bag of the gradients [n, C]: nothing of n x k x C
-    is ever stored, as PyTorch's own sparse gradient and its coalesce() would do.
-    """
-
-    @staticmethod
-    def forward(ctx, table: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape = table.shape
-        return F.embedding_bag(rows, table, mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        flat, order = rows.flatten().sort(stable=True)
-        starts = F.pad(flat[1:] != flat[:-1], (1, 0), value=True).nonzero()[:, 0]
-        values = F.embedding_bag(order // rows.size(1), grad, starts, mode="sum")
-        found = torch.sparse_coo_tensor(flat[starts][None], values, ctx.shape, is_coalesced=True, check_invariants=False)
-        return found, None
-
-
-class NgramEmbedding(nn.Module):
-    """A learned vector for the last n tokens, looked up by hash, summed over the orders n. Starts at zero.
-
-    modded-nanogpt record 62 (bigrams, after DeepSeek's Engram); on bytes, where one token says little, longer n-grams
-    pay too. Collisions are left to training. Positions before the start of the sequence count as token 0. The tables of
-    all orders lie in one parameter [orders * ngram_buckets, width]: one lookup, one gradient.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.orders = [int(n) for n in config.ngram_orders.split(",")]
-        self.buckets = config.ngram_buckets
-        self.is_sparse = config.ngram_sparse
-        self.table = nn.Embedding(len(self.orders) * self.buckets, config.width)
-
-    def rows(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] int64 -> rows of the table [B, T, orders]: a multiply-and-add hash, latest token first."""
-        digest, found = torch.zeros_like(tokens), {}
-        for back in range(max(self.orders)):
-            past = F.pad(tokens, (back, 0))[:, : tokens.size(1)]
-            digest = (digest * 1000003 + past + 1) % 2147483647
-            mixed = (digest ^ (digest >> 15)) * 69621 % 2147483647  # a linear hash would put neighbours in few buckets
-            found[back + 1] = (mixed ^ (mixed >> 13)) % self.buckets
-        return torch.stack([found[n] + i * self.buckets for i, n in enumerate(self.orders)], -1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] int64 -> [B, T, C] fp32."""
-        return self.sparse(tokens) if self.is_sparse else self.table(self.rows(tokens)).sum(-2)
-
-    @torch.compiler.disable  # Inductor knows no sparse gradients
-    def sparse(self, tokens: Tensor) -> Tensor:
-        """The same with a gradient that holds only the rows looked up."""
-        return SummedLookup.apply(self.table.weight, self.rows(tokens).flatten(0, 1)).view(*tokens.shape, -1)
-
-
 def future_loss(logits: Tensor, targets: Tensor, future: Tensor) -> Tensor:
     """Multi-token prediction without further parameters: the same logits are also scored on the tokens after the next.
 
@@ -468,13 +251,11 @@ class GPT(nn.Module):
         Returns:
             logits [B, T, vocab_size] fp32, or the mean cross-entropy in nats when targets are given.
         """
-        if self.ngrams is not None:  # first: nothing before it that torch.compile would have to split off
-            ngrams = self.ngrams(tokens)
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.size(1)]
         if self.ngrams is not None:
-            x = x + ngrams
+            x = x + self.ngrams(tokens)
         x = self.dropout(x.to(self.compute_dtype))
         if self.smear is not None:
             x = self.smear(x)
@@ -522,10 +303,6 @@ class GPT(nn.Module):
             for table, now in zip((self.cos, self.sin), rotary_tables(self.config, parts), strict=True):
                 table.copy_(now)
 
-    def tables(self) -> list[nn.Parameter]:
-        """Those with sparse gradients."""
-        return [self.ngrams.table.weight] if self.config.ngram_sparse and self.ngrams is not None else []
-
     @classmethod
     def from_huggingface(cls, hf: nn.Module) -> "GPT":
         """Copy the weights of a transformers GPT2LMHeadModel (its Conv1D stores weights transposed)."""
@@ -548,8 +325,7 @@ def roles(gpt: nn.Module) -> dict[str, str]:
     """Parameter name -> what it is for: the only thing optimizers may route by.
 
     matrix: hidden weights inside blocks; embedding: token, position, value and n-gram tables (and a head tied to one);
-    table: n-gram tables with sparse gradients, which only an optimizer for such takes; head: an untied output matrix;
-    vector: gains, biases, gates and weights of residual paths; scalar: single numbers.
+    head: an untied output matrix; vector: gains, biases, gates and weights of residual paths; scalar: single numbers.
     """
     found = {}
     for name, p in gpt.named_parameters():
@@ -557,8 +333,6 @@ def roles(gpt: nn.Module) -> dict[str, str]:
             found[name] = "scalar"
         elif p.dim() == 1 or name.endswith("gate.weight"):
             found[name] = "vector"
-        elif name.startswith("ngrams.") and gpt.config.ngram_sparse:
-            found[name] = "table"
         elif name.startswith(("embedding.", "positions.", "ngrams.", "paths.values.")):
             found[name] = "embedding"
         elif name == "head.weight":
@@ -582,23 +356,5 @@ def parameter_counts(gpt: nn.Module) -> dict[str, int]:
     kinds = roles(gpt)
     return {
         "total": sum(sizes.values()),
-        "non_embedding": sum(size for name, size in sizes.items() if kinds[name] not in ("embedding", "table", "head")),
+        "non_embedding": sum(size for name, size in sizes.items() if kinds[name] not in ("embedding", "head")),
     }
-
-
-def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> int:
-    """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add.
-
-    6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys,
-    once for q.k and once for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer.
-    A window of w tokens meets w - w^2 / 2T keys instead of T/2. nanoGPT's and PaLM's formula counts 12 T C, the masked half
-    included; ours does not flatter MFU. Vectors, softmax, norms, gates, embeddings and the optimizer are left out.
-
-    Args:
-        part: of the model's long window, in a stage of a window schedule.
-        length: of the sequences, tokens, in a stage of a schedule of lengths; 0: the model's.
-    """
-    C, T = config.width, length or config.sequence_length
-    weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C
-    seen = [min(window or T, T) for window in config.windows(part)]
-    return 6 * weights + 6 * C * sum(2 * w - w * w // T for w in seen)

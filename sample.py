@@ -8,13 +8,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from data import tokenizers
-from engine import checkpoint, schedules
+from engine import checkpoint
+from engine.command import Parser, command
+from engine.schedules import Course
 from engine.spec import UsageError
-from model import GPT, ModelConfig
+from layers.shape import ModelConfig
+from model import GPT
 
 
 def load_model(run: Path) -> tuple[GPT, dict]:
@@ -33,8 +37,7 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     fields = {f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}
     gpt = GPT(ModelConfig(**fields))
     checkpoint.load_weights(gpt, path)
-    windows = schedules.build_windows(config.get("window_schedule", "constant"), config["steps"])
-    gpt.see(windows.until(max(0, checkpoint.step_of(path) - 1)))
+    gpt.see(Course(SimpleNamespace(**config)).at(max(0, checkpoint.step_of(path) - 1)).windows)
     return gpt.eval(), config
 
 
@@ -61,25 +64,28 @@ def generate(gpt: GPT, tokens: list[int], count: int, temperature: float, top_k:
     return tokens
 
 
+def parser() -> Parser:
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--run", type=Path, required=True, help="run folder of the trained model")
+    flags.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    flags.add_argument("--tokens", type=int, default=300, help="tokens to add")
+    flags.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    flags.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    flags.add_argument("--seed", type=int, default=0)
+    return flags
+
+
+def sample(argv: list[str]) -> str:
+    options = parser().parse_args(argv)
+    gpt, config = load_model(options.run)
+    tokenizer = tokenizers.get(config["tokenizer"], config["data_root"])
+    start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
+    tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed)
+    return tokenizer.decode(tokens[1:])
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="run folder of the trained model")
-    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    parser.add_argument("--tokens", type=int, default=300, help="tokens to add")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    try:
-        gpt, config = load_model(options.run)
-        tokenizer = tokenizers.get(config["tokenizer"], config["data_root"])
-        start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
-        tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed)
-        print(tokenizer.decode(tokens[1:]))
-        return 0
-    except UsageError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+    return command("sample.py", lambda: sample(argv))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.spec import UsageError, nearest, split
-from model import PRESETS
+from layers.shape import PRESETS
 
 Settings = dict[str, Any]
 
@@ -226,14 +226,14 @@ TRICKS: dict[str, Trick] = {
     ),
     "window_warmup": Trick(
         "schedule",
-        dict(window_schedule="stages"),
+        dict(window_stages=(0.25, 0.5, 1.0)),
         "modded-nanogpt #13 (each block of 64 tokens), #29 (stages)",
         "5.03 to 4.66 min; 1,875 to 1,750 steps",
         "350M: a cubic course and twice the largest window, part of 25.29 to 24.50 min (track 2 #8)",
     ),
     "yarn": Trick(
         "schedule",
-        dict(positions="half_rotary", rotary_base=1024.0, window_schedule="stages", yarn=True),
+        dict(positions="half_rotary", rotary_base=1024.0, window_stages=(0.25, 0.5, 1.0), yarn=True),
         "YaRN, arXiv 2309.00071, at each change of the window: modded-nanogpt #31",
         "2.717 to 2.656 min; 1,705 to 1,670 steps",
     ),
@@ -249,56 +249,6 @@ TRICKS: dict[str, Trick] = {
         dict(align_documents=True),
         "modded-nanogpt #26",
         "2.896 to 2.863 min, with a longer cool-down",
-    ),
-    "large_ngrams": Trick(
-        "architecture",
-        dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6"),
-        "DeepSeek's Engram (2026): memory by lookup costs no arithmetic, so its size is free to grow",
-        "not measured alone; with `sparse_ngrams`, or the update of rows that were not looked up costs more than the model",
-    ),
-    "huge_ngrams": Trick(
-        "architecture",
-        dict(ngram_buckets=262144),
-        "as `large_ngrams`, with four times as many rows",
-        "not measured elsewhere; here no time shown with blocks (records/comparisons/cpu-small), 1.21x without (record 011)",
-    ),
-    "short_run": Trick(
-        "optimizer",
-        dict(optimizer="muon:lr=0.05,adamw_lr=0.02", schedule="wsd:cooldown=0.4"),
-        "tuned here for the `narrow` model at 200 steps, one seed a value",
-        "higher rates, held longer; for some hundred steps of a small model",
-    ),
-    "sparse_ngrams": Trick(
-        "optimizer",
-        dict(ngram_sparse=True, table_optimizer="sparse_adagrad"),
-        "Adagrad was made for rare features (Duchi et al. 2011); row-sparse tables are the rule in recommender systems (DLRM, "
-        "arXiv 1906.00091)",
-        "not measured for language models",
-    ),
-    "shallow": Trick(
-        "architecture",
-        dict(layers=1),
-        "the n-gram tables know what lower blocks would have to learn; Engram's authors move parameters from blocks to tables",
-        "for byte models with tables; not a GPT-2 any more",
-    ),
-    "narrow": Trick(
-        "architecture",
-        dict(width=64, heads=1),
-        "as `shallow`: what the tables know needs no arithmetic, and a smaller model takes more steps in the same time",
-        "for byte models with tables; not a GPT-2 any more",
-    ),
-    "blockless": Trick(
-        "architecture",
-        dict(layers=0, optimizer="adamw:lr=0.02,beta2=0.95,weight_decay=0"),
-        "`shallow` to its end: embeddings of the last bytes are added, normed and read by the head, a log-linear n-gram model "
-        "(Mikolov et al. 2011, its hashed maximum-entropy part)",
-        "for byte models with tables; no transformer any more",
-    ),
-    "thin": Trick(
-        "architecture",
-        dict(width=32, heads=1),
-        "`narrow` once more: without blocks a step costs what its rows of the tables weigh",
-        "for byte models with tables and no blocks",
     ),
     "muon": Trick(
         "optimizer",
@@ -373,14 +323,14 @@ TRICKS: dict[str, Trick] = {
     ),
     "batch_stages": Trick(
         "schedule",
-        dict(batch_schedule="stages:sizes=1/2/3,rates=1/1.52/1.73"),
+        dict(batch_stages=(1, 2, 3), batch_rates=(1.0, 1.52, 1.73)),
         "batch-size schedule, modded-nanogpt #46; batch_tokens is the smallest batch",
         "2.248 to 2.203 min; 1.8 s on one machine",
         "nanochat: too complex for its gain; Kimi K2 and GLM 4.5 grow their batches",
     ),
     "short_sequences": Trick(
         "schedule",
-        dict(length_schedule="stages"),
+        dict(length_stages=(0.5, 1.0)),
         "modded-nanogpt #72, which cuts documents at 896 tokens before it does at 2,048; here sequences are cut in two",
         "1.516 to 1.496 min, with a higher last learning rate",
     ),
@@ -489,29 +439,13 @@ TRACKS: dict[str, Track] = {
         ),
         target_loss=1.13,
         target_source="see records/README.md",
-        recipes={
-            "baseline": (),
-            "record": (
-                "modern",
-                "ngram_embedding",
-                "compile",
-                "sparse_ngrams",
-                "large_ngrams",
-                "blockless",
-                "thin",
-                "huge_ngrams",
-            ),
-        },
-        recipe_steps={"record": 222},
+        recipes={"baseline": (), "record": ("modern", "muon", "compile")},
+        recipe_steps={"record": 740},  # record 010
         tuning={
             "wide_heads": dict(heads=2),
             "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
-            "large_ngrams": dict(ngram_buckets=65536, ngram_orders="2,3,4,5,6,8"),
-            "huge_ngrams": dict(ngram_buckets=262144, clip=0.1),  # the first steps' large gradients stay in Adagrad's sums
             "batch_stages": dict(batch_tokens=2048),
-            "blockless": dict(optimizer="adamw:lr=0.02,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.4"),
-            "thin": dict(optimizer="adamw:lr=0.04,beta2=0.95,weight_decay=0", schedule="wsd:cooldown=0.25"),
             "small_batch": dict(batch_tokens=2048),
         },
     ),

@@ -13,15 +13,11 @@ import math
 import sys
 from pathlib import Path
 
-import tricks
+from config import resolve
 from data import corpora, shards, tokenizers
-from engine import schedules
+from engine.command import Parser, command
+from engine.schedules import Course
 from engine.spec import UsageError
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(message)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,10 +41,9 @@ def parser() -> argparse.ArgumentParser:
 def shards_for(recipe: str) -> int:
     """Training shards of fineweb10B that `TRACK:TRICKS` reads; where they are not enough for it, all, which it will repeat."""
     track, _, words = recipe.partition(":")
-    settings, _ = tricks.apply(track, words)
-    batches = schedules.build_batches(settings.get("batch_schedule", "constant"), settings["steps"])
-    tokens = batches.before(settings["steps"]) * settings["batch_tokens"]
-    if settings.get("align_documents"):  # which leaves the ends of documents out: half as much again is chosen
+    config, _, _ = resolve(["--track", track, "--tricks", words])
+    tokens = Course(config).units_before(config.steps) * config.batch_tokens
+    if config.align_documents:  # which leaves the ends of documents out: half as much again is chosen
         tokens += tokens // 2
     wanted = max(1, math.ceil((tokens + 1) / shards.SHARD_TOKENS))
     if wanted > corpora.FINEWEB_SHARDS:
@@ -56,32 +51,27 @@ def shards_for(recipe: str) -> int:
     return min(wanted, corpora.FINEWEB_SHARDS)
 
 
+def run(argv: list[str]) -> int | str:
+    options = parser().parse_args(argv)
+    if options.verb == "list":
+        listed = [f"{name:12s}{corpus.summary}; {corpus.source}" for name, corpus in corpora.CORPORA.items()]
+        return "\n".join([*listed, f"tokenizers: {', '.join(tokenizers.TOKENIZERS)}"])
+    if options.verb == "prepare":
+        count = shards_for(options.recipe) if options.recipe else options.shards
+        how = dict(files=options.files, shard_count=count, shard_tokens=options.shard_tokens)
+        folder = corpora.prepare(options.corpus, options.tokenizer, options.data_root, **how)
+        counts = {split: len(shards.Dataset(folder, split)) for split in ("train", "val")}
+        return f"{folder}: {counts['train']:,} training and {counts['val']:,} validation tokens"
+    folders = options.folders or sorted(p for p in options.data_root.glob("*-*") if p.is_dir())
+    if not folders:
+        raise UsageError(f"nothing prepared in {options.data_root}; run: ./run.sh data prepare sotu")
+    problems = [problem for folder in folders for problem in shards.verify(folder)]
+    print("\n".join(problems) or f"{len(folders)} corpora, every shard as it should be")
+    return 1 if problems else 0
+
+
 def main(argv: list[str]) -> int:
-    try:
-        options = parser().parse_args(argv)
-        if options.verb == "list":
-            for name, corpus in corpora.CORPORA.items():
-                print(f"{name:12s}{corpus.summary}; {corpus.source}")
-            print(f"tokenizers: {', '.join(tokenizers.TOKENIZERS)}")
-        elif options.verb == "prepare":
-            count = shards_for(options.recipe) if options.recipe else options.shards
-            folder = corpora.prepare(
-                options.corpus, options.tokenizer, options.data_root, files=options.files, shard_count=count,
-                shard_tokens=options.shard_tokens,
-            )  # fmt: skip
-            counts = {split: len(shards.Dataset(folder, split)) for split in ("train", "val")}
-            print(f"{folder}: {counts['train']:,} training and {counts['val']:,} validation tokens")
-        else:
-            folders = options.folders or sorted(p for p in options.data_root.glob("*-*") if p.is_dir())
-            if not folders:
-                raise UsageError(f"nothing prepared in {options.data_root}; run: ./run.sh data prepare sotu")
-            problems = [problem for folder in folders for problem in shards.verify(folder)]
-            print("\n".join(problems) or f"{len(folders)} corpora, every shard as it should be")
-            return 1 if problems else 0
-        return 0
-    except UsageError as error:
-        print(f"data: {error}", file=sys.stderr)
-        return 2
+    return command("data", lambda: run(argv))
 
 
 if __name__ == "__main__":

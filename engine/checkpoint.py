@@ -15,9 +15,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.shards import file_hash
-from engine.run_folder import atomic_write
+from engine.run_folder import atomic_write, settings_hash
 from engine.spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
@@ -62,8 +63,6 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def pack_key(key: Any) -> Any:
-    if isinstance(key, tuple):
-        return {"tuple": list(key)}
     if isinstance(key, (bool, int, float, str)):
         return key
     raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
@@ -75,7 +74,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tensor":
         return tensors[content].reshape(packed["shape"])
     if kind == "dict":
-        return {tuple(k["tuple"]) if isinstance(k, dict) else k: unpack(v, tensors) for k, v in content}
+        return {k: unpack(v, tensors) for k, v in content}
     if kind in ("list", "tuple"):
         return {"list": list, "tuple": tuple}[kind](unpack(v, tensors) for v in content)
     return content
@@ -93,7 +92,7 @@ def merged(ranks: list[Any]) -> Any:
 
 
 def only(packed: Any, own: Any) -> Any:
-    """`packed` without the blocks (optimizers.matrix, optimizers.shard) that the packed state `own` has no part in."""
+    """`packed` without the blocks (optimizers.matrix) that the packed state `own` has no part in."""
     if "dict" not in packed:
         return packed
     here = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}
@@ -102,17 +101,9 @@ def only(packed: Any, own: Any) -> Any:
         inner = here.get(json.dumps(key))
         if key == "blocks" and inner is not None:
             mine = [k for k, _ in inner["dict"]]
-            value = {"dict": [pair for pair in value["dict"] if any(meet(pair[0], k) for k in mine)]}
+            value = {"dict": [pair for pair in value["dict"] if pair[0] in mine]}
         kept.append([key, only(value, inner)])
     return {"dict": kept}
-
-
-def meet(one: Any, other: Any) -> bool:
-    """Are two packed keys the same, or two ranges that overlap?"""
-    if isinstance(one, dict):
-        (a, b), (c, d) = one["tuple"], other["tuple"]
-        return a < d and c < b
-    return one == other
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
@@ -188,6 +179,41 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
+def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: Callable[[int], int]) -> Path | None:
+    """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: the settings are
+    the same except for the length, and what is scheduled was the same at every step until then.
+
+    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been.
+
+    Args:
+        shared: length of the other run, steps -> the first steps that both have in common.
+    Raises:
+        UsageError: a run of other settings.
+    """
+    usable: list[Path] = []
+    for folder in folders:
+        try:
+            other = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UsageError(f"--branch {folder}: there is no run") from None
+        if settings_hash(other, ("steps",)) != settings_hash(settings, ("steps",)):
+            raise UsageError(f"--branch {folder}: it differs from this run in more than its steps")
+        most = shared(other["steps"])
+        usable += [p for p in listing(folder / "checkpoints") if step_of(p) <= most and damage(p) is None][:1]
+    return max(usable, key=step_of, default=None)
+
+
+def generators(device: torch.device) -> list[Tensor]:
+    """States of the random generators that training draws from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_generators(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def load_weights(gpt: nn.Module, path: Path) -> None:
     """Copy the weights of a checkpoint into `gpt`, in place.
 
@@ -219,12 +245,11 @@ class Checkpoints:
     Args:
         keep: how many to keep, newest first.
         milestone: steps between checkpoints that are never deleted; 0: none.
-        written: called on rank 0, from the thread, with the facts of a finished checkpoint: step, bytes, seconds that it
-            took to write, and `blocked`, those of them that training stood still.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, milestone: int = 0, written: Callable[..., None] = lambda **_: None):
-        self.folder, self.keep, self.milestone, self.written = folder, max(1, keep), milestone, written
+    def __init__(self, folder: Path, keep: int = 2, milestone: int = 0):
+        self.folder, self.keep, self.milestone = folder, max(1, keep), milestone
+        self.facts: list[dict[str, float]] = []  # of checkpoints that the thread has finished; `finished` hands them out
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.group = dist.new_group(backend="gloo") if several else None
@@ -236,7 +261,7 @@ class Checkpoints:
         """Copy the state and begin to write it.
 
         Args:
-            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix, .shard) other ranks may hold in part.
+            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix) other ranks may hold in part.
             rng: states of this rank's generators, uint8.
             extra: plain values of rank 0, which `load` returns.
         Raises:
@@ -296,7 +321,7 @@ class Checkpoints:
         sync(self.folder)
         self._prune(step)
         written = sum(size for size, _ in listed.values())
-        self.written(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked)
+        self.facts.append(dict(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked))
 
     def _prune(self, step: int) -> None:
         # what lies ahead of this one was passed over as damaged: it must not take the place of one that is intact
@@ -306,6 +331,21 @@ class Checkpoints:
                 (path / DONE).unlink()  # first: half deleted must not look complete
                 shutil.rmtree(path)
 
+    def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
+        """The checkpoint to start from: the newest here, else that of another run. Clears away what is no use. For rank 0.
+
+        Raises:
+            UsageError: `resume` is "must" and there is none.
+        """
+        path, passed = newest(self.folder) if resume != "never" else (None, [])
+        for line in passed:
+            print(line, file=sys.stderr, flush=True)
+        path = path or branch()
+        if path is None and resume == "must":
+            raise UsageError(f"--resume must: {passed[0]}; use --resume auto to start anew")
+        self.clean(everything=resume == "never")
+        return path
+
     def clean(self, everything: bool = False) -> None:
         """Remove what interrupted writes and deletions left, or all there is. For rank 0, before anybody saves."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -313,10 +353,13 @@ class Checkpoints:
         for path in [*self.folder.glob(".step-*.tmp"), *unfinished]:
             shutil.rmtree(path)
 
-    def poll(self) -> None:
-        """Raises what went wrong in the thread, if anything has by now."""
-        if self.pending and self.pending.done():
+    def finished(self, wait: bool = False) -> list[dict[str, float]]:
+        """Facts of each checkpoint completed since the last call: step, bytes, seconds that it took to write, and `blocked`,
+        those of them that training stood still; on rank 0. Raises what went wrong in writing, as `wait`."""
+        if wait or (self.pending and self.pending.done()):
             self.wait()
+        facts, self.facts = self.facts, []
+        return facts
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is complete; raises what went wrong in writing it, as an OSError

@@ -170,6 +170,12 @@ def compiler_lacks(device: torch.device) -> str:
     return "" if there else "no C++ compiler with Python headers here"
 
 
+def lacks_nccl(device: torch.device, ranks: int) -> str:
+    """What to say where several GPUs have no NCCL; else nothing."""
+    lacking = device.type == "cuda" and ranks > 1 and not torch.distributed.is_nccl_available()
+    return "this PyTorch has no NCCL: ranks talk through gloo, which is slower" if lacking else ""
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has what it needs."""
     return not compiler_lacks(device)

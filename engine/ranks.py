@@ -11,12 +11,12 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +32,9 @@ WIRE = {
     "reduce_scatter": lambda n: (n - 1) / n,
     "reduce": lambda n: (n - 1) / n,  # after those in whose names it is found, too
 }
+
+
+T = TypeVar("T")
 
 
 class RankError(RuntimeError):
@@ -119,29 +122,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def sum_sparse(self, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Sum of a sparse gradient over ranks: the rows of all, made as many on every rank by rows of zeros; coalesced.
-
-        dtype: of the rows on their way; they are added up in their own.
-        """
-        rows = grad._indices()[0]
-        if bool((rows[1:] > rows[:-1]).all()):  # as the model makes them; autograd forgets to say so
-            grad = grad._coalesced_(True)
-        grad = grad.coalesce()  # adds up what a row got from several places
-        if self.size == 1:
-            return grad
-        rows, values = grad.indices()[0], grad.values().to(dtype)
-        most = torch.tensor(len(rows), device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        missing = most.item() - len(rows)
-        rows, values = F.pad(rows, (0, missing)), F.pad(values, (0, 0, 0, missing))
-        everyone = [[torch.empty_like(x) for _ in range(self.size)] for x in (rows, values)]
-        for found, own in zip(everyone, (rows, values), strict=True):
-            dist.all_gather(found, own)
-        rows, values = map(torch.cat, everyone)
-        values = values.to(grad.dtype)
-        return torch.sparse_coo_tensor(rows[None], values, grad.shape, check_invariants=False).coalesce()
-
     def gather(self, value: Any) -> list[Any]:
         """One small object from each rank, in rank order."""
         if self.size == 1:
@@ -149,6 +129,23 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def main_does(self, work: Callable[[], T]) -> T:
+        """Rank 0 does it, all have the result.
+
+        Raises:
+            UsageError: rank 0's, on every rank.
+        """
+        problem = value = None
+        if self.main:
+            try:
+                value = work()
+            except UsageError as error:
+                problem = str(error)
+        problem, value = self.gather((problem, value))[0]
+        if problem:
+            raise UsageError(problem)
+        return value
 
     def check_equal(self, tensors: list[torch.Tensor], what: str) -> None:
         """All ranks hold the same bits of `tensors`, judged by a checksum of each.

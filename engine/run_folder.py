@@ -1,22 +1,22 @@
-"""What a run writes: its folder (config.json, env.json, log.jsonl, checkpoints/, lock, result.json) and its display.
+"""What a run writes: its folder with config.json, env.json, log.jsonl, checkpoints/, lock and result.json.
 
 Only rank 0 writes. The contract of the files stands in README.md, "Where results go".
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import socket
 import subprocess
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
+from engine.display import Display
 from engine.spec import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,8 @@ def all_settings(config: Any, model_config: Any, recipe: str) -> dict[str, Any]:
     same command after a change of it is another run."""
     file = Path(config.optimizer.partition(":")[0])
     own = {"optimizer_code": hashlib.sha256(file.read_bytes()).hexdigest()} if file.suffix == ".py" else {}
-    return vars(config) | vars(model_config) | {"recipe": recipe} | own
+    settings = vars(config) | vars(model_config) | {"recipe": recipe} | own
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}  # as JSON has them
 
 
 def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
@@ -47,7 +48,7 @@ def default_folder(settings: dict[str, Any], recipe: str) -> str:
     return str(Path("runs") / settings["track"] / f"{recipe[:100]}-s{settings['seed']}-{settings_hash(settings)[:8]}")
 
 
-def now() -> str:
+def now_utc() -> str:
     """UTC, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -69,8 +70,14 @@ def git(*words: str) -> str | None:
         return None
 
 
+def code_version() -> dict[str, Any]:
+    """Which code runs: commit, whether files differ from it, and the hash of what trains."""
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit and commit.strip(), "dirty": bool(git("status", "--porcelain")), "source_sha256": source_hash()}
+
+
 # What trains: a change of any other file leaves finished trials what they are.
-TRAINING = ("train_gpt.py", "model.py", "tricks.py", "optimizers", "layers", "engine", "data")
+TRAINING = ("train_gpt.py", "config.py", "model.py", "tricks.py", "optimizers", "layers", "engine", "data")
 
 
 def sources() -> list[Path]:
@@ -105,15 +112,20 @@ def lock(folder: Path) -> FileLock:
         except (OSError, ValueError, KeyError, TypeError):
             who = "another process"
         raise UsageError(f"{folder} is in use by {who}: wait for it, or choose another folder") from None
-    path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
+    path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now_utc()}))
     return held
 
 
 class Run:
-    """The run folder and everything that is written to it but checkpoints. Only rank 0 writes."""
+    """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays.
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume: str):
-        self.folder, self.config, self.log = folder, config, None
+    Raises:
+        UsageError: the folder holds a run with other settings, or something else.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], resume: str, main: bool = True):
+        self.folder, self.config, self.main = folder, config, main
+        self.log, self.display, self.lock = None, None, None
         self.checkpoints = folder / "checkpoints"
         comparable = {k: v for k, v in config.items() if k not in PRESENTATION}
         if (folder / "config.json").exists():
@@ -129,7 +141,15 @@ class Run:
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         self.finished = resume != "never" and (folder / "result.json").exists()
 
-    def open(self, env: dict[str, Any], log_bytes: int, stem: Path | None = None) -> None:
+    def take(self) -> None:
+        """Lock the folder for this process.
+
+        Raises:
+            UsageError: another process has it.
+        """
+        self.lock = lock(self.folder)
+
+    def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
         """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint.
 
         stem: folder of the run that this one branches off from, whose log up to there is this run's too.
@@ -137,93 +157,54 @@ class Run:
         Raises:
             UsageError: the log is shorter than that.
         """
+        if not self.main:
+            return
         log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"
         there = source.stat().st_size if source.exists() else 0
         if there < log_bytes:
             repair = "leave out --branch" if stem else "add --resume never to start anew"
-            raise UsageError(f"{source} has {there} bytes, its checkpoint speaks of {log_bytes}: {repair}")
+            raise UsageError(f"{source} is {there} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
         if stem:
             log.write_bytes(source.read_bytes()[:log_bytes])
-        self.log = log.open("ab")
+        self.log, self.display = log.open("ab"), display
         self.log.truncate(log_bytes)
         self.log.seek(0, os.SEEK_END)
 
-    def event(self, event: str, **values: Any) -> None:
+    def event(self, event: str, note: str = "", **values: Any) -> None:
+        """Log an event and show it; note: a line for people beside it."""
+        if not self.main:
+            return
         # JSON has no NaN: a non-finite number is logged as null and named by its event
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.log.write((json.dumps({"event": event, **values}) + "\n").encode())
+        logged = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.log.write((json.dumps({"event": event, **logged}) + "\n").encode())
         if event != "train":
             self.log.flush()
+        self.display.event(event, note, values)
 
     def logged(self) -> int:
         """Bytes of the log, all of them on the disk: what a checkpoint made now may rely on."""
+        if not self.main:
+            return 0
         self.log.flush()
         os.fsync(self.log.fileno())
         return self.log.tell()
 
     def close(self, result: dict[str, Any]) -> None:
         """The run has ended: result.json says so."""
-        self.event("end", status=result["status"], step=result["steps"], utc=now())
-        self.log.close()
-        atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
+        if self.main:
+            self.event("end", status=result["status"], step=result["steps"], utc=now_utc())
+            self.log.close()
+            atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
 
-
-class Display:
-    """A progress bar on a terminal, plain lines elsewhere, and the optional loggers. `config` is the trainer's."""
-
-    def __init__(self, config: Any, folder: Path, flops: int, peak: float | None, first: int):
-        self.config, self.flops, self.peak, self.val = config, flops, peak, None
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=config.steps, initial=first, disable=not self.terminal, unit="step", dynamic_ncols=True)
-        self.every = max(1, config.steps // 20)
-        self.wandb = self.writer = None
-        if config.wandb:
-            import wandb
-
-            self.wandb = wandb.init(project="nanogpt-speedrun", name=folder.name, dir=folder, config=vars(config))
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder / "tensorboard")
-
-    def scalars(self, step: int, **values: float) -> None:
-        if self.wandb:
-            self.wandb.log(values, step=step)
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-    def step(self, step: int, loss: float, lr: float, step_time: float, train_time: float, rate: float) -> None:
-        """rate: tokens per second of this step."""
-        config = self.config
-        mfu = f"{rate * self.flops / self.peak:.0%}" if self.peak else "n/a"
-        target = f"/{config.target_loss:g}" if config.target_loss else ""
-        val = f"{self.val:.4f}{target}" if self.val is not None else f"-{target}"
-        self.scalars(step, **{"train/loss": loss, "train/lr": lr, "train/step_time": step_time})
-        self.bar.set_postfix_str(f"loss {loss:.3f}, val {val}, {rate:,.0f} tok/s, MFU {mfu}", refresh=False)
-        self.bar.update()
-        if not self.terminal and (step % self.every == 0 or step == 1):
-            eta = train_time / step * (config.steps - step)
-            print(
-                f"step {step}/{config.steps}  loss {loss:.4f}  val {val}  {train_time:.1f} s  {rate:,.0f} tok/s  "
-                f"MFU {mfu}  ETA {eta:.0f} s",
-                flush=True,
-            )
-
-    def validated(self, step: int, loss: float) -> None:
-        self.val = loss
-        self.scalars(step, **{"val/loss": loss})
-        self.note(f"step {step}: validation loss {loss:.4f}")
-
-    def note(self, text: str) -> None:
-        self.bar.write(text) if self.terminal else print(text, flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.writer:
-            self.writer.close()
+    def release(self) -> None:
+        """Let go of log, display and lock, whatever happened before."""
+        if self.display:
+            self.display.close()
+        if self.log:
+            with contextlib.suppress(OSError):  # the disk is full: said already
+                self.log.close()
+        if self.lock:
+            self.lock.release()

@@ -1,7 +1,8 @@
-"""Schedules of learning rate, momentum, batches, windows and sequence lengths: pure functions of the step, chosen by SPEC.
+"""Schedules of learning rate and momentum, chosen by SPEC, and the course of a run: all that depends on the step.
 
     python -m engine.schedules wsd cosine:warmup=0.1 --out schedules.png       draw them (needs matplotlib)
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
+    Course(config).at(step) -> Moment(lr, momentum, batch, windows, length, future, tied)
 
 Every schedule has `warmup` (linear from 0) and `final` (the multiplier approached at the end). Lengths are in steps
 when >= 1 and a fraction of the run when < 1. With t = step - W, T = steps - W, p = t / T, the last step still moves
@@ -16,7 +17,9 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from engine.command import command
 from engine.spec import UsageError, parse
 
 
@@ -173,124 +176,6 @@ class Ramp:
         return self.start + (self.peak - self.start) * up + (self.end - self.peak) * down
 
 
-@dataclass(frozen=True)
-class SameBatch:
-    """--batch-tokens in every step."""
-
-    sizes = (1.0,)
-    rates = (1.0,)
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Stages of equal length: of `sizes` times --batch-tokens, at `rates` times the learning rate (speedrun record 46: 131k,
-    262k and 393k tokens; its rates grow about as the root of the batch).
-    """
-
-    sizes: tuple[float, ...] = (1, 2, 3)
-    rates: tuple[float, ...] = (1.0, 1.52, 1.73)
-
-    def __post_init__(self):
-        if len(self.sizes) != len(self.rates):
-            raise UsageError(f"batch schedule stages has {len(self.sizes)} sizes and {len(self.rates)} rates: one each a stage")
-        if not all(size >= 1 and size == int(size) for size in self.sizes):
-            raise UsageError("batch schedule stages takes whole multiples of --batch-tokens as sizes, such as sizes=1/2/3")
-
-
-@dataclass(frozen=True)
-class WholeWindow:
-    """The model's own windows in every step."""
-
-    parts = (1.0,)
-
-
-@dataclass(frozen=True)
-class WindowStages:
-    """Stages of equal length in which the long window is `parts` of the model's; the last has it whole (speedrun record 13:
-    from 64 tokens to 1,792 in the course of the run; record 29: in stages; today's trainer: 384, 896, 1,408, 1,664).
-    """
-
-    parts: tuple[float, ...] = (0.25, 0.5, 1.0)
-
-    def __post_init__(self):
-        check_parts(self.parts, "window schedule")
-
-
-@dataclass(frozen=True)
-class WholeLength:
-    """The model's --sequence-length in every step."""
-
-    parts = (1.0,)
-
-
-@dataclass(frozen=True)
-class LengthStages:
-    """Stages of equal length in which sequences are cut into pieces, `parts` of the model's length, at the same tokens a step;
-    the last has them whole (speedrun record 72 cuts documents at 896 tokens first and then at 2,048).
-    """
-
-    parts: tuple[float, ...] = (0.5, 1.0)
-
-    def __post_init__(self):
-        check_parts(self.parts, "length schedule")
-
-
-def check_parts(parts: tuple[float, ...], what: str) -> None:
-    if parts[-1] != 1 or min(parts) <= 0 or max(parts) > 1:
-        raise UsageError(f"{what} stages takes parts above 0 of what the model has, and ends with all of it: parts=0.5/1")
-
-
-def stage_starts(stages: int, steps: int) -> list[int]:
-    """First step of each of so many stages of equal length."""
-    return [math.ceil(i * steps / stages) for i in range(stages)]
-
-
-class Parts:
-    """A schedule of parts of something that the model has whole, over a run of `steps`."""
-
-    def __init__(self, stages: WholeWindow | WindowStages | WholeLength | LengthStages, steps: int):
-        self.parts, self.starts = stages.parts, stage_starts(len(stages.parts), steps)
-
-    def until(self, step: int) -> tuple[float, ...]:
-        """The parts of all stages that have begun at `step`; the last holds in it."""
-        return self.parts[: bisect.bisect_right(self.starts, step)]
-
-
-class Batches:
-    """A batch-size schedule over a run of `steps`, in units of --batch-tokens. Steps past the end are of the last stage."""
-
-    def __init__(self, stages: SameBatch | Stages, steps: int):
-        self.sizes, self.rates = [int(size) for size in stages.sizes], stages.rates
-        self.starts = stage_starts(len(self.sizes), steps)
-
-    def stage(self, step: int) -> int:
-        return bisect.bisect_right(self.starts, step) - 1
-
-    def size(self, step: int) -> int:
-        """Units in the batch of `step`."""
-        return self.sizes[self.stage(step)]
-
-    def rate(self, step: int) -> float:
-        """Factor on the learning rate at `step`."""
-        return self.rates[self.stage(step)]
-
-    def before(self, step: int) -> int:
-        """Units in all steps before `step`."""
-        ends = [*self.starts[1:], step]
-        spans = zip(self.sizes, self.starts, ends, strict=True)
-        return sum(size * max(0, min(step, end) - start) for size, start, end in spans)
-
-
-def future_weights(tokens: int, step: int, steps: int) -> list[float]:
-    """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
-    after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
-
-    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1].
-    """
-    stage = (tokens + 1) * step / steps
-    return [0.5**k * min(1.0, max(0.0, tokens - k + 1 - stage)) for k in range(1, tokens + 1)]
-
-
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "linear": Linear,
@@ -301,9 +186,6 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "inverse_sqrt": InverseSqrt,
 }
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
-BATCH_SCHEDULES: dict[str, type] = {"constant": SameBatch, "stages": Stages}
-WINDOW_SCHEDULES: dict[str, type] = {"constant": WholeWindow, "stages": WindowStages}
-LENGTH_SCHEDULES: dict[str, type] = {"constant": WholeLength, "stages": LengthStages}
 
 
 def build(spec: str, steps: int) -> Callable[[int], float]:
@@ -324,37 +206,99 @@ def build_momentum(spec: str, steps: int) -> Callable[[int], float | None]:
     return lambda step: schedule.value(step, steps)
 
 
-def build_batches(spec: str, steps: int) -> Batches:
-    """Batch-size schedule.
+# ---------------------------------------------------------------- the course of a run
 
+
+@dataclass(frozen=True)
+class Moment:
+    """Everything in one step of a run that depends on the step."""
+
+    lr: float  # multiplier of the peak learning rates
+    momentum: float | None  # None: the optimizer's own
+    batch: int  # in units of --batch-tokens
+    windows: tuple[float, ...]  # parts of the long attention window, in all stages so far; the last holds now
+    length: float  # of the sequences, as a part of --sequence-length
+    future: tuple[float, ...]  # weights of the losses on the tokens after the next
+    tied: bool  # does the head still share the embedding's weight?
+
+
+class Course:
+    """What a run does in each of its steps: `Course(config).at(step)`, a pure function of the step and the run's length.
+
+    Stages of batches, windows and sequence lengths divide the run into equal parts. Speedrun record 46: batches of 131k, 262k
+    and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on.
+    Record 72: documents cut at 896 tokens first and then at 2,048.
+
+    Args:
+        config: the trainer's Config, of which the fields about steps are read.
+        steps: length of the run; None: the config's.
     Raises:
-        UsageError: unknown schedule or key, or values that make no sense.
+        UsageError: an unknown schedule or key, or stages that make no sense.
     """
-    cls, settings = parse(spec, BATCH_SCHEDULES, "batch schedule")
-    return Batches(cls(**settings), steps)
+
+    def __init__(self, config: Any, steps: int | None = None):
+        self.steps = config.steps if steps is None else steps
+        self.rate, self.momentum = build(config.schedule, self.steps), build_momentum(config.momentum_schedule, self.steps)
+        self.batches, self.batch_rates = config.batch_stages, config.batch_rates
+        self.windows, self.lengths = config.window_stages, config.length_stages
+        self.future_tokens, self.tied_until = config.future_tokens, config.tied_until
+        if len(self.batches) != len(self.batch_rates):
+            raise UsageError(
+                f"--batch-stages has {len(self.batches)} sizes, --batch-rates {len(self.batch_rates)} rates: one a stage"
+            )
+        if not all(size >= 1 and size == int(size) for size in self.batches):
+            raise UsageError("--batch-stages takes whole multiples of --batch-tokens, such as 1/2/3")
+        for flag, parts in (("--window-stages", self.windows), ("--length-stages", self.lengths)):
+            if parts[-1] != 1 or not all(0 < part <= 1 for part in parts):
+                raise UsageError(f"{flag} takes parts above 0 of what the model has, and ends with all of it: such as 0.5/1")
+
+    def at(self, step: int) -> Moment:
+        """Step counts from 0; after the end the last stages hold."""
+        batch = stage(self.batches, step, self.steps)
+        return Moment(
+            lr=self.rate(step) * self.batch_rates[batch],
+            momentum=self.momentum(step),
+            batch=int(self.batches[batch]),
+            windows=self.windows[: stage(self.windows, step, self.steps) + 1],
+            length=self.lengths[stage(self.lengths, step, self.steps)],
+            future=future_weights(self.future_tokens, step, self.steps),
+            tied=step < self.tied_until * self.steps,
+        )
+
+    def units_before(self, step: int) -> int:
+        """Batch units in all steps before `step`."""
+        starts = [*stage_starts(self.batches, self.steps), math.inf]
+        return sum(
+            int(size) * max(0, min(step, end) - start)
+            for size, start, end in zip(self.batches, starts, starts[1:], strict=False)
+        )
+
+    def new_shapes(self) -> list[int]:
+        """First steps of the stages with other windows or lengths than before: what torch.compile makes a graph for."""
+        return sorted({*stage_starts(self.windows, self.steps), *stage_starts(self.lengths, self.steps)})
 
 
-def build_windows(spec: str, steps: int) -> Parts:
-    """Window schedule: parts of the model's long window.
+def stage_starts(stages: tuple[float, ...], steps: int) -> list[int]:
+    """First step of each of the stages, which divide the run into equal parts."""
+    return [math.ceil(i * steps / len(stages)) for i in range(len(stages))]
 
-    Raises:
-        UsageError: unknown schedule or key, or parts that are none.
+
+def stage(stages: tuple[float, ...], step: int, steps: int) -> int:
+    """Index of the stage that holds in `step`. A run of fewer steps than stages skips some."""
+    return bisect.bisect_right(stage_starts(stages, steps), step) - 1
+
+
+def future_weights(tokens: int, step: int, steps: int) -> tuple[float, ...]:
+    """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
+    after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
+
+    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1].
     """
-    cls, settings = parse(spec, WINDOW_SCHEDULES, "window schedule")
-    return Parts(cls(**settings), steps)
+    done = (tokens + 1) * step / steps
+    return tuple(0.5**k * min(1.0, max(0.0, tokens - k + 1 - done)) for k in range(1, tokens + 1))
 
 
-def build_lengths(spec: str, steps: int) -> Parts:
-    """Schedule of sequence lengths: parts of the model's.
-
-    Raises:
-        UsageError: unknown schedule or key, or parts that are none.
-    """
-    cls, settings = parse(spec, LENGTH_SCHEDULES, "length schedule")
-    return Parts(cls(**settings), steps)
-
-
-def main() -> None:
+def draw() -> str:
     """Draw the named schedules into one picture."""
     parser = argparse.ArgumentParser(description="Draw learning-rate schedules.")
     parser.add_argument("specs", nargs="*", default=list(SCHEDULES), help="schedule SPECs (default: all)")
@@ -372,12 +316,8 @@ def main() -> None:
     axes.set(xlabel="step", ylabel="multiple of the peak learning rate", ylim=(-0.02, 1.05))
     axes.legend()
     figure.savefig(options.out, dpi=150)
-    print(f"wrote {options.out}")
+    return f"wrote {options.out}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"schedules.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command("schedules", draw))

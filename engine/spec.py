@@ -5,7 +5,7 @@
     my/optimizer.py:Mine:lr=0.1            one's own class from a file
     package.module:Mine:lr=0.1             or from an importable module
 
-Also the one exception that means "the user's words are wrong": every verb turns it into one line and exit code 2.
+Also what the settings of a run are made of (`setting`), and the one exception that means that the user can mend it.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import types
 import typing
@@ -22,7 +23,29 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """Bad input from the user. Verbs print it as one line and exit with code 2."""
+    """What the user can mend: bad words, too little memory. Verbs print it as one line and exit with code 2 (command.py).
+
+    speaks: does this rank print it? None: the first rank of each machine does.
+    """
+
+    def __init__(self, message: str, speaks: bool | None = None):
+        super().__init__(message)
+        self.speaks = speaks
+
+
+def setting(default, help: str, choices: tuple[str, ...] | None = None, least: float = 0, most: float = math.inf):
+    """A config field with the words that `--help` prints. least, most: of a number."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+
+
+def refusal(field: dataclasses.Field, value: Any) -> str:
+    """Why a field does not take a value, in words that go after its name; empty: it does."""
+    choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
+    if choices:
+        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}"
+    if not isinstance(value, (int, float)) or least <= value <= most:  # not a number: nan too fails the comparison
+        return ""
+    return f"must be at least {least:g}, got {value:g}" if most == math.inf else f"must be {least:g} to {most:g}, got {value:g}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,14 +13,12 @@ optimizer takes them for matrices (modded-nanogpt moved them from Muon to Adam i
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from model import ModelConfig
+from layers.shape import ModelConfig
 
 GATE_CHANNELS = 12  # of the residual stream that a gate reads (#28)
 
@@ -39,7 +37,7 @@ class Gate(nn.Module):
 class Smear(nn.Module):
     """x_t + l sigmoid(W x_t[:12]) x_(t-1), [B, T, C] -> [B, T, C]; l starts at 0 (#34)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = Gate(config.width, 1)
         self.strength = nn.Parameter(torch.zeros(()))
@@ -55,7 +53,7 @@ class Smear(nn.Module):
 class ResidualPaths(nn.Module):
     """The blocks, and the paths round them that the config asks for."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.values = ValueEmbeddings(config) if config.value_embeddings else None
         skips = {"unet": UNetSkips, "single": SingleSkip}.get(config.skips)
@@ -64,7 +62,7 @@ class ResidualPaths(nn.Module):
         self.backout = Backout(config) if config.backout else None
 
     @staticmethod
-    def wanted(config: "ModelConfig") -> bool:
+    def wanted(config: ModelConfig) -> bool:
         return bool(config.value_embeddings or config.skips != "none" or config.input_shortcut or config.backout)
 
     def forward(
@@ -87,7 +85,7 @@ class ResidualPaths(nn.Module):
 class InputShortcut(nn.Module):
     """a x + b x0 before each block, with a and b learned for each; they start at 1 and 0 (#9)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.stream = nn.Parameter(torch.ones(config.layers))
         self.inputs = nn.Parameter(torch.zeros(config.layers))
@@ -99,7 +97,7 @@ class InputShortcut(nn.Module):
 class UNetSkips(nn.Module):
     """The output of block j is added before block L - 1 - j, for j < L/2, by a learned weight that starts at 1 (#11)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.layers = config.layers
         self.weights = nn.Parameter(torch.ones(config.layers // 2))  # by j
@@ -113,7 +111,7 @@ class SingleSkip(nn.Module):
     """Of the U-net's skips the one from a third of the depth, 4 -> 7 of 12 blocks (#45), times sigmoid(l) 2 sigmoid(W x0[:12])
     (#55), with l = -1.5 at the start: 0.18 in all."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.source = min(config.layers // 3, config.layers // 2 - 1)
         self.target = config.layers - 1 - self.source
@@ -130,7 +128,7 @@ class Backout(nn.Module):
     """x - c y after the last block, y the output of the block at two thirds of the depth, c learned from 1/2 on (#40): what the
     lower blocks wrote for the upper ones alone is taken out of the prediction."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.source = 2 * config.layers // 3  # 8 of 12
         self.strength = nn.Parameter(torch.tensor(0.5))
@@ -142,7 +140,7 @@ class Backout(nn.Module):
 # ---------------------------------------------------------------- inside attention
 
 
-def value_table(config: "ModelConfig", layer: int) -> int | None:
+def value_table(config: ModelConfig, layer: int) -> int | None:
     """Which table of value embeddings a block reads: n tables serve the first n and the last n blocks, in the same order
     (0 1 2 ... 0 1 2, #17)."""
     n = min(config.value_embeddings, config.layers)
@@ -154,7 +152,7 @@ def value_table(config: "ModelConfig", layer: int) -> int | None:
 class ValueEmbeddings(nn.Module):
     """A vector for the token itself, beside the values that attention makes of the stream (#14; of fewer blocks, #17)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         n = min(config.value_embeddings, config.layers)
         self.tables = nn.ModuleList(nn.Embedding(config.padded_vocab, config.width) for _ in range(n))
@@ -169,7 +167,7 @@ class ValueEmbeddings(nn.Module):
 class AttentionExtras(nn.Module):
     """What the config adds before and after the softmax of one block's attention."""
 
-    def __init__(self, config: "ModelConfig", layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.key_offset = config.key_offset
         self.values = ValueMix(config) if value_table(config, layer) is not None else None
@@ -177,7 +175,7 @@ class AttentionExtras(nn.Module):
         self.gate = Gate(config.width, config.heads) if config.attention_gate else None
 
     @staticmethod
-    def wanted(config: "ModelConfig", layer: int) -> bool:
+    def wanted(config: ModelConfig, layer: int) -> bool:
         own = config.key_offset or config.exclusive_attention or config.attention_gate
         return own or value_table(config, layer) is not None
 
@@ -199,7 +197,7 @@ class ValueMix(nn.Module):
     """Values v [B, T, H, D] and value embeddings e [B, T, C] -> a v + b e, a and b learned from 1/2 on (#14);
     with `value_gates` v + 2 sigmoid(W x[:12]) e, a gate a head (#55)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = Gate(config.width, config.heads) if config.value_gates else None
         self.weights = None if config.value_gates else nn.Parameter(torch.full((2,), 0.5))
@@ -215,7 +213,7 @@ class Exclusion(nn.Module):
     """y - tanh(a) <y, v^> v^ with v^ = v / |v|: what attention says beside the token's own value. y and v [B, T, H, D];
     a learned, one a head, from 0 on (exclusive self attention, #82)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.strength = nn.Parameter(torch.zeros(config.heads))
 

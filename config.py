@@ -1,0 +1,265 @@
+"""Every setting of a run: Config, the flags generated from it, and what follows from the settings before anything is built.
+
+    config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "modern,muon", "--steps", "600"])
+
+Settings are taken in this order, later ones win: defaults here, track, tricks as listed, flags.
+"""
+
+import argparse
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import optimizers
+import tricks
+from engine.command import Parser
+from engine.schedules import Course
+from engine.spec import UsageError, convert, nearest, refusal, setting, split
+from layers.shape import ModelConfig, flops_per_token
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run except the model's own (ModelConfig); both become flags, flat. Tracks and tricks set them."""
+
+    track: str = setting("cpu", "corpus, model size and target: " + ", ".join(tricks.TRACKS))
+    tricks: str = setting("baseline", "comma-separated tricks or a recipe (baseline, record); README lists them")
+    optimizer: str = setting("adamw", "optimizer SPEC, name or name:key=value,...; or path/to/file.py:Class")
+    average: str = setting("none", "average of the weights to evaluate at, SPEC: " + ", ".join(optimizers.AVERAGES))
+    rates: str = setting("", "factors on learning rates, by role or part of a parameter's name: embedding=2,smear=0.1")
+    schedule: str = setting("constant", "learning-rate schedule SPEC")
+    momentum_schedule: str = setting("keep", "momentum schedule SPEC")
+    steps: int = setting(1000, "optimizer updates", least=1)
+    batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
+    batch_stages: tuple[float, ...] = setting((1.0,), "batches in stages of equal length, multiples of --batch-tokens: 1/2/3")
+    batch_rates: tuple[float, ...] = setting((1.0,), "factors on the learning rates in the batch stages: 1/1.52/1.73")
+    window_stages: tuple[float, ...] = setting(
+        (1.0,), "attention windows in stages of equal length, parts of --window: 0.25/0.5/1"
+    )
+    length_stages: tuple[float, ...] = setting(
+        (1.0,), "sequence lengths in stages of equal length, parts of --sequence-length: 0.5/1"
+    )
+    micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
+    clip: float = setting(0.0, "largest global gradient norm; 0 is off")
+    future_tokens: int = setting(
+        0, "tokens after the next that training also predicts, less and less (modded-nanogpt #53: 2); its loss is then a sum"
+    )
+    tied_until: float = setting(
+        0.0, "part of the run in which an untied head shares the weight of the embedding (modded-nanogpt #51, #53: 2/3)", most=1
+    )
+    weights: str = setting(
+        "fp32", "hidden matrices: fp32, or bf16 with the other 16 bits in the optimizer (modded-nanogpt #57)", ("fp32", "bf16")
+    )
+    reduce: str = setting(
+        "fp32", "gradients on their way between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16")
+    )
+    seed: int = setting(0, "seed of weights, dropout and data order")
+    corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
+    tokenizer: str = setting("bytes", "bytes, gpt2, or mod97 of the corpus division")
+    data_root: str = setting("corpora", "folder of the prepared corpora")
+    align_documents: bool = setting(False, "training sequences begin with a document (modded-nanogpt #26)")
+    shuffle: bool = setting(True, "shuffle sequences every epoch; otherwise the corpus in its own order")
+    val_tokens: int = setting(262144, "validation tokens, fixed per track", least=1)
+    val_spread: bool = setting(True, "validate on sequences spread over the whole split; otherwise on its beginning")
+    loss_tokens: int = setting(0, "loss on the last so many targets of each sequence alone; 0: on all")
+    val_every: int = setting(0, "steps between validations; 0: five times a run. The last step is always validated")
+    target_loss: float = setting(0.0, "validation loss to reach, nats per token; 0: none")
+    stop_at_target: bool = setting(False, "stop at the first validation that meets the target")
+    out: str = setting("", "run folder; empty: runs/<track>/<recipe>-s<seed>-<hash>")
+    resume: str = setting(
+        "auto",
+        "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint",
+        ("auto", "never", "must"),
+    )
+    branch: str = setting("", "comma-separated folders of runs of another length: start from the last state shared with one")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the minutes, and at the end")
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints; 0: off")
+    keep: int = setting(2, "checkpoints to keep, the newest", least=1)
+    milestone_every: int = setting(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
+    nonfinite: str = setting("stop", "a loss or gradient that is not finite: stop, or skip:K to leave out up to K updates")
+    check_ranks: int = setting(100, "steps between checks that all ranks hold the same weights; 0: never")
+    timeout: float = setting(600.0, "seconds that ranks wait for one that hangs")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    dtype: str = setting("auto", "type of activations and matrix products", ("auto", "bf16", "fp32"))
+    compile: bool = setting(False, "torch.compile the model and the update; the warm-up is off the clock")
+    kernels: str = setting("auto", "fused Triton kernels; auto: for bf16 on CUDA; off: plain PyTorch", ("auto", "off"))
+    deterministic: bool = setting(False, "only deterministic kernels")
+    wandb: bool = setting(False, "also log to Weights & Biases")
+    tensorboard: bool = setting(False, "also log to TensorBoard")
+
+
+def parser(description: str = "") -> argparse.ArgumentParser:
+    """Flags generated from the two dataclasses; absent flags leave no trace, so that tracks and tricks can set them."""
+    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for title, cls in (("run", Config), ("model", ModelConfig)):
+        group = flags.add_argument_group(title)
+        for f in dataclasses.fields(cls):
+            default = "/".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
+            about = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+            if f.type is bool:
+                group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, **about)
+            else:
+                group.add_argument(
+                    flag_of(f.name), metavar="A/B/C" if isinstance(f.default, tuple) else f.type.__name__.upper(), **about
+                )
+    return flags
+
+
+def flag_of(name: str) -> str:
+    """batch_tokens -> --batch-tokens"""
+    return "--" + name.replace("_", "-")
+
+
+FIELDS = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields(cls)}
+
+
+def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig, str]:
+    """Command line -> config, model config, recipe name.
+
+    Raises:
+        UsageError: unknown flag, track, trick, optimizer, schedule or key; wrong type; contradicting settings.
+    """
+    given = flags_given(argv, description)
+    settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
+    settings |= given
+    words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
+    settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)
+    settings["schedule"] = given.get("schedule", schedule)  # whoever asks for one gets it
+    for key, value in settings.items():
+        if why := refusal(FIELDS[key], value):
+            raise UsageError(f"{flag_of(key)} {why}")
+    config = Config(**only(Config, settings))
+    try:
+        model_config = ModelConfig(**only(ModelConfig, settings))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    check(config, model_config)
+    return config, model_config, recipe
+
+
+def flags_given(argv: list[str], description: str) -> dict[str, Any]:
+    """The flags of a command line by field, typed.
+
+    Raises:
+        UsageError: an unknown flag, or a value of the wrong type.
+    """
+    flags = parser(description)
+    options, unknown = flags.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UsageError(f"unknown flag {name}: {nearest(name, flags._option_string_actions)}")
+    return {
+        key: convert(value, FIELDS[key].type, flag_of(key)) if isinstance(value, str) else value
+        for key, value in vars(options).items()
+    }
+
+
+def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are fields of a dataclass."""
+    return {f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings}
+
+
+def check(config: Config, model_config: ModelConfig) -> None:
+    """
+    Raises:
+        UsageError: settings that contradict each other, or a SPEC with a wrong word.
+    """
+    allowed_skips(config.nonfinite)
+    optimizers.check(config.optimizer, config.average)
+    course = Course(config)
+    T = model_config.sequence_length
+    if not 0 <= config.loss_tokens <= T:
+        raise UsageError(f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}")
+    if config.stop_at_target and not config.target_loss:
+        raise UsageError("--stop-at-target needs a target: add --target-loss")
+    if config.momentum_schedule != "keep" and not optimizers.has_momentum(config.optimizer):
+        name = split(config.optimizer)[0]
+        raise UsageError(f"--momentum-schedule {config.momentum_schedule}: {name} has no momentum that it could change")
+    if config.tied_until and model_config.tied_head:
+        raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
+    if any(round(T * part) < 1 or T % round(T * part) for part in course.lengths):
+        raise UsageError(f"--length-stages: its parts of {T} tokens must divide them, such as 0.25/0.5/1")
+    if config.loss_tokens and min(course.lengths) < 1:
+        raise UsageError("--length-stages cuts sequences, of which --loss-tokens counts the end: give one of them")
+    shortest = round(T * min(course.lengths))
+    if not 0 <= config.future_tokens < shortest:
+        raise UsageError(f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}")
+
+
+def allowed_skips(nonfinite: str) -> int:
+    """Updates that may be left out because something was not finite: 0 for "stop", K for "skip:K"."""
+    word, _, count = nonfinite.partition(":")
+    if (word, count) != ("stop", "") and not (word == "skip" and count.isdigit()):
+        raise UsageError(f"--nonfinite takes stop or skip:K, such as skip:3; not {nonfinite!r}")
+    return int(count or 0)
+
+
+# ---------------------------------------------------------------- what follows from the settings
+
+
+def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> tuple[int, int]:
+    """Sequences per rank and step, and per micro-batch.
+
+    Raises:
+        UsageError: the batch does not divide evenly.
+    """
+    T = model_config.sequence_length
+    unit = ranks * T
+    if config.batch_tokens % unit:
+        near = max(unit, round(config.batch_tokens / unit) * unit)
+        raise UsageError(
+            f"--batch-tokens {config.batch_tokens} is not divisible by ranks x sequence length = {ranks} x {T}: "
+            f"the nearest that is: {near}"
+        )
+    per_rank = config.batch_tokens // unit
+    if config.micro_batch_tokens:
+        micro, rest = divmod(config.micro_batch_tokens, T)
+        if rest or not micro or per_rank % micro:
+            raise UsageError(
+                f"--micro-batch-tokens {config.micro_batch_tokens} must be a multiple of the sequence length {T} that divides "
+                f"the {per_rank * T} tokens of a rank"
+            )
+        return per_rank, micro
+    most = max(1, (65536 if device_type == "cuda" else 16384) // T)
+    return per_rank, max(n for n in range(1, min(per_rank, most) + 1) if per_rank % n == 0)
+
+
+def stages(config: Config) -> Counter[tuple[float, float, int]]:
+    """(part of the windows, part of the sequences, size of the batch in --batch-tokens) -> in how many steps of the run."""
+    course = Course(config)
+    moments = map(course.at, range(config.steps))
+    return Counter((now.windows[-1], now.length, now.batch) for now in moments)
+
+
+def mean_flops(config: Config, model_config: ModelConfig) -> int:
+    """FLOPs that training needs per token: `flops_per_token`, the mean over a run whose windows or sequences change."""
+    T = model_config.sequence_length
+    units = [
+        (steps * size, flops_per_token(model_config, part, round(T * cut)))
+        for (part, cut, size), steps in stages(config).items()
+    ]
+    return round(sum(n * flops for n, flops in units) / sum(n for n, _ in units))
+
+
+def shared_steps(config: Config, steps: int) -> int:
+    """The first steps that a run of `steps` steps, with these settings otherwise, has in common with this one.
+
+    Raises:
+        UsageError: settings of the optimizer are fractions of the run's length.
+    """
+    of_length = [optimizers.of_length(config.optimizer, config.average, n) for n in (config.steps, steps)]
+    if of_length[0] != of_length[1]:
+        raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
+    this, other, both = Course(config), Course(config, steps), min(config.steps, steps)
+    return next((step for step in range(both) if this.at(step) != other.at(step)), both)
+
+
+def more_memory(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> str:
+    """What to change where a step does not fit."""
+    sequences, micro = shares(config, model_config, ranks, device_type)
+    smaller = next((n for n in range(micro // 2, 0, -1) if sequences % n == 0), None)
+    ways = [f"--micro-batch-tokens {smaller * model_config.sequence_length}"] if smaller else []
+    ways += [] if model_config.checkpoint_activations else ["--checkpoint-activations"]
+    tokens = micro * model_config.sequence_length
+    return f"micro-batches have {tokens} tokens; try {' or '.join(ways) or 'more GPUs, or an optimizer with less state'}"

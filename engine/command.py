@@ -1,0 +1,85 @@
+"""How every verb ends: what the user can mend is one line on stderr and an exit code; a signal ends the step first."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from engine.ranks import RankError
+from engine.spec import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def command(name: str, work: Callable[[], int | str | None]) -> int:
+    """Run a verb and return its exit code: 0 or what `work` returns; a text that it returns is printed.
+
+    1 ranks died, hang or differ; 2 bad words, no memory or a full disk; 130 interrupted. Of several ranks one speaks.
+    """
+    try:
+        done = work()
+    except (UsageError, RankError, torch.distributed.DistBackendError, OSError, KeyboardInterrupt) as error:
+        words, code = explained(error)
+        if not words:
+            raise
+        if speaks(error):
+            print(f"{name}: {words}", file=sys.stderr, flush=True)
+        return code
+    if isinstance(done, str):
+        print(done)
+        return 0
+    return done or 0
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """Words for the user and the exit code; no words: a fault of ours, whose traceback is wanted."""
+    if isinstance(error, UsageError):
+        return str(error), 2
+    if isinstance(error, RankError):
+        return str(error), 1
+    if isinstance(error, torch.distributed.DistBackendError):  # NCCL's; it tells of its causes in its own log only
+        first = str(error).strip().splitlines()[0]
+        return f"rank {os.environ.get('RANK', 0)}: {first}; NCCL_DEBUG=INFO says more", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is finished is kept: the same command continues", 130
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the disk; free some, and the same command continues", 2
+    return "", 1
+
+
+def speaks(error: BaseException) -> bool:
+    """Is it for this rank to say so?"""
+    if isinstance(error, UsageError):  # once a machine: it may be wrong on one of several
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0 if error.speaks is None else error.speaks
+    return not isinstance(error, RankError) or int(os.environ.get("RANK", 0)) == 0
+
+
+class Interrupt:
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to end after the step that it is in; a second SIGINT ends the process at once."""
+
+    def __init__(self):
+        self.name: str | None = None
+
+    def __enter__(self) -> "Interrupt":
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+        self.before = {number: signal.signal(number, self.ask) for number in (getattr(signal, name) for name in names)}
+        return self
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the messages."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Display:
+    """Shows the events of a log as they are written, and passes them to the optional loggers.
+
+    Args:
+        config: the trainer's.
+        flops: that training needs per token.
+        peak: FLOP/s of all devices together; None: not known.
+        step, tokens: at which it begins.
+    """
+
+    def __init__(self, config: Any, folder: Path, flops: int, peak: float | None, step: int, tokens: int):
+        self.config, self.flops, self.peak, self.tokens, self.val = config, flops, peak, tokens, None
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=config.steps, initial=step, disable=not self.terminal, unit="step", dynamic_ncols=True)
+        self.every = max(1, config.steps // 20)
+        self.wandb = self.writer = None
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="nanogpt-speedrun", name=folder.name, dir=folder, config=vars(config))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder / "tensorboard")
+
+    def event(self, kind: str, note: str, values: dict[str, Any]) -> None:
+        if kind == "train":
+            self.step(**values)
+        elif kind == "val":
+            self.val = values["loss"]
+            self.scalars(values["step"], **{"val/loss": self.val})
+        self.tokens = values.get("tokens", self.tokens)
+        if note:
+            self.note(note)
+
+    def scalars(self, step: int, **values: float) -> None:
+        if self.wandb:
+            self.wandb.log(values, step=step)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def step(self, step: int, tokens: int, loss: float, lr: float, step_time: float, train_time: float, **_: float) -> None:
+        steps, target = self.config.steps, f"/{self.config.target_loss:g}" if self.config.target_loss else ""
+        rate = (tokens - self.tokens) / step_time
+        mfu = f"{rate * self.flops / self.peak:.0%}" if self.peak else "n/a"
+        val = f"-{target}" if self.val is None else f"{self.val:.4f}{target}"
+        self.scalars(step, **{"train/loss": loss, "train/lr": lr, "train/step_time": step_time})
+        self.bar.set_postfix_str(f"loss {loss:.3f}, val {val}, {rate:,.0f} tok/s, MFU {mfu}", refresh=False)
+        self.bar.update()
+        if not self.terminal and (step % self.every == 0 or step == 1):
+            speed = f"{train_time:.1f} s  {rate:,.0f} tok/s  MFU {mfu}  ETA {train_time / step * (steps - step):.0f} s"
+            print(f"step {step}/{steps}  loss {loss:.4f}  val {val}  {speed}", flush=True)
+
+    def note(self, text: str) -> None:
+        self.bar.write(text) if self.terminal else print(text, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.writer:
+            self.writer.close()
+
+
+def nonfinite(step: int, ranks: list[int], parameters: list[str], goes_on: bool, checkpoint: Path | None) -> str:
+    """What was not finite in a step. ranks: whose loss; parameters: whose gradients."""
+    loss = f"the loss of rank {', '.join(map(str, ranks))}, " if ranks else ""
+    more = f" and {len(parameters) - 8} more" if len(parameters) > 8 else ""
+    return (
+        f"step {step}: not finite: {loss}gradients of {', '.join(parameters[:8]) or 'nothing'}{more}; "
+        f"{'the step was left out' if goes_on else 'nothing was updated'}; newest checkpoint: {checkpoint or 'none'}"
+    )
+
+
+def describe(result: dict[str, Any], folder: Path) -> str:
+    """The last line of a run."""
+    loss = "not finite" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
+    target = f" (target {result['target_loss']:g})" if result["target_loss"] else ""
+    steps = f"{result['steps']} steps, {result['train_time']:.1f} s"
+    return f"{result['status']}: validation loss {loss}{target}, {steps}: {folder}"

@@ -1,0 +1,35 @@
+"""The head that is untied in the course of a run."""
+
+import math
+
+import torch
+from torch import nn
+
+from optimizers import copy_state
+
+
+class TiedHead:
+    """A head that shares the embedding's weight for the first part of a run, though both are there (`--tied-until`).
+
+    While tied, the head alone is updated, by the gradients of both, and the embedding copies it; then the embedding goes on
+    from the head's optimizer state (modded-nanogpt #51, #53). until: step of the first update with two weights; 0: never tied.
+    """
+
+    def __init__(self, gpt: nn.Module, optimizer: torch.optim.Optimizer, until: float):
+        self.head, self.embedding, self.optimizer = gpt.head.weight, gpt.embedding.weight, optimizer
+        self.until = until
+
+    def before_step(self, step: int) -> None:
+        """In the first step of two weights: one history for both."""
+        if self.until and step == math.ceil(self.until):
+            copy_state(self.optimizer, self.head, self.embedding)
+
+    def after_backward(self, step: int) -> None:
+        if step < self.until:
+            self.head.grad.add_(self.embedding.grad)
+            self.embedding.grad = None
+
+    def after_update(self, step: int) -> None:
+        """step: updates done. After every change of the weights, an average's for the training weights included."""
+        if self.until and step - 1 < self.until:
+            self.embedding.data.copy_(self.head)
