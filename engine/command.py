@@ -28,6 +28,12 @@ def command(name: str, work: Callable[[], int | str | None]) -> int:
     """
     try:
         done = work()
+        if isinstance(done, str):
+            print(done)
+        return 0 if isinstance(done, str) else done or 0
+    except BrokenPipeError:  # the reader, such as head, has seen enough; what is left unflushed must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UsageError, RankError, torch.distributed.DistBackendError, OSError, KeyboardInterrupt) as error:
         words, code = explained(error)
         if not words:
@@ -35,10 +41,6 @@ def command(name: str, work: Callable[[], int | str | None]) -> int:
         if speaks(error):
             print(f"{name}: {words}", file=sys.stderr, flush=True)
         return code
-    if isinstance(done, str):
-        print(done)
-        return 0
-    return done or 0
 
 
 def explained(error: BaseException) -> tuple[str, int]:

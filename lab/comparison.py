@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import tricks
-from engine.run_folder import atomic_write, now
+from engine.run_folder import atomic_write, now_utc
 from engine.spec import UsageError
 from lab import stats
 from lab.markdown import table
@@ -87,9 +87,9 @@ class Row:
             nothing = dict.fromkeys(("train_time", "robust_train_time", "process_time", "tokens", "flops", "peak_memory"), 0)
             where = dict.fromkeys(("machine", "commit", "source", "data"), "")
             error = " ".join(outcome.error.split())[:200]
-            return cls(**same, **nothing, **where, status="crashed", val_loss=math.inf, stalled=False, ended=now(), error=error)
+            return cls(**same, **nothing, **where, status="crashed", val_loss=math.inf, stalled=False, ended=now_utc(), error=error)
         env = json.loads((trial.folder / "env.json").read_text())
-        ended = next((e["utc"] for e in reversed(trial.log()) if e["event"] == "end"), now())  # found ones ended earlier
+        ended = next((e["utc"] for e in reversed(trial.log()) if e["event"] == "end"), now_utc())  # found ones ended earlier
         return cls(
             **same, status=result["status"], val_loss=outcome.loss, tokens=result["tokens"],
             flops=result["flops_per_token"] * result["tokens"], ended=ended, machine=machine(env),
@@ -241,7 +241,7 @@ def moment(text: str) -> datetime:
 
 def hours_since(text: str) -> float:
     """Since that time of day."""
-    return (moment(now()) - moment(text)).total_seconds() / 3600
+    return (moment(now_utc()) - moment(text)).total_seconds() / 3600
 
 
 def hours_apart(rows: Iterable[Row]) -> float:
