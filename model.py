@@ -202,6 +202,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.seen: tuple[float, ...] = (1.0,)  # see()
         self.embedding = nn.Embedding(config.padded_vocab, config.width)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.sequence_length, config.width) if learned else None
@@ -289,11 +290,14 @@ class GPT(nn.Module):
             block.attention.window = tensors[window]
 
     @torch.no_grad()
-    def see(self, parts: Sequence[float]) -> None:
+    def see(self, parts: tuple[float, ...]) -> None:
         """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far.
 
         A window is a constant of the graph, so that under torch.compile each stage is compiled, once; unless `free_windows`.
         """
+        if parts == self.seen:
+            return
+        self.seen = parts
         for block, window in zip(self.blocks, self.config.windows(parts[-1]), strict=True):
             if isinstance(block.attention.window, Tensor):
                 block.attention.window.fill_(window or self.config.sequence_length)

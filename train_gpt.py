@@ -233,7 +233,6 @@ class Training:
             self.mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
         torch.manual_seed(config.seed * 1009 + world.rank + 1)
         self.model, self.compiled = wrap(self.gpt, config, self.course, world)
-        self.windows: tuple[float, ...] = (1.0,)  # that the model has now
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = mean_flops(config, self.model_config)
 
@@ -254,7 +253,8 @@ class Training:
         settings = all_settings(config, self.model_config, recipe)
         self.run_folder = Run(Path(config.out or default_folder(settings, recipe)), settings, config.resume, world.main)
         folder = self.run_folder.checkpoints
-        self.checkpoints = Checkpoints(folder, config.keep, config.milestone_every)
+        origin = dict(config=settings_hash(settings), data=self.fingerprint, source=source_hash())
+        self.checkpoints = Checkpoints(folder, origin, config.keep, config.milestone_every)
         self.saved: int | None = None  # step of the last checkpoint
         self.wire_bytes = 0 if world.size == 1 else None  # that this rank sends in a step; None: not measured yet
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
@@ -299,7 +299,7 @@ class Training:
         now = self.course.at(step)
         self.clock.start()
         self.tied.before_step(step)
-        self.see(now)
+        self.gpt.see(now.windows)
         world.beat(f"step {step + 1}: data")
         x, y = (tokens.view(-1, self.shape(now)[1]) for tokens in self.loader.next(step))
         world.beat(f"step {step + 1}: forward and backward")
@@ -323,7 +323,7 @@ class Training:
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, now: Moment) -> tuple[float, float]:
         """Gradients of the mean loss over the global batch [sequences, length]; that loss and their norm."""
-        world, future = self.world, self.future(now)
+        world, future = self.world, upload(now.future, self.world.device) if now.future else None
         loss = torch.zeros((), device=world.device)
         micro, _ = self.shape(now)
         parts = range(0, len(x), micro)
@@ -347,21 +347,11 @@ class Training:
     def gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.gpt.parameters() if p.grad is not None]
 
-    def see(self, now: Moment) -> None:
-        """Give the model the attention windows of a step."""
-        if now.windows != self.windows:
-            self.gpt.see(now.windows)
-            self.windows = now.windows
-
     def shape(self, now: Moment) -> tuple[int, int]:
         """Sequences of a micro-batch and their length: where they are cut shorter, there are as many more."""
         whole = self.model_config.sequence_length
         length = round(whole * now.length)
         return self.micro * whole // length, length
-
-    def future(self, now: Moment) -> torch.Tensor | None:
-        """Weights of the losses on the tokens after the next."""
-        return upload(now.future, self.world.device) if now.future else None
 
     # ------------------------------------------------------------ the loop
 
@@ -413,39 +403,25 @@ class Training:
         cards = world.gather(hardware.device_name(world.device))
         if self.compiled:
             world.beat("compiling")
-            for step in sorted({max(start, first) for start in self.course.new_shapes() if start < config.steps}):
-                now = self.course.at(step)
-                self.see(now)
-                warm_up(self.model, self.shape(now), self.model_config.vocab_size, world.device, self.future(now))
-            optimizers.compile_update(self.optimizer)
+            self.warm_up()
         if world.main:
             show = Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
             folder.open(self.environment(), log_bytes, show, self.start.parent.parent if self.branched else None)
         about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
         kind = "branch" if self.branched else "resume" if self.start else "start"
-        folder.event(kind, self.greeting(cards), step=first, **about, data=self.fingerprint, utc=now_utc())
+        folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
         self.model.train()
         self.optimizer.train()
         self.tied.after_update(first)
 
-    def greeting(self, cards: list[str]) -> str:
-        """What is trained on what, and what this machine lacks. cards: the device of each rank."""
-        config, device = self.config, self.world.device
-        fused = device.type == "cuda" and config.kernels == "auto" and self.dtype == torch.bfloat16
-        lacks = [
-            self.compiled != config.compile and f"{hardware.compiler_lacks(device)}: not compiled",
-            fused and kernels.triton is None and "no Triton here: plain PyTorch instead of the fused kernels",
-            hardware.lacks_nccl(device, self.world.size),
-            self.head_note,
-            len(set(cards)) > 1 and f"GPUs of different kinds, {hardware.counted(cards)}: the slowest sets the pace of all",
-        ]
-        sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in self.course.batches)
-        first = (
-            f"{self.run_folder.folder}\n{parameter_counts(self.gpt)['total'] / 1e6:.1f}M parameters on {self.world.size} x "
-            f"{device.type}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason}), {config.steps:,} steps of "
-            f"{sizes} tokens ({self.loader.epochs(config.steps):.2f} epochs of {config.corpus})"
-        )
-        return "\n".join([first, *filter(None, lacks)])
+    def warm_up(self) -> None:
+        """Compile what each stage still to come needs, and the update."""
+        for step in sorted({max(start, self.progress.step) for start in self.course.new_shapes() if start < self.config.steps}):
+            now, device = self.course.at(step), self.world.device
+            self.gpt.see(now.windows)
+            future = upload(now.future, device) if now.future else None
+            warm_up(self.model, self.shape(now), self.model_config.vocab_size, device, future)
+        optimizers.compile_update(self.optimizer)
 
     def note_epoch(self) -> None:
         """Say when the data begins anew."""
@@ -521,9 +497,6 @@ class Training:
         extra = {
             "progress": asdict(self.progress) | {"process_time": sum(self.world.gather(self.progress.process_time))},
             "log_bytes": self.run_folder.logged(),
-            "data": self.fingerprint,
-            "source": source_hash(),
-            "config": settings_hash(self.run_folder.config),
         }
         with self.evaluated():
             self.checkpoints.save(
@@ -532,18 +505,8 @@ class Training:
         self.saved_at, self.saved = time.monotonic(), self.progress.step
 
     def restore(self) -> int:
-        """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes.
-
-        Raises:
-            UsageError: the settings or the data are not those that the checkpoint was trained with.
-        """
+        """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes."""
         optimizer, saved, states = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
-        if not self.branched and saved["config"] != settings_hash(self.run_folder.config):
-            raise UsageError(f"{self.start} is of a run with other settings: choose another --out")
-        if saved["data"] != self.fingerprint:
-            raise UsageError(f"{self.start} was trained on other data ({saved['data']}, here {self.fingerprint})")
-        if self.world.main and saved["source"] != source_hash():
-            print(f"{self.start} was written by other code: what follows is not the same run", file=sys.stderr, flush=True)
         self.optimizer.load_state_dict(optimizer)
         if len(states) and saved["ranks"] == self.world.size:
             set_generators(states, self.world.device)

@@ -243,12 +243,13 @@ class Checkpoints:
     checkpoint is being written: the next save waits for it. All ranks must see the same folder.
 
     Args:
+        origin: hashes of the run's config, data and source, kept in each checkpoint; `load` refuses others.
         keep: how many to keep, newest first.
         milestone: steps between checkpoints that are never deleted; 0: none.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, milestone: int = 0):
-        self.folder, self.keep, self.milestone = folder, max(1, keep), milestone
+    def __init__(self, folder: Path, origin: dict[str, str] | None = None, keep: int = 2, milestone: int = 0):
+        self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, max(1, keep), milestone
         self.facts: list[dict[str, float]] = []  # of checkpoints that the thread has finished; `finished` hands them out
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -287,7 +288,9 @@ class Checkpoints:
         if any(v.device.type == "cuda" for v in (mine | weights).values()):
             torch.cuda.synchronize()
         self.copies = copies
-        state = extra | {"step": step, "ranks": self.ranks, "rng": [len(r) for r in rng], "optimizer": merged(shared)}
+        state = (
+            extra | self.origin | {"step": step, "ranks": self.ranks, "rng": [len(r) for r in rng], "optimizer": merged(shared)}
+        )
         state = json.dumps(state)  # now: training goes on changing what it speaks of
         self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)
 
@@ -388,10 +391,11 @@ class Checkpoints:
             path: an intact checkpoint (`newest`).
             optimizer: state_dict of this rank's fresh optimizer: of blocks, those that it has are read.
         Raises:
-            UsageError: the weights are those of another model.
+            UsageError: another model's weights, or a run with other settings (unless this one branches off from it) or data.
         """
         load_weights(gpt, path)
         state = json.loads((path / STATE).read_text())
+        self.check_origin(path, state)
         wanted = only(state.pop("optimizer"), pack(optimizer, "optimizer", {}))
         tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
         rng = [f"rng/{self.rank}/{i}" for i in range(len(state["rng"]) if self.rank < state["ranks"] else 0)]
@@ -399,3 +403,13 @@ class Checkpoints:
         reader = dcp.HuggingFaceStorageReader(str(path / "state"))
         dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return unpack(wanted, tensors), state, [tensors[name] for name in rng]
+
+    def check_origin(self, path: Path, state: dict[str, Any]) -> None:
+        """Is it a checkpoint of this run? Other code is said, other settings or data are refused."""
+        here = self.origin or state
+        if path.parent == self.folder and state["config"] != here["config"]:
+            raise UsageError(f"{path} is of a run with other settings: choose another --out")
+        if state["data"] != here["data"]:
+            raise UsageError(f"{path} was trained on other data ({state['data']}, here {here['data']})")
+        if self.rank == 0 and state["source"] != here["source"]:
+            print(f"{path} was written by other code: what follows is not the same run", file=sys.stderr, flush=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine import hardware
+
 
 class Display:
     """Shows the events of a log as they are written, and passes them to the optional loggers.
@@ -70,6 +72,29 @@ class Display:
             self.wandb.finish()
         if self.writer:
             self.writer.close()
+
+
+def greeting(run: Any, cards: list[str]) -> str:
+    """What is trained on what, and what this machine lacks. run: the trainer's Training; cards: the device of each rank."""
+    config, world = run.config, run.world
+    device, dtype = world.device, str(run.dtype).removeprefix("torch.")
+    fused = device.type == "cuda" and config.kernels == "auto" and dtype == "bfloat16"
+    compiler = hardware.compiler_lacks(device)
+    lacks = [
+        run.compiled != config.compile and f"{compiler}: not compiled",
+        fused and compiler and f"{compiler}: plain PyTorch instead of the fused kernels",
+        hardware.lacks_nccl(device, world.size),
+        run.head_note,
+        len(set(cards)) > 1 and f"GPUs of different kinds, {hardware.counted(cards)}: the slowest sets the pace of all",
+    ]
+    parameters = sum(p.numel() for p in run.gpt.parameters())
+    sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in config.batch_stages)
+    first = (
+        f"{run.run_folder.folder}\n{parameters / 1e6:.1f}M parameters on {world.size} x {device.type}, {dtype} "
+        f"({run.dtype_reason}), {config.steps:,} steps of {sizes} tokens ({run.loader.epochs(config.steps):.2f} epochs of "
+        f"{config.corpus})"
+    )
+    return "\n".join([first, *filter(None, lacks)])
 
 
 def nonfinite(step: int, ranks: list[int], parameters: list[str], goes_on: bool, checkpoint: Path | None) -> str:

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: test_kernels.py runs them so, in numpy
 
 import train_gpt  # noqa: E402
+from config import resolve  # noqa: E402
 from data import corpora  # noqa: E402
 from engine import checkpoint  # noqa: E402
 from optimizers import own_schedule  # noqa: E402
@@ -41,6 +42,10 @@ def train(sotu, tmp_path):
     return run
 
 
+class Cut(BaseException):
+    """A run that dies: nothing of ours catches it."""
+
+
 def events(folder: Path, kind: str) -> list[dict]:
     """The events of one kind in a run's log."""
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
@@ -59,14 +64,14 @@ def stored(folder: Path, *flags: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and optimizer state in the newest checkpoint of a `tiny` run that was trained with `flags` on one rank."""
     path, passed = checkpoint.newest(folder / "checkpoints")
     assert path is not None and not passed
-    gpt, state = train_gpt.GPT(train_gpt.resolve(["--track", "tiny", *flags])[1]), {}
+    gpt, state = train_gpt.GPT(resolve(["--track", "tiny", *flags])[1]), {}
     loaded, _, _ = checkpoint.Checkpoints(folder / "checkpoints").load(path, gpt, state)
     return gpt.state_dict(), loaded
 
 
 def with_needs(trick: str) -> str:
     """A trick with the one that it changes something of, where there is such: alone it is refused."""
-    needs = {"momentum_warmup": "muon", "momentum_cooldown": "muon", "sparse_ngrams": "ngram_embedding"}
+    needs = {"momentum_warmup": "muon", "momentum_cooldown": "muon"}
     return f"{needs[trick]},{trick}" if trick in needs else trick
 
 

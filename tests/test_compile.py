@@ -78,11 +78,3 @@ def test_a_whole_step_trains():
         optimizer.zero_grad(set_to_none=True)
         found.append(loss.item())
     assert found[-1] < found[0]
-
-
-def test_sparse_tables_do_break_the_graph():
-    """The compiler knows no sparse gradients: n-gram tables that have them stay outside. The record recipe has none."""
-    gpt, tokens, _ = build("--ngram-buckets", "64", "--ngram-sparse")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
-        torch.compile(gpt, fullgraph=True, backend="eager")(tokens, tokens)
-    assert not build()[0].tables()

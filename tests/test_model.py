@@ -153,20 +153,6 @@ def test_ngram_hash_spreads():
         assert abs(used - expected) < 100
 
 
-def test_sparse_ngrams_are_the_dense_ones():
-    dense, sparse = small(ngram_buckets=64, ngram_orders="2,3"), small(ngram_buckets=64, ngram_orders="2,3", ngram_sparse=True)
-    with torch.no_grad():
-        dense.ngrams.table.weight.normal_()
-    sparse.load_state_dict(dense.state_dict())
-    for gpt in (dense, sparse):
-        gpt(TOKENS, TOKENS).backward()
-    grad = sparse.ngrams.table.weight.grad
-    assert grad.is_sparse and grad._nnz() == len(sparse.ngrams.rows(TOKENS).unique()), "a row looked up twice comes once"
-    assert roles(sparse)["ngrams.table.weight"] == "table"
-    torch.testing.assert_close(grad.to_dense(), dense.ngrams.table.weight.grad)
-    torch.testing.assert_close(sparse.embedding.weight.grad, dense.embedding.weight.grad)
-
-
 def test_gpt2_initialisation():
     gpt = small(width=64, heads=4, layers=8)
     std = lambda name: gpt.state_dict()[name].std().item()  # noqa: E731

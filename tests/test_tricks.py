@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA_ROOT, events, losses, result, same, stored, torchrun, with_needs
+from conftest import DATA_ROOT, Cut, events, losses, result, same, stored, torchrun, with_needs
 
 import optimizers
 import sample
 import train_gpt
+from config import mean_flops, resolve
 from data import shards
 from data.shards import Dataset, Loader
 from engine import schedules
+from engine.schedules import Course
 from engine.spec import UsageError
 from layers.residual import GATE_CHANNELS, Backout, SingleSkip, value_table
-from model import GPT, ModelConfig, flops_per_token, future_loss, roles, rotary_tables, rotate, splits
+from layers.shape import ModelConfig, flops_per_token
+from model import GPT, future_loss, roles, rotary_tables, rotate, splits
 from optimizers.cautious import CautiousAdamW
 from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
 from tricks import TRACKS, TRICKS
@@ -29,7 +32,7 @@ TOKENS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
 MODEL_FIELDS = {f for f in ModelConfig.__dataclass_fields__}
 SMALL_TABLES = ("--ngram-buckets", "512")
 # what has no effect but speed, or is another's size: tested where it belongs
-HERE = [name for name in TRICKS if name not in ("compile", "shallow", "narrow", "thin", "wide_heads", "padded_vocab")]
+HERE = [name for name in TRICKS if name not in ("compile", "wide_heads", "padded_vocab")]
 
 
 def small(**settings) -> GPT:
@@ -55,12 +58,12 @@ def gate(module, x: torch.Tensor) -> torch.Tensor:
 
 
 def flags_of(name: str, *more: str) -> tuple[str, ...]:
-    return ("--tricks", name, "--schedule", "constant", *(SMALL_TABLES if "ngrams" in name or "ngram" in name else ()), *more)
+    return ("--tricks", name, "--schedule", "constant", *(SMALL_TABLES if "ngram" in name else ()), *more)
 
 
 def training(tmp_path, *flags: str) -> train_gpt.Training:
     base = ["--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
-    made = train_gpt.Training(*train_gpt.resolve([*base, *flags]), train_gpt.World("cpu"))
+    made = train_gpt.Training(*resolve([*base, *flags]), train_gpt.World("cpu"))
     made.model.train()
     made.optimizer.train()
     return made
@@ -79,7 +82,7 @@ def test_trick_trains(sotu, tmp_path, name):
     for parameter, p in made.gpt.named_parameters():
 
         def note(p, parameter=parameter):
-            if (p.grad.coalesce().values() if p.grad.is_sparse else p.grad).abs().sum() > 0:
+            if p.grad.abs().sum() > 0:
                 reached.add(parameter)
 
         p.register_post_accumulate_grad_hook(note)
@@ -95,7 +98,7 @@ def test_trick_trains(sotu, tmp_path, name):
     again = training(tmp_path, *flags)
     again.gpt.load_state_dict(saved[0])
     again.optimizer.load_state_dict(saved[1])
-    again.steps_done = 12
+    again.progress.step = 12
     assert [again.step()[0] for _ in range(3)] == found[12:]
     again.close()
     assert same((again.gpt.state_dict(), again.optimizer.state_dict()), (made.gpt.state_dict(), made.optimizer.state_dict()))
@@ -112,10 +115,8 @@ def test_trick_trains(sotu, tmp_path, name):
 
 @pytest.mark.parametrize("name", [n for n in HERE if TRICKS[n].settings.keys() & (MODEL_FIELDS | {"future_tokens", "weights"})])
 def test_trick_is_one_graph(name):
-    """No graph break, and the graph's numbers are those of the code. (Sparse gradients break it on purpose: model.sparse.)"""
+    """No graph break, and the graph's numbers are those of the code."""
     settings = TRICKS[name].settings
-    if settings.get("ngram_sparse"):
-        pytest.skip("only acts with n-gram tables, whose sparse lookup torch.compile does not take")
     gpt = small(
         layers=2,
         **{k: v for k, v in settings.items() if k in MODEL_FIELDS - {"layers"}}
@@ -145,8 +146,8 @@ def stop_at(step: int):
 
     def patched(self, *args):
         real(self, *args)
-        if self.steps_done == step:
-            raise KeyboardInterrupt
+        if self.progress.step == step:
+            raise Cut
 
     return patched
 
@@ -159,7 +160,7 @@ def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
     whole = train(*flags, out="whole")
     with monkeypatch.context() as patched:
         patched.setattr(train_gpt.Training, "log_step", stop_at(checkpoint + 1))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Cut):
             train(*flags, out="cut")
     cut = train(*flags, out="cut")
     assert [e["step"] for e in events(cut, "resume")] == [checkpoint]
@@ -452,14 +453,6 @@ def test_future_loss():
     )
 
 
-def test_future_weights_are_those_of_record_53():
-    """[1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
-    at = lambda step: schedules.future_weights(2, step, 600)  # noqa: E731
-    assert at(0) == [0.5, 0.25] and at(100) == [0.5, 0.125] and at(200) == [0.5, 0] and at(300) == [0.25, 0]
-    assert at(400) == [0, 0] == at(599)
-    assert schedules.future_weights(0, 5, 10) == []
-
-
 def test_future_tokens_do_not_touch_validation(train):
     """The same weights are validated alike; the training loss is larger by the further terms."""
     plain = train("--steps", "2", "--val-every", "1", "--optimizer", "sgd:lr=0", out="plain")
@@ -506,7 +499,7 @@ def test_retied_head_is_a_tied_head_until_it_is_not(train, sotu, tmp_path):
 )
 def test_muon_tricks_set_their_keys(name, keys):
     """The rules behind the keys are tested in test_rules.py and test_optimizers.py."""
-    config, model_config, _ = train_gpt.resolve(["--track", "tiny", "--tricks", f"muon,{name}"])
+    config, model_config, _ = resolve(["--track", "tiny", "--tricks", f"muon,{name}"])
     muon, _ = optimizers.build(config.optimizer, GPT(model_config)).parts
     assert keys.items() <= muon.param_groups[0].items()
 
@@ -626,13 +619,6 @@ def test_bf16_weights_lose_nothing(spec):
             assert torch.equal(p, w), name
 
 
-def test_bf16_weights_refuse_estimates_of_the_curvature():
-    """Whose gradients the stand-ins of the weights would not see."""
-    gpt = small()
-    with pytest.raises(UsageError, match="no estimate of the curvature"):
-        keep_mantissas(optimizers.build("sophia", gpt), to_bf16([gpt.blocks[0].mlp.up.weight]))
-
-
 def test_bf16_weights_refuse_averages():
     gpt = small()
     lower = to_bf16([gpt.blocks[0].mlp.up.weight])
@@ -687,16 +673,6 @@ def test_windows_follow_their_schedule(sotu, tmp_path):
         found.append([block.attention.window for block in made.gpt.blocks])
     made.close()
     assert found == 3 * [[6, 12]] + 2 * [[12, 24]] + 2 * [[24, 48]]
-
-
-def test_window_schedule():
-    windows = schedules.build_windows("stages:parts=0.2/0.6/1", 10)
-    assert [windows.until(s) for s in (0, 3, 4, 6, 7, 9, 12)] == 2 * [(0.2,)] + 2 * [(0.2, 0.6)] + 3 * [(0.2, 0.6, 1)]
-    assert schedules.build_windows("constant", 10).until(7) == (1,)
-    assert schedules.build_windows("stages", 2).until(1) == (0.25, 0.5)  # fewer steps than stages
-    for spec, message in (("stages:parts=0.5", "ends with all"), ("stages:parts=0/1", "above 0"), ("stagse", "did you mean")):
-        with pytest.raises(UsageError, match=message):
-            schedules.build_windows(spec, 10)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "half_rotary"])
@@ -779,12 +755,12 @@ def test_flops_count_windows():
     without = 6 * (4 * 12 * 32**2 + 61 * 32)
     assert flops_per_token(config) == pytest.approx(without + 12 * 32 * met, abs=12 * 32 * 4)
     assert flops_per_token(config, 0.5) < flops_per_token(config) < flops_per_token(ModelConfig(**SMALL))
-    run = train_gpt.resolve(["--track", "tiny", "--tricks", "window_warmup", "--steps", "9"])
+    run = resolve(["--track", "tiny", "--tricks", "window_warmup", "--steps", "9"])
     expected = sum(flops_per_token(run[1], part) for part in (0.25, 0.5, 1)) / 3
-    assert train_gpt.mean_flops(*run[:2]) == pytest.approx(expected)
-    grown = train_gpt.resolve(["--track", "tiny", "--tricks", "window_warmup,batch_stages", "--steps", "9"])
+    assert mean_flops(*run[:2]) == pytest.approx(expected)
+    grown = resolve(["--track", "tiny", "--tricks", "window_warmup,batch_stages", "--steps", "9"])
     expected = sum(n * flops_per_token(run[1], part) for n, part in ((1, 0.25), (2, 0.5), (3, 1))) / 6
-    assert train_gpt.mean_flops(*grown[:2]) == pytest.approx(expected)
+    assert mean_flops(*grown[:2]) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- definitions: the head in 8-bit floats
@@ -870,7 +846,7 @@ def test_loss_of_short_sequences(sotu, tmp_path):
     """That of a run on sequences of this length, in the corpus's own order, where these are the same."""
     flags = ("--no-shuffle", "--steps", "4", "--optimizer", "sgd:lr=0", "--schedule", "constant", "--positions", "rotary")
     found = []
-    for more in (("--length-schedule", "stages"), ("--sequence-length", "32")):
+    for more in (("--length-stages", "0.5/1"), ("--sequence-length", "32")):
         made = training(tmp_path, *flags, *more)
         found.append([made.step()[0] for _ in range(2)])
         made.close()
@@ -878,46 +854,66 @@ def test_loss_of_short_sequences(sotu, tmp_path):
 
 
 def test_flops_of_short_sequences():
-    run = train_gpt.resolve(["--track", "tiny", "--tricks", "short_sequences,long_short_windows", "--steps", "8"])
-    short = train_gpt.resolve(["--track", "tiny", "--sequence-length", "32"])[1]  # in which a window of 32 tokens is all
-    assert train_gpt.mean_flops(*run[:2]) == (flops_per_token(short) + flops_per_token(run[1])) / 2
+    run = resolve(["--track", "tiny", "--tricks", "short_sequences,long_short_windows", "--steps", "8"])
+    short = resolve(["--track", "tiny", "--sequence-length", "32"])[1]  # in which a window of 32 tokens is all
+    assert mean_flops(*run[:2]) == (flops_per_token(short) + flops_per_token(run[1])) / 2
 
 
 # ---------------------------------------------------------------- definitions: batches that grow
 
 
-def test_stages():
-    batches = schedules.build_batches("stages:sizes=1/2/3,rates=1/1.5/2", 10)
-    assert [batches.size(s) for s in range(12)] == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
-    assert [batches.rate(s) for s in (0, 4, 9)] == [1, 1.5, 2]
-    for step in range(13):
-        assert batches.before(step) == sum(batches.size(s) for s in range(step))
-    constant = schedules.build_batches("constant", 10)
-    assert [constant.before(s) for s in (0, 3, 11)] == [0, 3, 11] and constant.size(5) == 1 == constant.rate(5)
-    two = schedules.build_batches("stages", 2)  # fewer steps than stages
-    assert [two.before(s) for s in range(4)] == [sum(two.size(i) for i in range(s)) for s in range(4)]
+def course(steps: int, **fields: str) -> Course:
+    """Of a run of `steps`, with these flags."""
+    flags = [word for name, value in fields.items() for word in ("--" + name.replace("_", "-"), value)]
+    return Course(resolve(["--track", "tiny", "--no-tied-head", "--steps", str(steps), *flags])[0])
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [("stages:sizes=1/2", "2 sizes and 3 rates"), ("stages:sizes=1/1.5/2", "whole multiples"), ("stagse", "did you")],
-)
-def test_wrong_batch_schedules_are_said(spec, message):
-    with pytest.raises(UsageError, match=message):
-        schedules.build_batches(spec, 10)
+def test_future_weights_are_those_of_record_53():
+    """[1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
+    run = course(600, future_tokens="2")
+    wanted = {0: (0.5, 0.25), 100: (0.5, 0.125), 200: (0.5, 0), 300: (0.25, 0), 400: (0, 0), 599: (0, 0)}
+    assert {step: run.at(step).future for step in wanted} == wanted
+    assert course(10).at(5).future == ()
+
+
+def test_windows_and_heads_along_a_course():
+    run = course(10, window_stages="0.2/0.6/1", tied_until="0.5")
+    windows = [run.at(step).windows for step in (0, 3, 4, 6, 7, 9, 12)]
+    assert windows == 2 * [(0.2,)] + 2 * [(0.2, 0.6)] + 3 * [(0.2, 0.6, 1)]
+    assert [run.at(step).tied for step in (0, 4, 5, 9)] == [True, True, False, False]
+    assert course(10).at(7).windows == (1,) and course(2, window_stages="0.25/0.5/1").at(1).windows == (0.25, 0.5)
+    for parts, message in (("0.5", "ends with all"), ("0/1", "above 0"), ("1/2", "ends with all")):
+        with pytest.raises(UsageError, match=message):
+            course(10, window_stages=parts)
+
+
+def test_batches_along_a_course():
+    run = course(10, batch_stages="1/2/3", batch_rates="1/1.5/2", schedule="constant")
+    assert [run.at(s).batch for s in range(12)] == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert [run.at(s).lr for s in (0, 4, 9)] == [1, 1.5, 2]
+    for one in (run, course(10), course(2, batch_stages="1/2/3", batch_rates="1/1/1")):  # the last: fewer steps than stages
+        for step in range(13):
+            assert one.units_before(step) == sum(one.at(s).batch for s in range(step))
+    for sizes, message in (
+        ("1/2", "2 sizes, --batch-rates 3 rates"),
+        ("1/1.5/2", "whole multiples"),
+        ("0/1/2", "whole multiples"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            course(10, batch_stages=sizes, batch_rates="1/1/1")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_growing_batches_read_the_same_stream(sotu, ranks):
     """Step by step the sequences that steps of one size would read, none twice, none left out, whatever the ranks."""
-    batches, data = schedules.build_batches("stages", 7), Dataset(sotu, "train")
+    run, data = course(7, batch_stages="1/2/3", batch_rates="1/1/1"), Dataset(sotu, "train")
     plain = Loader(data, 64, 4, seed=3)
-    expected = torch.cat([plain.batch(step)[0] for step in range(batches.before(7))])
-    loaders = [Loader(data, 64, 4, seed=3, rank=r, world_size=ranks, before=batches.before) for r in range(ranks)]
+    expected = torch.cat([plain.batch(step)[0] for step in range(run.units_before(7))])
+    loaders = [Loader(data, 64, 4, seed=3, rank=r, world_size=ranks, before=run.units_before) for r in range(ranks)]
     steps = [torch.cat([loader.batch(step)[0] for loader in loaders]) for step in range(7)]
-    assert [len(step) for step in steps] == [4 * batches.size(s) for s in range(7)]
+    assert [len(step) for step in steps] == [4 * run.at(s).batch for s in range(7)]
     assert torch.equal(torch.cat(steps), expected)
-    assert loaders[0].epochs(7) == plain.epochs(batches.before(7))
+    assert loaders[0].epochs(7) == plain.epochs(run.units_before(7))
 
 
 def test_growing_batches_are_counted(train):
@@ -936,7 +932,7 @@ def test_a_step_of_a_later_stage_is_one_large_batch(train):
     flags = ("--steps", "3", "--optimizer", "sgd:lr=0")
     grown = train(*flags, "--tricks", "batch_stages", out="grown")
     assert losses(grown)[0] != losses(grown)[1]
-    whole = train(*flags, "--batch-tokens", "512", "--batch-schedule", "stages:sizes=3,rates=1", out="whole")
+    whole = train(*flags, "--batch-tokens", "512", "--batch-stages", "3", out="whole")
     parts = train(*flags, "--batch-tokens", "512", "--steps", "9", out="parts")
     assert losses(whole)[0] == pytest.approx(sum(losses(parts)[:3]) / 3, rel=1e-5)
     assert losses(grown)[1] == pytest.approx(sum(losses(parts)[1:3]) / 2, rel=1e-5)
@@ -968,24 +964,12 @@ def test_contradicting_tricks_are_said():
         (("--window", "65"), "window must be 0 to 64"),
         (("--window-pattern", "LX"), "letters L and S"),
         (("--yarn",), "yarn needs positions"),
-        (("--length-schedule", "stages:parts=0.3/1"), "must divide"),
-        (("--length-schedule", "stages:parts=0.001/1"), "must divide"),
+        (("--length-stages", "0.3/1"), "must divide"),
+        (("--length-stages", "0.001/1"), "must divide"),
         (("--head-dtype", "fp8", "--vocab-size", "250"), "divisible by 16"),
-        (("--length-schedule", "stages:parts=1/0.5"), "ends with all"),
-        (("--length-schedule", "stages", "--loss-tokens", "2"), "give one of them"),
-        (("--length-schedule", "stages", "--future-tokens", "32"), "0 to 31"),
+        (("--length-stages", "1/0.5"), "ends with all"),
+        (("--length-stages", "0.5/1", "--loss-tokens", "2"), "give one of them"),
+        (("--length-stages", "0.5/1", "--future-tokens", "32"), "0 to 31"),
     ):
         with pytest.raises(UsageError, match=message):
-            train_gpt.resolve(["--track", "tiny", *flags])
-
-
-def test_blockless(tmp_path):
-    gpt = small(layers=0)
-    torch.testing.assert_close(gpt(TOKENS), logits(gpt, embedded(gpt)))
-    assert "matrix" not in roles(gpt).values() and gpt.config.windows() == []
-    assert flops_per_token(gpt.config) == 6 * gpt.head.weight.numel()
-    gpt.see((1.0,))  # as sampling does
-    with pytest.raises(UsageError, match="optimizer 'muon' is for matrix weights, and there are none: use adamw"):
-        training(tmp_path, "--layers", "0", "--optimizer", "muon")
-    with pytest.raises(ValueError, match="layers 0: there are no blocks for backout"):
-        small(layers=0, backout=True)
+            resolve(["--track", "tiny", *flags])

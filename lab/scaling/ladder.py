@@ -24,7 +24,8 @@ import train_gpt
 import tricks
 from engine.spec import UsageError, nearest, parse, split
 from lab.trials import Arm
-from model import GPT, PRESETS, ModelConfig, parameter_counts
+from layers.shape import PRESETS, ModelConfig
+from model import GPT, parameter_counts
 
 BATCH_EXPONENT = 0.383  # nanochat: batch = 2^19 (D / D_ref)^0.383
 
