@@ -22,8 +22,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from engine import display, hardware
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, set_generators
 from engine.command import Interrupt, command
-from engine.display import Display
 from engine.ranks import Traffic, World, leave, reduce_in_bf16
 from engine.run_folder import Run, all_settings, code_version, default_folder, now_utc, settings_hash, source_hash
 from engine.schedules import Course, Moment
@@ -124,8 +124,7 @@ class Clock:
 
 
 def wrap(gpt: GPT, config: Config, course: Course, world: World) -> tuple[torch.nn.Module, bool]:
-    """The model as the loop calls it: compiled, and under DistributedDataParallel where there are several ranks; and whether it
-    is compiled."""
+    """The model as the loop calls it: compiled and under DistributedDataParallel as asked; and whether it is compiled."""
     compiled = config.compile and hardware.can_compile(world.device)
     model: torch.nn.Module = gpt
     if compiled:
@@ -157,26 +156,6 @@ def validate(model: torch.nn.Module, dataset: Dataset, starts: list[int], length
     model.train()
     total = world.sum(total if world.device.type == "mps" else total.to(world.device))  # MPS has no fp64
     return (total[0] / total[1]).item()
-
-
-def warm_up(
-    model: torch.nn.Module, shape: tuple[int, int], vocab_size: int, device: torch.device, future: torch.Tensor | None
-) -> None:
-    """Compile by one forward and backward on random tokens [sequences, length], off the clock.
-
-    Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
-    """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tokens = torch.randint(vocab_size, shape, device=device)
-        # targets in memory of their own, as in training: torch.compile would make another graph for one tensor given twice
-        model(tokens, tokens.clone(), future).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
-    """[n] fp32 on the device, without waiting until it has done what was asked of it before."""
-    here = torch.tensor(numbers)
-    return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- training
@@ -267,19 +246,17 @@ class Training:
         self.start = world.main_does(self.take)
 
     def take(self) -> Path | None:
-        """On rank 0: lock the run folder and choose the checkpoint to continue from.
-
-        Raises:
-            UsageError: another process has the folder; `--resume must` and nothing to continue from.
-        """
-        config = self.config
-        self.run_folder.take()
+        """On rank 0: lock the run folder and choose the checkpoint to continue from. Raises UsageError where it cannot."""
+        config, run = self.config, self.run_folder
+        run.take()
         branches = [Path(folder) for folder in config.branch.split(",") if folder]
-
-        def branch() -> Path | None:
-            return branching_point(branches, self.run_folder.config, lambda steps: shared_steps(config, steps))
-
-        return self.checkpoints.first(config.resume, branch)
+        try:
+            return self.checkpoints.first(
+                config.resume, lambda: branching_point(branches, run.config, partial(shared_steps, config))
+            )
+        except UsageError:
+            run.release()
+            raise
 
     @property
     def branched(self) -> bool:
@@ -290,8 +267,6 @@ class Training:
     def tokens(self) -> int:
         """Trained on so far."""
         return self.course.units_before(self.progress.step) * self.config.batch_tokens
-
-    # ------------------------------------------------------------ one step
 
     def step(self) -> tuple[float, float, float] | None:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite: no update."""
@@ -323,7 +298,7 @@ class Training:
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, now: Moment) -> tuple[float, float]:
         """Gradients of the mean loss over the global batch [sequences, length]; that loss and their norm."""
-        world, future = self.world, upload(now.future, self.world.device) if now.future else None
+        world, future = self.world, self.future(now)
         loss = torch.zeros((), device=world.device)
         micro, _ = self.shape(now)
         parts = range(0, len(x), micro)
@@ -336,11 +311,10 @@ class Training:
         self.tied.after_backward(self.progress.step)
         norm = torch.nn.utils.get_total_norm(self.gradients())
         self.loss_here = loss
-        # The one place where a step waits for the device: a loss or gradient that is not finite must be seen before the
-        # update. So the device idles until the update's first kernel, for as long as Python takes there: 0.8 ms for GPT-2's
-        # 148 weights on a slow core, 1 % of an 80 ms step. To let it decide by itself would cost more: weights and state of
-        # any method would have to be kept and put back, for AdamW 1.5 GB copied and selected from, over 2 ms on an H100.
-        everyone = torch.cat([torch.stack([loss, norm]), upload(self.wishes, world.device)])
+        # The one place where a step waits for the device: what is not finite must be seen before the update. So the device
+        # idles until the update's first kernel: 0.8 ms for GPT-2's 148 weights on a slow core, 1 % of an 80 ms step. To let it
+        # decide by itself would cost more: for AdamW 1.5 GB of weights and state kept and put back, over 2 ms on an H100.
+        everyone = torch.cat([torch.stack([loss, norm]), hardware.upload(self.wishes, world.device)])
         loss_sum, norm_sum, *self.wishes = world.sum(everyone).tolist()
         return loss_sum / world.size, norm_sum / world.size
 
@@ -353,47 +327,43 @@ class Training:
         length = round(whole * now.length)
         return self.micro * whole // length, length
 
-    # ------------------------------------------------------------ the loop
+    def future(self, now: Moment) -> torch.Tensor | None:
+        """Weights of the losses on the tokens after the next."""
+        return hardware.upload(now.future, self.world.device) if now.future else None
 
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
 
         A signal ends the run earlier, with a checkpoint and without a result: None.
         """
-        config, progress, main = self.config, self.progress, self.world.main
+        config, progress = self.config, self.progress
         self.begin()
-        every = config.val_every or math.ceil(config.steps / 5)
-        status, self.saved_at = "ok", time.monotonic()
+        every, self.saved_at = config.val_every or math.ceil(config.steps / 5), time.monotonic()
         with Interrupt() as interrupt:
             while progress.step < config.steps and not (config.stop_at_target and progress.reached):
                 self.note_epoch()
                 overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
-                self.wishes = [float(interrupt.name is not None), float(main and overdue)]
+                self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
                 done = self.step() if self.wire_bytes is not None else self.measured_step()
                 stop, overdue = self.wishes  # of any rank: all hear of them in the same step
-                if done is None and not self.leave_out():
-                    status = "diverged"
-                    break
                 if done:
                     self.log_step(*done)
+                elif not self.leave_out():
+                    return self.finish("diverged")
                 if config.check_ranks and progress.step % config.check_ranks == 0:
                     self.clock.pause()
                     self.world.check_equal(list(self.gpt.parameters()), f"step {progress.step}: weights")
                 if progress.step % every == 0 or progress.step == config.steps:
                     self.validate()
                     if not math.isfinite(progress.last_val):  # the last update: its gradient was finite, the weights are not
-                        status = "diverged"
-                        break
+                        return self.finish("diverged")
                 if stop and progress.step < config.steps:
                     return self.stop(interrupt.name)
                 if overdue or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
                     self.save()
-        if status == "ok" and progress.step < config.steps:
-            status = "stopped"
-        if status != "diverged" and self.saved != progress.step:
-            self.save()
-        self.log_checkpoints(wait=True)
-        return self.finish(status)
+            if self.saved != progress.step:
+                self.save()
+            return self.finish("ok" if progress.step == config.steps else "stopped")
 
     def begin(self) -> None:
         """Restore, compile, and open the log: what comes before the first step, off the clock."""
@@ -405,8 +375,11 @@ class Training:
             world.beat("compiling")
             self.warm_up()
         if world.main:
-            show = Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
-            folder.open(self.environment(), log_bytes, show, self.start.parent.parent if self.branched else None)
+            env = dict(data_fingerprint=self.fingerprint, world_size=world.size, dtype=str(self.dtype).removeprefix("torch."))
+            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=self.peak_source)
+            show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
+            stem = self.start.parent.parent if self.branched else None
+            folder.open(hardware.describe(world.device) | code_version() | env, log_bytes, show, stem)
         about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
         kind = "branch" if self.branched else "resume" if self.start else "start"
         folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
@@ -415,12 +388,19 @@ class Training:
         self.tied.after_update(first)
 
     def warm_up(self) -> None:
-        """Compile what each stage still to come needs, and the update."""
-        for step in sorted({max(start, self.progress.step) for start in self.course.new_shapes() if start < self.config.steps}):
-            now, device = self.course.at(step), self.world.device
-            self.gpt.see(now.windows)
-            future = upload(now.future, device) if now.future else None
-            warm_up(self.model, self.shape(now), self.model_config.vocab_size, device, future)
+        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update.
+
+        Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
+        """
+        first, device = self.progress.step, self.world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for step in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):
+                now = self.course.at(step)
+                self.gpt.see(now.windows)
+                tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
+                # targets in memory of their own, as in training: a tensor given twice would make another graph
+                self.model(tokens, tokens.clone(), self.future(now)).backward()
+                self.model.zero_grad(set_to_none=True)
         optimizers.compile_update(self.optimizer)
 
     def note_epoch(self) -> None:
@@ -451,7 +431,8 @@ class Training:
         progress.skipped += 1
         goes_on = progress.skipped <= allowed_skips(self.config.nonfinite)
         self.checkpoints.wait()
-        note = display.nonfinite(progress.step + 1, ranks, bad, goes_on, newest(self.run_folder.checkpoints)[0])
+        last = newest(self.run_folder.checkpoints)[0] if self.world.main else None
+        note = display.nonfinite(progress.step + 1, ranks, bad, goes_on, last)
         about = dict(step=progress.step + 1, ranks=ranks, parameters=bad[:8], skipped=goes_on)
         progress.step += goes_on
         self.run_folder.event("nonfinite", note, **about, tokens=self.tokens, train_time=self.clock.train_time)
@@ -487,8 +468,6 @@ class Training:
         self.run_folder.event("train", **about, train_time=seconds)
         self.log_checkpoints()
 
-    # ------------------------------------------------------------ checkpoints and the end
-
     def save(self) -> None:
         """Begin to write a checkpoint; it is complete when its `checkpoint` event is in the log."""
         self.clock.pause()
@@ -519,11 +498,8 @@ class Training:
         return saved["log_bytes"]
 
     def check_data(self, wait: float | None = None) -> None:
-        """Every rank calls this where something is about to be kept that damaged data would spoil.
-
-        Raises:
-            UsageError: a shard is damaged, holds tokens of another vocabulary, or has changed since the run began.
-        """
+        """Before something is kept that damaged data would spoil; on every rank. Raises UsageError where a shard is damaged,
+        holds tokens of another vocabulary, or has changed since the run began."""
         problems = [dataset.problem(wait) for dataset in (self.loader.dataset, self.val)]
         if everyones := [problem for rank in self.world.gather(problems) for problem in rank if problem]:
             raise UsageError(everyones[0])
@@ -539,12 +515,8 @@ class Training:
         self.log_checkpoints(wait=True)
         self.run_folder.event("stopped", step=self.progress.step, signal=signal_name, utc=now_utc())
 
-    def environment(self) -> dict[str, Any]:
-        run = dict(data_fingerprint=self.fingerprint, world_size=self.world.size, dtype=str(self.dtype).removeprefix("torch."))
-        peak = dict(compile=self.compiled, peak_flops=self.peak, peak_source=self.peak_source)
-        return hardware.describe(self.world.device) | code_version() | run | peak
-
     def finish(self, status: str) -> dict[str, Any]:
+        self.log_checkpoints(wait=True)
         config, clock, progress = self.config, self.clock, self.progress
         seconds, tokens = clock.train_time, self.tokens
         rate = tokens / seconds if seconds else 0.0

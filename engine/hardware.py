@@ -8,7 +8,7 @@ import platform
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +211,12 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None,
         a @ b
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best, "measured at start"
+
+
+def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """[n] fp32 on the device, without waiting until it has done what was asked of it before."""
+    here = torch.tensor(numbers)
+    return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 
 
 def processor_name() -> str:

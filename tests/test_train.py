@@ -107,7 +107,7 @@ def test_the_display_divides_by_the_peak_of_all_ranks(sotu, tmp_path, monkeypatc
     flags = ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
     training = train_gpt.Training(*resolve(flags), train_gpt.World("cpu"))
     training.world.size, training.world.gather, training.peak = 8, lambda value: [value] * 8, 1e12
-    monkeypatch.setattr(train_gpt, "Display", shown)
+    monkeypatch.setattr(train_gpt.display, "Display", shown)
     with pytest.raises(Shown, match="8000000000000"):
         training.run()
 
