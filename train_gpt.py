@@ -336,8 +336,8 @@ class Training:
 
         A signal ends the run earlier, with a checkpoint and without a result: None.
         """
-        config, progress = self.config, self.progress
         self.begin()
+        config, progress = self.config, self.progress
         every, self.saved_at = config.val_every or math.ceil(config.steps / 5), time.monotonic()
         with Interrupt() as interrupt:
             while progress.step < config.steps and not (config.stop_at_target and progress.reached):
