@@ -665,7 +665,7 @@ def test_pattern_of_twelve_blocks_can_be_modded_nanogpts():
 
 
 def test_windows_follow_their_schedule(sotu, tmp_path):
-    flags = ("--window-schedule", "stages:parts=0.25/0.5/1", "--window-pattern", "SL", "--window", "48", "--steps", "7")
+    flags = ("--window-stages", "0.25/0.5/1", "--window-pattern", "SL", "--window", "48", "--steps", "7")
     made = training(tmp_path, *flags)
     found = []
     for _ in range(7):
@@ -829,7 +829,7 @@ def test_fp8_head_trains_and_says_where_it_cannot(train, capsys, monkeypatch):
 
 
 def test_short_sequences_are_the_same_tokens_cut(sotu, tmp_path, monkeypatch):
-    flags = ("--length-schedule", "stages:parts=0.25/0.5/1", "--steps", "6", "--micro-batch-tokens", "256")
+    flags = ("--length-stages", "0.25/0.5/1", "--steps", "6", "--micro-batch-tokens", "256")
     made, seen = training(tmp_path, *flags), []
     made.gpt.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     for step in range(6):
