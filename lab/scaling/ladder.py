@@ -1,13 +1,13 @@
 """Ladders of model sizes: shapes, tokens, batch and learning rate at each size, as trainer flags.
 
 One dial sets a size: d layers of d heads, each head as wide at every size, so that width / layers stays what it is and
-parameters go with d^3. GPT-2's published sizes keep their own shapes. What else a size is given follows from its number of
-non-embedding parameters N by rules stated here:
+parameters go with d^3. GPT-2's published sizes keep their own shapes. The rest follows from the number of non-embedding
+parameters N:
 
 - tokens D = ratio x N, the same for every arm; `budgets` multiply D.
 - batch = the track's batch x (D / the tokens that the track was tuned at)^0.383, rounded to a power of two, the same for all
   budgets of a size (nanochat's exponent).
-- learning rate of the hidden matrices x (width / the track's width)^exponent; see TRANSFER.
+- learning rate of the hidden matrices x (width / the track's width)^exponent; see `transfer_exponent`.
 - a warm-up or cool-down that the recipe states in steps becomes that fraction of a run of the track's length.
 """
 
@@ -22,24 +22,19 @@ import torch
 import optimizers
 import train_gpt
 import tricks
-from engine.spec import UsageError, nearest, parse, split
+from engine.spec import UsageError, parse, split
 from lab.trials import Arm
-from layers.shape import PRESETS, ModelConfig
-from model import GPT, parameter_counts
+from model import GPT, PRESETS, parameter_counts
 
 BATCH_EXPONENT = 0.383  # nanochat: batch = 2^19 (D / D_ref)^0.383
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
 def size_of(word: str) -> float:
-    """Parameters that a word such as 130m, 1.2B or 98k stands for.
-
-    Raises:
-        UsageError: it is no size.
-    """
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    number, unit = (word[:-1], units[word[-1].lower()]) if word and word[-1].lower() in units else (word, 1.0)
+    """Parameters that a word such as 130m, 1.2B or 98k stands for. Raises UsageError: it is no size."""
+    unit = UNITS.get(word[-1:].lower())
     try:
-        value = float(number) * unit
+        value = float(word[:-1]) * unit if unit else float(word)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
@@ -53,6 +48,9 @@ def size_words(parameters: float) -> str:
         if parameters >= 0.9995 * unit:
             return f"{parameters / unit:.3g}{name}"
     return f"{parameters:.3g}"
+
+
+# ---------------------------------------------------------------- sizes
 
 
 @dataclass(frozen=True)
@@ -86,109 +84,66 @@ def dial(d: int, head_width: int) -> Size:
 
 
 LADDERS = {
-    # the corpus has 10.9M tokens: 2 x 1.25 x 4.2M of them are the longest run, and none is seen twice
+    # the corpus has 10.9M tokens; the longest run takes 2 x 1.25 x 4.2M of them, so that none is seen twice
     "cpu": Ladder("cpu", 32, tuple(dial(d, 32) for d in (2, 3, 4, 5, 7)), 1.25, 2400 * 4096),
     # Chinchilla's 20 (Hoffmann et al. 2022)
     "gpt2": Ladder("gpt2-small", 64, tuple(Size(name, **shape) for name, shape in PRESETS.items()), 20, 19560 * 524288),
 }
 
 
-def ladder(name: str) -> Ladder:
-    """
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if name not in LADDERS:
-        raise UsageError(f"--ladder {name}: {nearest(name, LADDERS)}")
-    return LADDERS[name]
-
-
 def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
-    """Sizes by numbers of non-embedding parameters (each the nearest on the dial), by names of the ladder's own, or those in
-    a file: a line each of `name layers heads width`.
+    """Sizes by the names of the ladder's own, by numbers of non-embedding parameters (the nearest on the dial), or from a file.
 
-    Raises:
-        UsageError: a word that is no size, a file that cannot be read, one size twice, sizes out of order, or only one.
+    Raises UsageError: a word that is no size, a file that cannot be read, sizes that do not grow, or only one.
     """
     known = {size.name: size for size in of.sizes}
-    if len(words) == 1 and (path := Path(words[0])).is_file():
-        sizes = tuple(read_sizes(path))
-    elif len(words) == 1 and len(path.parts) > 1:
-        raise UsageError(f"--sizes {path}: there is no such file")
+    path = Path(words[0])
+    if len(words) == 1 and (path.is_file() or len(path.parts) > 1):
+        sizes = read_sizes(path)
     else:
-        nearest_dial = lambda word: max(1, round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3)))  # noqa: E731
-        sizes = tuple(known.get(word) or dial(nearest_dial(word), of.head_width) for word in words)
-    check_order(sizes)
-    return sizes
-
-
-def read_sizes(path: Path) -> list[Size]:
-    """
-    Raises:
-        UsageError: a line that is no size.
-    """
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        name, *shape = line.split() or [""]
-        if not name or name.startswith("#"):
-            continue
-        if len(shape) != 3 or not all(word.isdigit() for word in shape):
-            raise UsageError(f"{path} line {number}: a size is `name layers heads width`, such as `small 4 4 128`")
-        found.append(Size(name, *map(int, shape)))
-    return found
-
-
-def check_order(sizes: Sequence[Size]) -> None:
-    """
-    Raises:
-        UsageError: see own_sizes.
-    """
+        layers = [0 if word in known else round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3)) for word in words]
+        sizes = [known.get(word) or dial(max(1, d), of.head_width) for word, d in zip(words, layers, strict=True)]
     if len(sizes) < 2:
         raise UsageError("one size is no ladder: name at least two, better five")
     for smaller, larger in pairwise(sizes):
-        counts = [12 * size.layers * size.width**2 for size in (smaller, larger)]
-        shapes = f"{smaller.name} ({smaller.layers} x {smaller.width}) and {larger.name} ({larger.layers} x {larger.width})"
-        if counts[0] == counts[1]:
-            raise UsageError(f"{shapes} are the same size: sizes must differ")
-        if counts[0] > counts[1]:
-            raise UsageError(f"sizes out of order: {shapes}; name the smallest first")
-    if len({size.name for size in sizes}) < len(sizes):
-        raise UsageError("two sizes have the same name")
+        if smaller.layers * smaller.width**2 >= larger.layers * larger.width**2 or smaller.name == larger.name:
+            shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in (smaller, larger))
+            raise UsageError(f"sizes must grow, the smallest first: {shapes} do not")
+    return tuple(sizes)
+
+
+def read_sizes(path: Path) -> list[Size]:
+    """The sizes in a file. Raises UsageError: there is no such file, or a line is no size."""
+    if not path.is_file():
+        raise UsageError(f"--sizes {path}: there is no such file")
+    sizes = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        name, *shape = text.split() or ["#"]
+        if name.startswith("#"):
+            continue
+        if len(shape) != 3 or not all(word.isdigit() for word in shape):
+            raise UsageError(f"{path} line {number}: a size is `name layers heads width`, such as `small 4 4 128`")
+        sizes.append(Size(name, *map(int, shape)))
+    return sizes
 
 
 # ---------------------------------------------------------------- learning rate
 
 
-# Optimizer -> power of the width that the learning rate of hidden matrices goes with, by the rule of muP (arXiv 2203.03466,
-# arXiv 2310.17813): an update's largest singular value should stay what it is. Element-wise and Shampoo-like updates have
-# entries of one size, so it grows with the width: -1. Plain gradients shrink by themselves; methods that find their own
-# rate have none to transfer. Muon is below. One `lr` serves all roles of the element-wise methods, so theirs is scaled for
-# all; the matrix methods' `adamw_lr`, `embedding_lr` and `head_lr` are left alone, as muP leaves embeddings.
-TRANSFER = {"sgd": 0.0, "prodigy": 0.0, "schedule_free_prodigy": 0.0, "schedule_free_sgd": 0.0, "amos": -0.5}
-# Muon's updates have singular values of 1 times a factor by shape, which fixed shapes leave alone but for Moonlight's
-# 0.2 sqrt(longer side). Tuned rates fall all the same: 0.016 to 0.004 from 130M to 1.2B (arXiv 2509.02046).
-MUON_TRANSFER = {"keller": 0.0, "moonlight": -0.5}
-KEY = "lr"  # of the hidden matrices, in every registered optimizer
-
-
-def mup_exponent(spec: str) -> float:
-    """Power of the width that the optimizer's `lr` goes with under muP."""
-    name, keys = split(spec)
-    if name == "muon":
-        return MUON_TRANSFER.get(keys.get("scale", "keller"), 0.0)
-    return TRANSFER.get(name, -1.0)
-
-
 def transfer_exponent(rule: str, spec: str) -> float:
-    """Power of the width under `--lr-transfer`: mup, power:EXPONENT or none.
+    """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`: mup, power:EXPONENT or none.
 
-    Raises:
-        UsageError: it is neither.
+    mup asks the optimizer (`transfer`), so that an update's largest singular value stays what it is (arXiv 2203.03466, arXiv
+    2310.17813). The entries of an element-wise update have one size, so that value grows with the width: -1, the default. One
+    `lr` serves all roles of these methods, so it moves for all; the matrix methods' `adamw_lr`, `embedding_lr` and `head_lr`
+    stay, as muP leaves embeddings.
+
+    Raises UsageError: it is no such rule.
     """
-    word, colon, number = rule.partition(":")
-    if (word, colon) == ("mup", ""):
+    word, _, number = rule.partition(":")
+    if rule == "mup":
         return mup_exponent(spec)
-    if (word, colon) == ("none", ""):
+    if rule == "none":
         return 0.0
     try:
         if word == "power" and math.isfinite(exponent := float(number)):
@@ -198,37 +153,39 @@ def transfer_exponent(rule: str, spec: str) -> float:
     raise UsageError(f"--lr-transfer takes mup, power:EXPONENT (such as power:-0.5) or none; not {rule!r}")
 
 
-def with_lr_factor(spec: str, factor: float) -> str:
-    """The same optimizer with its `lr` times `factor`.
+TRANSFER = {"sgd": 0.0, "prodigy": 0.0, "schedule_free_prodigy": 0.0, "schedule_free_sgd": 0.0, "amos": -0.5}
 
-    Raises:
-        UsageError: it has no such key.
-    """
+
+def mup_exponent(spec: str) -> float:
+    name, keys = split(spec)
+    if name == "muon":
+        return -0.5 if keys.get("scale") == "moonlight" else 0.0
+    return TRANSFER.get(name, -1.0)
+
+
+def with_lr_factor(spec: str, factor: float) -> str:
+    """The same optimizer with its `lr`, that of the hidden matrices, times `factor`. Raises UsageError: it has no such key."""
     if factor == 1:
         return spec
     cls, settings = parse(optimizers.of_collection(spec), optimizers.OPTIMIZERS, "optimizer")
-    rate = settings.get(KEY, optimizers.default_of(cls, KEY, None))
+    rate = settings.get("lr", optimizers.default_of(cls, "lr", None))
     if not isinstance(rate, (int, float)):
-        raise UsageError(f"optimizer {spec!r} has no {KEY!r} to transfer: use --lr-transfer none and --retune 1")
+        raise UsageError(f"optimizer {spec!r} has no 'lr' to transfer: use --lr-transfer none and --retune 1")
     name, keys = split(spec)
-    return name + ":" + ",".join(f"{k}={v}" for k, v in (keys | {KEY: f"{rate * factor:.4g}"}).items())
+    return joined(name, keys | {"lr": f"{rate * factor:.4g}"})
+
+
+def joined(name: str, keys: dict[str, str]) -> str:
+    """The SPEC that `split` takes apart."""
+    return name + ":" * bool(keys) + ",".join(f"{key}={value}" for key, value in keys.items())
 
 
 def retune_factors(count: int, step: float) -> list[float]:
-    """`count` factors round 1 on a log grid; 1 first, then outwards: 1, 1/step, step, 1/step^2, ..."""
+    """`count` factors round 1 on a log grid, outwards: 1, 1/step, step, 1/step^2, ..."""
     return [step ** (((i + 1) // 2) * (-1) ** i) for i in range(count)]
 
 
 # ---------------------------------------------------------------- what a size is given
-
-
-def fractional(spec: str, steps: int) -> str:
-    """A schedule SPEC whose lengths in steps are fractions of a run of `steps` instead."""
-    name, keys = split(spec)
-    for key in ("warmup", "cooldown"):
-        if key in keys and float(keys[key]) >= 1:
-            keys[key] = f"{float(keys[key]) / steps:.4g}"
-    return name + ":" * bool(keys) + ",".join(f"{k}={v}" for k, v in keys.items())
 
 
 @dataclass(frozen=True)
@@ -243,36 +200,38 @@ class Rung:
     def steps(self, budget: float) -> int:
         return max(1, round(budget * self.tokens / self.batch_tokens))
 
-
-def abstract_model(config: ModelConfig) -> GPT:
-    """The model without memory for its weights: for counting."""
-    with torch.device("meta"):
-        return GPT(config)
+    def described(self) -> dict[str, float | str]:
+        shape = {"size": self.size.name, "parameters": self.parameters, "layers": self.size.layers, "width": self.size.width}
+        return shape | {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
 
 
 def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: Sequence[str]) -> Rung:
     """What `size` is given, under the base's `flags`."""
     config, model, _ = train_gpt.resolve(["--track", of.track, *flags, *size.flags])
-    parameters = parameter_counts(abstract_model(model))["non_embedding"]
+    with torch.device("meta"):
+        parameters = parameter_counts(GPT(model))["non_embedding"]
     tokens = tokens_per_parameter * parameters
     batch = config.batch_tokens * (tokens / of.tuned_tokens) ** BATCH_EXPONENT
     return Rung(size, parameters, tokens, max(model.sequence_length, 2 ** round(math.log2(batch))))
 
 
-def at_size(name: str, flags: Sequence[str], rung: Rung, of: Ladder, transfer: str, factor: float = 1.0) -> Arm:
-    """The arm `flags` at a size: its learning rate transferred, times `factor`.
+def fractional(spec: str, steps: int) -> str:
+    """A schedule SPEC whose lengths in steps are fractions of a run of `steps` instead."""
+    name, keys = split(spec)
+    lengths = {key: float(keys[key]) for key in ("warmup", "cooldown") if key in keys}
+    return joined(name, keys | {key: f"{length / steps:.4g}" for key, length in lengths.items() if length >= 1})
 
-    Raises:
-        UsageError: what the trainer refuses.
-    """
-    own = [*flags, *rung.size.flags, "--batch-tokens", str(rung.batch_tokens)]
-    config, model, _ = train_gpt.resolve(own)
+
+def at_size(name: str, flags: Sequence[str], rung: Rung, of: Ladder, transfer: str, factor: float = 1.0) -> Arm:
+    """The arm `flags` at a size: its learning rate transferred, times `factor`. Raises UsageError: what the trainer refuses."""
+    sized = [*flags, *rung.size.flags, "--batch-tokens", str(rung.batch_tokens)]
+    config, model, _ = train_gpt.resolve(sized)
     track = tricks.track(config.track).settings
-    width = track["width"]
-    spec = with_lr_factor(config.optimizer, factor * (model.width / width) ** transfer_exponent(transfer, config.optimizer))
-    for key, flag in (("schedule", "--schedule"), ("momentum_schedule", "--momentum-schedule")):
-        if (restated := fractional(getattr(config, key), track["steps"])) != getattr(config, key):
-            own += [flag, restated]
-    if spec != config.optimizer:
-        own += ["--optimizer", spec]
-    return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), tuple(own))
+    factor_at_width = (model.width / track["width"]) ** transfer_exponent(transfer, config.optimizer)
+    restated = {
+        "--optimizer": (config.optimizer, with_lr_factor(config.optimizer, factor * factor_at_width)),
+        "--schedule": (config.schedule, fractional(config.schedule, track["steps"])),
+        "--momentum-schedule": (config.momentum_schedule, fractional(config.momentum_schedule, track["steps"])),
+    }
+    sized += [word for flag, (before, after) in restated.items() if after != before for word in (flag, after)]
+    return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), tuple(sized))

@@ -6,24 +6,27 @@ from typing import Any
 from lab.comparison import where
 from lab.markdown import table
 from lab.scaling.ladder import size_words
-from lab.scaling.laws import LAW_FIELDS, with_interval
+from lab.scaling.trend import with_interval
 
 Summary = dict[str, Any]
+SHORT = 1000  # steps: runs at budget 1 that are shorter show the beginning of training alone
 
 EXPLAINED = """\
-Effective speed-up: tokens with which the base would reach the trick's final loss, over the trick's own; above 1 the trick
-saves. Intervals are 95 %. `>` and `<`: the loss lies outside what the base was measured at; that is a bound, and left out of
-the trend. *unclear*: it lies outside the base's curve, but not outside its runs. The prediction is the trend's, for {at}
-non-embedding parameters. *survives*: its interval is above 1; *reverses*: below 1; *vanishes*: within 5 % of 1; *fades*: surely
-shrinking, and no gain is shown at that size; else *not decided*."""
+Speed-up = tokens that the base needs for the same loss / tokens that the trick used; above 1 the trick saves. We measure it at
+each size, fit a line and extend it to {at} non-embedding parameters. Intervals are 95 %. `>` and `<`: the loss lies outside the
+range that the base was measured in, so there is only a bound. *unclear*: it lies outside the base's curve, but the base's own
+runs contradict that. The line leaves both out.
 
-STRAIGHT = """*No power law fits the base*: its budgets scatter about the best one by more than seeds do (F test of lack of fit,
-5 %); its mean losses are joined by straight lines in log tokens."""
+*survives*: the predicted interval is above 1; *reverses*: below 1; *vanishes*: within 5 % of 1; *fades*: the gain surely
+shrinks with size and is not shown at the predicted size; else *not decided*."""
+
+STRAIGHT = """*No power law fits the base*: its mean losses scatter about the best one by more than seeds do (F test of lack of
+fit, 5 %), so straight lines in log tokens join them."""
 
 
 def verdict_lines(summary: Summary) -> list[str]:
-    """One line for each trick: in tokens, and in seconds where these were measured; then one of each turn of short runs whose
-    times are not to be compared."""
+    """A line for each trick, in tokens and, where they were measured, seconds; then one for each turn of short runs whose times
+    do not compare."""
     lines = []
     for trick in summary["tricks"]:
         tokens, seconds = trick["trends"]["tokens"], trick["trends"]["seconds"]
@@ -32,17 +35,17 @@ def verdict_lines(summary: Summary) -> list[str]:
             continue
         words = f"{trick['trick']}: {tokens['words']}"
         if seconds:
-            words += f"; in seconds {seconds['verdict']}, {judged(seconds)}"
+            words += f"; in seconds {seconds['verdict']}, {predicted(seconds)}"
         left = [f"{s['size']} ({s['why']})" for s in trick["sizes"] if s["why"]]
         lines.append(words + (f"; left out: {', '.join(left)}" if left else ""))
     return lines + [
         f"short runs of seed {turn['pair']} at {turn['size']} lie {turn['hours']:.1f} hours apart and are left out: the same "
         "command times them again"
-        for turn in summary.get("apart", ())
+        for turn in summary["apart"]
     ]
 
 
-def judged(trend: dict[str, Any] | None) -> str:
+def predicted(trend: dict[str, Any] | None) -> str:
     return with_interval(trend["ratio"], trend["low"], trend["high"]) if trend else "-"
 
 
@@ -61,39 +64,18 @@ def survival_table(summary: Summary, cost: str) -> str:
         trend = trick["trends"][cost]
         if trend or cost == "tokens":
             cells = [measured(s, cost) for s in trick["sizes"]]
-            rows.append((f"`{trick['trick']}`", *cells, judged(trend), trend["verdict"] if trend else "not decided"))
+            rows.append((f"`{trick['trick']}`", *cells, predicted(trend), trend["verdict"] if trend else "not decided"))
     return table(head, rows) if rows else ""
-
-
-def corpora_table(summaries: dict[str, Summary]) -> str:
-    """Do verdicts transfer? The tricks that all of several experiments have, a row an experiment; corpus -> summary."""
-    shared = [t["trick"] for t in next(iter(summaries.values()))["tricks"]]
-    shared = [name for name in shared if all(name in (t["trick"] for t in s["tricks"]) for s in summaries.values())]
-    sizes = list(dict.fromkeys(size["size"] for s in summaries.values() for size in s["sizes"]))
-    rows = []
-    for name in shared:
-        for corpus, summary in summaries.items():
-            trick = next(t for t in summary["tricks"] if t["trick"] == name)
-            cells = {s["size"]: measured(s, "tokens") for s in trick["sizes"]}
-            trend = trick["trends"]["tokens"]
-            verdict = f"{trend['verdict']} at {size_words(trend['at'])}" if trend else "not decided"
-            rows.append((f"`{name}`", corpus, *(cells.get(size, "-") for size in sizes), judged(trend), verdict))
-    return table(("trick", "corpus", *sizes, "predicted", "verdict"), rows)
 
 
 def forms_table(summary: Summary) -> str:
     rows = []
     for trick in summary["tricks"]:
         for s in trick["sizes"]:
-            if "words" not in s:
-                rows.append((f"`{trick['trick']}`", s["size"], "-", "-", "-", "-", s["why"]))
-                continue
-            straight = f"{s['between']:.2f}x" if s["between"] is not None else "-"
-            other = s["time_to_loss"]["words"] if s["time_to_loss"] else "-"
-            note = "; ".join(filter(None, (s["note"], s["why"])))
-            rows.append((f"`{trick['trick']}`", s["size"], s["words"], straight, other, measured(s, "flops"), note))
-    head = ("trick", "size", "at equal loss", "by straight lines", "time to the base's loss", "in FLOPs", "note")
-    return table(head, rows)
+            straight = f"{s['between']:.2f}x" if s.get("between") else "-"
+            note = "; ".join(filter(None, (s.get("note"), s["why"])))
+            rows.append((f"`{trick['trick']}`", s["size"], s.get("words", "-"), straight, measured(s, "flops"), note))
+    return table(("trick", "size", "by the curve", "by straight lines", "in FLOPs", "note"), rows)
 
 
 def losses_table(summary: Summary) -> str:
@@ -101,18 +83,18 @@ def losses_table(summary: Summary) -> str:
     rows = []
     for arm, by_size in summary["curves"].items():
         for size, of in by_size.items():
-            at = {p["budget"]: p for p in of["points"]}
-            rows.append((f"`{arm}`", size, *(losses_cell(at[b]) if b in at else "" for b in budgets)))
+            cells = {p["budget"]: losses_cell(p) for p in of["points"]}
+            rows.append((f"`{arm}`", size, *(cells.get(budget, "") for budget in budgets)))
     return table(("arm", "size", *(f"budget {b:g}" for b in budgets)), rows)
 
 
 def losses_cell(point: dict[str, Any]) -> str:
     losses = point["losses"]
-    failed = f"{point['failed']} failed" if point["failed"] else ""
-    if not losses:
-        return failed
-    sd = f" ({statistics.stdev(losses):.4f})" if len(losses) > 1 else ""
-    return f"{statistics.mean(losses):.4f}{sd}, n = {len(losses)}" + (f", {failed}" if failed else "")
+    words = [f"{point['failed']} failed"] if point["failed"] else []
+    if losses:
+        sd = f" ({statistics.stdev(losses):.4f})" if len(losses) > 1 else ""
+        words.insert(0, f"{statistics.mean(losses):.4f}{sd}, n = {len(losses)}")
+    return ", ".join(words)
 
 
 def retune_table(summary: Summary) -> str:
@@ -127,19 +109,11 @@ def retune_table(summary: Summary) -> str:
 
 def held_out_table(summary: Summary) -> str:
     rows = [
-        (f"`{trick['trick']}`", h["size"], judged(h), f"{h['measured']:.2f}x", "yes" if h["hit"] else "no")
+        (f"`{trick['trick']}`", h["size"], predicted(h), f"{h['measured']:.2f}x", "yes" if h["hit"] else "no")
         for trick in summary["tricks"]
         for h in trick["held_out"]
     ]
     return table(("trick", "size", "predicted", "measured", "within the interval"), rows) if rows else ""
-
-
-def laws_table(summary: Summary) -> str:
-    rows = [
-        (f"`{name}`", *(f"{law[f]:.3g} +- {law['half'][f]:.2g}" for f in LAW_FIELDS), f"{law['rms']:.4f}")
-        for name, law in summary["laws"].items()
-    ]
-    return table(("arm", *(f.replace("_", " ") for f in LAW_FIELDS), "rms"), rows) if rows else ""
 
 
 def sizes_table(summary: Summary) -> str:
@@ -150,19 +124,27 @@ def sizes_table(summary: Summary) -> str:
     return table(("size", "non-embedding parameters", "layers x width", "tokens at budget 1", "batch, tokens"), rows)
 
 
+def caution(summary: Summary) -> list[str]:
+    """Where even the largest size's runs are short: a line that says so."""
+    steps = [cell["steps"] for cell in summary["cells"] if (cell["phase"], cell["budget"]) == ("curve", 1)]
+    if not steps or max(steps) >= SHORT:
+        return []
+    return ["", f"**Runs are short ({min(steps)}-{max(steps)} steps at budget 1): trust only the sign.**"]
+
+
 def markdown(summary: Summary) -> str:
     """README.md of the output folder."""
-    sections = [
-        ("In seconds", survival_table(summary, "seconds"), ""),
-        ("The largest sizes, predicted from the smaller ones", held_out_table(summary), ""),
-        ("At equal loss, and to a given loss", forms_table(summary), STRAIGHT),
-        ("Final losses, nats per token: mean (sd), n", losses_table(summary), ""),
-        ("Learning rate, re-tuned at each size", retune_table(summary), "The best of a few single runs: its cost is "
-         "flattered by about the noise of a run."),
-        ("Loss against parameters and tokens", laws_table(summary), "L(N, D) = floor + size factor N^-size exponent + "
-         "token factor D^-token exponent, N and D in units of their geometric means over the runs."),
-        ("Sizes", sizes_table(summary), f"Learning rates go with the width by `{summary['lr_transfer']}`."),
-    ]  # fmt: skip
+    sections = {
+        "In seconds": (survival_table(summary, "seconds"), ""),
+        "The largest sizes, predicted from the smaller ones": (held_out_table(summary), ""),
+        "Each speed-up": (forms_table(summary), STRAIGHT),
+        "Final losses, nats per token: mean (sd), n": (losses_table(summary), ""),
+        "Learning rate, re-tuned at each size": (
+            retune_table(summary),
+            "The best of a few single runs: the cost is too high by about the noise of a run.",
+        ),
+        "Sizes": (sizes_table(summary), f"Learning rates go with the width by `{summary['lr_transfer']}`."),
+    }
     lines = [
         f"# Do the tricks survive? Ladder `{summary['ladder']}`, base `{summary['base']}`",
         "",
@@ -171,13 +153,14 @@ def markdown(summary: Summary) -> str:
         survival_table(summary, "tokens"),
         "",
         EXPLAINED.format(at=size_words(summary["at"])),
+        *caution(summary),
         "",
         *(f"- {line}" for line in verdict_lines(summary)),
         "",
         *(f"![{name}]({name}.png)" for name in summary["plots"]),
         "",
     ]
-    for title, body, note in sections:
+    for title, (body, note) in sections.items():
         if body:
             lines += [f"## {title}", "", body, "", *([note, ""] if note else [])]
     lines.append(where(summary))
