@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import optimizers
-import train_gpt
 import tricks
+from config import resolve
 from data.shards import Dataset, dataset_folder
+from engine.command import Parser, command
 from engine.run_folder import lock, settings_hash
 from engine.spec import UsageError, nearest, split
 from lab import plots
@@ -40,7 +41,6 @@ from lab.runner import (
     add_launcher_flags,
     at_least,
     check_folder,
-    command,
     make_launcher,
     read_options,
     read_report,
@@ -125,7 +125,7 @@ class Experiment:
 
     def train_tokens(self) -> int:
         """Of the corpus. Raises UsageError: it is not prepared here; says how."""
-        config, _, _ = train_gpt.resolve(list(self.arms[self.base]))
+        config, _, _ = resolve(list(self.arms[self.base]))
         return len(Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train"))
 
 
@@ -166,11 +166,9 @@ def check_settings(experiment: Experiment) -> None:
     tokens than the others get."""
     seen: dict[str, str] = {}
     for name in experiment.arms:
-        config, model, _ = train_gpt.resolve(experiment.cell("curve", name, experiment.rungs[0]).trial(0).flags)
-        if config.batch_schedule != "constant":
-            raise UsageError(
-                f"{name}: --batch-schedule {config.batch_schedule} is not for a ladder, whose batch is set by size"
-            )
+        config, model, _ = resolve(experiment.cell("curve", name, experiment.rungs[0]).trial(0).flags)
+        if set(config.batch_stages) != {1.0}:
+            raise UsageError(f"{name}: --batch-stages are not for a ladder, whose batch is set by size")
         same = seen.setdefault(settings_hash(vars(config) | vars(model), ("tricks",)), name)
         if same != name:
             raise UsageError(f"{name} and {same} are the same settings on this ladder, which sets width, layers, heads")
@@ -317,7 +315,7 @@ def report(out: Path, summary: dict[str, Any]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = train_gpt.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = made.add_argument
     add("--tricks", nargs="+", default=[], metavar="TRICK", help="tricks or optimizer SPECs, each tried alone on the base")
     add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")

@@ -210,8 +210,6 @@ def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
         drawn.append(survival(folder, summary))
     if any(of["points"] for of in summary["curves"][summary["base"]].values()):
         drawn.append(size_curves(folder, summary))
-    if summary["base"] in summary["laws"]:
-        drawn.append(iso_flop(folder, summary))
     return drawn
 
 
@@ -308,38 +306,3 @@ def size_curves(folder: Path, summary: dict[str, Any]) -> str:
     figure.supxlabel("tokens of the run (dots, line: base; crosses: trick)", fontsize=9)
     figure.supylabel("final validation loss, nats per token", fontsize=9)
     return save(figure, folder, "sizes")
-
-
-def iso_flop(folder: Path, summary: dict[str, Any]) -> str:
-    """Loss against parameters at equal training FLOPs: lines by each arm's L(N, D), the base's runs as dots coloured alike."""
-    figure, axis = pyplot().subplots(figsize=(8, 5), constrained_layout=True)
-    base = summary["curves"][summary["base"]]
-    runs = [
-        (s["parameters"], base[s["size"]]["cost"]["flops"] * p["tokens"], loss, base[s["size"]]["cost"]["flops"])
-        for s in summary["sizes"] for p in base[s["size"]]["points"] for loss in p["losses"]
-    ]  # fmt: skip
-    n, flops, losses, per_token = map(np.array, zip(*runs, strict=True))
-    colours, levels = pyplot().get_cmap("plasma"), np.geomspace(flops.min(), flops.max(), 5)
-    shade = lambda c: colours(0.9 * np.log(c / flops.min()) / max(1e-9, np.log(flops.max() / flops.min())))  # noqa: E731
-    axis.scatter(n, losses, c=[shade(c) for c in flops], s=18, zorder=3)
-    grid = np.geomspace(n.min(), n.max(), 100)
-    cost = np.exp(np.interp(np.log(grid), np.log(n), np.log(per_token)))  # FLOPs a token between the sizes
-    styles = dict(zip([summary["base"], *(t["trick"] for t in summary["tricks"])], ("-", "--", ":", "-.")))
-    for name, style in styles.items():
-        law = summary["laws"].get(name)
-        for level in levels if law else ():
-            y = (
-                law["floor"]
-                + law["size_factor"] * (grid / law["unit_n"]) ** -law["size_exponent"]
-                + law["token_factor"] * (level / cost / law["unit_d"]) ** -law["token_exponent"]
-            )
-            label = f"{level:.1e} FLOPs" if style == "-" else None
-            axis.plot(grid, y, style, color=shade(level), linewidth=1.2, label=label)
-        if law and style != "-":
-            axis.plot([], [], style, color="0.3", label=short(name))
-    low, high = losses.min(), losses.max()
-    axis.set(xscale="log", xlabel="non-embedding parameters", ylabel="final validation loss, nats per token",
-             ylim=(low - 0.15 * (high - low), high + 0.3 * (high - low)))  # fmt: skip
-    axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
-    return save(figure, folder, "iso-flop")

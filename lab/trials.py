@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import train_gpt
+from config import resolve
 from engine import run_folder
 from engine.spec import UsageError
 
@@ -57,7 +57,7 @@ class Trial:
         Raises:
             UsageError: what the trainer refuses: an unknown trick, a value out of range.
         """
-        config, model_config, recipe = train_gpt.resolve(self.flags)
+        config, model_config, recipe = resolve(self.flags)
         return RUNS / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
 
     @property

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 import optimizers
-import train_gpt
 import tricks
+from config import resolve
 from engine.spec import UsageError, parse, split
 from lab.trials import Arm
-from model import GPT, PRESETS, parameter_counts
+from layers.shape import PRESETS
+from model import GPT, parameter_counts
 
 BATCH_EXPONENT = 0.383  # nanochat: batch = 2^19 (D / D_ref)^0.383
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
@@ -207,7 +208,7 @@ class Rung:
 
 def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: Sequence[str]) -> Rung:
     """What `size` is given, under the base's `flags`."""
-    config, model, _ = train_gpt.resolve(["--track", of.track, *flags, *size.flags])
+    config, model, _ = resolve(["--track", of.track, *flags, *size.flags])
     with torch.device("meta"):
         parameters = parameter_counts(GPT(model))["non_embedding"]
     tokens = tokens_per_parameter * parameters
@@ -225,7 +226,7 @@ def fractional(spec: str, steps: int) -> str:
 def at_size(name: str, flags: Sequence[str], rung: Rung, of: Ladder, transfer: str, factor: float = 1.0) -> Arm:
     """The arm `flags` at a size: its learning rate transferred, times `factor`. Raises UsageError: what the trainer refuses."""
     sized = [*flags, *rung.size.flags, "--batch-tokens", str(rung.batch_tokens)]
-    config, model, _ = train_gpt.resolve(sized)
+    config, model, _ = resolve(sized)
     track = tricks.track(config.track).settings
     factor_at_width = (model.width / track["width"]) ** transfer_exponent(transfer, config.optimizer)
     restated = {

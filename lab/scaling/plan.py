@@ -9,7 +9,7 @@ from engine.spec import UsageError
 from lab.markdown import table
 from lab.scaling.ladder import Rung, size_words
 from lab.trials import Arm
-from model import flops_per_token
+from layers.shape import flops_per_token
 
 HEAD = (
     "size", "non-embedding", "layers x width", "batch", "tokens at budget 1", "runs", "tokens of all", "FLOPs",

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.command import Parser
 from engine.spec import UsageError, nearest
 from lab.markdown import table
 from lab.scaling.curves import Noise, PowerLaw, Speedup, bootstrap, fit, speedup
 from lab.scaling.ladder import size_of
 from lab.scaling.trend import trend
-from train_gpt import Parser
 
 COLUMNS = ("optimizer", "size", "chinchilla", "best_loss")
 # By how much a loss varies between seeds, nats, which one loss per setting does not show: the NanoGPT speedrun's repeated runs
