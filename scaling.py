@@ -24,6 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,12 @@ from data.shards import Dataset, dataset_folder
 from engine.command import Parser, command
 from engine.run_folder import lock, settings_hash
 from engine.spec import UsageError, nearest, split
-from lab import plots
+from lab import plots, runner
 from lab.comparison import Row
-from lab.runner import (
-    Runner,
-    add_launcher_flags,
-    at_least,
-    check_folder,
-    make_launcher,
-    read_options,
-    read_report,
-    write_report,
-)
 from lab.scaling import ladder, published, survival
 from lab.scaling import report as survival_report
-from lab.scaling.ladder import LADDERS, Ladder, Rung, retune_factors, size_of, size_words
-from lab.scaling.plan import Work, plan
-from lab.trials import Arm, Trial
+from lab.scaling.ladder import LADDERS, Cell, Ladder, Rung, retune_factors, size_of, size_words
+from lab.scaling.plan import plan
 
 RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the timing: none is used twice
 REPORT = "scaling.json"
@@ -62,26 +52,6 @@ Factors = dict[tuple[Rung, str], float]  # on the learning rate, by size and arm
 
 
 # ---------------------------------------------------------------- what is to be run
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm at one size and length of run, whatever the seed."""
-
-    phase: str  # retune, curve or time
-    name: str  # of the arm: the base or a trick
-    rung: Rung
-    budget: float
-    factor: float  # on the learning rate
-    steps: int
-    arm: Arm
-
-    def trial(self, seed: int) -> Trial:
-        return Trial(self.arm, self.steps, seed)
-
-    def described(self) -> dict[str, Any]:
-        same = {"phase": self.phase, "arm": self.name, "budget": self.budget, "factor": self.factor, "steps": self.steps}
-        return same | {"size": self.rung.size.name, "batch_tokens": self.rung.batch_tokens, "trial": self.arm.name}
 
 
 @dataclass(frozen=True)
@@ -98,7 +68,7 @@ class Experiment:
         return next(iter(self.arms))
 
     def cell(self, phase: str, name: str, rung: Rung, budget: float = 1, factor: float = 1.0) -> Cell:
-        arm = ladder.at_size(name, self.arms[name], rung, self.ladder, self.options.lr_transfer, factor)
+        arm = ladder.at_size(name, self.arms[name], rung, self.options.lr_transfer, factor)
         steps = self.options.timing_steps if phase == "time" else rung.steps(budget)
         return Cell(phase, name, rung, budget, factor, steps, arm)
 
@@ -111,17 +81,14 @@ class Experiment:
         wanted = [(rung, budget, name) for rung in self.rungs for budget in budgets for name in self.arms]
         return [self.cell("curve", name, r, b, factors[r, name]) for r, b, name in wanted if b == 1 or name == self.base]
 
-    def work(self) -> list[Work]:
-        """All runs, by size and arm."""
-        options, work = self.options, []
-        for rung in self.rungs:
-            for name in self.arms:
-                runs = [(rung.steps(budget), options.seeds) for budget in (options.budgets if name == self.base else [1])]
-                runs += [(rung.steps(1), options.retune)] * (options.retune > 1)
-                runs += [(options.timing_steps, TIME_PAIRS)] * (options.timing_steps > 0)
-                arm, steps = self.cell("curve", name, rung).arm, sum(steps * count for steps, count in runs)
-                work.append(Work(arm, rung, sum(count for _, count in runs), steps))
-        return work
+    def timings(self, factors: Factors) -> list[Cell]:
+        return [self.cell("time", name, rung, 1, f) for (rung, name), f in factors.items() if self.options.timing_steps]
+
+    def planned(self) -> list[tuple[Cell, int]]:
+        """Every cell and its number of runs, as far as they are known before the first run."""
+        once = dict.fromkeys(product(self.rungs, self.arms), 1.0)
+        counts = {"retune": 1, "curve": self.options.seeds, "time": TIME_PAIRS}
+        return [(cell, counts[cell.phase]) for cell in (*self.retunes(), *self.curves(once), *self.timings(once))]
 
     def train_tokens(self) -> int:
         """Of the corpus. Raises UsageError: it is not prepared here; says how."""
@@ -201,7 +168,7 @@ def run(options: argparse.Namespace) -> list[str]:
     if options.plan:
         price = ["--gpu-price", str(options.price)] if options.price is not None else []
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
-        return [plan(experiment.work(), ["--hardware", options.hardware, *ranks, *price])]
+        return [plan(experiment.planned(), ["--hardware", options.hardware, *ranks, *price])]
     out = options.out or Path("scaling") / f"{options.ladder}-{options.base.replace(',', '+')}"
     settings = {
         "ladder": options.ladder,
@@ -210,7 +177,7 @@ def run(options: argparse.Namespace) -> list[str]:
         "tokens_per_parameter": options.tokens_per_parameter or experiment.ladder.tokens_per_parameter,
         "flags": list(options.flags),
     }
-    check_folder(out, REPORT, settings)
+    runner.check_folder(out, REPORT, settings)
     held = lock(out)
     try:
         return measure(experiment, settings, out)
@@ -221,14 +188,14 @@ def run(options: argparse.Namespace) -> list[str]:
 def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list[str]:
     """`run` in its output folder: re-tune, curves, further runs of the base where needed, timing; then the report."""
     options, rungs = experiment.options, experiment.rungs
-    runner, seeds = Runner(out, options.keep_checkpoints, POINTS), range(options.seeds)
-    beside, alone = make_launcher(options, side_by_side=True), make_launcher(options, side_by_side=False)
+    trainer, seeds = runner.Runner(out, options.keep_checkpoints, POINTS), range(options.seeds)
+    beside, alone = runner.make_launcher(options, side_by_side=True), runner.make_launcher(options, side_by_side=False)
 
     def trained(phase: str, cells: Sequence[Cell], seeds: Iterable[int]) -> None:
-        runner.run_all(phase, [cell.trial(seed) for seed in seeds for cell in cells], *beside)
+        trainer.run_all(phase, [cell.trial(seed) for seed in seeds for cell in cells], *beside)
 
     def rows(cells: Iterable[Cell]) -> list[Row]:
-        return runner.rows(cell.arm for cell in cells)[0]
+        return trainer.rows(cell.arm for cell in cells)[0]
 
     retunes = experiment.retunes()
     trained("retune", retunes, [RETUNE_SEED])
@@ -238,15 +205,15 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
     while more := missing_budgets(experiment, curves, rows(curves)):
         trained("curve", more, seeds)
         curves += more
-    timed = [experiment.cell("time", name, rung, 1, factor) for (rung, name), factor in factors.items() if options.timing_steps]
+    timed = experiment.timings(factors)
     turns = [
         [cell.trial(seed) for cell in timed if cell.rung == rung]
         for rung in rungs
         for seed in range(TIME_SEED, TIME_SEED + TIME_PAIRS)
     ]
-    runner.run_turns("time", turns, *alone)
+    trainer.run_turns("time", turns, *alone)
     cells = [*retunes, *curves, *timed]
-    used, left_out = runner.rows(cell.arm for cell in cells)
+    used, left_out = trainer.rows(cell.arm for cell in cells)
     settings |= {
         "command": options.command,
         "at": options.at_parameters or 10 * rungs[-1].parameters,
@@ -304,7 +271,7 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
 def report(out: Path, summary: dict[str, Any]) -> list[str]:
     """Write scaling.json, README.md, plots; returns the verdict lines. Raises UsageError: nothing can be said of any trick."""
     summary["plots"] = plots.draw_scaling(out, summary)
-    write_report(out, REPORT, summary, survival_report.markdown(summary))
+    runner.write_report(out, REPORT, summary, survival_report.markdown(summary))
     lines = survival_report.verdict_lines(summary)
     if not any(trick["trends"]["tokens"] for trick in summary["tricks"]):
         raise UsageError(f"nothing can be said: {'; '.join(lines)}; trials are kept in {out}")
@@ -340,7 +307,7 @@ def parser() -> argparse.ArgumentParser:
     add("--price", type=float, help="of --plan: dollars an hour of one GPU (default: as in engine/hardware.py)")
     add("--report", type=Path, metavar="FOLDER", help="write a folder's report again from its trials")
     add("--side-by-side", type=int, default=1, help="trials at once, sharing the cores; timing is one at a time (default: 1)")
-    add_launcher_flags(made)
+    runner.add_launcher_flags(made)
     add("--keep-checkpoints", action="store_true", help="keep the trials' weights (default: deleted when a trial has ended)")
     add("--out", type=Path, help="output folder (default: scaling/<ladder>-<base>)")
     return made
@@ -348,12 +315,12 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Command line -> options. Raises UsageError: an unknown flag or a value out of range."""
-    options = read_options(parser(), argv)
+    options = runner.read_options(parser(), argv)
     if not options.report and not options.tricks:
         raise UsageError("scale what? --tricks muon soap ... (see --help)")
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 3")
-    at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1)
+    runner.at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1)
     if options.tokens_per_parameter < 0 or not options.retune_step > 1:
         raise UsageError("--tokens-per-parameter must be above 0 and --retune-step above 1")
     given = options.budgets
@@ -371,7 +338,7 @@ def main(argv: list[str]) -> int:
     def work() -> str:
         options = parse(argv)
         if options.report:
-            return "\n".join(report(options.report, survival.again(*read_report(options.report, REPORT))))
+            return "\n".join(report(options.report, survival.again(*runner.read_report(options.report, REPORT))))
         return "\n".join(run(options))
 
     return command("scaling.py", work)

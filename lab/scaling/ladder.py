@@ -23,7 +23,7 @@ import optimizers
 import tricks
 from config import resolve
 from engine.spec import UsageError, parse, split
-from lab.trials import Arm
+from lab.trials import Arm, Trial
 from layers.shape import PRESETS
 from model import GPT, parameter_counts
 
@@ -223,7 +223,7 @@ def fractional(spec: str, steps: int) -> str:
     return joined(name, keys | {key: f"{length / steps:.4g}" for key, length in lengths.items() if length >= 1})
 
 
-def at_size(name: str, flags: Sequence[str], rung: Rung, of: Ladder, transfer: str, factor: float = 1.0) -> Arm:
+def at_size(name: str, flags: Sequence[str], rung: Rung, transfer: str, factor: float = 1.0) -> Arm:
     """The arm `flags` at a size: its learning rate transferred, times `factor`. Raises UsageError: what the trainer refuses."""
     sized = [*flags, *rung.size.flags, "--batch-tokens", str(rung.batch_tokens)]
     config, model, _ = resolve(sized)
@@ -236,3 +236,23 @@ def at_size(name: str, flags: Sequence[str], rung: Rung, of: Ladder, transfer: s
     }
     sized += [word for flag, (before, after) in restated.items() if after != before for word in (flag, after)]
     return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), tuple(sized))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm at one size and length of run, whatever the seed."""
+
+    phase: str  # retune, curve or time
+    name: str  # of the arm: the base or a trick
+    rung: Rung
+    budget: float
+    factor: float  # on the learning rate
+    steps: int
+    arm: Arm
+
+    def trial(self, seed: int) -> Trial:
+        return Trial(self.arm, self.steps, seed)
+
+    def described(self) -> dict[str, float | str]:
+        same = {"phase": self.phase, "arm": self.name, "budget": self.budget, "factor": self.factor, "steps": self.steps}
+        return same | {"size": self.rung.size.name, "batch_tokens": self.rung.batch_tokens, "trial": self.arm.name}

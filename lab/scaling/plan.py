@@ -2,12 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cost import Prediction, TooLittleMemory, predict
 from engine.spec import UsageError
 from lab.markdown import table
-from lab.scaling.ladder import Rung, size_words
+from lab.scaling.ladder import Cell, size_words
 from lab.trials import Arm
 from layers.shape import flops_per_token
 
@@ -17,42 +16,35 @@ HEAD = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Work:
-    """All runs of one arm at one size."""
-
-    arm: Arm
-    rung: Rung
-    runs: int
-    steps: int  # of all runs together
-
-    def totals(self, of: Prediction) -> Counter[str]:
-        """Runs, tokens, FLOPs and hours. A validation takes the forward third of a training pass."""
-        tokens = self.steps * self.rung.batch_tokens
-        validated = self.runs * of.config.val_tokens / 3
-        hours = of.seconds * (tokens + validated) / self.rung.batch_tokens / 3600
-        return Counter(runs=self.runs, tokens=tokens, flops=tokens * flops_per_token(of.model_config), hours=hours)
-
-
-def predicted(work: Work, machine: Sequence[str]) -> Prediction:
-    """One run of that work, with the trainer's own micro-batch or the largest that fits. Raises UsageError: none fits."""
-    flags = [*machine, *work.arm.flags]
+def predicted(arm: Arm, machine: Sequence[str]) -> Prediction:
+    """One run of the arm, with the trainer's own micro-batch or the largest that fits. Raises UsageError: none fits."""
     try:
-        return predict(flags)
+        return predict([*machine, *arm.flags])
     except TooLittleMemory as error:
         if error.fits is None:
-            raise UsageError(f"{work.arm.name}: {error}; add -- --checkpoint-activations, or leave that size out") from None
-        return predict([*flags, "--micro-batch-tokens", str(error.fits)])
+            raise UsageError(f"{arm.name}: {error}; add -- --checkpoint-activations, or leave that size out") from None
+        return predict([*machine, *arm.flags, "--micro-batch-tokens", str(error.fits)])
 
 
-def plan(work: Sequence[Work], machine: Sequence[str]) -> str:
-    """The plan in words: a row for each size, and the sums. machine: flags of the cost model. Raises as `predict`."""
+def totals(cell: Cell, runs: int, of: Prediction) -> Counter[str]:
+    """Runs, tokens, FLOPs and hours. A validation takes the forward third of a training pass."""
+    batch, tokens = cell.rung.batch_tokens, runs * cell.steps * cell.rung.batch_tokens
+    hours = of.seconds * (tokens + runs * of.config.val_tokens / 3) / batch / 3600
+    return Counter(runs=runs, tokens=tokens, flops=tokens * flops_per_token(of.model_config), hours=hours)
+
+
+def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> str:
+    """The plan in words, of cells and their numbers of runs: a row for each size, and the sums. Raises as `predict`.
+
+    machine: flags of the cost model.
+    """
     rows, total = [], Counter()
-    for rung in dict.fromkeys(w.rung for w in work):
-        predictions = [(w, predicted(w, machine)) for w in work if w.rung == rung]
-        most = max((p for _, p in predictions), key=lambda p: p.step.memory.total)
+    for rung in dict.fromkeys(cell.rung for cell, _ in planned):
+        cells = [(cell, runs) for cell, runs in planned if cell.rung == rung]
+        predictions = {name: predicted(arm, machine) for name, arm in {cell.name: cell.arm for cell, _ in cells}.items()}
+        most = max(predictions.values(), key=lambda p: p.step.memory.total)
         micro_batch = rung.batch_tokens // (most.ranks * most.step.micro_batches)
-        sums = sum((w.totals(p) for w, p in predictions), Counter())
+        sums = sum((totals(cell, runs, predictions[cell.name]) for cell, runs in cells), Counter())
         total += sums
         rows.append(
             (

@@ -20,9 +20,6 @@ runs contradict that. The line leaves both out.
 *survives*: the predicted interval is above 1; *reverses*: below 1; *vanishes*: within 5 % of 1; *fades*: the gain surely
 shrinks with size and is not shown at the predicted size; else *not decided*."""
 
-STRAIGHT = """*No power law fits the base*: its mean losses scatter about the best one by more than seeds do (F test of lack of
-fit, 5 %), so straight lines in log tokens join them."""
-
 
 def verdict_lines(summary: Summary) -> list[str]:
     """A line for each trick, in tokens and, where they were measured, seconds; then one for each turn of short runs whose times
@@ -66,16 +63,6 @@ def survival_table(summary: Summary, cost: str) -> str:
             cells = [measured(s, cost) for s in trick["sizes"]]
             rows.append((f"`{trick['trick']}`", *cells, predicted(trend), trend["verdict"] if trend else "not decided"))
     return table(head, rows) if rows else ""
-
-
-def forms_table(summary: Summary) -> str:
-    rows = []
-    for trick in summary["tricks"]:
-        for s in trick["sizes"]:
-            straight = f"{s['between']:.2f}x" if s.get("between") else "-"
-            note = "; ".join(filter(None, (s.get("note"), s["why"])))
-            rows.append((f"`{trick['trick']}`", s["size"], s.get("words", "-"), straight, measured(s, "flops"), note))
-    return table(("trick", "size", "by the curve", "by straight lines", "in FLOPs", "note"), rows)
 
 
 def losses_table(summary: Summary) -> str:
@@ -124,6 +111,16 @@ def sizes_table(summary: Summary) -> str:
     return table(("size", "non-embedding parameters", "layers x width", "tokens at budget 1", "batch, tokens"), rows)
 
 
+def straight(summary: Summary) -> str:
+    """At which sizes the base's curve is straight lines, and why."""
+    bent = {s["size"] for trick in summary["tricks"] for s in trick["sizes"] if "amounts" in s.get("curve", ())}
+    names = ", ".join(s["size"] for s in summary["sizes"] if s["size"] in bent)
+    return names and (
+        f"No power law fits the base at {names}: its mean losses scatter about the best one by more than seeds do\n"
+        "(F test of lack of fit, 5 %), so straight lines in log tokens join them."
+    )
+
+
 def caution(summary: Summary) -> list[str]:
     """Where even the largest size's runs are short: a line that says so."""
     steps = [cell["steps"] for cell in summary["cells"] if (cell["phase"], cell["budget"]) == ("curve", 1)]
@@ -134,11 +131,12 @@ def caution(summary: Summary) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """README.md of the output folder."""
+    tokens, flops = survival_table(summary, "tokens"), survival_table(summary, "flops")
     sections = {
         "In seconds": (survival_table(summary, "seconds"), ""),
+        "In FLOPs": ("" if flops == tokens else flops, ""),
         "The largest sizes, predicted from the smaller ones": (held_out_table(summary), ""),
-        "Each speed-up": (forms_table(summary), STRAIGHT),
-        "Final losses, nats per token: mean (sd), n": (losses_table(summary), ""),
+        "Final losses, nats per token: mean (sd), n": (losses_table(summary), straight(summary)),
         "Learning rate, re-tuned at each size": (
             retune_table(summary),
             "The best of a few single runs: the cost is too high by about the noise of a run.",
@@ -150,7 +148,7 @@ def markdown(summary: Summary) -> str:
         "",
         f"`./run.sh scaling {summary['command']}`",
         "",
-        survival_table(summary, "tokens"),
+        tokens,
         "",
         EXPLAINED.format(at=size_words(summary["at"])),
         *caution(summary),

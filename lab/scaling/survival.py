@@ -19,7 +19,7 @@ from lab.comparison import Row, compute_type, turns_apart
 from lab.scaling.curves import DRAWS, Lines, Noise, PowerLaw, bootstrap, curve_through, interval, speedup
 from lab.scaling.trend import Trend, trend
 
-COSTS = ("tokens", "seconds")  # that verdicts are given in
+COSTS = ("tokens", "seconds", "flops")  # that a speed-up is given in
 Found = dict[str, Any]  # a part of scaling.json
 
 # ---------------------------------------------------------------- one arm at one size
@@ -92,10 +92,7 @@ def at_one_size(base: Found, trick: Found, seed: int) -> Found:
         return {"why": "the base's loss does not fall with tokens there"}
     mean = statistics.mean(own["losses"])
     gain = speedup(curve, tokens, losses, mean, own["tokens"])
-    failed = f"{own['failed']} of {own['failed'] + len(own['losses'])} runs failed" if own["failed"] else ""
-    notes = ("no power law fits the base" if isinstance(curve, Lines) else "", failed)
-    result = dataclasses.asdict(gain) | {"words": gain.words(), "loss": mean, "curve": dataclasses.asdict(curve)}
-    result |= {"why": "", "note": "; ".join(filter(None, notes))}
+    result = dataclasses.asdict(gain) | {"words": gain.words(), "loss": mean, "why": "", "curve": dataclasses.asdict(curve)}
     if not gain.inside:
         result["why"], agree = outside(curve, base["points"], mean, own["tokens"], gain.low > 0)
         return result if agree else result | {"words": "unclear"}

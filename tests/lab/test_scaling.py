@@ -311,7 +311,7 @@ def test_learning_rates_go_with_the_width():
 
     def sized(rule, *words, factor=1.0):
         flags = ("--track", "cpu", "--tricks", "modern", *words)
-        return resolve([*ladder.at_size("x", flags, rung, cpu, rule, factor).flags])[0]
+        return resolve([*ladder.at_size("x", flags, rung, rule, factor).flags])[0]
 
     def rate(rule, spec, factor=1.0):
         return sized(rule, "--optimizer", spec, factor=factor).optimizer
@@ -626,9 +626,9 @@ def test_a_plan_asks_the_cost_model(fake, tmp_path, capsys):
     words = command(tmp_path / "s", "--tricks", "muon", "--timing-steps", "0", "--hardware", "2xH100", sizes=("12k", "98k"))
     assert scaling.main(["--plan", *words]) == 0
     hours = float(re.search(r"([\d.]+) hours, [\d,]+ \$ on 2 x H100", capsys.readouterr().out)[1])
-    work = scaling.make_experiment(scaling.parse(["--plan", *words])).work()
-    predicted = [plan.predict(["--hardware", "2xH100", *w.arm.flags]).seconds for w in work]
-    assert 0 < hours < 1 and hours == pytest.approx(sum(w.steps * s / 3600 for w, s in zip(work, predicted)), abs=0.05)
+    planned = scaling.make_experiment(scaling.parse(["--plan", *words])).planned()
+    seconds = [runs * cell.steps * plan.predict(["--hardware", "2xH100", *cell.arm.flags]).seconds for cell, runs in planned]
+    assert hours == pytest.approx(sum(seconds) / 3600, abs=0.05)
 
 
 def test_a_plan_takes_the_largest_micro_batch_that_fits(fake, tmp_path, capsys, monkeypatch):
