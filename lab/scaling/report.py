@@ -131,10 +131,11 @@ def caution(summary: Summary) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """README.md of the output folder."""
-    tokens, flops = survival_table(summary, "tokens"), survival_table(summary, "flops")
+    ratios = [s["ratios"] for trick in summary["tricks"] for s in trick["sizes"] if "ratios" in s]
+    dearer = any(abs(r["flops"] / r["tokens"] - 1) > 0.005 for r in ratios)  # is a token of some trick?
     sections = {
         "In seconds": (survival_table(summary, "seconds"), ""),
-        "In FLOPs": ("" if flops == tokens else flops, ""),
+        "In FLOPs": (survival_table(summary, "flops") if dearer else "", ""),
         "The largest sizes, predicted from the smaller ones": (held_out_table(summary), ""),
         "Final losses, nats per token: mean (sd), n": (losses_table(summary), straight(summary)),
         "Learning rate, re-tuned at each size": (
@@ -148,7 +149,7 @@ def markdown(summary: Summary) -> str:
         "",
         f"`./run.sh scaling {summary['command']}`",
         "",
-        tokens,
+        survival_table(summary, "tokens"),
         "",
         EXPLAINED.format(at=size_words(summary["at"])),
         *caution(summary),
