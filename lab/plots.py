@@ -182,11 +182,11 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
 
 
 def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[Ratio]) -> str:
-    """How much faster than the baseline every record of a track is, by number: bars of `gained`, as the table has it, with its
-    95 % interval. Seconds stand above: those of two machines are no ratio, and no bars."""
+    """How much faster than its category's baseline (grey) each record of a track is: bars of `gained`, with 95 % intervals.
+    Seconds stand above the bars: they are of several machines."""
     figure, axis = pyplot().subplots(figsize=(max(6, 0.8 * len(about) + 2), 5), constrained_layout=True)
     errors = [[g.ratio - g.low for g in gained], [g.high - g.ratio for g in gained]]
-    colours = ["0.6"] + ["C0"] * (len(about) - 1)
+    colours = ["0.6" if a["kind"] == "baseline" else "C0" for a in about]
     axis.bar(range(len(about)), [g.ratio for g in gained], yerr=errors, color=colours, capsize=3)
     for i, (a, g) in enumerate(zip(about, gained, strict=True)):
         axis.annotate(
@@ -195,6 +195,7 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
     axis.set_xticks(range(len(about)), [f"{a['number']:03d} {a['name']}" for a in about], rotation=35, ha="right", fontsize=8)
     top = 2 * max(g.high for g in gained)
     axis.set(yscale="log", ylabel="baseline / record, time to the target", title=f"{track} track", ylim=(0.7, top))
+    log_ticks(axis.yaxis, 0.7, top)
     axis.grid(axis="y", alpha=0.3)
     return save(figure, folder, f"history-{track}")
 

@@ -1,5 +1,174 @@
+"""Keep, check and show records: evidence that a recipe meets a track's target, which a stranger can check by machine.
+
+    ./run.sh records add --comparison comparisons/muon --arm modern,muon --against-arm record --name muon --why "..."
+    ./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
+    ./run.sh records verify                                              every rule on every record and report
+    ./run.sh records verify cpu/010-muon --rerun                         and train one of its seeds again
+    ./run.sh records verify scaling/cpu-modern                           do its statistics follow from its trials?
+    ./run.sh records render                                              tables and pictures of records/README.md
+    ./run.sh records summary runs/cpu/record-s0-1a2b3c4d                 one run beside the track's records
+
+A record needs runs of one recipe at one fixed length, seeds 0 to n - 1, whose mean loss is below the target with p < 0.01, and
+less time than the previous record, both interleaved on one machine. records/README.md has all rules.
+"""
+
+import argparse
+import json
+import shutil
 import sys
+from collections import defaultdict
+from pathlib import Path
 
-from lab.records.record import main
+from engine.command import Parser, command
+from engine.spec import UsageError, nearest
+from lab import comparison, trials
+from lab.records import history, reports, rules
+from lab.records import record as records
+from lab.records.record import CATEGORIES, FinishedRun, Record
+from lab.records.reports import Report
 
-sys.exit(main(sys.argv[1:]))
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = made.add_subparsers(dest="verb", required=True)
+    adder = verbs.add_parser("add", help="keep finished runs as the track's next record")
+    adder.add_argument("runs", type=Path, nargs="*", help="run folders, one a seed")
+    adder.add_argument("--comparison", type=Path, metavar="FOLDER", help="take the runs from a comparison: needs --arm")
+    adder.add_argument("--arm", help="arm of the comparison whose confirming runs become the record")
+    adder.add_argument("--against-arm", metavar="ARM", help="arm of the comparison that is the previous record")
+    adder.add_argument("--name", required=True, help="short name in lower case")
+    adder.add_argument("--why", required=True, help="what is new and why it pays, a sentence or two")
+    adder.add_argument("--category", choices=CATEGORIES, default="open", help="optimizer: on the fixed `modern` model")
+    adder.add_argument("--against", type=Path, nargs="+", metavar="RUN", default=[],
+                       help="runs of the previous record, interleaved with these (default: its own logs)")  # fmt: skip
+    adder.add_argument("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
+    checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
+    checker.add_argument("names", nargs="*", metavar="TRACK/NNN-NAME", help="or comparisons/NAME, scaling/NAME (default: all)")
+    checker.add_argument("--rerun", action="store_true", help="also train one seed again and compare")
+    verbs.add_parser("render", help="rewrite the tables and pictures of records/README.md")
+    verbs.add_parser("summary", help="one run beside the track's records").add_argument("run", type=Path)
+    return made
+
+
+# ---------------------------------------------------------------- add
+
+
+def add(
+    folders: list[Path], name: str, why: str, category: str = "open", against: list[Path] | None = None, kind: str = "record"
+) -> Record:
+    """Check finished runs against every rule and keep them as the track's next record.
+
+    Args:
+        against: run folders of the previous record, interleaved with these; without them its own logs are what counts.
+    Raises:
+        UsageError: the rule that is not met; nothing is kept then.
+    """
+    runs = records.one_experiment([FinishedRun.read(folder) for folder in folders], "these runs")
+    settings, track = runs[0].facts["settings"], runs[0].config["track"]
+    if problem := rules.category_problem(settings, category):
+        raise UsageError(f"not of category {category} on {track}: {problem}")
+    rival, anew = None, []
+    if kind == "record":
+        rival = records.previous(track, category)
+        if rival is None:
+            raise UsageError(f"{track} has no record to be faster than: add its baseline first, with --kind baseline")
+        if against:
+            anew = records.one_experiment([FinishedRun.read(folder) for folder in against], "--against")
+    number = records.next_number(track)
+    folder = records.RECORDS / track / f"{number:03d}-{name}"
+    folder.mkdir(parents=True)
+    try:
+        said = {"kind": kind, "category": category, "number": number, "name": name, "why": why}
+        record = records.write(folder, runs, anew, rival, said)
+        for v in rules.verdicts(record):
+            if v.verdict == "fail":
+                raise UsageError(f"not a record: {v.rule}: {v.words}")
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return record
+
+
+def named_runs(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """Run folders of the record and of its rival, as the command line says."""
+    if bool(options.runs) == bool(options.comparison):
+        raise UsageError("add what? run folders, or --comparison FOLDER --arm ARM")
+    if not options.comparison:
+        return options.runs, options.against
+    if not options.arm:
+        raise UsageError("--comparison needs --arm: which of its arms becomes the record?")
+    rival = runs_of(options.comparison, options.against_arm) if options.against_arm else options.against
+    return runs_of(options.comparison, options.arm), rival
+
+
+def runs_of(folder: Path, arm: str) -> list[Path]:
+    """Run folders of the confirming runs of an arm of a comparison."""
+    try:
+        summary, rows = json.loads((folder / "comparison.json").read_text()), comparison.read_rows(folder / "trials.csv")
+    except FileNotFoundError:
+        raise UsageError(f"{folder} holds no comparison") from None
+    steps = {a["name"]: a["steps"] for a in summary["arms"]}
+    if arm not in steps:
+        raise UsageError(f"{folder} has no arm {arm!r}: {nearest(arm, steps)}")
+    names = [row.run for row in rows if (row.arm, row.phase, row.steps) == (arm, "confirm", steps[arm])]
+    if not names:
+        raise UsageError(f"arm {arm!r} of {folder} has no confirming runs")
+    return [trials.RUNS / "runs" / summary["track"] / name for name in names]
+
+
+# ---------------------------------------------------------------- verify
+
+
+def chosen(names: list[str]) -> list[Record | Report]:
+    """Records and reports by their labels; all where none is named."""
+    of_tracks = [r for track in sorted(records.RECORDS.iterdir()) if track.is_dir() for r in records.of_track(track.name)]
+    everything = {kept.label: kept for kept in (*of_tracks, *reports.all_reports(records.RECORDS))}
+    labels = [name.rstrip("/").removeprefix("records/") for name in names] or list(everything)
+    for label in labels:
+        if label not in everything:
+            raise UsageError(f"no record {label!r}: {nearest(label, everything)}")
+    if not labels:
+        raise UsageError("no records yet: ./run.sh records add")
+    return [everything[label] for label in labels]
+
+
+def verify(names: list[str], rerun: bool) -> int:
+    """Print the verdicts; 2 if a rule is broken, else 0."""
+    broken, kept, older = 0, chosen(names), defaultdict(list)
+    for one in kept:
+        verdicts = reports.verdicts(one) if isinstance(one, Report) else rules.verdicts(one, rerun)
+        count = {word: sum(v.verdict == word for v in verdicts) for word in ("fail", "not checkable")}
+        broken += count["fail"] > 0
+        print(f"{one.label}: {'FAIL' if count['fail'] else 'pass'}, {len(verdicts)} rules, {count['fail']} broken, "
+              f"{count['not checkable']} not checkable")  # fmt: skip
+        for v in verdicts:
+            print(f"  {v.verdict:13s} {v.rule:13s} {v.words}")
+            if (v.rule, v.verdict) == ("code", "not checkable"):
+                older[rules.commit(one)].append(one.label)
+    if older:
+        made = "; ".join(f"{commit} ({', '.join(labels)})" for commit, labels in older.items())
+        print(
+            f"made by other sources than these, at commits {made}: verified as text; to train one again, check out its commit"
+        )
+    report_count = sum(isinstance(one, Report) for one in kept)
+    print(f"{len(kept) - report_count} records, {report_count} reports, {broken} with a broken rule")
+    return 2 if broken else 0
+
+
+def run(argv: list[str]) -> int | str:
+    options = parser().parse_args(argv)
+    if options.verb == "add":
+        runs, against = named_runs(options)
+        record = add(runs, options.name, options.why, options.category, against, options.kind)
+        return f"{record.folder}\nkept; now: ./run.sh records render"
+    if options.verb == "verify":
+        return verify(options.names, options.rerun)
+    return history.render() if options.verb == "render" else history.summary(options.run)
+
+
+def main(argv: list[str]) -> int:
+    return command("records", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

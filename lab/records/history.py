@@ -1,0 +1,99 @@
+"""What people read of the records: the history of each track, as a table and a picture, and one run beside its track's."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import tricks
+from engine.run_folder import atomic_write
+from lab import markdown, plots, stats
+from lab.records import record as records
+from lab.records import rules
+from lab.records.record import CATEGORIES, FinishedRun, Record
+from lab.trials import DTYPES
+
+
+def gains(chain: list[Record]) -> list[stats.Ratio]:
+    """Baseline over each record of a category: the product of the time ratios down to it, each from interleaved pairs, with the
+    interval that the pairs of all of them leave."""
+    parts: dict[str, list[tuple[float, float, int]]] = {}
+    for record in chain:
+        parts[record.folder.name] = []
+        if against := record.about["against"]:
+            ratio = record.speed_ratio
+            part = math.log(against["ratio"]), ratio.sd / math.sqrt(ratio.n), ratio.n - 1
+            parts[record.folder.name] = [*parts[against["record"]], part]
+    return [stats.product(of_record) for of_record in parts.values()]
+
+
+def history(track: str, category: str, root: str = "") -> str:
+    """The table of a track's records; `root`: the way to records/ from the document that it stands in."""
+    chain, rows = records.of_track(track, category), []
+    for record, total in zip(chain, gains(chain), strict=True):
+        about, s, against = record.about, record.about["statistics"], record.about["against"]
+        rows.append((
+            f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md) {about['name']}",
+            f"{about['steps']:,}",
+            f"{s['train_time']:,.1f}",
+            DTYPES[about["numerics"]["dtype"]],
+            f"{against['record'][:3]}: {interval(against)}" if against else "-",
+            interval(vars(total)) if against else "1x",
+            f"{s['mean']:.4f} ({s['sd']:.4f})",
+            f"{s['n']}, {s['p']:.1g}",
+            about["date"],
+        ))  # fmt: skip
+    head = ("record", "steps", "time, s", "dtype", "previous / this", "baseline / this", "loss, mean (sd)", "n, p", "date")
+    return markdown.table(head, rows)
+
+
+def interval(ratio: dict[str, Any]) -> str:
+    return f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
+
+
+def tables() -> dict[str, str]:
+    """Marker name -> generated part of records/README.md."""
+    chains = [(track, category) for track in tricks.TRACKS for category in CATEGORIES if records.of_track(track, category)]
+    return {
+        "history": "\n\n".join(f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in chains),
+        "rules": markdown.table(
+            ("rule", "what it asks"), [(f"`{name}`", " ".join(rule.__doc__.split())) for name, rule in rules.RULES.items()]
+        ),
+    }
+
+
+def render() -> str:
+    """Write the tables and pictures of records/README.md; returns what was written."""
+    path = records.RECORDS / "README.md"
+    atomic_write(path, markdown.filled(path.read_text(), tables(), str(path)))
+    written = [path.name]
+    for track in tricks.TRACKS:
+        if chain := [r for category in CATEGORIES for r in records.of_track(track, category)]:
+            written.append(plots.history(records.RECORDS, track, [r.about for r in chain], gains(chain)) + ".png")
+    return "\n".join(f"wrote records/{name}" for name in written)
+
+
+def summary(folder: Path) -> str:
+    """What a person wants to know of a finished run, beside the first and the newest record of its track."""
+    run = FinishedRun.read(folder)
+    config, result, chain = run.config, run.result, records.of_track(run.config["track"])
+    columns = {"this run": result}
+    for record in chain[:1] + chain[1:][-1:]:
+        s = record.about["statistics"]
+        columns[f"{record.folder.name} (n = {s['n']})"] = s | {"val_loss": s["mean"], "steps": record.about["steps"]}
+    rows = [("", *columns)]
+    for label, key, form in (
+        ("validation loss, nats", "val_loss", ",.4f"), ("steps", "steps", ",.0f"), ("tokens", "tokens", ",.0f"),
+        ("training time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f"),
+        ("peak memory, bytes", "peak_memory", ",.0f"), ("tokens per second", "tokens_per_second", ",.0f"),
+        ("MFU", "mfu", ".1%"),
+    ):  # fmt: skip
+        values = [column.get(key) for column in columns.values()]
+        rows.append((label, *("-" if value is None else format(value, form) for value in values)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    reached = f"target {result['target_loss']:g} {'reached' if result['target_reached'] else 'NOT reached'}"
+    who = f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}"
+    lines = [f"{who}: {reached if result['target_loss'] else 'no target'}"]
+    lines += ["  ".join((r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:]))) for r in rows]
+    if chain:
+        lines.append("Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare")
+    return "\n".join(lines)
