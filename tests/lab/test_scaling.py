@@ -438,11 +438,12 @@ def test_a_ladder_in_two_compute_types_is_refused(fake, tmp_path, capsys, monkey
     """Half of a ladder on a machine with bf16 would shift a trick against its base."""
     out = tmp_path / "s"
     fake({"muon": lambda n: 1.5})
-    assert scaling.main(command(out, "--tricks", "muon", "--at", "4M")) == 0
+    few = ("--seeds", "2", "--retune", "1", "--timing-steps", "0", "--hold-out", "0")
+    assert scaling.main(command(out, "--tricks", "muon", *few, sizes=("0.1M", "0.33M"))) == 0
     before = (out / "trials.csv").read_text()
     monkeypatch.setitem(ENV, "dtype", "bfloat16")
     capsys.readouterr()
-    assert scaling.main(command(out, "--tricks", "muon", "soap", "--at", "4M")) == 2
+    assert scaling.main(command(out, "--tricks", "muon", "soap", *few, sizes=("0.1M", "0.33M"))) == 2
     error = capsys.readouterr().err
     assert "their losses do not compare" in error and error.count("\n") == 1 and (out / "trials.csv").read_text() == before
 
@@ -663,7 +664,7 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
         return Outcome(trial, trial.result)
 
     monkeypatch.setattr(trials, "train", here)
-    monkeypatch.setattr(scaling, "TIME_PAIRS", 2)
+    monkeypatch.setattr(scaling, "TIME_PAIRS", 1)
     monkeypatch.setattr(trials, "in_turn", lambda wanted, launch, workers: map(launch, wanted))  # signals: main thread only
     out = tmp_path / "s"
     (tmp_path / "sizes").write_text("3k 1 1 16\n12k 1 1 32\n")
@@ -679,7 +680,7 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
         points = {p["budget"]: p for p in size["points"]}
         assert points.keys() >= {1, 4} and all(len(p["losses"]) == 2 for p in points.values())
         assert max(points[4]["losses"]) < min(points[1]["losses"])  # it learns
-        assert set(size["cost"]["seconds"]) == {"2000", "2001"}
+        assert set(size["cost"]["seconds"]) == {"2000"}
     for name in ("README.md", "survival.png", "sizes.png"):
         assert (out / name).stat().st_size > 100, name
 
