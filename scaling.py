@@ -166,9 +166,9 @@ def run(options: argparse.Namespace) -> list[str]:
     """Plan, or run and judge; returns the lines to print."""
     experiment = make_experiment(options)
     if options.plan:
-        price = ["--gpu-price", str(options.price)] if options.price is not None else []
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
-        return [plan(experiment.planned(), ["--hardware", options.hardware, *ranks, *price])]
+        machine = ["--hardware", options.hardware, "--gpu-price", str(options.price), *ranks]
+        return [plan(experiment.planned(), machine)]
     out = options.out or Path("scaling") / f"{options.ladder}-{options.base.replace(',', '+')}"
     settings = {
         "ladder": options.ladder,
@@ -255,14 +255,14 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
     for rung in experiment.rungs:
         of_base = [cell for cell in curves if (cell.rung, cell.name) == (rung, experiment.base)]
         base = [means[cell] for cell in of_base if cell in means]
-        tricks = [means[cell] for cell in means if cell.rung == rung and cell.name != experiment.base]
-        if not base or not tricks:
+        others = [means[cell] for cell in means if cell.rung == rung and cell.name != experiment.base]
+        if not base or not others:
             continue
         up, down = 2 * max(cell.budget for cell in of_base), min(cell.budget for cell in of_base) / 2
         wanted = []
-        if min(tricks) < min(base) and up <= experiment.options.most_budget and up * rung.tokens <= there:
+        if min(others) < min(base) and up <= experiment.options.most_budget and up * rung.tokens <= there:
             wanted.append(up)
-        if max(tricks) > max(base) and down >= LEAST_BUDGET:
+        if max(others) > max(base) and down >= LEAST_BUDGET:
             wanted.append(down)
         more += [experiment.cell("curve", experiment.base, rung, budget, of_base[0].factor) for budget in wanted]
     return more
@@ -287,16 +287,12 @@ def parser() -> argparse.ArgumentParser:
     add("--tricks", nargs="+", default=[], metavar="TRICK", help="tricks or optimizer SPECs, each tried alone on the base")
     add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")
     add("--ladder", default="cpu", help=f"{' or '.join(LADDERS)} (default: cpu)")
-    sizes = "own sizes: non-embedding parameters such as 0.3M, or a file with lines `name layers heads width`"
-    add("--sizes", nargs="+", default=[], metavar="SIZE", help=f"{sizes} (default: the ladder's)")
-    ratio = "tokens of budget 1 for each non-embedding parameter (default: the ladder's)"
-    add("--tokens-per-parameter", type=float, default=0, help=ratio)
+    add("--sizes", nargs="+", default=[], help="0.3M 0.8M, or a file of `name layers heads width` (default: the ladder's)")
+    add("--tokens-per-parameter", type=float, default=0, help="of budget 1, non-embedding (default: the ladder's)")
     add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="of the base; a trick has budget 1 (default: 0.5 1 2)")
-    most = "the base's budgets double up to this one where a trick's loss is below all of the base's (default: 4)"
-    add("--most-budget", type=float, default=4, help=most)
+    add("--most-budget", type=float, default=4, help="up to which the base's double to meet a trick's loss (default: 4)")
     add("--seeds", type=int, default=3, help="runs at each point (default: 3)")
-    transfer = "how learning rates go with width: mup (as the optimizer has it), power:EXPONENT or none (default: mup)"
-    add("--lr-transfer", default="mup", help=transfer)
+    add("--lr-transfer", default="mup", help="learning rate by width: mup, power:EXPONENT or none (default: mup)")
     add("--retune", type=int, default=3, help="factors on it that every arm tries at every size; 1: none (default: 3)")
     add("--retune-step", type=float, default=2, help="ratio of two neighbouring factors (default: 2)")
     add("--timing-steps", type=int, default=20, help="steps of the runs that measure seconds a token; 0: none (default: 20)")
@@ -304,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hold-out", type=int, default=1, help="largest sizes that the smaller ones must predict (default: 1)")
     add("--plan", action="store_true", help="print runs, tokens, FLOPs, memory, hours and cost, and stop")
     add("--hardware", default="here", help="of --plan: 8xH100 and the like, or here (default)")
-    add("--price", type=float, help="of --plan: dollars an hour of one GPU (default: as in engine/hardware.py)")
+    add("--price", type=float, default=0, help="of --plan: dollars an hour of one GPU (default: by engine/hardware.py)")
     add("--report", type=Path, metavar="FOLDER", help="write a folder's report again from its trials")
     add("--side-by-side", type=int, default=1, help="trials at once, sharing the cores; timing is one at a time (default: 1)")
     runner.add_launcher_flags(made)

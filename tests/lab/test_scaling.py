@@ -589,7 +589,7 @@ def prediction(seconds=0.0, memory=0.0, ranks=1, price=0.0, micro_batches=1):
     """What `plan` reads of the cost model's prediction, of a run at its flags."""
 
     def predict(flags):
-        config, model, _ = resolve(list(flags[2:]))
+        config, model, _ = resolve(list(flags[4:]))
         step = SimpleNamespace(memory=SimpleNamespace(total=memory), micro_batches=micro_batches)
         where = SimpleNamespace(name="H100")
         return SimpleNamespace(
