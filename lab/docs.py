@@ -132,7 +132,7 @@ def findings() -> list[tuple[str, str, str]]:
         (f"Runs lost to {faults} kills, full disks and damaged files", f"{lost}", "benchmarks"),
     ]
     pages = {link: link if link.endswith(".md") else f"{link}/README.md" for *_, link in rows}
-    return [(question, answer, f"[{link}]({pages[link]})") for question, answer, link in rows]
+    return [(question, answer, f"[{Path(link).stem}]({pages[link]})") for question, answer, link in rows]
 
 
 def readme_tables() -> dict[str, str]:
