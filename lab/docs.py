@@ -124,7 +124,7 @@ def findings() -> list[tuple[str, str, str]]:
             "records/tuning",
         ),
         (
-            "Tricks that still help a model ten times larger",
+            "Tricks expected to help at ten times the largest size tried",
             f"{len(alive)} of {len(tried)}: {', '.join(alive)}",
             "docs/scaling.md",
         ),
