@@ -17,7 +17,8 @@ from engine import schedules
 from engine.hardware import CARDS
 from lab import markdown, plots
 from lab.markdown import table
-from lab.records import record as records
+from lab.records import history
+from lab.records.record import Record
 from lab.scaling import report as survival_report
 from lab.tuning import tuned
 
@@ -139,10 +140,6 @@ def readme_tables() -> dict[str, str]:
     return {"findings": table(("question", "answer", "evidence"), findings())}
 
 
-def scaling_tables() -> dict[str, str]:
-    return {"scaling": survival_report.survival_table(read(LADDER / "scaling.json"), "tokens")}
-
-
 # ---------------------------------------------------------------- benchmarks
 
 
@@ -211,7 +208,7 @@ def draw_first_run() -> None:
     labels = {"001-baseline": "GPT-2 + AdamW", "009-adamw": "modern GPT + AdamW", "010-muon": "modern GPT + Muon (the record)"}
     figure, axis = plots.pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
     for name, label in labels.items():
-        record = records.Record(KEPT / "cpu" / name)
+        record = Record(KEPT / "cpu" / name)
         loss = np.mean([[x for e in log.of("train") for x in e["loss"]] for log in record.logs], axis=0)
         minutes = np.mean([np.cumsum(log.step_times) for log in record.logs], axis=0) / 60
         points = len(loss) // 20 * 20
@@ -231,9 +228,9 @@ DOCUMENTS = {
     ROOT / "docs" / "tricks.md": trick_tables,
     ROOT / "docs" / "optimizers.md": optimizer_tables,
     ROOT / "docs" / "schedules.md": schedule_tables,
-    ROOT / "docs" / "scaling.md": scaling_tables,
+    ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER / "scaling.json"), "tokens")},
     BENCHMARKS / "README.md": benchmark_tables,
-    KEPT / "README.md": records.tables,
+    KEPT / "README.md": history.tables,
 }
 
 

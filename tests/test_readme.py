@@ -43,7 +43,7 @@ OPTIMIZER, TRICK = fenced(README, python=True)
 VERBS = re.findall(r"^#   \./run\.sh ([a-z]+) ", (ROOT / "run.sh").read_text(), re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def additions(tmp_path, monkeypatch):
     """The README's optimizer as mine.py in the working folder, its trick in TRICKS."""
     monkeypatch.chdir(tmp_path)
@@ -92,7 +92,7 @@ def test_findings_are_few_and_say_when_nothing_was_shown():
 # ---------------------------------------------------------------- code
 
 
-def test_optimizer_of_the_readme(train, tmp_path):
+def test_optimizer_of_the_readme(additions, train, tmp_path):
     assert OPTIMIZER.count("\n") < 15
     scope: dict = {}
     exec(OPTIMIZER, scope)
@@ -105,7 +105,7 @@ def test_optimizer_of_the_readme(train, tmp_path):
     assert losses(folder)[-1] < losses(folder)[0]
 
 
-def test_trick_of_the_readme(train):
+def test_trick_of_the_readme(additions, train):
     assert TRICK.count("\n") < 15
     assert resolve(["--track", "cpu", "--tricks", "long_warmup"])[0].schedule == "linear:warmup=0.3"
     folder = train("--tricks", "modern,muon,long_warmup", "--steps", "2", "--schedule", "linear:warmup=0.3")
@@ -161,7 +161,7 @@ def test_commands_were_found():
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_command_parses(words):
+def test_command_parses(words, additions):
     if any(word.startswith("path/to") for word in words):
         return
     if "train_gpt.py" in words:
