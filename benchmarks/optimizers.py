@@ -4,9 +4,9 @@
     python -m benchmarks.optimizers share              the same as a share of a whole training step of the 124M model
     python -m benchmarks.optimizers cpu-track [NAME...]  300 steps of the `cpu` track with default settings, about 30
                                                        minutes; runs that are already there are not repeated
-    python -m lab.readme                               writes the tables from what these leave in optimizers.json
+    python -m lab.docs                               writes the tables from what these leave in optimizers.json
 
-Needs a quiet machine and `requirements-test.txt`. Ratios are medians over interleaved rounds (A B C A B C ...) with the
+Needs a quiet machine and the extra `test`. Ratios are medians over interleaved rounds (A B C A B C ...) with the
 smallest and largest beside them. Element-wise methods, ours compiled as under the trainer's --compile, step over all weights
 of the 124M model; matrix methods over the hidden matrices of two of its twelve layers, queries, keys and values apart, which
 is what each method would see; their time is linear in the layers. A method that renews something every k steps is timed over

@@ -1,6 +1,6 @@
 """Speed and memory on this machine, side by side with transformers, interleaved in one run. Prints Markdown.
 
-    python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs requirements-test.txt)
+    python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs the extra `test`)
     python -m benchmarks.speed ours-against-transformers record-mfu ranks large-pages start-up        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.

@@ -1,2 +1,2 @@
-"""Corpora, tokenizers, shards and the loader. Training needs only `data.shards`; preparing needs data/requirements.txt
-for anything but bytes. Command line: `python -m data --help`."""
+"""Corpora, tokenizers, shards and the loader. Training needs only `data.shards`; preparing anything but bytes needs the extra
+`data` of pyproject.toml. Command line: `python -m data --help`."""

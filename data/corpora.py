@@ -61,7 +61,7 @@ def fineweb_sample(data_root: Path) -> dict[str, Texts]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UsageError("the corpus fineweb needs datasets: pip install -r data/requirements.txt") from None
+        raise UsageError("the corpus fineweb needs datasets: .venv/bin/pip install -e .[data]") from None
     try:
         rows = load_dataset("HuggingFaceFW/fineweb", name="sample-10BT", split="train", streaming=True)
     except OSError as error:  # requests' and the hub's connection errors are OSErrors
@@ -118,7 +118,7 @@ def documents(file: Path) -> Iterator[Any]:
             try:
                 import pyarrow.parquet
             except ImportError:
-                raise UsageError("parquet files need pyarrow: pip install -r data/requirements.txt") from None
+                raise UsageError("parquet files need pyarrow: .venv/bin/pip install -e .[data]") from None
             yield from pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
         else:
             raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
@@ -279,7 +279,7 @@ def download(path: Path) -> None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise UsageError("fineweb10B needs huggingface-hub: pip install -r data/requirements.txt") from None
+        raise UsageError("fineweb10B needs huggingface-hub: .venv/bin/pip install -e .[data]") from None
     print(f"downloading {path.name} (200 MB)", flush=True)
     try:
         hf_hub_download("kjj0/fineweb10B-gpt2", path.name, repo_type="dataset", local_dir=path.parent)

@@ -60,7 +60,7 @@ class GPT2:
         try:
             import tiktoken
         except ImportError:
-            raise UsageError("the gpt2 tokenizer needs tiktoken: pip install -r data/requirements.txt") from None
+            raise UsageError("the gpt2 tokenizer needs tiktoken: .venv/bin/pip install -e .[data]") from None
         cache = data_root / "downloads" / "tiktoken"
         if not all((cache / name).exists() for name in self.CACHE):
             cache.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 #
 # SLURM sends SIGUSR1 two minutes before the time limit; torchrun hands it to the ranks, which finish their step, save and
 # leave: within 30 seconds, torchrun's patience. The job then puts itself back into the queue, and the same command goes on
-# from the newest checkpoint. (Written by SLURM's manual; not tried on a cluster yet.)
+# from the newest checkpoint. (Written from SLURM's manual; not tried on a cluster yet.)
 #SBATCH --job-name=nanogpt-speedrun
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=04:00:00

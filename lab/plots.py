@@ -21,7 +21,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise UsageError("plots need matplotlib: .venv/bin/pip install -r lab/requirements.txt") from None
+        raise UsageError("plots need matplotlib: .venv/bin/pip install -e .[lab]") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

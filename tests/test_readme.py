@@ -1,91 +1,206 @@
-"""What the README shows exists: its tables are those of the registries and results, its commands parse."""
+"""What the pages show exists: tables are those of the registries and results, commands parse, code runs, links lead on."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, losses
 
 import compare
-import cost
+import sample
 import scaling
-import train_gpt
-from data import __main__ as data_command
+import tricks
+from config import resolve
+from cost import predict
+from data.__main__ import parser as data_parser
 from engine.spec import UsageError
-from lab import gpu_check, readme
-from lab.records import record as records
+from lab import docs
+from lab.records.__main__ import parser as records_parser
 from lab.tuning import tune
 from optimizers.__main__ import show
 
-TEXT = (ROOT / "README.md").read_text()
-FENCED = re.findall(r"^```(\w*)\n(.*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
-BLOCKS = "\n".join(text for language, text in FENCED if language != "python").replace("\\\n", " ")
-COMMANDS = [shlex.split(line, comments=True) for line in BLOCKS.splitlines() if "run.sh" in line or "train_gpt.py" in line]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md", ROOT / "records" / "README.md"]
+README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def fenced(text: str, python: bool) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
+    return [block for language, block in blocks if (language == "python") == python]
+
+
+def commands() -> list[list[str]]:
+    """Every command of the pages, comments left out."""
+    lines = "\n".join(block for page in PAGES for block in fenced(page.read_text(), python=False)).replace("\\\n", " ")
+    words = [shlex.split(line, comments=True) for line in lines.splitlines() if line.startswith(("./run.sh", ".venv/bin/"))]
+    return [list(command) for command in dict.fromkeys(map(tuple, words))]
+
+
+OPTIMIZER, TRICK = fenced(README, python=True)
+VERBS = re.findall(r"^#   \./run\.sh ([a-z]+) ", (ROOT / "run.sh").read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def additions(tmp_path, monkeypatch):
+    """The README's optimizer as mine.py in the working folder, its trick in TRICKS."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OPTIMIZER)
+    monkeypatch.setattr(tricks, "TRICKS", dict(tricks.TRICKS))
+    exec(TRICK, {"TRICKS": tricks.TRICKS, "Trick": tricks.Trick})
+
+
+# ---------------------------------------------------------------- tables and links
+
+
+@pytest.mark.parametrize("path", docs.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_generated(path):
-    assert readme.filled(path) == path.read_text(), "run: .venv/bin/python -m lab.readme"
+    assert docs.filled(path) == path.read_text(), "run: ./run.sh docs"
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_the_map_names_what_there_is():
+    names = re.findall(r"^([\w./]+) {2,}\S", fenced(README, python=False)[-1], re.MULTILINE)
+    assert len(names) > 12 and all((ROOT / name).exists() for name in names)
+    assert "\nclass Clock" in (ROOT / "train_gpt.py").read_text()
+
+
+def test_findings_are_few_and_say_when_nothing_was_shown():
+    answers = {question: answer for question, answer, _ in docs.findings()}
+    assert len(answers) <= 8
+    assert answers["Muon instead of AdamW, both tuned"].startswith("2.3 times as fast (")
+    assert answers["SOAP instead of AdamW, both tuned"].startswith("not significant (p = 0.0")
+
+
+# ---------------------------------------------------------------- code
+
+
+def test_optimizer_of_the_readme(additions, train, tmp_path):
+    assert OPTIMIZER.count("\n") < 15
+    scope: dict = {}
+    exec(OPTIMIZER, scope)
+    w, g = torch.randn(3, 4), torch.randn(3, 4)
+    p = torch.nn.Parameter(w.clone())
+    p.grad = g
+    scope["SignDescent"]([p], lr=0.1, weight_decay=0.5).step()
+    assert torch.allclose(p, 0.95 * w - 0.1 * g.sign())
+    folder = train("--optimizer", f"{tmp_path / 'mine.py'}:SignDescent:lr=0.002", "--steps", "10")
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
+def test_trick_of_the_readme(additions, train):
+    assert TRICK.count("\n") < 15
+    assert resolve(["--track", "cpu", "--tricks", "long_warmup"])[0].schedule == "linear:warmup=0.3"
+    folder = train("--tricks", "modern,muon,long_warmup", "--steps", "2", "--schedule", "linear:warmup=0.3")
+    assert len(losses(folder)) == 2
+
+
+def test_plot_of_the_examples(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"optimizer": "muon"}))
+    logged = [{"event": kind, "train_time": i, "loss": 5 - i} for i in range(3) for kind in ("train", "val")]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, logged)))
+    done = subprocess.run([sys.executable, ROOT / "examples" / "plot.py", run], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "wrote loss.png\n" and (tmp_path / "loss.png").exists(), done.stderr
+
+
+# ---------------------------------------------------------------- commands
+
+
+def check_plan(words: list[str]) -> None:
+    options, rest = predict.parse(words)
+    predict.machine(options.hardware)
+    resolve(rest)
+
+
+def check_compare(words: list[str]) -> None:
+    if words[0] == "tune":
+        assert tune.parse(words[1:])
+    elif words[0] != "score":
+        options = compare.parse(words)
+        assert options.report or len(compare.make_arms(options)) > 1
+
+
+def check_scaling(words: list[str]) -> None:
+    if words[0] != "fit":
+        assert len(scaling.make_experiment(scaling.parse(["--plan", *words])).arms) > 1  # --plan needs no corpus
+
+
+CHECKS = {
+    "train": resolve,
+    "plan": check_plan,
+    "compare": check_compare,
+    "scaling": check_scaling,
+    "sample": lambda words: sample.parser().parse_args(words),
+    "data": lambda words: data_parser().parse_args(words),
+    "records": lambda words: records_parser().parse_args(words),
+    "optimizers": lambda words: [show(name) for name in words],
+}
 
 
 def test_commands_were_found():
-    assert len(COMMANDS) > 12
+    assert len(commands()) > 60 and {"test", "help", *CHECKS} <= set(VERBS)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_command_parses(words, monkeypatch):
-    if "train_gpt.py" in words:
-        train_gpt.resolve(words[words.index("train_gpt.py") + 1 :])
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_command_parses(words, additions):
+    if any(word.startswith("path/to") for word in words):
         return
-    assert words[0] == "./run.sh"
-    verb, rest = (words[1], words[2:]) if len(words) > 1 else ("main", [])
-    assert re.search(rf"^  {verb}\)", (ROOT / "run.sh").read_text(), re.MULTILINE), verb
-    if verb == "train" and "--help" not in rest and not any("mine.py" in word for word in rest):
-        own, rest = cost.own_flags(rest)
-        cost.machine(own.hardware)
-        train_gpt.resolve(rest)
-    if verb == "optimizers":
-        assert all(show(name) for name in rest)
-    if verb == "compare" and rest[0] == "tune":
-        if not any("mine.py" in word for word in rest):
-            assert tune.parse(rest[1:])
-    elif verb == "compare":
-        options = compare.parse(rest)
-        assert options.report or len(compare.make_arms(options)) > 1
-    if verb == "scaling" and rest[0] != "fit":
-        options = scaling.parse(["--plan", *rest])  # needs no corpus
-        assert len(scaling.make_experiment(options).arms) > 1
-    if verb == "gpu-check":
-        monkeypatch.setattr(gpu_check.torch.cuda, "device_count", lambda: 8)
-        assert gpu_check.parse(rest).ranks
-    if verb == "records":
-        assert records.parser().parse_args(rest).verb == "verify"
-    if verb == "data":
-        options = data_command.parser().parse_args(rest)
-        assert options.verb in ("list", "prepare", "verify")
+    if "train_gpt.py" in words:
+        resolve(words[words.index("train_gpt.py") + 1 :])
+    elif words[0] != "./run.sh":
+        assert words[1] != "-m" or (ROOT / (words[2].replace(".", "/") + ".py")).exists()
+        assert not words[1].endswith(".py") or (ROOT / words[1]).exists()
+    elif len(words) > 1 and not words[1].startswith("-"):
+        assert words[1] in VERBS
+        if words[1] in CHECKS:
+            CHECKS[words[1]](words[2:])
 
 
 def test_wrong_command_would_not_parse():
     """The check above can fail."""
     with pytest.raises(UsageError):
-        train_gpt.resolve(["--trikcs", "record"])
+        CHECKS["train"](["--trikcs", "record"])
 
 
-def test_linked_files_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert (ROOT / link).exists(), link
+# ---------------------------------------------------------------- run.sh
 
 
-def test_findings_say_what_their_figures_stand_on():
-    answers = {question: answer for question, answer, _ in readme.findings()}
-    whole = answers["How much faster than GPT-2 as published?"]
-    assert re.search(r"together \d+x \(\d+-\d+\) in wall-clock", whole) and whole.endswith("the target itself not confirmed")
-    assert " not confirmed" not in readme.saved("cpu-optimizers-slow") and " not confirmed" in readme.saved("cpu-record")
-    alone = answers["How much does the optimizer alone save?"]
-    assert "all with their defaults: at equal loss `muon` 2." in alone and ", steps 3." in alone
-    named = [(arm, float(ratio)) for arm, ratio in re.findall(r"`(\w+)` ([\d.]+)x \(", alone)]
-    assert {arm for arm, _ in named} == {"nadamw", "muon", "shampoo", "soap", "schedule_free_adamw", "sgd", "lion"}
-    assert named == sorted(named, key=lambda found: -found[1])  # the most saving first
-    assert re.findall(r"`(\w+)` [\d.]+x|(at \w+ \w+)", answers["And with tuned settings?"]) == [
-        ("", "at equal loss"), ("muon", ""), ("schedule_free_adamw", ""), ("", "at confirmed lengths"), ("soap", "")
-    ]  # fmt: skip  # of SOAP there is one length: no horizon
+def run_sh(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([ROOT / "run.sh", *words], capture_output=True, text=True)
+
+
+def test_help_lists_every_verb_and_does_nothing():
+    text = (ROOT / "run.sh").read_text()
+    done = run_sh("--help")
+    assert done.returncode == 0 and not done.stderr and run_sh("help").stdout == done.stdout
+    assert all(f"  ./run.sh {verb} " in done.stdout and re.search(rf"^  {verb}\)", text, re.MULTILINE) for verb in VERBS)
+
+
+@pytest.mark.parametrize(("words", "near"), [(["tset"], "test"), (["help", "trian"], "train"), (["Compare"], "compare")])
+def test_wrong_verb_is_answered_by_the_nearest(words, near):
+    done = run_sh(*words)
+    assert done.returncode == 2 and done.stderr == f"run.sh: unknown verb '{words[-1]}': did you mean '{near}'?\n"
+
+
+def test_unknown_verb_leads_to_the_list():
+    done = run_sh("qqqq")
+    assert done.returncode == 2 and done.stderr.endswith(": ./run.sh --help lists all\n") and not done.stdout

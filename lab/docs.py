@@ -1,0 +1,247 @@
+"""The tables of the pages and the first picture, generated from the registries, the benchmarks' figures and the records.
+
+python -m lab.docs          write them all (./run.sh docs)
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import optimizers
+import tricks
+from engine import schedules
+from engine.hardware import CARDS
+from lab import markdown, plots
+from lab.markdown import table
+from lab.records import history
+from lab.records.record import Record
+from lab.scaling import report as survival_report
+from lab.tuning import tuned
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "records"
+BENCHMARKS = ROOT / "benchmarks"
+LADDER = KEPT / "scaling" / "h100-modern"
+PICTURE = ROOT / "docs" / "first-run.png"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------- registries
+
+
+def keys(cls: type) -> str:
+    """`name=default` of every setting of a registered class: the one place that knows how they are stored."""
+    return ", ".join(f"`{f.name}={f.default}`" for f in dataclasses.fields(cls))
+
+
+def rule(cls: type) -> str:
+    """What the docstring of a registered class says first."""
+    return " ".join(cls.__doc__.split("Source:")[0].split("\n\n")[0].split())
+
+
+def source(cls: type) -> str:
+    """What the docstring of a registered class says after `Source:`, up to the end of that sentence."""
+    text = " ".join(cls.__doc__.split("Source: ")[1].split())
+    return re.split(r"(?<!et al)[.;](?= |$)", text)[0].rstrip(".")
+
+
+def settable(head: str, registry: dict[str, type]) -> str:
+    return table((head, "what it does", "settings and defaults"), [(f"`{n}`", rule(c), keys(c)) for n, c in registry.items()])
+
+
+def trick_tables() -> dict[str, str]:
+    tracks = [(f"`{n}`", t.summary, f"{t.target_loss or '-'}", t.target_source) for n, t in tricks.TRACKS.items()]
+    recipes = [
+        (f"`{track}`", f"`{name}`", ", ".join(f"`{word}`" for word in words) or "none: GPT-2 as published + AdamW")
+        for track, t in tricks.TRACKS.items()
+        if not t.workload
+        for name, words in t.recipes.items()
+    ]
+    rows = [(f"`{n}`", t.kind, t.source, t.claim, t.scale or "-") for n, t in tricks.TRICKS.items()]
+    return {
+        "tracks": table(("track", "what", "target, nats per token", "where the target is from"), tracks),
+        "recipes": table(("track", "recipe", "tricks"), recipes),
+        "tricks": table(("trick", "kind", "source", "what its authors claim", "at other sizes"), rows),
+    }
+
+
+def optimizer_tables() -> dict[str, str]:
+    steps = read(BENCHMARKS / "optimizers.json")["step"]
+    rows = []
+    for name, cls in optimizers.OPTIMIZERS.items():
+        timed = next((row for row in steps.get(name, []) if row["what"] == "ours"), None)
+        ratio = f"{timed['ratio']:.2g}" if timed else "-"
+        rows.append((f"`{name}`", rule(cls), f"{cls.state_per_parameter:g}", ratio, source(cls)))
+    return {
+        "optimizers": table(("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"), rows),
+        "averages": settable("average", optimizers.AVERAGES),
+    }
+
+
+def schedule_tables() -> dict[str, str]:
+    return {
+        "schedules": settable("schedule", schedules.SCHEDULES),
+        "momentum schedules": settable("momentum schedule", schedules.MOMENTUM_SCHEDULES),
+    }
+
+
+# ---------------------------------------------------------------- findings
+
+
+def times(comparison: str, arm: str) -> str:
+    """How many times as fast as AdamW an arm of a kept comparison is: at equal loss; as confirmed where it has no horizon."""
+    ratios = read(ROOT / comparison / "comparison.json")["ratios"]
+    ratio = next(ratio for ratio in ratios if ratio["arm"] == arm)
+    clock = (ratio["equal_loss"] or ratio["confirmed"])["train_time"]
+    if ratio["verdict"] not in ("faster", "slower"):
+        return f"not significant (p = {clock['p']:.2g})"
+    return f"{clock['ratio']:.1f} times as fast ({clock['low']:.1f}-{clock['high']:.1f})"
+
+
+def findings() -> list[tuple[str, str, str]]:
+    """Question, answer and evidence: what records/ and benchmarks/ hold, at most eight rows."""
+    _, contest, _ = tuned.scored(tuned.studies(tuned.read_tables(KEPT / "tuning")))
+    first, entries = contest["submissions"][0], len(contest["submissions"])
+    tried = read(LADDER / "scaling.json")["tricks"]
+    alive = [f"`{t['trick'][1:]}`" for t in tried if (t["trends"]["tokens"] or {}).get("verdict") == "survives"]
+    off = read(BENCHMARKS / "cost.json")["errors"]["not fitted"]
+    faults, lost = (sum(row[key] for row in read(BENCHMARKS / "chaos.json")) for key in ("faults", "lost"))
+    plain, fair = "records/comparisons/cpu-optimizers-defaults", "records/comparisons/cpu-optimizers"
+    rows = [
+        ("Muon instead of AdamW, default settings", times(plain, "muon"), plain),
+        ("Muon instead of AdamW, both tuned", times(fair, "muon"), fair),
+        ("Schedule-Free AdamW instead of AdamW, both tuned", times(fair, "schedule_free_adamw"), fair),
+        ("SOAP instead of AdamW, both tuned", times(fair, "soap"), fair),
+        (
+            f"Best AlgoPerf score of {entries} tuned optimizers",
+            f"{first['score']:.2f}: `{first['submission']}`",
+            "records/tuning",
+        ),
+        (
+            "Tricks expected to help at ten times the largest size tried",
+            f"{len(alive)} of {len(tried)}: {', '.join(alive)}",
+            "docs/scaling.md",
+        ),
+        ("Error of `./run.sh plan` on published GPU runs", f"{off['median']:.1%} (median of {off['n']})", "benchmarks"),
+        (f"Runs lost to {faults} kills, full disks and damaged files", f"{lost}", "benchmarks"),
+    ]
+    pages = {link: link if link.endswith(".md") else f"{link}/README.md" for *_, link in rows}
+    return [(question, answer, f"[{Path(link).stem}]({pages[link]})") for question, answer, link in rows]
+
+
+def readme_tables() -> dict[str, str]:
+    return {"findings": table(("question", "answer", "evidence"), findings())}
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def optimizer_figures() -> dict[str, str]:
+    """What benchmarks/optimizers.py left of the methods that there are."""
+    figures = read(BENCHMARKS / "optimizers.json")
+    rows = []
+    for row in (row for group in figures["step"].values() for row in group if row["name"] in optimizers.OPTIMIZERS):
+        name = f"`{row['name']}`" if row["what"] == "ours" else ""
+        ratio = f"{row['ratio']:.2f} ({row['smallest']:.2f}-{row['largest']:.2f})"
+        chip = row["machine"].split("(R)")[0].split(",")[0]
+        if row["what"] != "torch.optim.AdamW fused":  # what the others are compared with
+            state = f"{row['state_per_parameter']:.1f}"
+            rows.append((name, row["what"], f"{row['milliseconds']:,.0f}", ratio, state, chip))
+    head = ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor")
+    return {"step": table(head, rows)}
+
+
+def cost_tables() -> dict[str, str]:
+    """What cost/fit.py left, and the cards that the cost model knows."""
+    figures = read(BENCHMARKS / "cost.json")
+    errors = [(what, str(e["n"]), f"{e['median']:.1%}") for what, e in figures["errors"].items()]
+    elsewhere = []
+    for r in figures["optimizers"] + figures["elsewhere"]:
+        off = f"{r['predicted'] / r['published'] - 1:+.1%}"
+        elsewhere.append((r["what"], f"{r['published']:,.1f}", f"{r['predicted']:,.1f}", off, r["source"]))
+    cards = []
+    for name, c in CARDS.items():
+        numbers = (f"{c.bf16 / 1e12:.0f}", f"{c.reached:.0%}", f"{c.bandwidth / 1e12:.2f}", f"{c.memory / 1e9:.0f}")
+        cards.append((f"`{name}`", *numbers, f"{c.link / 1e9:.0f}", f"{c.price:g}" if c.price else "-", c.source))
+    of_cards = ("card", "bf16, TFLOP/s", "reached", "memory, TB/s", "GB", "link, GB/s", "$ an hour", "source")
+    return {
+        "cost errors": table(("step times", "number", "median error"), errors),
+        "cost elsewhere": table(("setup", "published, ms", "predicted, ms", "off by", "source"), elsewhere),
+        "cards": table(of_cards, cards),
+    }
+
+
+def h100_tables() -> dict[str, str]:
+    """Times on one H100: the newest of each line of benchmarks/h100/."""
+    reports = sorted(map(read, (BENCHMARKS / "h100").glob("*.json")), key=lambda report: report["utc"])
+    timed = {f["what"][8:]: f["figures"] for report in reports for f in report["findings"] if f["what"].startswith("time of")}
+
+    def rows(*columns: str) -> list[tuple[str, ...]]:
+        shown = {what: figures for what, figures in timed.items() if columns[0] in figures}
+        return [(what, *(f"{figures[c] * 1e3:.3g}" for c in columns)) for what, figures in shown.items()]
+
+    return {
+        "h100 kernels": table(("kernel", "Triton", "PyTorch", "compiled"), rows("kernel", "torch", "compiled")),
+        "h100 attention": table(("mask, B x H x T x D", "sdpa", "flex", "plain"), rows("sdpa", "flex", "plain")),
+    }
+
+
+def benchmark_tables() -> dict[str, str]:
+    keys = ("what", "faults", "recovered", "lost", "seconds_per_fault")
+    chaos = [tuple(str(c[key] if c[key] is not None else "-") for key in keys) for c in read(BENCHMARKS / "chaos.json")]
+    head = ("what", "faults", "recovered or refused", "lost", "s lost a fault")
+    return optimizer_figures() | cost_tables() | h100_tables() | {"chaos": table(head, chaos)}
+
+
+# ---------------------------------------------------------------- picture
+
+
+def draw_first_run() -> None:
+    """Loss against time of the `cpu` track's records: the mean of their seeds, twenty steps a point."""
+    labels = {"001-baseline": "GPT-2 + AdamW", "009-adamw": "modern GPT + AdamW", "010-muon": "modern GPT + Muon (the record)"}
+    figure, axis = plots.pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
+    for name, label in labels.items():
+        record = Record(KEPT / "cpu" / name)
+        loss = np.mean([[x for e in log.of("train") for x in e["loss"]] for log in record.logs], axis=0)
+        minutes = np.mean([np.cumsum(log.step_times) for log in record.logs], axis=0) / 60
+        points = len(loss) // 20 * 20
+        (line,) = axis.plot(minutes[19:points:20], loss[:points].reshape(-1, 20).mean(1), label=label, linewidth=1.2)
+        axis.plot(minutes[-1], np.mean([log.loss for log in record.logs]), "o", color=line.get_color(), markersize=5)
+    target = record.about["target_loss"]
+    axis.axhline(target, color="0.4", linestyle=":", linewidth=1, label=f"target {target:g} (dots: validation at the end)")
+    axis.set(xlabel="training time, minutes on 2 cores", ylabel="loss, nats per byte", ylim=(1, 2.6), xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
+    plots.pyplot().close(figure)
+
+
+DOCUMENTS = {
+    ROOT / "README.md": readme_tables,
+    ROOT / "docs" / "tricks.md": trick_tables,
+    ROOT / "docs" / "optimizers.md": optimizer_tables,
+    ROOT / "docs" / "schedules.md": schedule_tables,
+    ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER / "scaling.json"), "tokens")},
+    BENCHMARKS / "README.md": benchmark_tables,
+    KEPT / "README.md": history.tables,
+}
+
+
+def filled(path: Path) -> str:
+    """The page's text with every generated table as the registries and results have it."""
+    return markdown.filled(path.read_text(), DOCUMENTS[path](), str(path))
+
+
+if __name__ == "__main__":
+    for path in DOCUMENTS:
+        path.write_text(filled(path))
+        print(f"wrote {path.relative_to(ROOT)}")
+    draw_first_run()
+    print(f"wrote {PICTURE.relative_to(ROOT)}")
