@@ -19,6 +19,7 @@ import numpy as np
 
 from data import shards, tokenizers
 from data.wheels import fetch_wheel
+from engine.run_folder import file_hash
 from engine.spec import UsageError, nearest
 
 Texts = Iterable[str]
@@ -196,7 +197,7 @@ def prepare(
     for file in files:
         if not file.is_file():
             raise UsageError(f"no file {file}")
-    own = "local files: " + ", ".join(f"{file.name} (sha256 {shards.file_hash(file)[:16]})" for file in files)
+    own = "local files: " + ", ".join(f"{file.name} (sha256 {file_hash(file)[:16]})" for file in files)
     source = corpus.source if corpus else own
     if is_complete(folder):
         if files and shards.read_manifest(folder)["source"] != source:
@@ -267,7 +268,7 @@ def shard_entry(path: Path, known: dict | None) -> dict:
     if not path.exists():
         download(path)
         tokens = len(shards.read(path))
-    return {"file": path.name, "tokens": tokens, "sha256": shards.file_hash(path)}
+    return {"file": path.name, "tokens": tokens, "sha256": file_hash(path)}
 
 
 def download(path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.run_folder import file_hash
 from engine.spec import UsageError
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
@@ -118,14 +119,6 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- reading
-
-
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read(path: Path) -> np.ndarray:

@@ -31,8 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.shards import file_hash
-from engine.run_folder import atomic_write, settings_hash
+from engine.run_folder import atomic_write, file_hash, settings_hash
 from engine.spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run

@@ -63,6 +63,15 @@ def atomic_write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def git(*words: str) -> str | None:
     try:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout
