@@ -162,13 +162,12 @@ def check_data(experiment: Experiment) -> None:
 # ---------------------------------------------------------------- running
 
 
-def run(options: argparse.Namespace) -> list[str]:
-    """Plan, or run and judge; returns the lines to print."""
+def run(options: argparse.Namespace) -> str:
+    """Plan, or run and judge; returns what to print."""
     experiment = make_experiment(options)
     if options.plan:
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
-        machine = ["--hardware", options.hardware, "--gpu-price", str(options.price), *ranks]
-        return [plan(experiment.planned(), machine)]
+        return plan(experiment.planned(), ["--hardware", options.hardware, "--gpu-price", str(options.price), *ranks])
     out = options.out or Path("scaling") / f"{options.ladder}-{options.base.replace(',', '+')}"
     settings = {
         "ladder": options.ladder,
@@ -185,9 +184,9 @@ def run(options: argparse.Namespace) -> list[str]:
         held.release()
 
 
-def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list[str]:
+def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> str:
     """`run` in its output folder: re-tune, curves, further runs of the base where needed, timing; then the report."""
-    options, rungs = experiment.options, experiment.rungs
+    options = experiment.options
     trainer, seeds = runner.Runner(out, options.keep_checkpoints, POINTS), range(options.seeds)
     beside, alone = runner.make_launcher(options, side_by_side=True), runner.make_launcher(options, side_by_side=False)
 
@@ -208,7 +207,7 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
     timed = experiment.timings(factors)
     turns = [
         [cell.trial(seed) for cell in timed if cell.rung == rung]
-        for rung in rungs
+        for rung in experiment.rungs
         for seed in range(TIME_SEED, TIME_SEED + TIME_PAIRS)
     ]
     trainer.run_turns("time", turns, *alone)
@@ -216,10 +215,10 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> list
     used, left_out = trainer.rows(cell.arm for cell in cells)
     settings |= {
         "command": options.command,
-        "at": options.at_parameters or 10 * rungs[-1].parameters,
+        "at": options.at_parameters or 10 * experiment.rungs[-1].parameters,
         "seeds": options.seeds,
         "hold_out": options.hold_out,
-        "sizes": [rung.described() for rung in rungs],
+        "sizes": [rung.described() for rung in experiment.rungs],
         "arms": list(experiment.arms),
         "left_out": left_out,
         "cells": [cell.described() for cell in cells],
@@ -268,14 +267,14 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
     return more
 
 
-def report(out: Path, summary: dict[str, Any]) -> list[str]:
+def report(out: Path, summary: dict[str, Any]) -> str:
     """Write scaling.json, README.md, plots; returns the verdict lines. Raises UsageError: nothing can be said of any trick."""
     summary["plots"] = plots.draw_scaling(out, summary)
     runner.write_report(out, REPORT, summary, survival_report.markdown(summary))
     lines = survival_report.verdict_lines(summary)
     if not any(trick["trends"]["tokens"] for trick in summary["tricks"]):
         raise UsageError(f"nothing can be said: {'; '.join(lines)}; trials are kept in {out}")
-    return lines
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- command
@@ -328,14 +327,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["fit"]:
-        return command("scaling.py fit", lambda: published.fit_table(argv[1:]))
-
     def work() -> str:
+        if argv[:1] == ["fit"]:
+            return published.fit_table(argv[1:])
         options = parse(argv)
         if options.report:
-            return "\n".join(report(options.report, survival.again(*runner.read_report(options.report, REPORT))))
-        return "\n".join(run(options))
+            return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
+        return run(options)
 
     return command("scaling.py", work)
 
