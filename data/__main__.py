@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("list", help="the corpora and tokenizers")
     prepare = verbs.add_parser("prepare", help="download, tokenize and write shards")
     prepare.add_argument("corpus", help="a corpus, or a name for --files")
-    prepare.add_argument("--tokenizer", default="bytes", help="bytes or gpt2 (default: bytes)")
+    prepare.add_argument("--tokenizer", default="bytes", help=f"{', '.join(tokenizers.TOKENIZERS)} (default: bytes)")
     prepare.add_argument("--files", type=Path, nargs="+", default=[], help="your own .txt, .jsonl or .parquet files")
     prepare.add_argument("--shards", type=int, default=1, help="fineweb10B: training shards of 100M tokens (default: 1)")
     prepare.add_argument("--for", dest="recipe", help="fineweb10B: as many shards as TRACK:TRICKS needs")
