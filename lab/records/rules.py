@@ -9,17 +9,18 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jsonschema
 import scipy.stats
 import torch
 import torch.nn.functional as F
 
 import optimizers
 import tricks
-from config import Config, flag_of, mean_flops, only
+from config import FIELDS, Config, flag_of, mean_flops, only
 from data.shards import dataset_folder, read_manifest
 from data.shards import verify as verify_shards
 from engine import run_folder
@@ -102,8 +103,6 @@ def verdicts(record: Record, again: bool = False) -> list[Verdict]:
 
 def schema(record: Record) -> str:
     """record.json has the fields and types of `lab/records/record.schema.json`; the folder has the record's name."""
-    import jsonschema
-
     errors = sorted(jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).iter_errors(record.about), key=str)
     need(not errors, f"{errors[0].json_path}: {errors[0].message}" if errors else "")
     about = record.about
@@ -216,7 +215,9 @@ def rival(record: Record) -> str:
         need((log.end.get("status"), log.end.get("step")) == ("ok", steps), f"{log.path.name} did not end well at step {steps}")
     need(steps <= full, f"the rival ran for {steps} steps, as a record for {full}: longer is slower")
     settings = against["settings"]
-    alike = of_recipe(settings, before.about) and run_folder.settings_hash(settings) == first.start["config"]
+    alike = (
+        complete(settings) == complete(before.about["settings"]) and run_folder.settings_hash(settings) == first.start["config"]
+    )
     need(alike, f"the runs that it was timed against have other settings than {name}")
     return f"{name}, {steps:,} of its {full:,} steps"
 
@@ -351,7 +352,7 @@ def rerun(record: Record) -> str:
     for key in SPECS:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             raise NotCheckable(f"its {key} is code from outside the repository, which a record may not have run")
-    trial = trials.Trial(trials.Arm(about["name"], tuple(flags_of(about["settings"]))), about["steps"], about["seeds"][0])
+    trial = trials.Trial(trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["steps"], about["seeds"][0])
     try:
         outcome = trials.train(trial)
     except UsageError as error:
@@ -385,11 +386,12 @@ def made_with(log: records.Log, whose: str, **hashes: str) -> None:
         need(log.start.get(key) == value, f"{log.path.name} was made with another {key} than {whose}")
 
 
-def of_recipe(settings: dict[str, Any], about: dict[str, Any]) -> bool:
-    """Are these the settings of a record, as far as it knows them? It may be older than some of them; length and the words for
-    the recipe may differ."""
-    apart = (*run_folder.PRESENTATION, "steps", "tricks", "recipe")
-    return all(settings.get(key) == value for key, value in about["settings"].items() if key not in apart)
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings to compare between trainers: what one of them does not have is at the value that changes nothing. Length and the
+    recipe's name are left out."""
+    apart = (*run_folder.PRESENTATION, "seed", "steps", "tricks", "recipe")
+    every = GONE | {name: field.default for name, field in FIELDS.items()} | settings
+    return json.loads(json.dumps({key: value for key, value in every.items() if key not in apart}))
 
 
 def category_problem(settings: dict[str, Any], category: str) -> str:
@@ -424,9 +426,8 @@ def elsewhere(record: Record, why: str) -> NoReturn:
 def today(record: Record) -> tuple[Config, ModelConfig]:
     """The record's settings as today's trainer has them. NotCheckable: it does not know one of them, or refuses it."""
     settings = record.about["settings"]
-    known = {f.name for cls in (Config, ModelConfig) for f in fields(cls)} | {"recipe", "optimizer_code"}
     for key, value in settings.items():
-        if key not in known and not (key in GONE and GONE[key] == value):
+        if key not in (*FIELDS, "recipe", "optimizer_code") and (key not in GONE or GONE[key] != value):
             elsewhere(record, f"it has no setting {key} {value!r}")
     try:
         Course(records.config_of(settings))
@@ -439,9 +440,9 @@ def today(record: Record) -> tuple[Config, ModelConfig]:
 def flags_of(settings: dict[str, Any]) -> list[str]:
     """Trainer flags that give exactly these settings."""
     flags = []
-    for f in (f for cls in (Config, ModelConfig) for f in fields(cls) if f.name in settings and f.name != "steps"):
-        flag, value = flag_of(f.name), settings[f.name]
-        if f.type is bool:
+    for name in sorted(FIELDS.keys() & settings.keys()):
+        flag, value = flag_of(name), settings[name]
+        if FIELDS[name].type is bool:
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")

@@ -36,7 +36,18 @@ def runs(sotu, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for seed in SEEDS:
         for name, tricks, steps, seconds in (("baseline", "baseline", 60, 10.0), ("quick", "modern,muon", 30, 0.1)):
-            words = ["--track", "tiny", "--tricks", tricks, "--steps", str(steps), "--seed", str(seed), "--val-every", str(steps // 2)]
+            words = [
+                "--track",
+                "tiny",
+                "--tricks",
+                tricks,
+                "--steps",
+                str(steps),
+                "--seed",
+                str(seed),
+                "--val-every",
+                str(steps // 2),
+            ]
             words += ["--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(root / f"{name}{seed}")]
             assert train_gpt.main(words) == 0
             timed(root / f"{name}{seed}", seconds)
@@ -449,6 +460,18 @@ def test_settings_that_the_trainer_no_longer_has(kept):
     assert verdict(refused, "model")[0] == "not checkable" and "check out commit" in verdict(refused, "rerun")[1]
     edit(kept[1].folder / "seed1.log.jsonl", lambda events: last(events, "val").update(loss=1.5))
     assert "the logs give" in verdict(refused, "statistics")[1]
+
+
+def test_a_rival_of_today_stands_for_an_older_record(beside):
+    """Settings that its trainer did not have, or that today's has not, must be at the value that changes nothing."""
+    older = Record(beside.folder.parent / "001-baseline")
+    older = with_settings(older, ngram_sparse=False)
+    edit(older.folder / "record.json", lambda about: about["settings"].pop("batch_stages"))
+    assert verdict(beside, "rival")[0] == "pass"
+    with_settings(older, ngram_sparse=True)
+    assert "have other settings than 001-baseline" in verdict(beside, "rival")[1]
+    with_settings(older, ngram_sparse=False, batch_stages=[1, 2])
+    assert "have other settings than 001-baseline" in verdict(beside, "rival")[1]
 
 
 def test_a_strangers_record_runs_no_code_of_its_own(kept, tmp_path):
