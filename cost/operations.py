@@ -1,18 +1,18 @@
-"""The operations of a training step, recorded without computing it: on meta tensors, which have shapes and no memory.
+"""Every operation of a training step, recorded on tensors that have shapes and no memory.
 
-    with Recorder() as recorder:         # everything that torch does in here, backward passes and collectives included
+    with Recorder() as recorder:         # all that torch does in here, backward passes and collectives included
         gpt(tokens, targets).backward()
     operations(recorder.events, fused=True, keep=...)      # what a device would have to do
     peak(recorder.events, fused=True, keep=...)            # bytes that it would have to hold meanwhile
 
-What is recorded is what the trainer's own model and optimizers do, so a new trick or optimizer is costed without a word here.
 Matrix products keep their shapes. The operations between them move memory: one pass each, or, under torch.compile, one pass
-for all of them, in which values that nobody else needs are never written.
+for all of them, which never writes a value that nobody else needs.
 """
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,11 @@ FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangu
 class Operation:
     """A piece of work of one device.
 
-    kind: product (of matrices), attention, pass (over memory), factorisation, or the name of a collective.
-    flops: of products, attention and factorisations. bytes: read and written; of a collective, of its larger side.
-    shape: batch, m, n, k of a product.
-    special: elements that need exp, tanh and the like.
+    Args:
+        kind: product (of matrices), attention, pass (over memory), factorisation, or the name of a collective.
+        bytes: read and written; of a collective, those of its larger side.
+        flops: of products, attention and factorisations.
+        shape: batch, m, n, k of a product.
     """
 
     kind: str
@@ -43,8 +44,6 @@ class Operation:
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
-    special: float = 0.0
-    launches: int = 1
 
 
 @dataclass
@@ -57,34 +56,35 @@ class Event:
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
-    special: int = 0
     carried: int = 0  # of a collective: bytes of its larger side
 
 
 @dataclass
 class Group:
-    """Events that run as one: `created` are the storages that begin in it."""
+    """Events that run as one. created: storages that begin in it."""
 
     events: list[Event]
     reads: dict[int, int] = field(default_factory=dict)
     writes: dict[int, int] = field(default_factory=dict)
     created: set[int] = field(default_factory=set)
 
+    @property
+    def is_pass(self) -> bool:
+        return self.events[0].kind == "pass"
 
-SPECIAL = ("exp", "log", "tanh", "sigmoid", "softmax", "gelu", "pow", "erf", "sin", "cos")
+
 NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
-SCATTERS = ("index_put_", "index_add_", "scatter_add_")
 
 
 def touched(tensors: list[Tensor], most: float = math.inf) -> dict[int, int]:
-    """Storage -> bytes that reading these tensors touches, `most` of each: of an expanded one, those it has."""
-    found: dict[int, int] = {}
+    """Storage -> bytes that reading these tensors touches, at most `most` of each and no more than the storage has."""
+    sizes: dict[int, int] = {}
     for t in tensors:
         storage = t.untyped_storage()
         size = min(t.numel() * t.element_size(), most)
-        found[storage._cdata] = min(storage.nbytes(), found.get(storage._cdata, 0) + size)
-    return found
+        sizes[storage._cdata] = min(storage.nbytes(), sizes.get(storage._cdata, 0) + size)
+    return sizes
 
 
 class _Attention(torch.autograd.Function):
@@ -170,9 +170,6 @@ class Recorder(TorchDispatchMode):
         ]
         most = sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf
         reads = touched(inputs, most)
-        if name in SCATTERS:  # of what is written to, no more than what is written
-            most = max(t.numel() * t.element_size() for t in inputs[1:])
-            reads = touched(inputs, most)
         writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated, most)
         if not writes or name in NO_WORK:
             return out
@@ -185,9 +182,8 @@ class Recorder(TorchDispatchMode):
             kind = "factorisation"
             n = inputs[0].size(-1)
             flops = FACTORISATIONS[name] * math.prod(inputs[-1].shape[:-1]) * n * (inputs[0].size(-2) if "solve" in name else n)
-        special = sum(t.numel() for t in (outputs or mutated)) if any(word in name for word in SPECIAL) else 0
         dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
-        self.add(Event(kind, reads, writes, flops, dtype, shape, special))
+        self.add(Event(kind, reads, writes, flops, dtype, shape))
         return out
 
 
@@ -198,17 +194,17 @@ def product_shape(out: Tensor, flops: float) -> tuple[int, int, int, int]:
     return batch, m, n, round(flops / (2 * batch * m * n))
 
 
-def groups(events: list[Event], fused: bool) -> list[Group]:
+def grouped(events: list[Event], fused: bool) -> list[Group]:
     """Events in the order in which they run; fused: all passes between two other events are one group."""
-    found: list[Group] = []
+    groups: list[Group] = []
     seen: set[int] = set()
     for event in events:
-        if fused and event.kind == "pass" and found and found[-1].events[-1].kind == "pass":
-            group = found[-1]
+        if fused and event.kind == "pass" and groups and groups[-1].is_pass:
+            group = groups[-1]
             group.events.append(event)
         else:
             group = Group([event])
-            found.append(group)
+            groups.append(group)
         for storage, size in event.reads.items():
             if storage not in group.created and storage not in group.writes:
                 group.reads[storage] = max(size, group.reads.get(storage, 0))
@@ -217,44 +213,46 @@ def groups(events: list[Event], fused: bool) -> list[Group]:
         fresh = event.writes.keys() - seen - event.reads.keys()
         group.created |= fresh
         seen |= fresh | event.reads.keys()
-    return found
+    return groups
 
 
-def last_uses(found: list[Group]) -> dict[int, int]:
-    """Storage -> number of the last group that reads it."""
-    return {storage: i for i, group in enumerate(found) for storage in group.reads}
+def readers_of(groups: list[Group]) -> dict[int, list[int]]:
+    """Storage -> numbers of the groups that read it, ascending."""
+    readers: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        for storage in group.reads:
+            readers.setdefault(storage, []).append(i)
+    return readers
 
 
 def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Group]:
-    """Groups that write only what is read later or is in `keep` (gradients), or existed before.
+    """Groups that write only what existed before, is read later, or is in `keep` (gradients).
 
-    Fused, they also compute again what costs more to keep than what it is made of: the partitioner of torch.compile does so
-    between forward and backward pass. A group whose only lasting results are larger than what it reads is run again by
-    those of its readers that come after another kind of work.
+    A fused group whose only lasting results are larger than what it reads does not write them: those of its readers that come
+    after another kind of work compute them again. So does the partitioner of torch.compile between forward and backward pass.
     """
-    found = groups(events, fused)
-    uses = last_uses(found)
-    readers: dict[int, list[int]] = {}
-    for i, group in enumerate(found):
-        for storage in group.reads:
-            readers.setdefault(storage, []).append(i)
-    for i, group in enumerate(found):
+    groups = grouped(events, fused)
+    readers = readers_of(groups)
+    for i, group in enumerate(groups):
         group.writes = {
             storage: size
             for storage, size in group.writes.items()
-            if storage not in group.created or storage in keep or uses.get(storage, -1) > i
+            if storage not in group.created or storage in keep or readers.get(storage, [-1])[-1] > i
         }
-        if not fused or group.events[0].kind != "pass":
+        if not (fused and group.is_pass):
             continue
-        lasting = {s: size for s, size in group.writes.items() if s in group.created and s not in keep}
-        late = {s: size for s, size in lasting.items() if all(found[j].events[0].kind == "pass" for j in readers.get(s, []))}
+        late = {
+            storage: size
+            for storage, size in group.writes.items()
+            if storage in group.created and storage not in keep and all(groups[j].is_pass for j in readers.get(storage, []))
+        }
         if late and sum(late.values()) > sum(group.reads.values()):
             for storage in late:
                 del group.writes[storage]
                 for j in readers[storage]:
-                    del found[j].reads[storage]
-                    found[j].reads.update(group.reads)
-    return found
+                    del groups[j].reads[storage]
+                    groups[j].reads.update(group.reads)
+    return groups
 
 
 def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[Operation]:
@@ -270,23 +268,17 @@ def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[
         size = sum(group.reads.values()) + sum(group.writes.values())
         if first.kind in WIRE:
             size = first.carried
-        special = sum(e.special for e in group.events)
-        work.append(Operation(first.kind, size, first.flops, first.dtype, first.shape, special))
+        work.append(Operation(first.kind, size, first.flops, first.dtype, first.shape))
     return work
 
 
 def peak(events: list[Event], fused: bool, keep: Collection[int]) -> int:
     """Most bytes that values made by these events take up at once, `keep` aside, each freed after its last use."""
-    found = settled(events, fused, keep)
-    uses = last_uses(found)
-    change = [0] * (len(found) + 1)
-    for i, group in enumerate(found):
-        for storage in group.created - set(keep):
-            if storage in group.writes:
-                change[i] += group.writes[storage]
-                change[max(i, uses.get(storage, i)) + 1] -= group.writes[storage]
-    most = now = 0
-    for step in change:
-        now += step
-        most = max(most, now)
-    return most
+    groups = settled(events, fused, keep)
+    readers = readers_of(groups)
+    change = [0] * (len(groups) + 1)
+    for i, group in enumerate(groups):
+        for storage in (group.created - set(keep)) & group.writes.keys():
+            change[i] += group.writes[storage]
+            change[max(i, readers.get(storage, [i])[-1]) + 1] -= group.writes[storage]
+    return max(accumulate(change))
