@@ -24,9 +24,10 @@ from tqdm import tqdm
 from config import Config
 from cost.operations import Operation
 from cost.step import Step, fineweb_lengths, record_step
-from cost.time import Constants, roofline, step_time
+from cost.time import Constants, step_time
 from engine.hardware import CARDS
-from model import GPT, ModelConfig
+from layers.shape import ModelConfig
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "records" / "published"
@@ -135,7 +136,7 @@ def predicted(setup: Setup, constants: Constants) -> float:
         step = replace(step, passes=[changed(work, setup, tokens // setup.cards, keys) for work in step.passes])
         if setup.tables:
             step = with_tables(step, setup, tokens)
-        times.append(sum(step_time(step, roofline(card, constants), setup.cards, card.link, constants).values()))
+        times.append(sum(step_time(step, card, setup.cards, card.link, constants).values()))
     return sum(times) / len(times)
 
 
@@ -155,7 +156,8 @@ def mean_keys(window: int, longest: int = 65536) -> float:
 
 
 def windows(pairs: Sequence[tuple[int, int]], long: int, of: int, longest: int = 65536) -> tuple[float, ...]:
-    """Mean keys over `of` attention layers, `long` of which have a pair's first window, the others its second; a pair a stage."""
+    """Mean keys in each stage over `of` attention layers: `long` of them have the first window of its pair, the others the
+    second."""
     return tuple((long * mean_keys(a, longest) + (of - long) * mean_keys(b, longest)) / of for a, b in pairs)
 
 
@@ -166,56 +168,42 @@ def rising(most: int, shorter: int = 1, power: int = 1) -> tuple[float, ...]:
 
 
 TIED = (("tied_head", True), ("embed_norm", False), ("logit_softcap", 0.0))
-MEDIUM = (("layers", 16), ("heads", 8), ("width", 1024))
-XL = (*TIED, ("layers", 52), ("heads", 12), ("width", 1536))
-GPT2 = (*TIED, ("norm", "layernorm"), ("norm_gains", True), ("bias", True), ("positions", "learned"), ("qk_norm", False))
-GPT2 = (*GPT2, ("activation", "gelu"), ("heads", 12))
+GPT2 = (("norm", "layernorm"), ("norm_gains", True), ("bias", True), ("positions", "learned"), ("qk_norm", False))
+GPT2 = (*TIED, *GPT2, ("activation", "gelu"), ("heads", 12))
 STAGES = ((384, 128), (896, 384), (1408, 640), (1664, 768))  # windows of the trainer since record 29
 EARLY = Setup(model=TIED, autocast=True, optimizer="muon:dtype=bf16")
-UNTIED = replace(EARLY, model=(("logit_softcap", 0.0),))
-CAPPED = Setup()
-RISING = Setup(keys=rising(1792))
-ONE_LESS = replace(RISING, tables=3, without_attention=1)
-LONG_SHORT = replace(ONE_LESS, keys=rising(1792, 2), fp8_head=True)
-SMALLER = replace(LONG_SHORT, tokens=(393216,))
-SHARED = replace(SMALLER, sharded=True)
-VARLEN = replace(SHARED, keys=(float(np.mean(windows(STAGES[:3], long=4, of=11, longest=2048))),))
-TWO_LESS = replace(VARLEN, without_mlp=1, without_attention=2)
-STAGED = replace(TWO_LESS, tokens=(131072, 262144, 393216), keys=windows(STAGES[:3], long=4, of=10, longest=2048))
-HASHED = replace(STAGED, tables=8)
-MEDIUM_RUN = replace(LONG_SHORT, model=MEDIUM)
-MEDIUM_CUBIC = replace(MEDIUM_RUN, fp8_head=False, keys=rising(3456, 2, 3))
-
-# The first record of each setup; the records after it have the same one. Sources: the logs named in modded_records.csv.
-SETUPS: dict[str, Setup] = {
-    "T1-04": replace(EARLY, model=(*TIED, ("vocab_multiple", 1)), optimizer_ranks=1),
-    "T1-06": EARLY,
-    "T1-08": UNTIED,
-    "T1-10": CAPPED,
-    "T1-12": Setup(keys=(mean_keys(1024),)),
-    "T1-14": replace(RISING, tables=12),
-    "T1-16": replace(RISING, tables=6),
-    "T1-18": ONE_LESS,
-    "T1-20": LONG_SHORT,
-    "T1-21": SMALLER,
-    "T1-24": SHARED,
-    "T1-29": VARLEN,
-    "T1-30": replace(VARLEN, without_mlp=1),
-    "T1-35": TWO_LESS,
-    "T1-38": replace(TWO_LESS, optimizer="muon:coefficients=polar_express"),
-    "T1-39": replace(TWO_LESS, tokens=(262144,)),
-    "T1-46": STAGED,
-    "T1-62": HASHED,
-    "T1-63": replace(HASHED, tables=10),
-    "T1-72": replace(HASHED, tables=12.5, keys=windows(STAGES[:3], long=4, of=10, longest=896)),
-    "T2-02": MEDIUM_RUN,
-    "T2-08": MEDIUM_CUBIC,
-    "T2-10": replace(MEDIUM_CUBIC, tables=6),
-    "X-abl9": replace(UNTIED, model=()),
-    "X-1.5B": replace(EARLY, model=XL, tokens=(491520,), micro_batches=2),
-    "X-10B": UNTIED,
-    "X-6B": CAPPED,
-}
+SETUPS: dict[str, Setup] = {}  # by the first record of each; the records after it have the same one
+SOURCES = [  # record, what it starts from, what it changed: by the logs that modded_records.csv names
+    ("T1-04", EARLY, dict(model=(*TIED, ("vocab_multiple", 1)), optimizer_ranks=1)),
+    ("T1-06", EARLY, {}),
+    ("T1-08", EARLY, dict(model=(("logit_softcap", 0.0),))),
+    ("T1-10", Setup(), {}),
+    ("T1-12", "T1-10", dict(keys=(mean_keys(1024),))),
+    ("T1-14", "T1-12", dict(keys=rising(1792), tables=12)),
+    ("T1-16", "T1-14", dict(tables=6)),
+    ("T1-18", "T1-16", dict(tables=3, without_attention=1)),
+    ("T1-20", "T1-18", dict(keys=rising(1792, 2), fp8_head=True)),
+    ("T1-21", "T1-20", dict(tokens=(393216,))),
+    ("T1-24", "T1-21", dict(sharded=True)),
+    ("T1-29", "T1-24", dict(keys=(float(np.mean(windows(STAGES[:3], long=4, of=11, longest=2048))),))),
+    ("T1-30", "T1-29", dict(without_mlp=1)),
+    ("T1-35", "T1-30", dict(without_attention=2)),
+    ("T1-38", "T1-35", dict(optimizer="muon:coefficients=polar_express")),
+    ("T1-39", "T1-35", dict(tokens=(262144,))),
+    ("T1-46", "T1-39", dict(tokens=(131072, 262144, 393216), keys=windows(STAGES[:3], long=4, of=10, longest=2048))),
+    ("T1-62", "T1-46", dict(tables=8)),
+    ("T1-63", "T1-62", dict(tables=10)),
+    ("T1-72", "T1-63", dict(tables=12.5, keys=windows(STAGES[:3], long=4, of=10, longest=896))),
+    ("T2-02", "T1-20", dict(model=(("layers", 16), ("heads", 8), ("width", 1024)))),
+    ("T2-08", "T2-02", dict(fp8_head=False, keys=rising(3456, 2, 3))),
+    ("T2-10", "T2-08", dict(tables=6)),
+    ("X-1.5B", EARLY, dict(model=(*TIED, ("layers", 52), ("heads", 12), ("width", 1536)), tokens=(491520,), micro_batches=2)),
+    ("X-10B", "T1-08", {}),
+    ("X-6B", "T1-10", {}),
+    ("X-abl9", EARLY, dict(model=())),
+]
+for record, start, changes in SOURCES:
+    SETUPS[record] = replace(SETUPS[start] if isinstance(start, str) else start, **changes)
 # llm.c, which is not PyTorch; SOAP before the optimizer comparison, and that comparison itself, which is predicted below
 NOT_MODELLED = ("T1-01", "X-soap-0910", "X-opt")
 
@@ -223,6 +211,7 @@ Row = tuple[str, Setup, float, str]  # a step time that is predicted and never f
 BASE = Setup(model=TIED, autocast=True)
 TRACK3 = Setup(optimizer="muon:steps=12,coefficients=cubic")
 ONE_A100 = Setup(model=GPT2, optimizer="adamw", card="A100", cards=1, tokens=(12288,))
+RTX = Setup(card="RTX 4090", cards=1, micro_batches=32)
 OPTIMIZERS: list[Row] = [
     ("AdamW", replace(BASE, optimizer="adamw"), 138.6, "modded-nanogpt, 2024-10-29_Optimizers"),
     ("Muon", EARLY, 142.0, "the same"),
@@ -236,29 +225,13 @@ ELSEWHERE: list[Row] = [
     ("1xH200, the same, Muon", replace(TRACK3, card="H200", cards=1, micro_batches=8), 1068.9, "result 22"),
     ("8xA100, GPT-2, AdamW, llm.c", Setup(model=GPT2, optimizer="adamw", card="A100"), 300.0, "llm.c discussion 481"),
     ("1xA100, GPT-2, 12,288 tokens, nanoGPT of 2022 (attention not fused)", ONE_A100, 135.0, "nanoGPT README"),
-    (
-        "1xRTX 4090, a fork of the speedrun's code of 2024",
-        Setup(card="RTX 4090", cards=1, micro_batches=32),
-        3884.0,
-        "135k tokens/s, modded-nanogpt PR 38",
-    ),
+    ("1xRTX 4090, a fork of the speedrun's code of 2024", RTX, 3884.0, "135k tokens/s, modded-nanogpt PR 38"),
 ]
 
 
-def number(record: str) -> tuple[str, float]:
-    """T1-21b -> ("T1", 21)."""
-    track, _, rest = record.partition("-")
-    return track, float("".join(c for c in rest.split("-")[0] if c.isdigit()))
-
-
-def setup_of(record: str) -> Setup | None:
-    """None for a run that is not modelled."""
-    if record.startswith(NOT_MODELLED):
-        return None
-    if record.startswith("X"):
-        return next(setup for word, setup in SETUPS.items() if record.startswith(word))
-    track, n = number(record)
-    return [setup for word, setup in SETUPS.items() if word.startswith(track) and number(word)[1] <= n][-1]
+def setup_of(record: str) -> Setup:
+    """Of T1-21b: that of T1-21, the last of its track up to it."""
+    return SETUPS[max(first for first in SETUPS if first[:2] == record[:2] and first <= record)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +254,9 @@ def runs() -> list[Run]:
     """All published step times that are modelled. Every other record is fitted, and every other record's stages."""
     everything: list[Run] = []
     for row in table("modded_records.csv"):
-        if setup := setup_of(row["record"]):
+        if not row["record"].startswith(NOT_MODELLED):
             what, seconds = row["description"].split(" [")[0], float(row["step_avg_ms"]) / 1e3
-            everything.append(Run(row["record"], what, setup, seconds, len(everything) % 2 == 0))
+            everything.append(Run(row["record"], what, setup_of(row["record"]), seconds, len(everything) % 2 == 0))
     rows = table("modded_stage_times.csv")
     records = list(dict.fromkeys(row["record"] for row in rows))
     for row in rows:

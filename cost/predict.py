@@ -1,25 +1,25 @@
 """Flags of a run -> its memory, traffic, time and dollars."""
 
 import argparse
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from config import Config, mean_flops, resolve, shares, stages
-from cost.step import Documents, Memory, Step, attended, communication, documents_of, in_window, record_step
-from cost.time import real_step, roofline, step_time
+from cost.step import Documents, Step, attended, communication, documents_of, in_window, record_step
+from cost.time import real_step, step_time
 from engine import hardware
+from engine.command import Parser
 from engine.hardware import CARDS, Card
 from engine.spec import UsageError, nearest
-from model import ModelConfig
+from layers.shape import ModelConfig
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
-PARTS = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
+NAMES = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
 
 
 # ---------------------------------------------------------------- flags
@@ -49,71 +49,52 @@ def machine(words: str) -> Machine:
     if words == "here":
         if not torch.cuda.is_available():
             return Machine(hardware.processor_name(), 1, None)
-        count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
-        card = hardware.card_named(name)
-        if card is None:
+        name = torch.cuda.get_device_name()
+        if (known := hardware.card_named(name)) is None:
             raise UsageError(f"--hardware here: this GPU, {name}, is not in the table; known: {', '.join(CARDS)}")
-        return Machine(card[0], count, card[1])
+        return Machine(known[0], torch.cuda.device_count(), known[1])
     count, times, name = words.partition("x")
     if not (times and count.isdigit()):
         count, name = "1", words
-    known = {key.lower(): key for key in CARDS} | {key.split()[-1].lower(): key for key in CARDS if key.startswith("RTX")}
-    if name.strip().lower() not in known or int(count) < 1:
+    named = {key.lower().removeprefix(maker): key for key in CARDS for maker in ("rtx ", "")}
+    key = named.get(name.strip().lower())
+    if key is None or int(count) < 1:
         raise UsageError(f"--hardware {words}: unknown card {name!r}: {nearest(name, [*CARDS, 'here'])}; such as 8xH100")
-    key = known[name.strip().lower()]
     return Machine(key, int(count), CARDS[key])
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of `plan` itself, and the flags that are left for the trainer.
+    """The flags of `plan` itself, and those that are left for the trainer.
 
     Raises:
         UsageError: a value of the wrong type.
     """
-    parser = argparse.ArgumentParser(
+    flags = Parser(
         prog="./run.sh plan",
-        description="Print what a run would take: memory, traffic, time and dollars. Nothing is trained or written.",
-        epilog="All other flags are the trainer's: ./run.sh train --help. "
-        "On a CPU, --hardware here times three real steps on random tokens.",
+        description="Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written.",
+        epilog="All other flags are the trainer's: ./run.sh train --help.",
         allow_abbrev=False,
-        exit_on_error=False,
     )
-    add = parser.add_argument
-    add("--hardware", default="here", help="8xH100 and the like, or here (default: here)")
-    add("--world-size", type=int, default=0, metavar="N", help="ranks, a card each (default: all cards of one machine)")
+    add = flags.add_argument
+    add("--hardware", default="here", help="8xH100 and the like, or here, where a CPU makes three real steps (default: here)")
+    add("--world-size", type=int, default=0, metavar="N", help="ranks, one a card (default: the cards of one machine)")
     add("--gpu-price", type=float, default=0.0, metavar="DOLLARS", help="of a card and hour (default: by engine/hardware.py)")
-    try:
-        return parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
+    return flags.parse_known_args(argv)
 
 
 def ranks_on(where: Machine, asked: int) -> int:
-    """How many ranks run there. asked: 0: one a card of one machine.
+    """How many ranks run there; by default one a card of one machine.
 
     Raises:
-        UsageError: so many ranks do not fill whole machines, or share this CPU.
+        UsageError: so many do not fill whole machines, or would share this CPU.
     """
     ranks = asked or where.cards
     if where.card is None and ranks != 1:
-        raise UsageError(f"--world-size {ranks}: steps on this CPU are timed on one rank")
+        raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
     if ranks < 1 or (ranks > where.cards and ranks % where.cards):
-        raise UsageError(
-            f"--world-size {ranks} on machines of {where.cards} {where.name}: at most {where.cards}, or a multiple of it"
-        )
+        machines = f"machines of {where.cards} {where.name}"
+        raise UsageError(f"--world-size {ranks} on {machines}: at most {where.cards}, or a multiple of it")
     return ranks
-
-
-def check_fp8(settings: dict[str, object], where: Machine) -> None:
-    """Does a setting ask for 8-bit floats that the card lacks?
-
-    Raises:
-        UsageError: it does.
-    """
-    asking = [key for key, value in settings.items() if value == "fp8" or ("fp8" in key and value)]
-    if asking and not (where.card and where.card.fp8):
-        able = ", ".join(name for name, card in CARDS.items() if card.fp8)
-        raise UsageError(f"--{asking[0].replace('_', '-')}: {where.name} has no fp8; cards that have it: {able}")
 
 
 # ---------------------------------------------------------------- prediction
@@ -121,14 +102,7 @@ def check_fp8(settings: dict[str, object], where: Machine) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A run as it would be.
-
-    Args:
-        step: of one rank, with the smallest batch and whole sequences.
-        times: seconds of a step by part, the mean over the run.
-        price: dollars of a card and hour; 0: not known.
-        documents: that a mask keeps apart, where they are known.
-    """
+    """A run as it would be."""
 
     config: Config
     model_config: ModelConfig
@@ -136,10 +110,10 @@ class Prediction:
     where: Machine
     ranks: int
     dtype: torch.dtype
-    step: Step
-    times: dict[str, float]
-    price: float
-    documents: Documents | None
+    step: Step  # of one rank, with the smallest batch and whole sequences
+    times: dict[str, float]  # seconds of a step by part, the mean over the run
+    price: float = 0.0  # dollars of a card and hour; 0: not known
+    documents: Documents | None = None  # that a mask keeps apart, where they are known
 
     @property
     def seconds(self) -> float:
@@ -165,15 +139,17 @@ def predict(argv: list[str]) -> Prediction:
     config, model_config, recipe = resolve(rest)
     where = machine(flags.hardware)
     ranks = ranks_on(where, flags.world_size)
-    check_fp8(vars(config) | vars(model_config), where)
+    if model_config.head_dtype == "fp8" and not (where.card and where.card.fp8):
+        able = ", ".join(name for name, card in CARDS.items() if card.fp8)
+        raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
     device = torch.device("cuda" if where.card else "cpu")
     _, micro = shares(config, model_config, ranks, device.type)
-    config = dataclasses.replace(config, micro_batch_tokens=micro * model_config.sequence_length)
+    config = replace(config, micro_batch_tokens=micro * model_config.sequence_length)
     if where.card is None:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
         step = record_step(config, model_config, ranks, dtype, "cpu")
         times = measured_times(config, model_config, dtype, step.micro_batches)
-        return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, flags.gpu_price, None)
+        return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, flags.gpu_price)
     dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
     documents = documents_of(config, model_config) if model_config.document_mask else None
     step, times = card_times(config, model_config, where, ranks, dtype, documents)
@@ -183,10 +159,8 @@ def predict(argv: list[str]) -> Prediction:
 
 def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
     """Seconds of a step on this CPU by part, the mean over the run's stages."""
-    T = model_config.sequence_length
-    counts = stages(config)
-    forms = {(part, round(T * cut)) for part, cut, _ in counts}
-    each, update = real_step(config, model_config, dtype, forms)
+    T, counts = model_config.sequence_length, stages(config)
+    each, update = real_step(config, model_config, dtype, {(part, round(T * cut)) for part, cut, _ in counts})
     passes = sum(steps * size * each[part, round(T * cut)] for (part, cut, size), steps in counts.items())
     return {"forward and backward": micro_batches * passes / config.steps, "optimizer": update}
 
@@ -194,44 +168,40 @@ def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype
 def card_times(
     config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype, documents: Documents | None
 ) -> tuple[Step, dict[str, float]]:
-    """The step of a whole sequence, and seconds by part, the mean over the run's stages.
+    """The step of whole sequences, and seconds by part, the mean over the run's stages.
 
     Raises:
         TooLittleMemory: the step does not fit.
     """
-    T = model_config.sequence_length
+    T, counts = model_config.sequence_length, stages(config)
     # masked attention is fused: recorded without its masks, and counted by `in_window`
-    unmasked = dataclasses.replace(model_config, window=0, window_pattern="L", document_mask=False)
+    unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
 
     def record(length: int = T, micro: int = config.micro_batch_tokens) -> Step:
-        sized = dataclasses.replace(config, micro_batch_tokens=micro)
-        return record_step(sized, dataclasses.replace(unmasked, sequence_length=length), ranks, dtype)
+        return record_step(replace(config, micro_batch_tokens=micro), replace(unmasked, sequence_length=length), ranks, dtype)
 
     whole = record()
     check_memory(whole, where, config.micro_batch_tokens // T, T, lambda micro: record(micro=micro * T))
-    counts = stages(config)
-    lengths = {round(T * cut) for _, cut, _ in counts}
-    recorded = {length: whole if length == T else record(length) for length in lengths}
-    pieces = {length: documents and documents.pieces(T, length, config.align_documents) for length in lengths}
-    seconds, times = roofline(where.card), Counter()
+    by_length = {}
+    for length in {round(T * cut) for _, cut, _ in counts}:
+        pieces = documents.pieces(T, length, config.align_documents) if documents else np.array([length])
+        by_length[length] = (whole if length == T else record(length), pieces)
+    times: Counter[str] = Counter()
     for (part, cut, size), steps in counts.items():
-        length = round(T * cut)
-        now = in_window(recorded[length], model_config, part, length, pieces[length])
+        step, pieces = by_length[round(T * cut)]
+        step = in_window(step, model_config, part, pieces, round(T * cut))
         if model_config.head_dtype != "same" and where.card.fp8:
-            now = fp8_head(now, model_config.padded_vocab)
-        now = dataclasses.replace(now, micro_batches=now.micro_batches * size)
-        for what, value in step_time(now, seconds, ranks, where.link(ranks)).items():
+            step = fp8_head(step, model_config.padded_vocab)
+        step = replace(step, micro_batches=step.micro_batches * size)
+        for what, value in step_time(step, where.card, ranks, where.link(ranks)).items():
             times[what] += value * steps / config.steps
     return whole, dict(times)
 
 
 def fp8_head(step: Step, vocabulary: int) -> Step:
-    """The step with the head's products in 8-bit floats. Rounding to them is left out."""
-    passes = [
-        dataclasses.replace(work, dtype=torch.float8_e4m3fn) if work.kind == "product" and vocabulary in work.shape else work
-        for work in step.passes
-    ]
-    return dataclasses.replace(step, passes=passes)
+    """The step with products of the head, which have the vocabulary as a side, in 8-bit floats. Rounding is left out."""
+    passes = [replace(w, dtype=torch.float8_e4m3fn) if w.shape and vocabulary in w.shape else w for w in step.passes]
+    return replace(step, passes=passes)
 
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
@@ -249,10 +219,9 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
     planned = f"of whose {where.card.memory / 1e9:.0f} GB {HEADROOM:.0%} may be planned"
     needs = f"a step needs {memory.total / 1e9:.1f} GB on each {where.name}, {planned}"
     fixed = memory.total - memory.activations
-    sequences = micro * step.micro_batches
-    # the cast weights take the same for any micro-batch, so activations shrink less than in proportion: look again
     for n in range(micro - 1, 0, -1):
-        if sequences % n == 0 and fixed + memory.activations * n / micro <= room and record(n).memory.total <= room:
+        possible = micro * step.micro_batches % n == 0 and fixed + memory.activations * n / micro <= room
+        if possible and record(n).memory.total <= room:  # some activations are the same for any micro-batch
             raise TooLittleMemory(f"{needs}: it fits with --micro-batch-tokens {n * length}", n * length)
     raise TooLittleMemory(
         f"{needs}, and {fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
@@ -265,61 +234,50 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
 
 
 def listed(values: dict[str, float], scale: float, form: str) -> str:
-    return "   ".join(f"{name} {value / scale:{form}}" for name, value in values.items())
+    return "   ".join(f"{name.replace('_', ' ')} {value / scale:{form}}" for name, value in values.items())
 
 
 def mask_saves(p: Prediction) -> str:
-    """What a mask of documents saves."""
-    if p.where.card is None:
-        return "saves nothing on a CPU"
+    """What a mask of documents saves, in words."""
     if p.documents is None:
-        return "what it saves is not counted: no documents here to know their lengths"
+        return "saves nothing on a CPU" if p.where.card is None else "not counted: no documents here to know their lengths"
     T = p.model_config.sequence_length
     pieces = p.documents.pieces(T, T, p.config.align_documents)
     whole, masked = (attended(p.model_config, 1.0, lengths) for lengths in (np.array([T]), pieces))
-    saved = 12 * p.model_config.width * p.model_config.layers * (whole - masked)
-    return (
-        f"{masked:,.0f} keys a query instead of {whole:,.0f} save {saved / 1e6:,.1f} MFLOP a token: in the time, not in "
-        f"arithmetic and MFU; documents of {p.documents.tokens / len(p.documents.starts):,.0f} tokens, {p.documents.source}"
-    )
-
-
-def price(p: Prediction) -> str:
-    if not p.price:
-        return "no price known: --gpu-price DOLLARS, of a card and hour"
-    hours = p.seconds * p.config.steps / 3600 * p.ranks
-    return f"${hours * p.price:,.2f}: {hours:,.2f} card hours at ${p.price:g} (engine/hardware.py, or --gpu-price)"
+    mean = p.documents.tokens / len(p.documents.starts)
+    keys = f"{masked:,.0f} keys a query instead of {whole:,.0f}: counted in the time, not in arithmetic and MFU"
+    return f"{keys}; documents of {mean:,.0f} tokens, {p.documents.source}"
 
 
 def report(p: Prediction) -> str:
     """What `plan` prints."""
-    config, step, card = p.config, p.step, p.where.card
-    sizes = {size: steps for (_, _, size), steps in stages(config).items()}
-    units = sum(size * steps for (_, _, size), steps in stages(config).items())
-    tokens = round(config.batch_tokens * units / config.steps)
-    mixed = len(sizes) > 1
+    config, step, card, counts = p.config, p.step, p.where.card, stages(p.config)
     flops = mean_flops(config, p.model_config)
-    memory = {f.name.replace("_", " "): getattr(step.memory, f.name) for f in dataclasses.fields(Memory)}
+    tokens = round(config.batch_tokens * sum(size * steps for (_, _, size), steps in counts.items()) / config.steps)
+    mean = " in the mean" * (len({size for _, _, size in counts}) > 1)
     room = f" of {card.memory / 1e9:.0f}" if card else ""
-    sent = f"{listed(communication(step, p.ranks), 1e6, ',.0f')}   by each rank" if p.ranks > 1 else "nothing"
-    mfu = ""
-    if card and p.dtype == torch.bfloat16:
-        mfu = f"   MFU {tokens * flops / (p.seconds * p.ranks * card.bf16):.1%}"
+    utilisation = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
+    hours = p.seconds * config.steps / 3600 * p.ranks
+    sent = listed(communication(step, p.ranks), 1e6, ",.0f") + "   by each rank" if p.ranks > 1 else "nothing"
+    times = {NAMES.get(part, part): value for part, value in p.times.items()}
     lines = {
         "parameters, M": listed(step.parameters, 1e6, ".3g"),
-        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of {tokens:,} tokens"
-        + " in the mean" * mixed,
-        "memory a rank, GB": f"{listed(memory, 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
+        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of {tokens:,} tokens{mean}",
+        "memory a rank, GB": f"{listed(asdict(step.memory), 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
         "sent a step, MB": sent,
-        "time, ms": listed({PARTS.get(part, part): value for part, value in p.times.items()}, 1e-3, ",.1f"),
-        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s{mfu}",
+        "time, ms": listed(times, 1e-3, ",.1f"),
+        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s"
+        + (f"   MFU {utilisation:.1%}" if utilisation else ""),
         f"{config.steps:,} steps": f"{p.seconds * config.steps / 60:,.1f} min without compilation and validation{goal}",
     }
     if p.model_config.document_mask:
         lines["document mask"] = mask_saves(p)
-    if card or p.price:
-        lines["cost"] = price(p)
+    if p.price:
+        price = f"at ${p.price:g} (engine/hardware.py, or --gpu-price)"
+        lines["cost"] = f"${hours * p.price:,.2f}: {hours:,.2f} card hours {price}"
+    elif card:
+        lines["cost"] = "no price known: --gpu-price DOLLARS, of a card and hour"
     total = sum(step.parameters.values()) / 1e6
     head = f"{config.track}, {p.recipe}: {total:.1f}M parameters on {p.ranks} x {p.where.name}, {str(p.dtype)[6:]}"
     rows = [f"{what:<20}{value}" for what, value in lines.items()]

@@ -5,17 +5,15 @@ of as many pretended ranks. So a new trick or optimizer needs no words here.
 """
 
 import contextlib
-import dataclasses
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -25,8 +23,9 @@ from cost.operations import Operation, Recorder, operations, peak
 from data.shards import Dataset, aligned, dataset_folder
 from engine.ranks import WIRE
 from engine.spec import UsageError
-from layers import kernels
-from model import GPT, ModelConfig, roles
+from layers import attention, kernels
+from layers.shape import ModelConfig
+from model import GPT, roles
 from optimizers.mantissa import keep_mantissas, to_bf16
 
 STATISTICS = 16  # bytes that the ranks add up before an update: loss, gradient norm, two wishes
@@ -34,12 +33,12 @@ STATISTICS = 16  # bytes that the ranks add up before an update: loss, gradient 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank. activations: the most that a micro-batch, or the update, holds at once besides the others."""
 
     weights: int
     gradients: int
     optimizer_state: int
-    activations: int  # the most that a micro-batch, or the update, holds at once besides the others
+    activations: int
 
     @property
     def total(self) -> int:
@@ -48,24 +47,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of one rank.
+    """One training step of one rank."""
 
-    Args:
-        passes: forward and backward of one micro-batch, of which there are `micro_batches`.
-        update: (share of the steps in which it happens, operations).
-        gradients: bytes that the ranks add up; `last` of them are ready only when the backward pass ends.
-        parameters: their number by role.
-        compiled: the host does not launch the passes one by one.
-    """
-
-    passes: list[Operation]
+    passes: list[Operation]  # forward and backward of one micro-batch
     micro_batches: int
-    update: list[tuple[float, list[Operation]]]
-    gradients: int
-    last: int
+    update: list[tuple[float, list[Operation]]]  # (share of the steps in which it happens, operations)
+    gradients: int  # bytes that the ranks add up
+    last: int  # of these, bytes that are ready only when the backward pass ends
     memory: Memory
-    parameters: dict[str, int]
-    compiled: bool = True
+    parameters: dict[str, int]  # by role
+    compiled: bool  # the host does not launch the passes one by one
 
 
 def communication(step: Step, ranks: int) -> dict[str, float]:
@@ -80,26 +71,20 @@ def communication(step: Step, ranks: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def pretended(ranks: int):
-    """A process group of so many ranks whose collectives do nothing; this process is rank 0."""
-    if ranks == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def pretended(ranks: int, fused_loss: bool):
+    """A process group of so many ranks whose collectives do nothing; this process is rank 0.
 
-
-@contextlib.contextmanager
-def loss_by_kernel(on: bool):
-    """Record the loss as a GPU's kernels pass over the logits. Compiled code fuses the passes of the reference instead."""
-    kernels.use("meta" if on else "auto")
+    fused_loss: the loss takes the passes of a GPU's kernels.
+    """
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    kernels.use("meta" if fused_loss else "auto")
     try:
         yield
     finally:
         kernels.use("auto")
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 def build(config: Config, gpt: GPT, dtype: torch.dtype) -> torch.optim.Optimizer:
@@ -113,12 +98,17 @@ def build(config: Config, gpt: GPT, dtype: torch.dtype) -> torch.optim.Optimizer
     return keep_mantissas(optimizer, lower) if lower else optimizer
 
 
+def size(tensors: Iterable[torch.Tensor], each: int = 4) -> int:
+    """Bytes of tensors whose numbers take at most `each`."""
+    return sum(t.numel() * min(t.element_size(), each) for t in tensors)
+
+
 def record_step(
     config: Config,
     model_config: ModelConfig,
     ranks: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    device: str = "meta",
+    device: str = "cuda",
     autocast: bool = False,
     model: Callable[[ModelConfig], GPT] = GPT,
 ) -> Step:
@@ -126,49 +116,46 @@ def record_step(
 
     Args:
         dtype: of activations and products.
-        device: meta: what the trainer does on a GPU; cpu: what it does there.
+        device: cuda or cpu: whose attention and loss.
         autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
         model: makes the model.
     """
-    sequences, micro = shares(config, model_config, ranks, "cuda" if device == "meta" else device)
-    with pretended(ranks), FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
-        with torch.device(device):
+    sequences, micro = shares(config, model_config, ranks, device)
+    if device == "cpu":
+        chosen = attention.choose(torch.device("cpu"), model_config.dropout, False, model_config.attention)
+        model_config = replace(model_config, attention=chosen)
+    with pretended(ranks, device == "cuda" and not config.compile):  # compiled code fuses the passes of the loss itself
+        with torch.device("meta"):
             gpt = model(model_config)
             optimizer = build(config, gpt, dtype)
             tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
-            with loss_by_kernel(not config.compile), Recorder(autocast) as recorder:
+            with Recorder(autocast) as recorder:
                 loss = gpt(tokens, tokens)
                 # loss.backward() would compute checkpointed activations again without the recorder's function mode
                 how = dict(allow_unreachable=True, accumulate_grad=True)
                 _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **how)
         gradients = [p.grad for p in gpt.parameters() if p.grad is not None]
-        settle(optimizer, dtype)
+        make_state(optimizer, dtype)
         updates = record_updates(optimizer)
     keep = {gradient.untyped_storage()._cdata for gradient in gradients}
     activations = max(peak(recorder.events, config.compile, keep), *(held for _, _, held in updates))
-    role, parameters = roles(gpt), Counter()
+    role, on_the_wire, parameters = roles(gpt), 2 if config.reduce == "bf16" else 4, Counter()
     for name, p in gpt.named_parameters():
         parameters[role[name]] += p.numel()
-    on_the_wire = 2 if config.reduce == "bf16" else 4
     return Step(
-        operations(recorder.events, config.compile, keep),
-        sequences // micro,
-        [(share, work) for share, work, _ in updates],
-        size(gradients, on_the_wire),
-        size([gpt.embedding.weight], on_the_wire),
-        Memory(size(gpt.parameters()), size(gradients), optimizers.state_bytes(optimizer), activations),
-        dict(parameters),
-        config.compile,
+        passes=operations(recorder.events, config.compile, keep),
+        micro_batches=sequences // micro,
+        update=[(share, work) for share, work, _ in updates],
+        gradients=size(gradients, on_the_wire),
+        last=size([gpt.embedding.weight], on_the_wire),
+        memory=Memory(size(gpt.parameters()), size(gradients), optimizers.state_bytes(optimizer), activations),
+        parameters=dict(parameters),
+        compiled=config.compile,
     )
 
 
-def size(tensors: Iterable[torch.Tensor], each: int = 4) -> int:
-    """Bytes of tensors whose numbers take at most `each`."""
-    return sum(t.numel() * min(t.element_size(), each) for t in tensors)
-
-
-def settle(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
-    """Take the first step, which makes the state, and decide as on a GPU what optimizers decide by their device.
+def make_state(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
+    """Take the first step, and decide as on a GPU what optimizers decide by their device.
 
     Iterations are in `dtype`; AdamW is fused, which torch refuses to begin on meta tensors but then runs.
     """
@@ -208,7 +195,7 @@ def record_updates(optimizer: torch.optim.Optimizer) -> list[tuple[float, list[O
                     state["step"] = done
         with Recorder() as recorder:
             optimizer.step()
-        updates.append((times / period, operations(recorder.events, False, set()), peak(recorder.events, False, set())))
+        updates.append((times / period, operations(recorder.events, False, ()), peak(recorder.events, False, ())))
     return updates
 
 
@@ -262,27 +249,17 @@ def documents_of(config: Config, model_config: ModelConfig) -> Documents | None:
 
 
 def attended(model_config: ModelConfig, part: float, pieces: np.ndarray) -> float:
-    """Keys that a query meets, the mean over all blocks, counted as in `flops_per_token`.
+    """Keys that a query meets, the mean over all blocks with `part` of their windows, counted as in `flops_per_token`.
 
-    Args:
-        part: of the windows.
-        pieces: tokens [n] within which a query meets those before it.
+    pieces: tokens [n] within which a query meets those before it.
     """
     within = [np.minimum(window or pieces.max(), pieces) for window in model_config.windows(part)]
-    met = [(w * (pieces - w / 2)).sum() / pieces.sum() for w in within]
-    return float(sum(met) / max(1, len(met)))
+    return float(np.mean([(w * (pieces - w / 2)).sum() / pieces.sum() for w in within]))
 
 
-def in_window(step: Step, model_config: ModelConfig, part: float, length: int = 0, pieces: np.ndarray | None = None) -> Step:
-    """A step that was recorded with attention to all tokens before, with `part` of the model's windows instead.
-
-    Args:
-        length: of a sequence; 0: the model's.
-        pieces: of the sequences' documents (`Documents`), where attention stays inside them.
-
-    Blocks of a mask that are computed in part, and the making of masks, are left out.
-    """
-    T = length or model_config.sequence_length
-    share = attended(model_config, part, np.array([T]) if pieces is None else pieces) / (T / 2)
-    passes = [dataclasses.replace(w, flops=w.flops * share) if w.kind == "attention" else w for w in step.passes]
-    return dataclasses.replace(step, passes=passes)
+def in_window(step: Step, model_config: ModelConfig, part: float, pieces: np.ndarray, length: int) -> Step:
+    """The step with `part` of the model's windows and attention inside `pieces`, which was recorded with attention to all of
+    `length` tokens. Blocks of a mask that are computed in part, and the making of masks, are left out."""
+    share = attended(model_config, part, pieces) / (length / 2)
+    passes = [replace(work, flops=work.flops * share) if work.kind == "attention" else work for work in step.passes]
+    return replace(step, passes=passes)

@@ -1,4 +1,4 @@
-"""Seconds of a training step: of a recorded one on a card, by a roofline; of real ones on this CPU, by a clock.
+"""Seconds of a training step: of a recorded one on a card, by a roofline; of real ones on this CPU, by the clock.
 
 On a card each operation takes the longer of two times: its arithmetic at a share of the card's peak, and its memory traffic at
 a share of its bandwidth (the roofline of Williams et al. 2009). A step is the sum of these, the communication that the backward
@@ -22,7 +22,8 @@ from cost.step import Step, build
 from engine import hardware
 from engine.hardware import Card
 from engine.ranks import WIRE
-from model import GPT, ModelConfig
+from layers.shape import ModelConfig
+from model import GPT
 
 HIDDEN = 2 / 3  # of the last micro-batch is backward pass, behind which DDP's buckets travel
 
@@ -35,15 +36,11 @@ class Constants:
     attention: float  # of the same, in fused attention
     bandwidth: float  # of bytes/s, in passes over memory
     overhead: float  # seconds a step: data, launches, waiting for the slowest rank
-    # seconds in which the host launches an operation that is not compiled: `tiny:baseline` has 135 of them, and takes 5.35 ms
-    # on one H100, of which 1.72 are overhead (benchmarks/h100)
-    host: float = 2.7e-5
-    launch: float = 4e-6  # least seconds of an operation: the launch of a CUDA kernel from PyTorch
-    # of fp32 FLOP/s, in QR and eigendecompositions: by SOAP renewed in every step on one H100 (2,655 ms: result 27 of
-    # modded-nanogpt's optimizer track)
-    factorisation: float = 0.02
+    host: float = 2.7e-5  # seconds in which the host launches an operation that is not compiled: `tiny:baseline` on one H100
+    launch: float = 4e-6  # least seconds of an operation: the launch of a CUDA kernel
+    factorisation: float = 0.02  # of fp32 FLOP/s: SOAP renewed in every step (result 27 of modded-nanogpt's optimizer track)
     # of `products`, where rows are no multiple of 16 bytes, such as 50,257 logits: Hopper's fast paths cannot load them. 0.28
-    # explains record 4 of the speedrun if its head alone slowed it, 0.22 GPT-2's baseline on one H100 (benchmarks/h100)
+    # explains record 4 of the speedrun, 0.22 GPT-2's baseline on one H100 (benchmarks/h100)
     unaligned: float = 0.27
     link: float = 0.75  # of a link's bytes/s, in collectives: nccl-tests on NVLink reach 0.7 to 0.8
     latency: float = 3e-5  # seconds a collective
@@ -54,17 +51,10 @@ FITTED = Constants(products=0.676, attention=0.453, bandwidth=0.783, overhead=1.
 
 def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation], float]:
     """Seconds of an operation on a card."""
-    peaks = {
-        torch.bfloat16: card.bf16,
-        torch.float16: card.bf16,
-        torch.float8_e4m3fn: card.fp8,
-        torch.float64: card.fp64 * card.fp32,
-    }
-    shares = {
-        "product": constants.products,
-        "attention": constants.attention,
-        "factorisation": constants.factorisation / card.reached,
-    }
+    half, double = card.bf16, card.fp64 * card.fp32
+    peaks = {torch.bfloat16: half, torch.float16: half, torch.float8_e4m3fn: card.fp8, torch.float64: double}
+    factorisation = constants.factorisation / card.reached
+    shares = {"product": constants.products, "attention": constants.attention, "factorisation": factorisation}
 
     def seconds(work: Operation) -> float:
         share = shares.get(work.kind)
@@ -77,23 +67,17 @@ def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation],
 
 
 def step_time(
-    step: Step,
-    seconds: Callable[[Operation], float],
-    ranks: int = 1,
-    link: float = math.inf,
-    constants: Constants = FITTED,
+    step: Step, card: Card, ranks: int = 1, link: float = math.inf, constants: Constants = FITTED
 ) -> dict[str, float]:
     """Seconds of a step by part: product, attention, pass, optimizer, communication, overhead. Their sum is the step's.
 
-    Args:
-        seconds: of an operation, such as `roofline(card)`.
-        link: bytes/s of one card to the others, before the share that collectives reach.
+    link: bytes/s of one card to the others, before the share that collectives reach.
     """
+    seconds, rate = roofline(card, constants), constants.link * link
     times: dict[str, float] = defaultdict(float)
     for work in step.passes:
         times[work.kind] += seconds(work) * step.micro_batches
     compute = sum(times.values())
-    rate = constants.link * link
     if ranks > 1:
         everything, last = (WIRE["allreduce"](ranks) * part / rate for part in (step.gradients, step.last))
         hidden = HIDDEN * compute / step.micro_batches
@@ -133,9 +117,9 @@ def real_step(
     torch.manual_seed(config.seed)
     gpt = GPT(model_config)
     optimizer = build(config, gpt, dtype)
-    model: torch.nn.Module = gpt
-    if config.compile and hardware.can_compile(torch.device("cpu")):
-        model = torch.compile(gpt, dynamic=False)
+    compiled = config.compile and hardware.can_compile(torch.device("cpu"))
+    model = torch.compile(gpt, dynamic=False) if compiled else gpt
+    if compiled:
         optimizers.compile_update(optimizer)
 
     def backward(tokens: torch.Tensor) -> None:
