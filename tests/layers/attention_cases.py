@@ -1,5 +1,4 @@
-"""The cases in which every back-end of attention must agree with the plain one, for tests/test_attention.py and `./run.sh
-gpu-check`."""
+"""The cases in which every back-end of attention must agree with the plain one."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,284 @@
+"""Flags of a run -> its memory, traffic, time and dollars."""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from config import Config, mean_flops, resolve, shares, stages
+from cost.step import Documents, Step, attended, communication, documents_of, in_window, record_step
+from cost.time import real_step, step_time
+from engine import hardware
+from engine.command import Parser
+from engine.hardware import CARDS, Card
+from engine.spec import UsageError, nearest
+from layers.shape import ModelConfig
+
+HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
+NAMES = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
+
+
+# ---------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cards: of one machine. card: None for this CPU."""
+
+    name: str
+    cards: int
+    card: Card | None
+
+    def link(self, ranks: int) -> float:
+        """Bytes/s between ranks: of the slowest wire, where they are on several machines."""
+        if self.card is None:
+            return math.inf
+        return self.card.link if ranks <= self.cards else min(self.card.link, self.card.network)
+
+
+def machine(words: str) -> Machine:
+    """8xH100, H100 or here.
+
+    Raises:
+        UsageError: no such card, or a GPU here that the table lacks.
+    """
+    if words == "here":
+        if not torch.cuda.is_available():
+            return Machine(hardware.processor_name(), 1, None)
+        name = torch.cuda.get_device_name()
+        if (known := hardware.card_named(name)) is None:
+            raise UsageError(f"--hardware here: this GPU, {name}, is not in the table; known: {', '.join(CARDS)}")
+        return Machine(known[0], torch.cuda.device_count(), known[1])
+    count, times, name = words.partition("x")
+    if not (times and count.isdigit()):
+        count, name = "1", words
+    named = {key.lower().removeprefix(maker): key for key in CARDS for maker in ("rtx ", "")}
+    key = named.get(name.strip().lower())
+    if key is None or int(count) < 1:
+        raise UsageError(f"--hardware {words}: unknown card {name!r}: {nearest(name, [*CARDS, 'here'])}; such as 8xH100")
+    return Machine(key, int(count), CARDS[key])
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of `plan` itself, and those that are left for the trainer.
+
+    Raises:
+        UsageError: a value of the wrong type.
+    """
+    flags = Parser(
+        prog="./run.sh plan",
+        description="Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written.",
+        epilog="All other flags are the trainer's: ./run.sh train --help.",
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("--hardware", default="here", help="8xH100 and the like, or here, where a CPU makes three real steps (default: here)")
+    add("--world-size", type=int, default=0, metavar="N", help="ranks, one a card (default: the cards of one machine)")
+    add("--gpu-price", type=float, default=0.0, metavar="DOLLARS", help="of a card and hour (default: by engine/hardware.py)")
+    return flags.parse_known_args(argv)
+
+
+def ranks_on(where: Machine, asked: int) -> int:
+    """How many ranks run there; by default one a card of one machine.
+
+    Raises:
+        UsageError: so many do not fill whole machines, or would share this CPU.
+    """
+    ranks = asked or where.cards
+    if where.card is None and ranks != 1:
+        raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
+    if ranks < 1 or (ranks > where.cards and ranks % where.cards):
+        machines = f"machines of {where.cards} {where.name}"
+        raise UsageError(f"--world-size {ranks} on {machines}: at most {where.cards}, or a multiple of it")
+    return ranks
+
+
+# ---------------------------------------------------------------- prediction
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run as it would be."""
+
+    config: Config
+    model_config: ModelConfig
+    recipe: str
+    where: Machine
+    ranks: int
+    dtype: torch.dtype
+    step: Step  # of one rank, with the smallest batch and whole sequences
+    times: dict[str, float]  # seconds of a step by part, the mean over the run
+    price: float = 0.0  # dollars of a card and hour; 0: not known
+    documents: Documents | None = None  # that a mask keeps apart, where they are known
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.times.values())
+
+
+class TooLittleMemory(UsageError):
+    """A step does not fit on a card. fits: tokens of the largest micro-batch that does; None: no micro-batch does."""
+
+    def __init__(self, message: str, fits: int | None):
+        super().__init__(message)
+        self.fits = fits
+
+
+def predict(argv: list[str]) -> Prediction:
+    """What a run with these flags, of `plan` and of the trainer, would take.
+
+    Raises:
+        UsageError: bad flags, a batch that the ranks do not divide, too little memory.
+    """
+    flags, rest = parse(argv)
+    config, model_config, recipe = resolve(rest)
+    where = machine(flags.hardware)
+    ranks = ranks_on(where, flags.world_size)
+    if model_config.head_dtype == "fp8" and not (where.card and where.card.fp8):
+        able = ", ".join(name for name, card in CARDS.items() if card.fp8)
+        raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
+    device = torch.device("cuda" if where.card else "cpu")
+    _, micro = shares(config, model_config, ranks, device.type)
+    config = replace(config, micro_batch_tokens=micro * model_config.sequence_length)
+    if where.card is None:
+        dtype, _ = hardware.pick_dtype(config.dtype, device)
+        step = record_step(config, model_config, ranks, dtype, "cpu")
+        times = measured_times(config, model_config, dtype, step.micro_batches)
+        return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, flags.gpu_price)
+    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    documents = documents_of(config, model_config) if model_config.document_mask else None
+    step, times = card_times(config, model_config, where, ranks, dtype, documents)
+    price = flags.gpu_price or where.card.price
+    return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price, documents)
+
+
+def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
+    """Seconds of a step on this CPU by part, the mean over the run's stages."""
+    T, counts = model_config.sequence_length, stages(config)
+    each, update = real_step(config, model_config, dtype, {(part, round(T * cut)) for part, cut, _ in counts})
+    passes = sum(steps * size * each[part, round(T * cut)] for (part, cut, size), steps in counts.items())
+    return {"forward and backward": micro_batches * passes / config.steps, "optimizer": update}
+
+
+def card_times(
+    config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype, documents: Documents | None
+) -> tuple[Step, dict[str, float]]:
+    """The step of whole sequences, and seconds by part, the mean over the run's stages.
+
+    Raises:
+        TooLittleMemory: the step does not fit.
+    """
+    T, counts = model_config.sequence_length, stages(config)
+    # masked attention is fused: recorded without its masks, and counted by `in_window`
+    unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
+
+    def record(length: int = T, micro: int = config.micro_batch_tokens) -> Step:
+        return record_step(replace(config, micro_batch_tokens=micro), replace(unmasked, sequence_length=length), ranks, dtype)
+
+    whole = record()
+    check_memory(whole, where, config.micro_batch_tokens // T, T, lambda micro: record(micro=micro * T))
+    by_length = {}
+    for length in {round(T * cut) for _, cut, _ in counts}:
+        pieces = documents.pieces(T, length, config.align_documents) if documents else np.array([length])
+        by_length[length] = (whole if length == T else record(length), pieces)
+    times: Counter[str] = Counter()
+    for (part, cut, size), steps in counts.items():
+        step, pieces = by_length[round(T * cut)]
+        step = in_window(step, model_config, part, pieces, round(T * cut))
+        if model_config.head_dtype != "same" and where.card.fp8:
+            step = fp8_head(step, model_config.padded_vocab)
+        step = replace(step, micro_batches=step.micro_batches * size)
+        for what, value in step_time(step, where.card, ranks, where.link(ranks)).items():
+            times[what] += value * steps / config.steps
+    return whole, dict(times)
+
+
+def fp8_head(step: Step, vocabulary: int) -> Step:
+    """The step with products of the head, which have the vocabulary as a side, in 8-bit floats. Rounding is left out."""
+    passes = [replace(w, dtype=torch.float8_e4m3fn) if w.shape and vocabulary in w.shape else w for w in step.passes]
+    return replace(step, passes=passes)
+
+
+def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
+    """Does the step fit on a card?
+
+    Args:
+        micro, length: sequences of a micro-batch, and tokens of each.
+        record: sequences of a micro-batch -> the step.
+    Raises:
+        TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
+    """
+    room, memory = HEADROOM * where.card.memory, step.memory
+    if memory.total <= room:
+        return
+    planned = f"of whose {where.card.memory / 1e9:.0f} GB {HEADROOM:.0%} may be planned"
+    needs = f"a step needs {memory.total / 1e9:.1f} GB on each {where.name}, {planned}"
+    fixed = memory.total - memory.activations
+    for n in range(micro - 1, 0, -1):
+        possible = micro * step.micro_batches % n == 0 and fixed + memory.activations * n / micro <= room
+        if possible and record(n).memory.total <= room:  # some activations are the same for any micro-batch
+            raise TooLittleMemory(f"{needs}: it fits with --micro-batch-tokens {n * length}", n * length)
+    raise TooLittleMemory(
+        f"{needs}, and {fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
+        "take a card with more memory, or an optimizer with less state",
+        None,
+    )
+
+
+# ---------------------------------------------------------------- in words
+
+
+def listed(values: dict[str, float], scale: float, form: str) -> str:
+    return "   ".join(f"{name.replace('_', ' ')} {value / scale:{form}}" for name, value in values.items())
+
+
+def mask_saves(p: Prediction) -> str:
+    """What a mask of documents saves, in words."""
+    if p.documents is None:
+        return "saves nothing on a CPU" if p.where.card is None else "not counted: no documents here to know their lengths"
+    T = p.model_config.sequence_length
+    pieces = p.documents.pieces(T, T, p.config.align_documents)
+    whole, masked = (attended(p.model_config, 1.0, lengths) for lengths in (np.array([T]), pieces))
+    mean = p.documents.tokens / len(p.documents.starts)
+    keys = f"{masked:,.0f} keys a query instead of {whole:,.0f}: counted in the time, not in arithmetic and MFU"
+    return f"{keys}; documents of {mean:,.0f} tokens, {p.documents.source}"
+
+
+def report(p: Prediction) -> str:
+    """What `plan` prints."""
+    config, step, card, counts = p.config, p.step, p.where.card, stages(p.config)
+    flops = mean_flops(config, p.model_config)
+    tokens = round(config.batch_tokens * sum(size * steps for (_, _, size), steps in counts.items()) / config.steps)
+    mean = " in the mean" * (len({size for _, _, size in counts}) > 1)
+    room = f" of {card.memory / 1e9:.0f}" if card else ""
+    utilisation = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
+    goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
+    hours = p.seconds * config.steps / 3600 * p.ranks
+    sent = listed(communication(step, p.ranks), 1e6, ",.0f") + "   by each rank" if p.ranks > 1 else "nothing"
+    times = {NAMES.get(part, part): value for part, value in p.times.items()}
+    lines = {
+        "parameters, M": listed(step.parameters, 1e6, ".3g"),
+        "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of {tokens:,} tokens{mean}",
+        "memory a rank, GB": f"{listed(asdict(step.memory), 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
+        "sent a step, MB": sent,
+        "time, ms": listed(times, 1e-3, ",.1f"),
+        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s"
+        + (f"   MFU {utilisation:.1%}" if utilisation else ""),
+        f"{config.steps:,} steps": f"{p.seconds * config.steps / 60:,.1f} min without compilation and validation{goal}",
+    }
+    if p.model_config.document_mask:
+        lines["document mask"] = mask_saves(p)
+    if p.price:
+        price = f"at ${p.price:g} (engine/hardware.py, or --gpu-price)"
+        lines["cost"] = f"${hours * p.price:,.2f}: {hours:,.2f} card hours {price}"
+    elif card:
+        lines["cost"] = "no price known: --gpu-price DOLLARS, of a card and hour"
+    total = sum(step.parameters.values()) / 1e6
+    head = f"{config.track}, {p.recipe}: {total:.1f}M parameters on {p.ranks} x {p.where.name}, {str(p.dtype)[6:]}"
+    rows = [f"{what:<20}{value}" for what, value in lines.items()]
+    return "\n".join([head + ", compiled" * config.compile, *rows, "how far such predictions were off: benchmarks/README.md"])
