@@ -28,28 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.spec import UsageError, convert, nearest, parse, split, typed_keys
+from engine.spec import UsageError, convert, nearest, parse, split
 from model import roles as roles_of
-from optimizers import elementwise, schedule_free, matrix  # isort: skip: the order of the registry
+from optimizers import elementwise, schedule_free  # they fill the registry, in the order of these imports
+
+# isort: split
+from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
 from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, tensors, with_rest
 
-__all__ = [
-    "AVERAGES",
-    "OPTIMIZERS",
-    "Choice",
-    "build",
-    "compile_update",
-    "copy_state",
-    "elementwise",
-    "find",
-    "matrix",
-    "own_schedule",
-    "parts",
-    "period",
-    "schedule_free",
-    "state_bytes",
-]
+__all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
+__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
 
@@ -72,9 +61,14 @@ class Choice:
         return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
 
     @property
+    def own_schedule(self) -> bool:
+        """Does it bring its own schedule? It must run at a constant learning rate then."""
+        return getattr(self.cls, "schedule_free", False)
+
+    @property
     def has_momentum(self) -> bool:
-        """Is there a setting `momentum`, which a schedule can move? Of outside classes nobody knows before they are built: True."""
-        return not issubclass(self.cls, Method) or "momentum" in typed_keys(self.cls)
+        """Has it a setting `momentum`, which a schedule can move? Of outside classes nobody knows before they are built: True."""
+        return not issubclass(self.cls, Method) or hasattr(self.cls, "momentum")
 
     @property
     def transfer(self) -> float:
@@ -91,18 +85,8 @@ class Choice:
         Raises:
             UsageError: value out of range, or a class that is no optimizer or misses parameters.
         """
-        cls, settings = self.cls, self.settings
         try:
-            if issubclass(cls, Method):
-                if not groups(gpt, cls.roles):
-                    raise UsageError(f"optimizer {self.spec!r} is for {', '.join(cls.roles)} weights, and there are none: use adamw")
-                optimizer = cls.build(gpt, steps, **settings)
-            elif issubclass(cls, torch.optim.Optimizer):
-                optimizer = self.build_outside(gpt)
-            elif hasattr(cls, "build"):
-                optimizer = cls(**settings).build(gpt)
-            else:
-                raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
+            optimizer = self.build_unchecked(gpt, steps)
         except UsageError:
             raise
         except (TypeError, ValueError) as error:
@@ -113,14 +97,22 @@ class Choice:
                 raise UsageError(f"optimizer {self.spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
         return optimizer
 
-    def build_outside(self, gpt: nn.Module) -> torch.optim.Optimizer:
-        """An outside torch Optimizer over decay and no-decay groups. Its class attribute `roles`, if any, names what it
-        takes; AdamW at its defaults takes the rest, and the groups state `split` (see `groups`)."""
-        roles = getattr(self.cls, "roles", ROLES)
-        if unknown := set(roles) - set(ROLES):
-            raise UsageError(f"optimizer {self.cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
-        params = decay_groups(gpt, self.setting("weight_decay", 0.0), roles, by_split=set(roles) < set(ROLES))
-        return with_rest(self.cls(params, **self.settings), gpt, roles)
+    def build_unchecked(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
+        """Of outside torch Optimizers: over decay and no-decay groups. The class attribute `roles`, if any, names what it takes;
+        AdamW at its defaults takes the rest, and the groups state `split` (see `groups`)."""
+        cls, roles = self.cls, getattr(self.cls, "roles", ROLES)
+        if issubclass(cls, Method):
+            if not groups(gpt, roles):
+                raise UsageError(f"optimizer {self.spec!r} is for {', '.join(roles)} weights, and there are none: use adamw")
+            return cls.build(gpt, steps, **self.settings)
+        if issubclass(cls, torch.optim.Optimizer):
+            if unknown := set(roles) - set(ROLES):
+                raise UsageError(f"optimizer {cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
+            params = decay_groups(gpt, self.setting("weight_decay", 0.0), roles, by_split=set(roles) < set(ROLES))
+            return with_rest(cls(params, **self.settings), gpt, roles)
+        if hasattr(cls, "build"):
+            return cls(**self.settings).build(gpt)
+        raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
 
 
 def find(spec: str) -> Choice:
@@ -151,8 +143,8 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
     gpt = unwrapped(gpt)
     optimizer = find(spec).build(gpt, steps)
     multiply_rates(optimizer, gpt, rates)
-    if average != "none":
-        optimizer = Averaged(optimizer, build_average(average, steps))
+    if (averaging := build_average(average, steps)) is not None:
+        optimizer = Averaged(optimizer, averaging)
     role = roles_by_parameter(gpt)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -243,11 +235,6 @@ def period(spec: str) -> int:
     if split(spec)[0] not in OPTIMIZERS:
         return 1
     return math.lcm(*(find(spec).setting(key, 1) for key in ("every", "adamw_every")))
-
-
-def brings_schedule(optimizer: torch.optim.Optimizer) -> bool:
-    """Does a part of it bring its own schedule? It must run at a constant learning rate then."""
-    return any(getattr(part, "schedule_free", False) for part in parts(optimizer))
 
 
 def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: nn.Parameter) -> None:

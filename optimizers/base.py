@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import Field, field
-from functools import lru_cache
+from functools import lru_cache, partial, partialmethod
 from itertools import compress
 
 import torch
@@ -32,11 +32,9 @@ OPTIMIZERS: dict[str, type["Method"]] = {}  # name -> class: every subclass of M
 
 
 def hyper(default, help: str, search: tuple | None = None, least: float = 0, choices=None, rest: bool = False) -> Field:
-    """One hyperparameter.
+    """One hyperparameter. Its type is the default's (None: a float or None), unless the attribute is annotated.
 
     Args:
-        default: its type is the hyperparameter's type (None: a float or None), unless the attribute is annotated.
-        help: what it is.
         search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
             even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
         least: the least value that makes sense.
@@ -46,24 +44,25 @@ def hyper(default, help: str, search: tuple | None = None, least: float = 0, cho
     return field(default=default, metadata=dict(help=help, search=search, least=least, choices=choices, rest=rest))
 
 
+def common(help: str, low: float, high: float, scale: str) -> Callable[..., Field]:
+    """A kind of hyperparameter that many methods have, as a function: its default, then what differs from the usual."""
+    return lambda default, low=low, high=high, help=help, least=0: hyper(default, help, (low, high, scale), least)
+
+
 def LR(default: float, low: float | None = None, high: float | None = None, help: str = "peak learning rate") -> Field:
-    return hyper(default, help, (low or default / 10, high or default * 10, "log"))
-
-
-def BETA1(default: float, low: float = 0.8, high: float = 0.98, help: str = "average of gradients", least: float = 0) -> Field:
-    return hyper(default, help, (low, high, "complement"), least)
-
-
-def BETA2(default: float, low: float = 0.9, high: float = 0.999, help: str = "average of squares") -> Field:
-    return hyper(default, help, (low, high, "complement"))
-
-
-def DECAY(default: float, low: float = 1e-2, high: float = 1.0, help: str = "wd, decayed roles only") -> Field:
-    return hyper(default, help, (low, high, "log"))
+    """Worth tuning from a tenth to ten times the default, unless said otherwise."""
+    return hyper(default, help, (low or float(f"{default / 10:g}"), high or default * 10, "log"))
 
 
 def EPS(default: float = 1e-8, help: str = "floor of the denominator") -> Field:
     return hyper(default, help)
+
+
+MOMENTUM = common("mu", 0.8, 0.99, "complement")
+BETA1 = common("average of gradients", 0.8, 0.98, "complement")
+BETA2 = common("average of squares", 0.9, 0.999, "complement")
+DECAY = common("wd, decayed roles only", 1e-2, 1.0, "log")
+WARMUP = common("steps of linear warm-up; below 1: fraction of the run", 0.0, 0.2, "linear")
 
 
 # ---------------------------------------------------------------- parameter groups
@@ -101,7 +100,7 @@ def decay_groups(gpt: nn.Module, weight_decay: float, wanted: tuple[str, ...] = 
 
 
 class Method:
-    """An optimization method in one class: its hyperparameters as class attributes, its rule, and what others need to know of it.
+    """An optimization method in one class: hyperparameters as class attributes, the rule, and what others need to know of it.
 
     Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`, param groups, schedulers,
     state_dict. A subclass in this package that has an `lr` is registered under its `name`, or its class's name in snake case.
@@ -119,11 +118,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        annotated = vars(cls).get("__annotations__", {})
-        hypers = {name: f for name, f in vars(cls).items() if isinstance(f, Field)}
-        cls.__annotations__ = {
-            name: annotated.get(name, float | None if f.default is None else type(f.default)) for name, f in hypers.items()
-        }
+        hypers = {name: f.default for name, f in vars(cls).items() if isinstance(f, Field)}
+        types = {name: float | None if default is None else type(default) for name, default in hypers.items()}
+        cls.__annotations__ = types | {n: kind for n, kind in inspect.get_annotations(cls).items() if n in types}
         dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
         if hasattr(cls, "lr") and cls.__module__.startswith(f"{__package__}."):
             words = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", cls.__name__)  # CautiousAdamW: cautious_adamw
@@ -158,7 +155,10 @@ class Method:
         """The optimizer over all of gpt, or its `roles`, for a run of `steps` steps."""
         decay = given.get("weight_decay", getattr(cls, "weight_decay", 0.0))
         optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
-        return optimizer if roles else with_rest(optimizer, gpt, cls.roles)
+        rest = {
+            f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in dataclasses.fields(cls) if f.metadata["rest"]
+        }
+        return optimizer if roles else with_rest(optimizer, gpt, cls.roles, **rest)
 
     @classmethod
     def transfer_of(cls, settings: dict) -> float:
@@ -291,10 +291,10 @@ def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]
     return optimizer.parts if isinstance(optimizer, Chain) else (optimizer,)
 
 
-def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str, ...]) -> torch.optim.Optimizer:
-    """An optimizer of these roles, chained to AdamW at its defaults for the other weights of gpt, if there are any."""
+def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str, ...], **settings) -> torch.optim.Optimizer:
+    """An optimizer of these roles, chained to AdamW for the other weights of gpt, if there are any."""
     rest = tuple(r for r in ROLES if r not in roles)
-    return Chain(optimizer, OPTIMIZERS["adamw"].build(gpt, 0, rest)) if groups(gpt, rest) else optimizer
+    return Chain(optimizer, OPTIMIZERS["adamw"].build(gpt, 0, rest, **settings)) if groups(gpt, rest) else optimizer
 
 
 # ---------------------------------------------------------------- element-wise methods
@@ -303,7 +303,7 @@ def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str
 class Many:
     """Tensors computed with as if they were one: every operation is one torch._foreach call over the list.
 
-    Other operands are as long, or a number, or a 0-dim tensor. What torch._foreach has, a rule may use: `x.sqrt()`, `x.mul_(y)`.
+    Other operands are as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`.
     """
 
     __slots__ = ("tensors",)
@@ -311,29 +311,15 @@ class Many:
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
 
-    def __getattr__(self, name: str):
-        function = getattr(torch, f"_foreach_{name}")
+    def apply(self, name: str, *operands):
+        result = getattr(torch, f"_foreach_{name}")(self.tensors, *(x.tensors if isinstance(x, Many) else x for x in operands))
+        return self if name.endswith("_") else Many(result)
 
-        def call(*operands):
-            result = function(self.tensors, *(x.tensors if isinstance(x, Many) else x for x in operands))
-            return self if name.endswith("_") else Many(result)
+    def __getattr__(self, name: str) -> Callable:
+        return partial(self.apply, name)
 
-        return call
-
-    def __add__(self, other):
-        return self.add(other)
-
-    def __sub__(self, other):
-        return self.sub(other)
-
-    def __mul__(self, other):
-        return self.mul(other)
-
-    def __truediv__(self, other):
-        return self.div(other)
-
-    def __pow__(self, exponent: float):
-        return self.pow(exponent)
+    __add__, __sub__, __mul__ = partialmethod(apply, "add"), partialmethod(apply, "sub"), partialmethod(apply, "mul")
+    __truediv__, __pow__ = partialmethod(apply, "div"), partialmethod(apply, "pow")
 
     def clamp(self, least: float, most: float | None = None):
         return self.clamp_min(least) if most is None else self.clamp_min(least).clamp_max(most)
@@ -422,14 +408,13 @@ class Elementwise(Optimizer):
 
     def initialise(self, group: dict, p: Tensor, state: dict) -> None:
         for name in self.names(group):
-            state[name] = torch.zeros_like(p, dtype=torch.float32)
+            self.buffer(p, name)
 
     def buffer(self, p: Tensor, name: str) -> Tensor:
         """Made where there is none yet: a schedule may begin without momentum."""
-        state = self.state[p]
-        if name not in state:
-            state[name] = torch.zeros_like(p, dtype=torch.float32)
-        return state[name]
+        if name not in self.state[p]:
+            self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
+        return self.state[p][name]
 
     def measure(self, group: dict, t: int, params: list[Tensor]) -> list[list[Tensor]]:
         """Extras of the rule: lists of 0-dim tensors, one a parameter."""

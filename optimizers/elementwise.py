@@ -7,23 +7,7 @@ import math
 
 import torch
 
-from optimizers.base import (
-    BETA1,
-    BETA2,
-    DECAY,
-    DECAYED,
-    EPS,
-    LR,
-    Chain,
-    Elementwise,
-    Method,
-    groups,
-    hyper,
-    lerp,
-    lerp_,
-    tensors,
-    total,
-)
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Elementwise, Method, hyper, lerp, lerp_, tensors, total
 
 # ---------------------------------------------------------------- classics
 
@@ -34,7 +18,7 @@ class SGD(Method, torch.optim.SGD):
     Source: torch.optim.SGD (fused). Its weight decay is coupled: it passes through the momentum.
     """
 
-    lr, momentum = LR(0.1), hyper(0.9, "mu", (0.8, 0.99, "complement"))
+    lr, momentum = LR(0.1), MOMENTUM(0.9)
     nesterov = hyper(True, "look one step ahead")
     weight_decay = DECAY(0.0, 1e-5, 1e-2)
     state_per_parameter, transfer = 4.0, 0.0
@@ -49,7 +33,7 @@ class Signum(Elementwise):
     Source: arXiv 1802.04434; momentum 0 is signSGD.
     """
 
-    lr, momentum, weight_decay = LR(3e-4, 1e-4, 1e-2), hyper(0.9, "mu", (0.0, 0.99, "complement")), DECAY(0.1)
+    lr, momentum, weight_decay = LR(3e-4, 1e-4, 1e-2), MOMENTUM(0.9, 0.0), DECAY(0.1)
     buffers, state_per_parameter, toy_lr = ("average",), 4.0, 0.02
 
     @staticmethod
@@ -84,7 +68,7 @@ class RMSprop(Elementwise):
     Without bias correction the first steps are 1 / sqrt(1 - b2) too long: warm up.
     """
 
-    lr, beta2, momentum, eps = LR(1e-3), BETA2(0.95), hyper(0.0, "mu", (0.0, 0.95, "complement")), EPS()
+    lr, beta2, momentum, eps = LR(1e-3), BETA2(0.95), MOMENTUM(0.0, 0.0, 0.95), EPS()
     weight_decay = DECAY(0.0, 1e-6, 1e-3, "wd (coupled), decayed roles only")
     buffers, state_per_parameter = ("squares", "average"), 4.0  # 8 with momentum
 
@@ -259,7 +243,7 @@ class Amos(Elementwise):
     """
 
     lr, beta2 = LR(1e-2, 3e-3, 3e-1, "relative step: xi"), BETA2(0.98, help="average of the mean square")
-    momentum, eps = hyper(0.9, "average of the updates", (0.0, 0.98, "complement")), EPS(1e-18, "added to v")
+    momentum, eps = MOMENTUM(0.9, 0.0, 0.98, "average of the updates"), EPS(1e-18, "added to v")
     buffers, state_per_parameter, toy_lr, transfer = ("average",), 4.0, 0.3, -0.5
 
     def initialise(self, group, p, state):
@@ -318,7 +302,7 @@ class AdEMAMix(Elementwise):
     """
 
     lr, beta1 = LR(1e-3, 3e-4, 3e-2), BETA1(0.9, help="fast average of gradients")
-    beta2, beta3 = BETA2(0.95), hyper(0.999, "slow average of gradients", (0.99, 0.9999, "complement"))
+    beta2, beta3 = BETA2(0.95), BETA1(0.999, 0.99, 0.9999, "slow average of gradients")
     alpha = hyper(8.0, "weight of the slow average", (2.0, 10.0, "linear"))
     ramp = hyper(0.999, "steps until alpha and beta3 are reached; below 1: fraction of the run")
     eps, weight_decay = EPS(), DECAY(0.1)
@@ -374,13 +358,8 @@ class MARS(Elementwise):
     gamma = hyper(0.025, "weight of the correction", (0.005, 0.1, "log"))
     eps, weight_decay = EPS(), DECAY(0.1)
     adamw_lr = hyper(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"), rest=True)
-    roles, buffers, state_per_parameter = DECAYED, ("average", "squares", "gradient_before"), 12.0
-
-    @classmethod
-    def build(cls, gpt, steps, **given):
-        mars = super().build(gpt, steps, cls.roles, **given)
-        others = groups(gpt, ("vector", "scalar"), weight_decay=0.0)
-        return Chain(mars, AdamW(others, given.get("adamw_lr", cls.adamw_lr))) if others else mars
+    roles = ("matrix", "embedding", "head")
+    buffers, state_per_parameter = ("average", "squares", "gradient_before"), 12.0
 
     def numbers(self, group, t):
         return dict(factor=group["gamma"] * group["beta1"] / (1 - group["beta1"]))

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from engine.hardware import has_native_bf16
 from layers.kernels import gram, polynomial
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, Chain, Optimizer, evaluate, groups, hyper
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, evaluate, groups, hyper
 from optimizers.elementwise import AdamW, CautiousAdamW
 
 RATE, WD = "peak learning rate of the hidden matrices", "wd of the hidden matrices"
@@ -166,12 +167,10 @@ class MatrixMethod(Optimizer):
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 split, block = group["split"], group.get("block", 0)
-                for part in range(split):
-                    for rows in tiles(p.size(0) // split, block):
-                        for columns in tiles(p[0].numel(), block):
-                            piece = Block(p, count, split, part, rows, columns)
-                            alike[i, piece.shape, p.device].append(piece)
-                            count += 1
+                for part, rows, columns in product(range(split), tiles(p.size(0) // split, block), tiles(p[0].numel(), block)):
+                    piece = Block(p, count, split, part, rows, columns)
+                    alike[i, piece.shape, p.device].append(piece)
+                    count += 1
         batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
         owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], world()[1]))
         buckets = []
@@ -333,14 +332,12 @@ class Muon(MatrixMethod):
     """
 
     lr = LR(0.02, 3e-3, 1e-1, RATE)
-    momentum = hyper(0.95, "mu", (0.85, 0.99, "complement"))
+    momentum = MOMENTUM(0.95, 0.85)
     nesterov = hyper(True, "look one step ahead")
     weight_decay = DECAY(0.01, 1e-3, 0.3, WD)
     cautious = hyper(False, "decay only weights that the update shrinks (nanochat)")
     steps = hyper(5, "orthogonalisation iterations", least=1)
-    coefficients = hyper(
-        "quintic", f"of the iteration: {', '.join(COEFFICIENTS)} (cubic wants 12 steps)", choices=COEFFICIENTS
-    )
+    coefficients = hyper("quintic", f"of the iteration: {', '.join(COEFFICIENTS)} (cubic wants 12 steps)", choices=COEFFICIENTS)
     scale = hyper("keller", f"factor by shape: {', '.join(SCALES)}; learning rates do not carry over", choices=SCALES)
     normuon = hyper(False, "even out the rows of the update by their second moment")
     normuon_beta2 = hyper(0.95, "normuon's average of squares")
@@ -391,24 +388,21 @@ def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: 
     try:
         values, vectors = torch.linalg.eigh(A)
     except torch.linalg.LinAlgError:  # one matrix of the batch did not converge: find it
-        found = [eigh_or_none(a) for a in A]
-        n = A.size(-1)
-        values = torch.stack([A.new_full((n,), math.nan) if f is None else f[0] for f in found])
-        vectors = torch.stack([A.new_full((n, n), math.nan) if f is None else f[1] for f in found])
+        values, vectors = map(torch.stack, zip(*map(eigh_or_nan, A), strict=True))
     values = values - values[:, :1].clamp(max=0)
     values = values + eps * (values[:, -1:].clamp(min=1e-30) if relative else 1)
     root = ((vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT).to(old.dtype)
     return torch.where(root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), root, old)
 
 
-def eigh_or_none(A: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues and vectors of one matrix; a second try with a little on its diagonal; None when that fails too."""
+def eigh_or_nan(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of one matrix; a second try with a little on its diagonal; NaN when that fails too."""
     for jitter in (0.0, 1e-10):
         try:
             return torch.linalg.eigh(A + jitter * A.diagonal().abs().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device))
         except torch.linalg.LinAlgError:
             pass
-    return None
+    return A.diagonal() * math.nan, A * math.nan
 
 
 def at_norm(u: Tensor, graft: Tensor) -> Tensor:
@@ -477,9 +471,7 @@ class Shampoo(MatrixMethod):
                 root.copy_(inverse_root(state[side] / (1 - beta2**t), power, group["eps"], root))
         u = torch.bmm(state["left_root"], m) if "left_root" in state else m
         u = torch.bmm(u, state["right_root"]) if "right_root" in state else u
-        if graft is None:
-            return u
-        return at_norm(u, graft)
+        return u if graft is None else at_norm(u, graft)
 
 
 class CASPR(MatrixMethod):

@@ -8,13 +8,9 @@ import math
 
 import torch
 
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, Elementwise, Swapped, evaluate, hyper, lerp, lerp_, total
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, Swapped, evaluate, hyper, lerp, lerp_, total
 
 BETWEEN = "b: where between z and x the gradient is taken"
-
-
-def WARMUP(default: float):
-    return hyper(default, "steps of linear warm-up; below 1: fraction of the run", (0.0, 0.2, "linear"))
 
 
 class ScheduleFree(Swapped, Elementwise):
@@ -113,36 +109,33 @@ class Estimating(Elementwise):
         first, device = self.param_groups[0], work[0][2][0].device
         for name, value in (("d", first["d0"]), ("d_max", first["d0"]), ("numerator", 0.0)):
             first[name] = torch.as_tensor(first.get(name, value), dtype=torch.float32, device=device)
-        d, r, size = first["d"], first["numerator"] * math.sqrt(first["beta2"]), torch.zeros((), device=device)
+        self.d = self.new_d = d = first["d"]
+        r, size = first["numerator"] * math.sqrt(first["beta2"]), torch.zeros((), device=device)
         for group, t, members in work:
             along, sizes = ([torch.zeros((), device=device) for _ in members] for _ in range(2))
-            self.sweep(self.observe, group, members, self.on_s(group, t, d), along, sizes)
-            r = r + torch.stack(along).sum() * d.square() * (self.rate(group, t) / group["d0"])
+            self.sweep(self.observe, group, members, self.scalars(self.observe, group, t), along, sizes)
+            r = r + torch.stack(along).sum() * d.square() * (self.factor(group, t) / group["d0"])
             size = size + torch.stack(sizes).sum()
-        found = first["d_coef"] * r / size.clamp(min=1e-30)
-        d_max = torch.maximum(first["d_max"], found)
-        new = torch.where(size > 0, torch.maximum(d, d_max), d)  # the reference, whose growth has no limit by default
-        first["d"], first["numerator"], first["d_max"] = new, r, d_max
+        d_max = torch.maximum(first["d_max"], first["d_coef"] * r / size.clamp(min=1e-30))
+        self.new_d = torch.where(size > 0, torch.maximum(d, d_max), d)  # the reference, whose growth has no limit by default
+        first["d"], first["numerator"], first["d_max"] = self.new_d, r, d_max
         self.begin()
         for group, t, members in work:
-            self.sweep(self.rule, group, members, self.on_s(group, t, d) | self.on_w(group, t, d, new))
+            self.sweep(self.rule, group, members, self.scalars(self.rule, group, t))
         return loss
 
     def begin(self) -> None:
         """Called once a step, between the estimate and the update."""
 
-    def rate(self, group, t) -> float:
+    def factor(self, group, t) -> float:
         """What d is multiplied by."""
         raise NotImplementedError
 
-    def on_s(self, group, t, d):
-        """The scalars that move s."""
-        new_s = d.square() * ((1.0 if group.get("safeguard") else self.rate(group, t)) / group["d0"])
-        return dict(keep_s=math.sqrt(group["beta2"]), new_s=new_s)
-
-    def on_w(self, group, t, d, new):
-        """The other scalars of `rule`, from the estimates before and after this step."""
-        raise NotImplementedError
+    def numbers(self, group, t):
+        d, factor = self.d, self.factor(group, t)
+        new_s = d.square() * ((1.0 if group.get("safeguard") else factor) / group["d0"])
+        keep_s = math.sqrt(group["beta2"])
+        return dict(d=d, new_d=self.new_d, rate=d * factor, eps=self.new_d * group["eps"], keep_s=keep_s, new_s=new_s)
 
 
 class Prodigy(Estimating):
@@ -163,14 +156,13 @@ class Prodigy(Estimating):
     weight_decay = DECAY(0.1)
     buffers = ("average", "squares", "s", "start")
 
-    def rate(self, group, t):
+    def factor(self, group, t):
         correction = math.sqrt(1 - group["beta2"] ** t) / (1 - group["beta1"] ** t) if group["bias_correction"] else 1.0
         return group["lr"] * correction
 
-    def on_w(self, group, t, d, new):
-        rate = d * self.rate(group, t)
-        shares = dict(new1=1 - group["beta1"], new2=1 - group["beta2"])
-        return shares | dict(d=d, rate=rate, keep=1 - rate * group["weight_decay"], eps=new * group["eps"])
+    def numbers(self, group, t):
+        found = super().numbers(group, t)
+        return found | dict(keep=1 - found["rate"] * group["weight_decay"])
 
     @staticmethod
     def observe(w, g, m, v, s, start, along, size, *, keep_s, new_s):
@@ -187,7 +179,7 @@ class Prodigy(Estimating):
         w.mul_(keep).sub_(m / (v.sqrt() + eps) * rate)
 
 
-class ScheduleFreeProdigy(ScheduleFree, Estimating):
+class ScheduleFreeProdigy(Estimating, ScheduleFree):
     """y = (1 - b) z + b x, where g is taken;  v is an average of d^2 g^2;  d as Prodigy's, from <g, w0 - z>;
     z <- z - lr d_before (d g / (sqrt(v) + d eps) + wd x);  x <- (1 - c) x + c z with c = t^r / (sum of t^r). Evaluates at x.
 
@@ -203,7 +195,7 @@ class ScheduleFreeProdigy(ScheduleFree, Estimating):
     warmup, weight_decay = WARMUP(0.075), DECAY(0.1)
     buffers = ("z", "squares", "s", "start")
 
-    def rate(self, group, t):
+    def factor(self, group, t):
         return group["lr"] * (min(1.0, t / group["warmup"]) if group["warmup"] else 1.0)
 
     @staticmethod
@@ -218,17 +210,16 @@ class ScheduleFreeProdigy(ScheduleFree, Estimating):
             group["weights"] = group.get("weights", 0.0) + weight
             group["c"] = weight / group["weights"]
 
-    def on_w(self, group, t, d, new):
-        b, decay, scales = group["beta1"], group["weight_decay"], dict(d=d, new=new, rate=d * self.rate(group, t))
-        shares = dict(new2=1 - group["beta2"], c=group["c"], to_x=1 - 1 / b, to_y=1 - b)
-        return scales | shares | dict(eps=new * group["eps"], decay=decay)
+    def numbers(self, group, t):
+        b = group["beta1"]
+        return super().numbers(group, t) | dict(to_x=1 - 1 / b, to_y=1 - b)
 
     @staticmethod
-    def rule(y, g, z, v, s, start, *, keep_s, new_s, new2, d, new, rate, eps, decay, to_x, c, to_y):
+    def rule(y, g, z, v, s, start, *, keep_s, new_s, new2, d, new_d, rate, eps, weight_decay, to_x, c, to_y):
         s.mul_(keep_s).add_(g * new_s)
         scaled = g * d
         lerp_(v, scaled * scaled, new2)
         x = lerp(y, z, to_x)
-        z.sub_((g * new / (v.sqrt() + eps) + x * decay) * rate)
+        z.sub_((g * new_d / (v.sqrt() + eps) + x * weight_decay) * rate)
         x = lerp(x, z, c)
         y.copy_(lerp(x, z, to_y))
