@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from engine.spec import UsageError, convert, nearest, parse, split
 from model import roles as roles_of
@@ -35,7 +36,7 @@ from optimizers import elementwise, schedule_free  # they fill the registry, in 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, tensors, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
 __all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes"]
@@ -67,7 +68,7 @@ class Choice:
 
     @property
     def has_momentum(self) -> bool:
-        """Has it a setting `momentum`, which a schedule can move? Of outside classes nobody knows before they are built: True."""
+        """Has it a setting `momentum`, which a schedule can move? Of outside classes nobody knows: True."""
         return not issubclass(self.cls, Method) or hasattr(self.cls, "momentum")
 
     @property
@@ -80,26 +81,8 @@ class Choice:
         return self.cls.of_length(steps, **self.settings) if issubclass(self.cls, Method) else {}
 
     def build(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """The optimizer over all of gpt.
-
-        Raises:
-            UsageError: value out of range, or a class that is no optimizer or misses parameters.
-        """
-        try:
-            optimizer = self.build_unchecked(gpt, steps)
-        except UsageError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"optimizer {self.spec!r}: {error}") from error
-        times = Counter(p for group in optimizer.param_groups for p in group["params"])
-        for name, p in gpt.named_parameters():  # in no group it would silently not train, in two it would be updated twice
-            if p.requires_grad and times[p] != 1:
-                raise UsageError(f"optimizer {self.spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
-        return optimizer
-
-    def build_unchecked(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """Of outside torch Optimizers: over decay and no-decay groups. The class attribute `roles`, if any, names what it takes;
-        AdamW at its defaults takes the rest, and the groups state `split` (see `groups`)."""
+        """Over all of gpt. An outside torch Optimizer takes what its class attribute `roles`, if any, names: AdamW takes the rest,
+        and the groups state `split` (see `groups`)."""
         cls, roles = self.cls, getattr(self.cls, "roles", ROLES)
         if issubclass(cls, Method):
             if not groups(gpt, roles):
@@ -140,8 +123,17 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
     Raises:
         UsageError: unknown name or key, value out of range, a class that is no optimizer or misses parameters.
     """
-    gpt = unwrapped(gpt)
-    optimizer = find(spec).build(gpt, steps)
+    gpt, choice = unwrapped(gpt), find(spec)
+    try:
+        optimizer = choice.build(gpt, steps)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {spec!r}: {error}") from error
+    times = Counter(p for group in optimizer.param_groups for p in group["params"])
+    for name, p in gpt.named_parameters():  # in no group it would silently not train, in two it would be updated twice
+        if p.requires_grad and times[p] != 1:
+            raise UsageError(f"optimizer {spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
     multiply_rates(optimizer, gpt, rates)
     if (averaging := build_average(average, steps)) is not None:
         optimizer = Averaged(optimizer, averaging)
@@ -255,4 +247,4 @@ def compile_update(optimizer: torch.optim.Optimizer) -> None:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of optimizer state held on this rank; 0 before the first step, since state is made when first needed."""
     held = [dict(optimizer.state), getattr(optimizer, "kept", {})]
-    return sum(x.numel() * x.element_size() for x in tensors(held))
+    return sum(x.numel() * x.element_size() for x in tree_leaves(held) if isinstance(x, Tensor))

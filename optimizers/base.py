@@ -17,6 +17,7 @@ from itertools import compress
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.hardware import can_compile
 from engine.spec import nearest
@@ -155,10 +156,11 @@ class Method:
         """The optimizer over all of gpt, or its `roles`, for a run of `steps` steps."""
         decay = given.get("weight_decay", getattr(cls, "weight_decay", 0.0))
         optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
-        rest = {
-            f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in dataclasses.fields(cls) if f.metadata["rest"]
-        }
-        return optimizer if roles else with_rest(optimizer, gpt, cls.roles, **rest)
+        if roles:
+            return optimizer
+        rest = [f for f in dataclasses.fields(cls) if f.metadata["rest"]]
+        settings = {f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in rest}
+        return with_rest(optimizer, gpt, cls.roles, **settings)
 
     @classmethod
     def transfer_of(cls, settings: dict) -> float:
@@ -212,24 +214,13 @@ def keep_fp32(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in zip(numbers, params, strict=True):
         saved = state_dict["state"].get(i, {})
-        if any(value.dtype != p.dtype for value in tensors(saved)):
+        if any(isinstance(value, Tensor) and value.dtype != p.dtype for value in tree_leaves(saved)):
             optimizer.state[p] = moved(saved, p.device)
 
 
-def tensors(value) -> Iterator[Tensor]:
-    """The tensors in nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from tensors(inner)
-
-
-def moved(value, device: torch.device):
+def moved(state, device: torch.device):
     """A copy of nested state on `device`."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    return {k: moved(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+    return tree_map_only(Tensor, lambda x: x.detach().to(device, copy=True), state)
 
 
 class Chain(torch.optim.Optimizer):

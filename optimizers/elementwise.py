@@ -6,8 +6,9 @@ torch's own class stands where it is the method and is fused; the others are a `
 import math
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Elementwise, Method, hyper, lerp, lerp_, tensors, total
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Elementwise, Method, hyper, lerp, lerp_, total
 
 # ---------------------------------------------------------------- classics
 
@@ -54,7 +55,7 @@ class Adagrad(Method, torch.optim.Adagrad):
 
     def __init__(self, params, lr=None, **given):
         params = list(params)
-        self.on_cpu = all(p.device.type == "cpu" for p in tensors(params))
+        self.on_cpu = all(p.device.type == "cpu" for p in tree_leaves(params) if isinstance(p, torch.Tensor))
         super().__init__(params, lr, **given)
 
     def arguments(self, initial, **values):
