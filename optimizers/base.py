@@ -143,7 +143,7 @@ class Method:
         return [f for f in dataclasses.fields(cls) if not f.metadata["rest"]]
 
     @classmethod
-    def of_length(cls, steps: int, **given) -> dict:
+    def of_length(cls, steps: int, /, **given) -> dict:
         """Arguments of the constructor for a run of `steps` steps; lengths given as a fraction of the run in steps."""
         values = {f.name: given.get(f.name, f.default) for f in cls.own_fields()}
         for name in ("warmup", "ramp", "start"):
@@ -152,7 +152,7 @@ class Method:
         return values
 
     @classmethod
-    def build(cls, gpt: nn.Module, steps: int, roles: tuple[str, ...] | None = None, **given) -> torch.optim.Optimizer:
+    def build(cls, gpt: nn.Module, steps: int, roles: tuple[str, ...] | None = None, /, **given) -> torch.optim.Optimizer:
         """The optimizer over all of gpt, or its `roles`, for a run of `steps` steps."""
         decay = given.get("weight_decay", getattr(cls, "weight_decay", 0.0))
         optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
@@ -282,7 +282,7 @@ def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]
     return optimizer.parts if isinstance(optimizer, Chain) else (optimizer,)
 
 
-def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str, ...], **settings) -> torch.optim.Optimizer:
+def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str, ...], /, **settings) -> torch.optim.Optimizer:
     """An optimizer of these roles, chained to AdamW for the other weights of gpt, if there are any."""
     rest = tuple(r for r in ROLES if r not in roles)
     return Chain(optimizer, OPTIMIZERS["adamw"].build(gpt, 0, rest, **settings)) if groups(gpt, rest) else optimizer

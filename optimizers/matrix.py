@@ -113,7 +113,7 @@ class MatrixMethod(Optimizer):
     _linked = None  # the state dict that `_buckets` belong to
 
     @classmethod
-    def build(cls, gpt, steps, **given):
+    def build(cls, gpt, steps, /, **given):
         method = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given))
         settings = SimpleNamespace(**{f.name: f.default for f in dataclasses.fields(cls)} | given)
         lr, decay = settings.adamw_lr, settings.adamw_weight_decay
