@@ -166,14 +166,14 @@ def check(config: Config, model_config: ModelConfig) -> None:
         UsageError: settings that contradict each other, or a SPEC with a wrong word.
     """
     allowed_skips(config.nonfinite)
-    optimizers.check(config.optimizer, config.average)
+    optimizer, _ = optimizers.find(config.optimizer), optimizers.build_average(config.average, config.steps)
     course = Course(config)
     T = model_config.sequence_length
     if not 0 <= config.loss_tokens <= T:
         raise UsageError(f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}")
     if config.stop_at_target and not config.target_loss:
         raise UsageError("--stop-at-target needs a target: add --target-loss")
-    if config.momentum_schedule != "keep" and not optimizers.has_momentum(config.optimizer):
+    if config.momentum_schedule != "keep" and not optimizer.has_momentum:
         name = split(config.optimizer)[0]
         raise UsageError(f"--momentum-schedule {config.momentum_schedule}: {name} has no momentum that it could change")
     if config.tied_until and model_config.tied_head:
@@ -248,8 +248,9 @@ def shared_steps(config: Config, steps: int) -> int:
     Raises:
         UsageError: settings of the optimizer are fractions of the run's length.
     """
-    of_length = [optimizers.of_length(config.optimizer, config.average, n) for n in (config.steps, steps)]
-    if of_length[0] != of_length[1]:
+    lengths, optimizer = (config.steps, steps), optimizers.find(config.optimizer)
+    this, other = [(optimizer.of_length(n), optimizers.build_average(config.average, n)) for n in lengths]
+    if this != other:
         raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
     this, other, both = Course(config), Course(config, steps), min(config.steps, steps)
     return next((step for step in range(both) if this.at(step) != other.at(step)), both)

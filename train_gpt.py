@@ -220,7 +220,7 @@ class Training:
         self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average, config.rates)
         if config.weights == "bf16":
             self.optimizer = keep_mantissas(self.optimizer, self.mantissas)
-        if optimizers.schedule_free(self.optimizer) and config.schedule != "constant":
+        if optimizers.find(config.optimizer).own_schedule and config.schedule != "constant":
             name = config.optimizer.split(":")[0]
             raise UsageError(f"{name} brings its own schedule and warm-up: add --schedule constant, not {config.schedule}")
         self.tied = TiedHead(self.gpt, self.optimizer, config.tied_until * config.steps)

@@ -65,7 +65,6 @@ RIVALS: dict[str, dict[str, Make]] = {
     },
     "rmsprop": {"torch.optim.RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.0)},
     "adadelta": {"torch.optim.Adadelta": torch.optim.Adadelta},
-    "adafactor": {"torch.optim.Adafactor": torch.optim.Adafactor},
     "lion": {"pytorch_optimizer.Lion": package("pytorch_optimizer", "Lion")},
     "ademamix": {"pytorch_optimizer.AdEMAMix": package("pytorch_optimizer", "AdEMAMix")},
     "adopt": {"pytorch_optimizer.ADOPT": package("pytorch_optimizer", "ADOPT")},
@@ -109,20 +108,14 @@ def shapes(name: str) -> list[tuple[int, ...]]:
 
 def ours(name: str, block: int = BLOCK) -> Make:
     """Our class over bare parameters, compiled where it can be, at its defaults with the common period and block."""
-    settings = optimizers.OPTIMIZERS[name]
-    if not hasattr(settings, "method"):  # torch's own
-        torch_class = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad"}[name]
-        keys = {"fused": True}
-        if name == "sgd":
-            keys |= {"momentum": 0.9, "nesterov": True}
-        return lambda params: getattr(torch.optim, torch_class)(params, lr=1e-3, **keys)
-    keys = {key: value for key, value in (("every", EVERY), ("block", block), ("start", 1)) if hasattr(settings, key)}
-    if name in ("sophia", "cautious_adamw"):  # their `every` is part of the method, no work that is put off
+    cls = optimizers.OPTIMIZERS[name]
+    keys = {key: value for key, value in (("every", EVERY), ("block", block), ("start", 1)) if hasattr(cls, key)}
+    if name == "cautious_adamw":  # its `every` is part of the method, no work that is put off
         keys.pop("every")
-    values = settings(**keys).own(steps=1000)
+    values = cls.of_length(1000, **keys)
 
     def make(params):
-        optimizer = settings.method(params, **values)
+        optimizer = cls(params, **values)
         getattr(optimizer, "compile", lambda: None)()
         return optimizer
 

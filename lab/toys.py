@@ -22,12 +22,8 @@ from engine.spec import UsageError, nearest
 
 EXAMPLES, FEATURES, MU = 200, 10, 1.0
 STEPS = 400
-# Learning rates for logistic regression, falling in a line to 0 over STEPS (Schedule-Free: constant): 0.1 where a step is
-# about lr long, less where it is exactly that. TOLERANCE: the f(w) - min f that all must reach.
-RATES = dict.fromkeys(optimizers.OPTIMIZERS, 0.1) | {
-    "signum": 0.02, "lion": 0.02, "sophia": 0.005, "adagrad": 0.3, "adadelta": 3.0, "adafactor": 0.5, "amos": 0.3,
-    "schedule_free_sgd": 0.5, "prodigy": 1.0, "schedule_free_prodigy": 1.0,
-}  # fmt: skip
+# The learning rates for logistic regression (`toy_lr` of each method) fall in a line to 0 over STEPS (Schedule-Free: constant).
+# TOLERANCE: the f(w) - min f that all must reach.
 KEYS = {"schedule_free_adamw": "warmup=10", "schedule_free_sgd": "warmup=10", "schedule_free_prodigy": "warmup=10"}
 TOLERANCE = 1e-6
 
@@ -88,13 +84,10 @@ def descend(
     for step in range(steps):
         optimizer.train()
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 if optimizers.schedule_free(optimizer) else schedule(step))
+            group["lr"] = group["initial_lr"] * (1 if optimizers.find(spec).own_schedule else schedule(step))
         optimizer.zero_grad()
         loss(point.w, step).backward()
         optimizer.step()
-        for part in optimizers.parts(optimizer):
-            if getattr(part, "wants_curvature", bool)():  # Sophia's sample: here the gradient itself, of one "token"
-                part.curvature(1)
         optimizer.eval()
         path.append(point.w.detach().clone())
     return path
@@ -108,7 +101,8 @@ def logistic_gaps(name: str) -> list[float]:
     """f(w) - min f after each step on full gradients."""
     X, y = data()
     best = minimum()[1]
-    path = descend(spec_of(name, RATES[name]), torch.zeros(1, FEATURES), lambda w, _: logistic(w, X, y), STEPS, linear(STEPS))
+    spec = spec_of(name, optimizers.OPTIMIZERS[name].toy_lr)
+    path = descend(spec, torch.zeros(1, FEATURES), lambda w, _: logistic(w, X, y), STEPS, linear(STEPS))
     return [logistic(w.double(), X.double(), y.double()).item() - best for w in path]
 
 

@@ -12,7 +12,7 @@ from optimizers.base import Chain, hyper, moved, parts
 
 
 @dataclass(frozen=True)
-class LawaEMASettings:
+class LawaEMA:
     """a <- decay a + (1 - decay) w every `every` steps from `start` on; evaluates at a.
 
     Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round.
@@ -33,7 +33,7 @@ class LawaEMASettings:
 
 
 @dataclass(frozen=True)
-class LawaQueueSettings:
+class LawaQueue:
     """Keeps the weights of every `every`-th step, the last `length` of them; evaluates at their mean once there are as many.
 
     Source: latest weight averaging, arXiv 2209.14981; "LAWA queue" of AlgoPerf's first round.
@@ -51,7 +51,7 @@ class LawaQueueSettings:
         del kept[: -self.length]
 
 
-AVERAGES = {"lawa_ema": LawaEMASettings, "lawa_queue": LawaQueueSettings}
+AVERAGES = {"lawa_ema": LawaEMA, "lawa_queue": LawaQueue}
 
 
 class Averaged(Chain):
@@ -60,7 +60,7 @@ class Averaged(Chain):
     What is kept stands in the state_dict under `average`, beside torch's own entries, weight by weight.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, average: LawaEMASettings | LawaQueueSettings):
+    def __init__(self, optimizer: torch.optim.Optimizer, average: LawaEMA | LawaQueue):
         super().__init__(*parts(optimizer))
         self.average, self.t = average, 0
         self.kept: dict[Tensor, list[Tensor]] = {p: [] for g in self.param_groups for p in g["params"]}
@@ -108,7 +108,14 @@ class Averaged(Chain):
         self.aside = {p: moved(w, p.device) for p, w in aside if w is not None}
 
 
-def build_average(spec: str, steps: int) -> LawaEMASettings | LawaQueueSettings:
+def build_average(spec: str, steps: int) -> LawaEMA | LawaQueue | None:
+    """The average that `spec` names, for a run of `steps` steps; None: none.
+
+    Raises:
+        UsageError: unknown name or key, or a value out of range.
+    """
+    if spec == "none":
+        return None
     cls, settings = parse(spec, AVERAGES, "average")
     made = cls(**settings)
     for f in dataclasses.fields(made):

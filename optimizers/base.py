@@ -1,4 +1,4 @@
-"""What the optimizers are made of: typed settings, routing by role, and the base classes.
+"""What the optimizers are made of: typed hyperparameters, the registry, routing by role, and the base classes.
 
 Notation in all of them: w weight, g gradient, m and v averages, all after t steps; x^ is x with Adam's bias correction
 x / (1 - b^t). State is fp32, whatever the weights are; gradients are read, never changed; parameters without gradient
@@ -6,15 +6,18 @@ are left alone.
 """
 
 import dataclasses
+import inspect
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import field
-from functools import lru_cache
+from dataclasses import Field, field
+from functools import lru_cache, partial, partialmethod
 from itertools import compress
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.hardware import can_compile
 from engine.spec import nearest
@@ -22,49 +25,48 @@ from model import roles as roles_of
 from model import splits as splits_of
 
 ROLES = ("matrix", "embedding", "head", "vector", "scalar")
-ALL_ROLES = (*ROLES, "table")  # tables with sparse gradients go to an optimizer of their own: sparse.py
 DECAYED = ("matrix", "embedding", "head")
+OPTIMIZERS: dict[str, type["Method"]] = {}  # name -> class: every subclass of Method in this package enters itself
 
 
-# ---------------------------------------------------------------- settings and parameter groups
+# ---------------------------------------------------------------- hyperparameters
 
 
-def hyper(default, help: str, search: tuple[float, float, str] | None = None, least: float = 0, choices=None):
-    """One hyperparameter: its default, what it is, (low, high, scale) where it is worth tuning, the least value that makes
-    sense and the words it takes. Scale: "linear", "log", or "complement", where the logarithm of 1 - value is even, as suits
-    the factor of an average: 0.9, 0.99, 0.999."""
-    return field(default=default, metadata={"help": help, "search": search, "least": least, "choices": choices})
+def hyper(default, help: str, search: tuple | None = None, least: float = 0, choices=None, rest: bool = False) -> Field:
+    """One hyperparameter. Its type is the default's (None: a float or None), unless the attribute is annotated.
+
+    Args:
+        search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
+            even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
+        least: the least value that makes sense.
+        choices: the words it takes.
+        rest: it belongs to the optimizer of what the method leaves.
+    """
+    return field(default=default, metadata=dict(help=help, search=search, least=least, choices=choices, rest=rest))
 
 
-def rest(default, help: str, search=None):
-    """A hyperparameter of the optimizer that takes what a matrix method leaves."""
-    f = hyper(default, help, search)
-    return field(default=default, metadata=f.metadata | {"rest": True})
+def common(help: str, low: float, high: float, scale: str) -> Callable[..., Field]:
+    """A kind of hyperparameter that many methods have, as a function: its default, then what differs from the usual."""
+    return lambda default, low=low, high=high, help=help, least=0: hyper(default, help, (low, high, scale), least)
 
 
-class Settings:
-    """Base of the registered dataclasses: typed hyperparameters that know how to build their optimizer."""
-
-    roles: tuple[str, ...] = ROLES  # what the method itself updates; AdamW takes the rest
-    state_per_parameter = 8.0  # bytes of fp32 state for each parameter it updates; of a matrix method: at 1024 x 1024
-    method: type  # the optimizer class, set by that class
-
-    def build(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """The optimizer over all of gpt, for a run of `steps` steps."""
-        return self.method(decay_groups(gpt, getattr(self, "weight_decay", 0.0)), **self.own(steps))
-
-    def own(self, steps: int) -> dict:
-        """Constructor arguments of `method`; lengths given as a fraction of the run in steps."""
-        values = {f.name: getattr(self, f.name) for f in own_fields(type(self))}
-        for name in ("warmup", "ramp", "start"):
-            if 0 < values.get(name, 0) < 1:
-                values[name] = round(values[name] * steps)
-        return values
+def LR(default: float, low: float | None = None, high: float | None = None, help: str = "peak learning rate") -> Field:
+    """Worth tuning from a tenth to ten times the default, unless said otherwise."""
+    return hyper(default, help, (low or float(f"{default / 10:g}"), high or default * 10, "log"))
 
 
-def own_fields(settings: type[Settings]) -> list[dataclasses.Field]:
-    """The hyperparameters of the method itself: without those of the optimizer that takes the rest."""
-    return [f for f in dataclasses.fields(settings) if "rest" not in f.metadata]
+def EPS(default: float = 1e-8, help: str = "floor of the denominator") -> Field:
+    return hyper(default, help)
+
+
+MOMENTUM = common("mu", 0.8, 0.99, "complement")
+BETA1 = common("average of gradients", 0.8, 0.98, "complement")
+BETA2 = common("average of squares", 0.9, 0.999, "complement")
+DECAY = common("wd, decayed roles only", 1e-2, 1.0, "log")
+WARMUP = common("steps of linear warm-up; below 1: fraction of the run", 0.0, 0.2, "linear")
+
+
+# ---------------------------------------------------------------- parameter groups
 
 
 def groups(gpt: nn.Module, wanted: tuple[str, ...], by_split: bool = False, **options) -> list[dict]:
@@ -77,11 +79,15 @@ def groups(gpt: nn.Module, wanted: tuple[str, ...], by_split: bool = False, **op
     for name, p in gpt.named_parameters():
         if p.requires_grad and role[name] in wanted:
             chosen[split.get(name, 1) if by_split else None].append((role[name], p))
-    found = []
-    for n, members in sorted(chosen.items()):
-        label = "+".join(r for r in ALL_ROLES if any(r == own for own, _ in members))
-        found.append(dict(params=[p for _, p in members], roles=label, **options) | ({"split": n} if by_split else {}))
-    return found
+    return [
+        dict(params=[p for _, p in members], roles=label(r for r, _ in members), **options) | ({"split": n} if by_split else {})
+        for n, members in sorted(chosen.items())
+    ]
+
+
+def label(roles) -> str:
+    """What a param group says of the roles in it: `matrix+embedding`."""
+    return "+".join(sorted(set(roles), key=ROLES.index))
 
 
 def decay_groups(gpt: nn.Module, weight_decay: float, wanted: tuple[str, ...] = ROLES, by_split=False) -> list[dict]:
@@ -94,37 +100,81 @@ def decay_groups(gpt: nn.Module, weight_decay: float, wanted: tuple[str, ...] = 
 # ---------------------------------------------------------------- base classes
 
 
-def evaluate(closure):
-    """The loss of torch's optional closure, with gradients on."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
+class Method:
+    """An optimization method in one class: hyperparameters as class attributes, the rule, and what others need to know of it.
 
-
-class Optimizer(torch.optim.Optimizer):
-    """What ours share: hyperparameters from the dataclass `settings`, checked, and state that stays in fp32.
-
-    Each can be lifted into other torch code: `Lion(params, lr=1e-3)`, param groups, schedulers, state_dict as usual.
+    Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`, param groups, schedulers,
+    state_dict. A subclass in this package that has an `lr` is registered under its `name`, or its class's name in snake case.
+    Its docstring is the rule and "Source: ...". It is also a dataclass, so that `dataclasses.fields` lists its hyperparameters.
     """
 
-    settings: type[Settings]
+    roles: tuple[str, ...] = ROLES  # what the method itself updates; AdamW takes the rest
+    state_per_parameter = 8.0  # bytes of fp32 state for each parameter it updates; of a matrix method: at 1024 x 1024
+    schedule_free = False  # does it bring its own schedule? Then it runs at a constant learning rate
+    toy_lr = 0.1  # solves logistic regression in 400 steps (lab/toys.py): 0.1 where a step is about lr long
+    # Power of the width that `lr` goes with (lab/scaling), by muP's rule (arXiv 2203.03466, 2310.17813): an update's largest
+    # singular value should stay what it is. Updates whose entries all have one size let it grow with the width: -1. Plain
+    # gradients shrink by themselves, and methods that find their own rate have none to transfer: 0.
+    transfer = -1.0
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if "settings" in vars(cls):
-            cls.settings.method = cls
+        hypers = {name: f.default for name, f in vars(cls).items() if isinstance(f, Field)}
+        types = {name: float | None if default is None else type(default) for name, default in hypers.items()}
+        cls.__annotations__ = types | {n: kind for n, kind in inspect.get_annotations(cls).items() if n in types}
+        dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
+        if hasattr(cls, "lr") and cls.__module__.startswith(f"{__package__}."):
+            words = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", cls.__name__)  # CautiousAdamW: cautious_adamw
+            OPTIMIZERS[vars(cls).get("name", words.lower())] = cls
 
     def __init__(self, params, lr: float | None = None, **given):
-        known = {f.name: f.default for f in own_fields(self.settings)}
+        known = {f.name: f.default for f in self.own_fields()}
         if unknown := given.keys() - known.keys():
             raise TypeError(f"{type(self).__name__} has no setting {min(unknown)!r}: {nearest(min(unknown), known)}")
-        super().__init__(params, known | given | ({} if lr is None else {"lr": lr}))
+        super().__init__(params, **self.arguments(**known | given | ({} if lr is None else {"lr": lr})))
+
+    def arguments(self, **values) -> dict:
+        """What the torch class underneath is made with, from the hyperparameters."""
+        return {"defaults": values}
+
+    @classmethod
+    def own_fields(cls) -> list[Field]:
+        """The hyperparameters of the method itself: without those of the optimizer that takes the rest."""
+        return [f for f in dataclasses.fields(cls) if not f.metadata["rest"]]
+
+    @classmethod
+    def of_length(cls, steps: int, /, **given) -> dict:
+        """Arguments of the constructor for a run of `steps` steps; lengths given as a fraction of the run in steps."""
+        values = {f.name: given.get(f.name, f.default) for f in cls.own_fields()}
+        for name in ("warmup", "ramp", "start"):
+            if 0 < values.get(name, 0) < 1:
+                values[name] = round(values[name] * steps)
+        return values
+
+    @classmethod
+    def build(cls, gpt: nn.Module, steps: int, roles: tuple[str, ...] | None = None, /, **given) -> torch.optim.Optimizer:
+        """The optimizer over all of gpt, or its `roles`, for a run of `steps` steps."""
+        decay = given.get("weight_decay", getattr(cls, "weight_decay", 0.0))
+        optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
+        if roles:
+            return optimizer
+        rest = [f for f in dataclasses.fields(cls) if f.metadata["rest"]]
+        settings = {f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in rest}
+        return with_rest(optimizer, gpt, cls.roles, **settings)
+
+    @classmethod
+    def transfer_of(cls, settings: dict) -> float:
+        """`transfer` under these settings."""
+        return cls.transfer
+
+
+class Optimizer(Method, torch.optim.Optimizer):
+    """Base of the methods that are written here: hyperparameters are checked, state stays in fp32."""
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group, name = self.param_groups[-1], type(self).__name__
-        for f in own_fields(self.settings):
+        for f in self.own_fields():
             value, least, choices = group[f.name], f.metadata["least"], f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{name} has no {f.name} {value!r}: {nearest(str(value), choices)}")
@@ -150,30 +200,27 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+def evaluate(closure):
+    """The loss of torch's optional closure, with gradients on."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def keep_fp32(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Undo torch's cast of loaded state to the type of its parameter: averages of bf16 weights must stay fp32, for one."""
+    """Undo torch's cast of loaded state to the type of its parameter: averages of bf16 weights, for one, must stay fp32."""
     numbers = [i for g in state_dict["param_groups"] for i in g["params"]]
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in zip(numbers, params, strict=True):
         saved = state_dict["state"].get(i, {})
-        if any(value.dtype != p.dtype for value in tensors(saved)):
+        if any(isinstance(value, Tensor) and value.dtype != p.dtype for value in tree_leaves(saved)):
             optimizer.state[p] = moved(saved, p.device)
 
 
-def tensors(value) -> Iterator[Tensor]:
-    """Those in nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from tensors(inner)
-
-
-def moved(value, device: torch.device):
+def moved(state, device: torch.device):
     """A copy of nested state on `device`."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    return {k: moved(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+    return tree_map_only(Tensor, lambda x: x.detach().to(device, copy=True), state)
 
 
 class Chain(torch.optim.Optimizer):
@@ -223,11 +270,11 @@ class Chain(torch.optim.Optimizer):
 
     def train(self) -> None:
         for part in self.parts:
-            mode(part, "train")
+            getattr(part, "train", lambda: None)()
 
     def eval(self) -> None:
         for part in self.parts:
-            mode(part, "eval")
+            getattr(part, "eval", lambda: None)()
 
 
 def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
@@ -235,9 +282,10 @@ def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]
     return optimizer.parts if isinstance(optimizer, Chain) else (optimizer,)
 
 
-def mode(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """optimizer.train() or .eval(), for methods that evaluate other weights than they train; else nothing."""
-    getattr(optimizer, name, lambda: None)()
+def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str, ...], /, **settings) -> torch.optim.Optimizer:
+    """An optimizer of these roles, chained to AdamW for the other weights of gpt, if there are any."""
+    rest = tuple(r for r in ROLES if r not in roles)
+    return Chain(optimizer, OPTIMIZERS["adamw"].build(gpt, 0, rest, **settings)) if groups(gpt, rest) else optimizer
 
 
 # ---------------------------------------------------------------- element-wise methods
@@ -246,7 +294,7 @@ def mode(optimizer: torch.optim.Optimizer, name: str) -> None:
 class Many:
     """Tensors computed with as if they were one: every operation is one torch._foreach call over the list.
 
-    What a rule may use of a tensor is what stands here; other operands are as long, or a number, or a 0-dim tensor.
+    Other operands are as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`.
     """
 
     __slots__ = ("tensors",)
@@ -254,63 +302,21 @@ class Many:
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
 
-    def __add__(self, other):
-        return Many(torch._foreach_add(self.tensors, listed(other)))
+    def apply(self, name: str, *operands):
+        result = getattr(torch, f"_foreach_{name}")(self.tensors, *(x.tensors if isinstance(x, Many) else x for x in operands))
+        return self if name.endswith("_") else Many(result)
 
-    def __sub__(self, other):
-        return Many(torch._foreach_sub(self.tensors, listed(other)))
+    def __getattr__(self, name: str) -> Callable:
+        return partial(self.apply, name)
 
-    def __mul__(self, other):
-        return Many(torch._foreach_mul(self.tensors, listed(other)))
-
-    def __truediv__(self, other):
-        return Many(torch._foreach_div(self.tensors, listed(other)))
-
-    def __pow__(self, exponent: float):
-        return Many(torch._foreach_pow(self.tensors, exponent))
-
-    def lerp(self, end, weight: float):
-        return Many(torch._foreach_lerp(self.tensors, end.tensors, weight))
-
-    def sqrt(self):
-        return Many(torch._foreach_sqrt(self.tensors))
-
-    def sign(self):
-        return Many(torch._foreach_sign(self.tensors))
+    __add__, __sub__, __mul__ = partialmethod(apply, "add"), partialmethod(apply, "sub"), partialmethod(apply, "mul")
+    __truediv__, __pow__ = partialmethod(apply, "div"), partialmethod(apply, "pow")
 
     def clamp(self, least: float, most: float | None = None):
-        clamped = torch._foreach_clamp_min(self.tensors, least)
-        return Many(clamped if most is None else torch._foreach_clamp_max(clamped, most))
-
-    def abs(self):
-        return Many(torch._foreach_abs(self.tensors))
+        return self.clamp_min(least) if most is None else self.clamp_min(least).clamp_max(most)
 
     def sum(self, *dim: int):
         return Many([x.sum(*dim) for x in self.tensors])
-
-    def add_(self, other):
-        torch._foreach_add_(self.tensors, listed(other))
-        return self
-
-    def sub_(self, other):
-        torch._foreach_sub_(self.tensors, listed(other))
-        return self
-
-    def mul_(self, other):
-        torch._foreach_mul_(self.tensors, listed(other))
-        return self
-
-    def lerp_(self, end, weight: float):
-        torch._foreach_lerp_(self.tensors, end.tensors, weight)
-        return self
-
-    def copy_(self, other):
-        torch._foreach_copy_(self.tensors, other.tensors)
-        return self
-
-
-def listed(operand):
-    return operand.tensors if isinstance(operand, Many) else operand
 
 
 PIECE = 2**17  # weights: with the state and temporaries of a method, what the second-level caches of a CPU hold
@@ -318,12 +324,24 @@ LONE = 2**14  # weights: from here on a tensor is worth a call of compiled code 
 ROW = 256  # weights: compiled code sees a large tensor as rows of so many
 Value = Tensor | Many  # what a rule computes with
 
+# The usual scalars, which a rule gets if it names them; by the param group and the step.
+SCALARS: dict[str, Callable[[dict, int], float]] = {
+    "new": lambda group, t: 1 - group["momentum"],  # share of the newest gradient in an average
+    "new1": lambda group, t: 1 - group["beta1"],
+    "new2": lambda group, t: 1 - group["beta2"],
+    "rate": lambda group, t: group["lr"] / (1 - group["beta1"] ** t),  # lr with the bias correction of Adam's first average
+    "correction": lambda group, t: 1 / math.sqrt(1 - group["beta2"] ** t),  # factor on the root of Adam's second average
+    "decay": lambda group, t: group["lr"] * group["weight_decay"],
+    "keep": lambda group, t: 1 - group["lr"] * group["weight_decay"],  # what decoupled weight decay leaves of a weight
+}
+
 
 class Elementwise(Optimizer):
     """Base of methods in which a weight's update looks at that weight's own history alone.
 
-    A subclass names its state tensors in `buffers`, and writes its formula once: `rule` in plain tensor arithmetic that
-    works in place, `numbers` with the scalars that the rule takes by name. The rule then runs
+    A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic that works
+    in place. It gets weights, gradients and buffers, and by name the scalars it asks for: those of `numbers`, the usual ones
+    (SCALARS), hyperparameters. The rule then runs
     - over lists of tensors, one torch._foreach call an operation: the default. On a CPU the lists are pieces that stay in its
       cache while the rule passes over them;
     - after `compile()`, on a CPU, over one large tensor at a time in one fused pass, as fast as memory.
@@ -331,16 +349,15 @@ class Elementwise(Optimizer):
 
     buffers: tuple[str, ...] = ()
     compiled = False
-    of_slices = True  # may a slice of a weight be updated without the rest? False where the rule takes sums over all of it
 
     @staticmethod
-    def rule(w: Value, g: Value, *buffers: Value, **numbers: float) -> None:
+    def rule(w: Value, g: Value, *buffers: Value, **scalars: float) -> None:
         """Update weights and buffers in place from the gradients. Buffers come in the order of `names`, extras after them."""
         raise NotImplementedError
 
     def numbers(self, group: dict, t: int) -> dict[str, float | bool]:
-        """The rule's scalars in step t: worked out here in double precision, where 1 - beta is still exact."""
-        raise NotImplementedError
+        """Scalars of the rule in step t that are not among the usual ones."""
+        return {}
 
     def names(self, group: dict) -> tuple[str, ...]:
         """The buffers in use under this group's settings."""
@@ -359,16 +376,12 @@ class Elementwise(Optimizer):
             twin.compiled = True
             for g in dummy:
                 g["params"][0].grad = torch.zeros(LONE // ROW, ROW)
-            for _ in range(2):  # the first step may be another than those after
-                twin.rehearse()
-
-    def rehearse(self) -> None:
-        """Go once through all rules."""
-        self.step()
+            for _ in range(max(2, *(g.get("every", 1) for g in dummy))):  # the first step may be another than those after
+                twin.step()
 
     def update_group(self, group: dict, params: list[Tensor]) -> None:
         for t, members in self.alike(group, params):
-            self.sweep(self.rule, group, members, self.numbers(group, t), *self.measure(group, t, members))
+            self.sweep(self.rule, group, members, self.scalars(self.rule, group, t), *self.measure(group, t, members))
 
     def alike(self, group: dict, params: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
         """Begin a step: (its number, the weights of one type and device for which it has that number)."""
@@ -386,21 +399,27 @@ class Elementwise(Optimizer):
 
     def initialise(self, group: dict, p: Tensor, state: dict) -> None:
         for name in self.names(group):
-            state[name] = torch.zeros_like(p, dtype=torch.float32)
+            self.buffer(p, name)
 
     def buffer(self, p: Tensor, name: str) -> Tensor:
         """Made where there is none yet: a schedule may begin without momentum."""
-        state = self.state[p]
-        if name not in state:
-            state[name] = torch.zeros_like(p, dtype=torch.float32)
-        return state[name]
+        if name not in self.state[p]:
+            self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
+        return self.state[p][name]
 
     def measure(self, group: dict, t: int, params: list[Tensor]) -> list[list[Tensor]]:
         """Extras of the rule: lists of 0-dim tensors, one a parameter."""
         return []
 
-    def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], numbers: dict, *extras: list[Tensor]) -> None:
-        """rule(weight, gradient, buffers, extras, **numbers) over all of `params`, which are of one type and device.
+    def scalars(self, rule: Callable[..., None], group: dict, t: int) -> dict[str, float | bool]:
+        """What the rule asks for by name: worked out here in double precision, where 1 - beta is still exact."""
+        own, found = self.numbers(group, t), {}
+        for name in keywords(rule):
+            found[name] = own[name] if name in own else SCALARS[name](group, t) if name in SCALARS else group[name]
+        return found
+
+    def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], scalars: dict, *extras: list[Tensor]) -> None:
+        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, which are of one type and device.
 
         Weights that are not fp32 are updated in fp32.
         """
@@ -410,23 +429,28 @@ class Elementwise(Optimizer):
         ]
         if params[0].dtype != torch.float32:
             rows = [(w.float(), g.float(), *others) for w, g, *others in rows]
-            rule(*map(Many, map(list, zip(*rows, strict=True))), **numbers)
+            rule(*map(Many, map(list, zip(*rows, strict=True))), **scalars)
             torch._foreach_copy_(params, [w for w, *_ in rows])
             return
         if self.compiled:
             fused = compiled(rule)
-            scalars = {k: v if isinstance(v, bool) else torch.as_tensor(v, dtype=torch.float32) for k, v in numbers.items()}
+            as_tensors = {k: v if isinstance(v, bool) else torch.as_tensor(v, dtype=torch.float32) for k, v in scalars.items()}
             large = [w.numel() >= LONE and w.numel() % ROW == 0 and w.is_contiguous() for w, *_ in rows]
             for row in compress(rows, large):
-                fused(*(x.reshape(-1, ROW).data if x.dim() else x for x in row), **scalars)  # .data: no view to guard on
+                fused(*(x.reshape(-1, ROW).data if x.dim() else x for x in row), **as_tensors)  # .data: no view to guard on
             rows = [row for row, alone in zip(rows, large, strict=True) if not alone]
         for piece in pieces(rows):
-            rule(*map(Many, piece), **numbers)
+            rule(*map(Many, piece), **scalars)
+
+
+@lru_cache
+def keywords(rule: Callable[..., None]) -> tuple[str, ...]:
+    return tuple(p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
 @lru_cache
 def compiled(rule: Callable[..., None]) -> Callable[..., None]:
-    """Of any size and with any numbers, which come as 0-dim tensors: a Python float would be compiled in."""
+    """Of any size and with any scalars, which come as 0-dim tensors: a Python float would be compiled in."""
     return torch.compile(rule, dynamic=True, fullgraph=True)
 
 
@@ -463,20 +487,6 @@ def lerp_(start: Value, end: Value, weight: float) -> Value:
 def total(x: Value) -> Value:
     """The sum of all elements; by rows first, since one long sum costs compiled code more than reading memory does."""
     return x.sum(-1).sum()
-
-
-def keep(group: dict, factor: float | None = None) -> float:
-    """What decoupled weight decay leaves of a weight: 1 - factor wd; factor is lr if not given."""
-    return 1 - (group["lr"] if factor is None else factor) * group["weight_decay"]
-
-
-def adam_numbers(group: dict, t: int) -> dict[str, float]:
-    """Of rules with Adam's two averages: their new shares, the rate with the first's bias correction, the root of the
-    second's as a factor (a division costs as much as reading four weights)."""
-    beta1, beta2 = group["beta1"], group["beta2"]
-    rate = group["lr"] / (1 - beta1**t)
-    correction = 1 / math.sqrt(1 - beta2**t)
-    return dict(new1=1 - beta1, new2=1 - beta2, rate=rate, correction=correction, eps=group["eps"], keep=keep(group))
 
 
 class Swapped:

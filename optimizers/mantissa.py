@@ -44,8 +44,6 @@ def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, T
     """
     if isinstance(optimizer, Averaged) or any(isinstance(part, Swapped) for part in parts(optimizer)):
         raise UsageError("--weights bf16 knows no averages: use --weights fp32")
-    if any(hasattr(part, "wants_curvature") for part in parts(optimizer)):
-        raise UsageError("--weights bf16 knows no estimate of the curvature: use --weights fp32")
     optimizer = optimizer if isinstance(optimizer, Chain) else Chain(optimizer)
     for part in optimizer.parts:
         stands_for = {}

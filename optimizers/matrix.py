@@ -4,12 +4,15 @@ They own the hidden matrices; AdamW takes the rest. First what they share: block
 each block owned by one rank.
 """
 
+import dataclasses
 import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -17,39 +20,10 @@ from torch import Tensor
 
 from engine.hardware import has_native_bf16
 from layers.kernels import gram, polynomial
-from optimizers.base import Chain, Optimizer, Settings, evaluate, groups, hyper, keep, rest
-from optimizers.cautious import CautiousAdamW
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, evaluate, groups, hyper
+from optimizers.elementwise import AdamW, CautiousAdamW
 
-
-@dataclass(frozen=True)
-class MatrixSettings(Settings):
-    """Settings that every matrix method shares: of AdamW, which takes embeddings, head, vectors and scalars."""
-
-    adamw_lr: float = rest(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"))
-    embedding_lr: float | None = rest(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"))
-    head_lr: float | None = rest(None, "peak rate of an untied head; none or 0: adamw_lr", (3e-4, 3e-2, "log"))
-    adamw_beta1: float = rest(0.9, "AdamW's average of gradients")
-    adamw_beta2: float = rest(0.95, "AdamW's average of squares")
-    adamw_eps: float = rest(1e-10, "floor of AdamW's denominator")
-    adamw_weight_decay: float = rest(0.0, "wd of embeddings and head")
-    adamw_cautious: bool = rest(False, "decay only weights that the update shrinks (modded-nanogpt #50)")
-    adamw_every: int = rest(1, "steps between AdamW's updates, each by the sum of the gradients since (modded-nanogpt #39)")
-
-    roles = ("matrix",)
-
-    def build(self, gpt, steps):
-        method = self.method(groups(gpt, self.roles, by_split=True), **self.own(steps))
-        decay = self.adamw_weight_decay
-        others = groups(gpt, ("embedding",), lr=self.embedding_lr or self.adamw_lr, weight_decay=decay)
-        others += groups(gpt, ("head",), lr=self.head_lr or self.adamw_lr, weight_decay=decay)
-        others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
-        if not others:
-            return method
-        lr, beta1, beta2, eps = self.adamw_lr, self.adamw_beta1, self.adamw_beta2, self.adamw_eps
-        if self.adamw_cautious or self.adamw_every > 1:
-            how = dict(beta1=beta1, beta2=beta2, eps=eps, cautious=self.adamw_cautious, every=self.adamw_every)
-            return Chain(method, CautiousAdamW(others, lr=lr, **how))
-        return Chain(method, torch.optim.AdamW(others, lr=lr, betas=(beta1, beta2), eps=eps, fused=True))
+RATE, WD = "peak learning rate of the hidden matrices", "wd of the hidden matrices"
 
 
 @dataclass(frozen=True)
@@ -68,13 +42,6 @@ class Block:
         return tensor.view(self.split, -1, tensor[0].numel())[self.part, slice(*self.rows), slice(*self.columns)]
 
     @property
-    def span(self) -> tuple[int, int] | None:
-        """Its numbers [first, end) in p flattened, where they lie side by side: a block of whole rows."""
-        columns = self.p[0].numel()
-        above = self.part * self.p.size(0) // self.split
-        return ((above + self.rows[0]) * columns, (above + self.rows[1]) * columns) if self.shape[1] == columns else None
-
-    @property
     def shape(self) -> tuple[int, int]:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
@@ -90,6 +57,11 @@ class Bucket:
 
     def of_rank(self, rank: int) -> list[Block]:
         return [b for b, owner in zip(self.blocks, self.owners, strict=True) if owner == rank]
+
+
+def rest(default, help: str, search: tuple | None = None) -> dataclasses.Field:
+    """A hyperparameter of the optimizer that takes what a matrix method leaves."""
+    return hyper(default, help, search, rest=True)
 
 
 def tiles(size: int, block: int) -> list[tuple[int, int]]:
@@ -123,15 +95,37 @@ class MatrixMethod(Optimizer):
     computed; one rank is the same path with everything as its share. Of gradients a rank reads those of its own blocks.
     Checkpoints: checkpoint.py, which unites the blocks of all ranks.
 
-    A subclass says how a batch of blocks starts (`initial`), what it costs and how it is updated.
+    A subclass says how a batch of blocks starts (`initial`), what it costs and how it is updated. What every matrix method has
+    to set besides is AdamW, which takes embeddings, head, vectors and scalars.
     """
 
-    _linked: dict | None = None  # the state dict that the buckets below belong to
-    _buckets: list[Bucket]
+    adamw_lr = rest(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"))
+    embedding_lr = rest(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"))
+    head_lr = rest(None, "peak rate of an untied head; none or 0: adamw_lr", (3e-4, 3e-2, "log"))
+    adamw_beta1 = rest(0.9, "AdamW's average of gradients")
+    adamw_beta2 = rest(0.95, "AdamW's average of squares")
+    adamw_eps = rest(1e-10, "floor of AdamW's denominator")
+    adamw_weight_decay = rest(0.0, "wd of embeddings and head")
+    adamw_cautious = rest(False, "decay only weights that the update shrinks (modded-nanogpt #50)")
+    adamw_every = rest(1, "steps between AdamW's updates, each by the sum of the gradients since (modded-nanogpt #39)")
 
-    def __init__(self, params, lr: float | None = None, **given):
-        super().__init__(params, lr, **given)
-        self._linked = None
+    roles = ("matrix",)
+    _linked = None  # the state dict that `_buckets` belong to
+
+    @classmethod
+    def build(cls, gpt, steps, /, **given):
+        method = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given))
+        settings = SimpleNamespace(**{f.name: f.default for f in dataclasses.fields(cls)} | given)
+        lr, decay = settings.adamw_lr, settings.adamw_weight_decay
+        others = groups(gpt, ("embedding",), lr=settings.embedding_lr or lr, weight_decay=decay)
+        others += groups(gpt, ("head",), lr=settings.head_lr or lr, weight_decay=decay)
+        others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
+        if not others:
+            return method
+        how = dict(lr=lr, beta1=settings.adamw_beta1, beta2=settings.adamw_beta2, eps=settings.adamw_eps)
+        cautious, every = settings.adamw_cautious, settings.adamw_every
+        plain = not cautious and every == 1
+        return Chain(method, AdamW(others, **how) if plain else CautiousAdamW(others, **how, cautious=cautious, every=every))
 
     def add_param_group(self, param_group: dict) -> None:
         param_group.setdefault("split", 1)
@@ -166,16 +160,6 @@ class MatrixMethod(Optimizer):
 
     # the work
 
-    def spans(self) -> dict[Tensor, list[tuple[int, int, int]]]:
-        """Weights that are cut into whole rows -> (owner, first, end) of each block, in the weight flattened."""
-        found = [(b, owner) for bucket in self._cut() for b, owner in zip(bucket.blocks, bucket.owners, strict=True)]
-        torn = {b.p for b, _ in found if b.span is None}
-        spans: dict[Tensor, list[tuple[int, int, int]]] = {b.p: [] for b, _ in found if b.p not in torn}
-        for b, owner in found:
-            if b.p in spans:
-                spans[b.p].append((owner, *b.span))
-        return spans
-
     def _cut(self) -> list[Bucket]:
         """All blocks with their owners, by shape; without state."""
         alike: dict[tuple, list[Block]] = defaultdict(list)
@@ -183,12 +167,10 @@ class MatrixMethod(Optimizer):
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 split, block = group["split"], group.get("block", 0)
-                for part in range(split):
-                    for rows in tiles(p.size(0) // split, block):
-                        for columns in tiles(p[0].numel(), block):
-                            piece = Block(p, count, split, part, rows, columns)
-                            alike[i, piece.shape, p.device].append(piece)
-                            count += 1
+                for part, rows, columns in product(range(split), tiles(p.size(0) // split, block), tiles(p[0].numel(), block)):
+                    piece = Block(p, count, split, part, rows, columns)
+                    alike[i, piece.shape, p.device].append(piece)
+                    count += 1
         batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
         owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], world()[1]))
         buckets = []
@@ -275,7 +257,7 @@ class MatrixMethod(Optimizer):
             for w, u in zip(weights, directions, strict=True):
                 w.mul_(1 - group["lr"] * group["weight_decay"] * (w * u >= 0))
         elif group["weight_decay"]:
-            torch._foreach_mul_(weights, keep(group))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
 
@@ -314,6 +296,11 @@ def iteration_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES.get(name) or (torch.bfloat16 if has_native_bf16(device) else torch.float32)
 
 
+def frobenius(X: Tensor) -> Tensor:
+    """The norm of each [m, n], as [..., 1, 1]: at least its largest singular value."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+
+
 def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtype: str = "auto") -> Tensor:
     """U V^T, nearly, of G = U S V^T by Newton-Schulz iteration: every singular value is driven towards 1.
 
@@ -327,8 +314,7 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtyp
     """
     if G.size(-2) > G.size(-1):  # the products below are the cheaper the fewer rows there are
         return orthogonalize(G.mT, steps, coefficients, dtype).mT
-    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)  # Frobenius: at least the largest singular value
-    X = (G / (norm + 1e-7)).to(iteration_dtype(dtype, G.device)).reshape(-1, *G.shape[-2:])
+    X = (G / (frobenius(G) + 1e-7)).to(iteration_dtype(dtype, G.device)).reshape(-1, *G.shape[-2:])
     table = COEFFICIENTS[coefficients]
     for i in range(steps):
         a, b, c = table[min(i, len(table) - 1)]
@@ -337,8 +323,7 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtyp
     return X.view(G.shape)
 
 
-@dataclass(frozen=True)
-class MuonSettings(MatrixSettings):
+class Muon(MatrixMethod):
     """m <- mu m + (1 - mu) g;  u = (1 - mu) g + mu m (Nesterov) or m;  w <- (1 - lr wd) w - lr scale orthogonalize(u).
 
     Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon`
@@ -346,27 +331,25 @@ class MuonSettings(MatrixSettings):
     norm of o.
     """
 
-    lr: float = hyper(0.02, "peak learning rate of the hidden matrices", (3e-3, 1e-1, "log"))
-    momentum: float = hyper(0.95, "mu", (0.85, 0.99, "complement"))
-    nesterov: bool = hyper(True, "look one step ahead")
-    weight_decay: float = hyper(0.01, "wd of the hidden matrices", (1e-3, 0.3, "log"))
-    cautious: bool = hyper(False, "decay only weights that the update shrinks (nanochat)")
-    steps: int = hyper(5, "orthogonalisation iterations", least=1)
-    coefficients: str = hyper(
-        "quintic", f"of the iteration: {', '.join(COEFFICIENTS)} (cubic wants 12 steps)", choices=COEFFICIENTS
-    )
-    scale: str = hyper("keller", f"factor by shape: {', '.join(SCALES)}; learning rates do not carry over", choices=SCALES)
-    normuon: bool = hyper(False, "even out the rows of the update by their second moment")
-    normuon_beta2: float = hyper(0.95, "normuon's average of squares")
-    dtype: str = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
+    lr = LR(0.02, 3e-3, 1e-1, RATE)
+    momentum = MOMENTUM(0.95, 0.85)
+    nesterov = hyper(True, "look one step ahead")
+    weight_decay = DECAY(0.01, 1e-3, 0.3, WD)
+    cautious = hyper(False, "decay only weights that the update shrinks (nanochat)")
+    steps = hyper(5, "orthogonalisation iterations", least=1)
+    coefficients = hyper("quintic", f"of the iteration: {', '.join(COEFFICIENTS)} (cubic wants 12 steps)", choices=COEFFICIENTS)
+    scale = hyper("keller", f"factor by shape: {', '.join(SCALES)}; learning rates do not carry over", choices=SCALES)
+    normuon = hyper(False, "even out the rows of the update by their second moment")
+    normuon_beta2 = hyper(0.95, "normuon's average of squares")
+    dtype = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
 
     state_per_parameter = 4.0
 
-
-class Muon(MatrixMethod):
-    """See MuonSettings. For hidden weight matrices only."""
-
-    settings = MuonSettings
+    @classmethod
+    def transfer_of(cls, settings):
+        """Its updates have singular values of 1 times a factor by shape, which grows with the width only in Moonlight's scale.
+        Tuned rates fall all the same: 0.016 to 0.004 from 130M to 1.2B (arXiv 2509.02046)."""
+        return -0.5 if settings.get("scale", cls.scale) == "moonlight" else 0.0
 
     def initial(self, group, count, m, n):
         state = {"momentum": torch.zeros(count, m, n)}
@@ -386,8 +369,7 @@ class Muon(MatrixMethod):
             o = o.float()
             rows = state["rows"].lerp_(o.square().mean(-1, keepdim=True), 1 - group["normuon_beta2"])
             even = o / (rows.sqrt() + 1e-8)
-            norm = torch.linalg.vector_norm
-            o = even * (norm(o, dim=(-2, -1), keepdim=True) / (norm(even, dim=(-2, -1), keepdim=True) + 1e-8))
+            o = even * (frobenius(o) / (frobenius(even) + 1e-8))
         return o * SCALES[group["scale"]](*G.shape[-2:])
 
 
@@ -406,35 +388,30 @@ def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: 
     try:
         values, vectors = torch.linalg.eigh(A)
     except torch.linalg.LinAlgError:  # one matrix of the batch did not converge: find it
-        found = [eigh_or_none(a) for a in A]
-        n = A.size(-1)
-        values = torch.stack([A.new_full((n,), math.nan) if f is None else f[0] for f in found])
-        vectors = torch.stack([A.new_full((n, n), math.nan) if f is None else f[1] for f in found])
+        values, vectors = map(torch.stack, zip(*map(eigh_or_nan, A), strict=True))
     values = values - values[:, :1].clamp(max=0)
     values = values + eps * (values[:, -1:].clamp(min=1e-30) if relative else 1)
     root = ((vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT).to(old.dtype)
     return torch.where(root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), root, old)
 
 
-def eigh_or_none(A: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues and vectors of one matrix; a second try with a little on its diagonal; None when that fails too."""
+def eigh_or_nan(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of one matrix; a second try with a little on its diagonal; NaN when that fails too."""
     for jitter in (0.0, 1e-10):
         try:
             return torch.linalg.eigh(A + jitter * A.diagonal().abs().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device))
         except torch.linalg.LinAlgError:
             pass
-    return None
+    return A.diagonal() * math.nan, A * math.nan
 
 
 def at_norm(u: Tensor, graft: Tensor) -> Tensor:
     """Grafting (arXiv 2002.11803): each u [k, m, n] at the norm of its graft; the graft itself where u is zero."""
-    norm = lambda x: torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # noqa: E731
-    size = norm(u)
-    return torch.where(size > 0, u * (norm(graft) / size.clamp(min=1e-30)), graft)
+    size = frobenius(u)
+    return torch.where(size > 0, u * (frobenius(graft) / size.clamp(min=1e-30)), graft)
 
 
-@dataclass(frozen=True)
-class ShampooSettings(MatrixSettings):
+class Shampoo(MatrixMethod):
     """L <- b2 L + (1 - b2) g g^T;  R <- b2 R + (1 - b2) g^T g;  u = L^^-e m^ R^^-e, at the norm of Adam's update of the same
     block;  w <- (1 - lr wd) w - lr u.
 
@@ -443,26 +420,18 @@ class ShampooSettings(MatrixSettings):
     e = 1/4 is the paper's; 1/2 makes each side K-FAC-like. `one_sided` preconditions the shorter side alone, with 2 e.
     """
 
-    lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients; 0: none", (0.8, 0.98, "complement"))
-    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "complement"))
-    eps: float = hyper(1e-12, "added to the factors' eigenvalues (above 1e-8 it hurts)")
-    weight_decay: float = hyper(0.05, "wd of the hidden matrices", (1e-2, 1.0, "log"))
-    exponent: float = hyper(0.25, "e, of each side", (0.125, 0.5, "linear"))
-    one_sided: bool = hyper(False, "precondition the shorter side only")
-    every: int = hyper(10, "steps between renewals of the roots", least=1)
+    lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.9, help="average of gradients; 0: none")
+    beta2 = BETA2(0.95, help="average of the factors, and of the squares of grafting")
+    eps, weight_decay = EPS(1e-12, "added to the factors' eigenvalues (above 1e-8 it hurts)"), DECAY(0.05, help=WD)
+    exponent = hyper(0.25, "e, of each side", (0.125, 0.5, "linear"))
+    one_sided = hyper(False, "precondition the shorter side only")
+    every = hyper(10, "steps between renewals of the roots", least=1)
     start: float = hyper(10, "first step that is preconditioned; below 1: fraction of the run")
-    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
-    grafting: str = hyper("adam", "size of the update: adam, or none for its own", choices=("adam", "none"))
-    graft_eps: float = hyper(1e-8, "floor of Adam's denominator in grafting")
+    block = hyper(1024, "largest side of a block; 0: whole matrices")
+    grafting = hyper("adam", "size of the update: adam, or none for its own", choices=("adam", "none"))
+    graft_eps = EPS(help="floor of Adam's denominator in grafting")
 
     state_per_parameter = 24.0
-
-
-class Shampoo(MatrixMethod):
-    """See ShampooSettings."""
-
-    settings = ShampooSettings
 
     def initial(self, group, count, m, n):
         state = {"average": torch.zeros(count, m, n)} if group["beta1"] else {}
@@ -502,13 +471,10 @@ class Shampoo(MatrixMethod):
                 root.copy_(inverse_root(state[side] / (1 - beta2**t), power, group["eps"], root))
         u = torch.bmm(state["left_root"], m) if "left_root" in state else m
         u = torch.bmm(u, state["right_root"]) if "right_root" in state else u
-        if graft is None:
-            return u
-        return at_norm(u, graft)
+        return u if graft is None else at_norm(u, graft)
 
 
-@dataclass(frozen=True)
-class CASPRSettings(MatrixSettings):
+class CASPR(MatrixMethod):
     """L <- b2 L + (1 - b2) g g^T;  R <- b2 c R + (1 - b2) (P g)^T (P g) / rows;  u = P m~ Q with P = L^-1/2, Q = R^-1/2 and
     m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
 
@@ -518,23 +484,16 @@ class CASPRSettings(MatrixSettings):
     block; there it is that of the whole weight, which differs where a side is longer than `block`.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
-    beta2: float = hyper(0.95, "average of the factors, and of the squares of grafting", (0.9, 0.999, "complement"))
-    eps: float = hyper(1e-6, "added to the factors, relative to their largest eigenvalue", (1e-8, 1e-4, "log"))
-    weight_decay: float = hyper(0.05, "wd of the hidden matrices", (1e-2, 1.0, "log"))
-    every: int = hyper(10, "steps between renewals of the roots", least=1)
+    lr, beta1 = LR(3e-3, help=RATE), BETA1(0.9)
+    beta2 = BETA2(0.95, help="average of the factors, and of the squares of grafting")
+    eps = hyper(1e-6, "added to the factors, relative to their largest eigenvalue", (1e-8, 1e-4, "log"))
+    weight_decay = DECAY(0.05, help=WD)
+    every = hyper(10, "steps between renewals of the roots", least=1)
     start: float = hyper(10, "last step that is not preconditioned; below 1: fraction of the run")
-    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
-    graft_eps: float = hyper(1e-8, "floor of NAdam's denominator")
+    block = hyper(1024, "largest side of a block; 0: whole matrices")
+    graft_eps = EPS(help="floor of NAdam's denominator")
 
     state_per_parameter = 28.0
-
-
-class CASPR(MatrixMethod):
-    """See CASPRSettings."""
-
-    settings = CASPRSettings
 
     def initial(self, group, count, m, n):
         eye = {size: torch.eye(size).repeat(count, 1, 1) for size in (m, n)}
@@ -569,8 +528,7 @@ class CASPR(MatrixMethod):
         return at_norm(torch.bmm(torch.bmm(P, m), Q), graft)
 
 
-@dataclass(frozen=True)
-class SOAPSettings(MatrixSettings):
+class SOAP(MatrixMethod):
     """Adam in the eigenbasis of Shampoo's factors: g' = Q_L^T g Q_R;  m, v of g' as Adam's;
     u = Q_L (m^ / (sqrt(v^) + eps)) Q_R^T;  w <- (1 - lr wd) w - lr u;  then L, R as Shampoo's and, every `every` steps,
     Q <- QR(L Q).
@@ -583,22 +541,13 @@ class SOAPSettings(MatrixSettings):
     identity, from which a step of QR now and then does not lead away for long.
     """
 
-    lr: float = hyper(6e-3, "peak learning rate of the hidden matrices", (3e-4, 3e-2, "log"))
-    beta1: float = hyper(0.95, "average of gradients", (0.8, 0.98, "complement"))
-    beta2: float = hyper(0.95, "average of squares in the basis", (0.9, 0.999, "complement"))
-    shampoo_beta: float = hyper(0.95, "average of the factors", (0.9, 0.999, "complement"))
-    eps: float = hyper(1e-8, "floor of the denominator")
-    weight_decay: float = hyper(0.01, "wd of the hidden matrices", (1e-3, 1.0, "log"))
-    every: int = hyper(10, "steps between renewals of the bases", least=1)
-    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
+    lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.95)
+    beta2, shampoo_beta = BETA2(0.95, help="average of squares in the basis"), BETA2(0.95, help="average of the factors")
+    eps, weight_decay = EPS(), DECAY(0.01, 1e-3, 1.0, WD)
+    every = hyper(10, "steps between renewals of the bases", least=1)
+    block = hyper(1024, "largest side of a block; 0: whole matrices")
 
     state_per_parameter = 24.0
-
-
-class SOAP(MatrixMethod):
-    """See SOAPSettings."""
-
-    settings = SOAPSettings
 
     def initial(self, group, count, m, n):
         state = {"average": torch.zeros(count, m, n), "squares": torch.zeros(count, m, n)}
@@ -633,8 +582,8 @@ class SOAP(MatrixMethod):
         m.lerp_(rotated, 1 - beta1)
         v.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         d = v.sqrt().add_(group["eps"])
-        share = lambda beta: -torch.expm1(steps.clamp(min=1) * math.log(max(beta, 1e-38)))  # noqa: E731
-        u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_((share(beta2).sqrt() / share(beta1))[:, None, None])
+        shares = [-torch.expm1(steps.clamp(min=1) * math.log(max(beta, 1e-38))) for beta in (beta1, beta2)]
+        u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_((shares[1].sqrt() / shares[0])[:, None, None])
         self.factors(group, state, G)
         if t > 1 and (t - 1) % group["every"] == 0:  # the first step, which only starts the bases, does not count
             self.turn(state)
@@ -665,8 +614,7 @@ class SOAP(MatrixMethod):
             old.copy_(new * (state["steps"] > 0)[:, None, None])  # zero still where it was not started
 
 
-@dataclass(frozen=True)
-class KronSettings(MatrixSettings):
+class Kron(MatrixMethod):
     """m <- b1 m + (1 - b1) g;  u = Q_L^T Q_L m^ Q_R^T Q_R, its root mean square at most 1.1;  w <- (1 - lr wd) w - lr u;
     first, with a probability that falls from 1 to `least_probability`: A = Q_L m^ Q_R^T, B = Q_L^-T V Q_R^-1, V ~ N(0, 1),
     Q_L <- Q_L - rate triu(A A^T - B B^T) Q_L / |A A^T + B B^T|, Q_R likewise with A^T A, B^T B.
@@ -675,23 +623,15 @@ class KronSettings(MatrixSettings):
     bound of the spectral norm.
     """
 
-    lr: float = hyper(3e-3, "peak learning rate of the hidden matrices", (1e-4, 1e-2, "log"))
-    beta1: float = hyper(0.9, "average of gradients", (0.8, 0.98, "complement"))
-    weight_decay: float = hyper(0.5, "wd of the hidden matrices", (0.1, 3.0, "log"))
-    rate: float = hyper(0.1, "step of Q", (0.03, 0.3, "log"))
-    flat: int = hyper(500, "steps at probability 1; then it falls by exp(-0.001 a step)")
-    least_probability: float = hyper(0.03, "of renewing Q in a step", (0.01, 1.0, "log"))
-    scale: float = hyper(1.0, "first Q_L and Q_R: the root of this, times the identity")
-    clip: float = hyper(1.1, "largest root mean square of an update; 0: none")
-    block: int = hyper(1024, "largest side of a block; 0: whole matrices")
+    lr, beta1, weight_decay = LR(3e-3, 1e-4, 1e-2, RATE), BETA1(0.9), DECAY(0.5, 0.1, 3.0, WD)
+    rate = hyper(0.1, "step of Q", (0.03, 0.3, "log"))
+    flat = hyper(500, "steps at probability 1; then it falls by exp(-0.001 a step)")
+    least_probability = hyper(0.03, "of renewing Q in a step", (0.01, 1.0, "log"))
+    scale = hyper(1.0, "first Q_L and Q_R: the root of this, times the identity")
+    clip = hyper(1.1, "largest root mean square of an update; 0: none")
+    block = hyper(1024, "largest side of a block; 0: whole matrices")
 
     state_per_parameter = 12.0
-
-
-class Kron(MatrixMethod):
-    """See KronSettings. Its random numbers are a function of the step alone: equal on all ranks and after a resume."""
-
-    settings = KronSettings
 
     def initial(self, group, count, m, n):
         scale = math.sqrt(group["scale"])

@@ -23,7 +23,7 @@ from engine.spec import UsageError
 from layers.residual import GATE_CHANNELS, Backout, SingleSkip, value_table
 from layers.shape import ModelConfig, flops_per_token
 from model import GPT, future_loss, roles, rotary_tables, rotate, splits
-from optimizers.cautious import CautiousAdamW
+from optimizers.elementwise import CautiousAdamW
 from optimizers.mantissa import halves, keep_mantissas, to_bf16, whole
 from tricks import TRACKS, TRICKS
 

@@ -22,7 +22,7 @@ import torch
 import optimizers
 import tricks
 from config import resolve
-from engine.spec import UsageError, parse, split
+from engine.spec import UsageError, split
 from lab.trials import Arm, Trial
 from layers.shape import PRESETS
 from model import GPT, parameter_counts
@@ -143,7 +143,7 @@ def transfer_exponent(rule: str, spec: str) -> float:
     """
     word, _, number = rule.partition(":")
     if rule == "mup":
-        return mup_exponent(spec)
+        return optimizers.find(spec).transfer
     if rule == "none":
         return 0.0
     try:
@@ -154,22 +154,11 @@ def transfer_exponent(rule: str, spec: str) -> float:
     raise UsageError(f"--lr-transfer takes mup, power:EXPONENT (such as power:-0.5) or none; not {rule!r}")
 
 
-TRANSFER = {"sgd": 0.0, "prodigy": 0.0, "schedule_free_prodigy": 0.0, "schedule_free_sgd": 0.0, "amos": -0.5}
-
-
-def mup_exponent(spec: str) -> float:
-    name, keys = split(spec)
-    if name == "muon":
-        return -0.5 if keys.get("scale") == "moonlight" else 0.0
-    return TRANSFER.get(name, -1.0)
-
-
 def with_lr_factor(spec: str, factor: float) -> str:
     """The same optimizer with its `lr`, that of the hidden matrices, times `factor`. Raises UsageError: it has no such key."""
     if factor == 1:
         return spec
-    cls, settings = parse(optimizers.of_collection(spec), optimizers.OPTIMIZERS, "optimizer")
-    rate = settings.get("lr", optimizers.default_of(cls, "lr", None))
+    rate = optimizers.find(spec).setting("lr")
     if not isinstance(rate, (int, float)):
         raise UsageError(f"optimizer {spec!r} has no 'lr' to transfer: use --lr-transfer none and --retune 1")
     name, keys = split(spec)

@@ -27,7 +27,7 @@ class Dimension:
     key: str
     low: float
     high: float
-    scale: str  # linear, log, or complement: 1 - value is searched by its logarithm
+    scale: str  # linear, log, complement (1 - value is searched by its logarithm), or choice (between false and true)
 
     @property
     def name(self) -> str:
@@ -40,7 +40,9 @@ class Dimension:
         return optuna.distributions.FloatDistribution(self.low, self.high, log=self.scale == "log")
 
     def value(self, searched: float) -> float:
-        """The setting, of what Optuna searches; to three digits, as it is written on the command line."""
+        """The setting, of what Optuna searches; to three digits, as it is written on the command line. 0 or 1 for a choice."""
+        if self.scale == "choice":
+            return float(searched >= 0.5)
         return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
 
     def searched(self, value: float) -> float:
@@ -143,7 +145,7 @@ def submission(word: str) -> Submission:
         return EXTRAS[word]
     name, _ = split(word)
     try:
-        optimizers.check(word)
+        optimizers.find(word)
     except UsageError:
         if ":" in word or "." in word:
             raise
