@@ -33,9 +33,10 @@ def fenced(text: str, python: bool) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command of the pages, comments left out."""
+    """Every command of the pages, without comments (three blanks and a text)."""
     lines = "\n".join(block for page in PAGES for block in fenced(page.read_text(), python=False)).replace("\\\n", " ")
-    words = [shlex.split(line, comments=True) for line in lines.splitlines() if line.startswith(("./run.sh", ".venv/bin/"))]
+    lines = [re.split(r" {3,}", line)[0] for line in lines.splitlines() if line.startswith(("./run.sh", ".venv/bin/"))]
+    words = [shlex.split(line, comments=True) for line in lines]
     return [list(command) for command in dict.fromkeys(map(tuple, words))]
 
 
