@@ -179,9 +179,9 @@ def cost_tables() -> dict[str, str]:
 
 
 def h100_tables() -> dict[str, str]:
-    """Times on one H100: the newest of each line of benchmarks/h100/."""
-    reports = sorted(map(read, (BENCHMARKS / "h100").glob("*.json")), key=lambda report: report["utc"])
-    timed = {f["what"][8:]: f["figures"] for report in reports for f in report["findings"] if f["what"].startswith("time of")}
+    """Times on one H100."""
+    findings = read(BENCHMARKS / "h100" / "h100.json")["findings"]
+    timed = {f["what"].removeprefix("time of "): f["figures"] for f in findings if f["what"].startswith("time of")}
 
     def rows(*columns: str) -> list[tuple[str, ...]]:
         shown = {what: figures for what, figures in timed.items() if columns[0] in figures}
