@@ -2,14 +2,11 @@
 
     ./run.sh records add --comparison comparisons/muon --arm modern,muon --against-arm record --name muon --why "..."
     ./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
-    ./run.sh records verify                                              every rule on every record and report
-    ./run.sh records verify cpu/010-muon --rerun                         and train one of its seeds again
-    ./run.sh records verify scaling/cpu-modern                           do its statistics follow from its trials?
+    ./run.sh records verify [cpu/010-muon scaling/cpu-modern] [--rerun]  every rule on every record and report, or on some
     ./run.sh records render                                              tables and pictures of records/README.md
     ./run.sh records summary runs/cpu/record-s0-1a2b3c4d                 one run beside the track's records
 
-A record needs runs of one recipe at one fixed length, seeds 0 to n - 1, whose mean loss is below the target with p < 0.01, and
-less time than the previous record, both interleaved on one machine. records/README.md has all rules.
+records/README.md has the rules.
 """
 
 import argparse
@@ -17,6 +14,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.command import Parser, command
@@ -54,26 +52,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add(
-    folders: list[Path], name: str, why: str, category: str = "open", against: list[Path] | None = None, kind: str = "record"
+    folders: list[Path], name: str, why: str, category: str = "open", against: Sequence[Path] = (), kind: str = "record"
 ) -> Record:
-    """Check finished runs against every rule and keep them as the track's next record.
+    """Keep finished runs as the track's next record, if they meet every rule.
 
     Args:
         against: run folders of the previous record, interleaved with these; without them its own logs are what counts.
     Raises:
         UsageError: the rule that is not met; nothing is kept then.
     """
-    runs = records.one_experiment([FinishedRun.read(folder) for folder in folders], "these runs")
-    settings, track = runs[0].facts["settings"], runs[0].config["track"]
-    if problem := rules.category_problem(settings, category):
-        raise UsageError(f"not of category {category} on {track}: {problem}")
-    rival, anew = None, []
-    if kind == "record":
-        rival = records.previous(track, category)
-        if rival is None:
-            raise UsageError(f"{track} has no record to be faster than: add its baseline first, with --kind baseline")
-        if against:
-            anew = records.one_experiment([FinishedRun.read(folder) for folder in against], "--against")
+    runs, anew = (sorted(map(FinishedRun.read, group), key=lambda run: run.config["seed"]) for group in (folders, against))
+    track = runs[0].config["track"]
+    if len(runs) < 2:
+        raise UsageError("1 run is no evidence: at least two seeds, better five")
+    for run in (*runs, *anew):
+        for part in records.FACTS:
+            if run.facts[part] != runs[0].facts[part]:
+                raise UsageError(f"{run.folder} and {runs[0].folder} have different {part}")
+    rival = records.previous(track, category) if kind == "record" else None
+    if kind == "record" and rival is None:
+        raise UsageError(f"{track} has no record to be faster than: add its baseline first, with --kind baseline")
     number = records.next_number(track)
     folder = records.RECORDS / track / f"{number:03d}-{name}"
     folder.mkdir(parents=True)

@@ -76,24 +76,23 @@ def summary(folder: Path) -> str:
     """What a person wants to know of a finished run, beside the first and the newest record of its track."""
     run = FinishedRun.read(folder)
     config, result, chain = run.config, run.result, records.of_track(run.config["track"])
-    columns = {"this run": result}
+    shown = {"this run": result | {"mean": result["val_loss"]}}
     for record in chain[:1] + chain[1:][-1:]:
-        s = record.about["statistics"]
-        columns[f"{record.folder.name} (n = {s['n']})"] = s | {"val_loss": s["mean"], "steps": record.about["steps"]}
-    rows = [("", *columns)]
-    for label, key, form in (
-        ("validation loss, nats", "val_loss", ",.4f"), ("steps", "steps", ",.0f"), ("tokens", "tokens", ",.0f"),
-        ("training time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f"),
-        ("peak memory, bytes", "peak_memory", ",.0f"), ("tokens per second", "tokens_per_second", ",.0f"),
-        ("MFU", "mfu", ".1%"),
-    ):  # fmt: skip
-        values = [column.get(key) for column in columns.values()]
-        rows.append((label, *("-" if value is None else format(value, form) for value in values)))
+        about = record.about
+        shown[f"{record.folder.name} (n = {about['statistics']['n']})"] = about["statistics"] | {"steps": about["steps"]}
+    columns = (
+        ("validation loss", "mean", ".4f"), ("steps", "steps", ","), ("tokens", "tokens", ","),
+        ("time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f"), ("memory, bytes", "peak_memory", ","),
+    )  # fmt: skip
+    rows = [("", *(head for head, _, _ in columns))]
+    for name, s in shown.items():
+        rows.append((name, *("-" if s[key] is None else format(s[key], form) for _, key, form in columns)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reached = f"target {result['target_loss']:g} {'reached' if result['target_reached'] else 'NOT reached'}"
-    who = f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}"
-    lines = [f"{who}: {reached if result['target_loss'] else 'no target'}"]
-    lines += ["  ".join((r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:]))) for r in rows]
-    if chain:
-        lines.append("Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare")
-    return "\n".join(lines)
+    speed = f"{result['tokens_per_second']:,.0f} tokens per second" + (f", MFU {result['mfu']:.0%}" if result["mfu"] else "")
+    return "\n".join([
+        f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}: "
+        f"{reached if result['target_loss'] else 'no target'}, {speed}",
+        *("  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows),
+        *["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain),
+    ])  # fmt: skip

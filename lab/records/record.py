@@ -135,13 +135,15 @@ class Record:
         return self.timed_anew or self.rival.logs
 
     @property
+    def pairs(self) -> list[tuple[Log, Log]]:
+        """Its runs, each with the rival's run of the same seed."""
+        rivals = {log.start["seed"]: log for log in self.rival_logs}
+        return [(log, rivals[seed]) for log in self.logs if (seed := log.start["seed"]) in rivals]
+
+    @property
     def speed_ratio(self) -> stats.Ratio:
-        """Time of the rival over time of this record, paired by seed."""
-        ours, theirs = ({log.start["seed"]: log.train_time for log in logs} for logs in (self.logs, self.rival_logs))
-        shared = sorted(ours.keys() & theirs.keys())
-        if len(shared) < 2:
-            raise UsageError(f"{len(shared)} seeds in common with {self.rival.folder.name}: a time ratio needs two")
-        return stats.paired_ratio([theirs[s] for s in shared], [ours[s] for s in shared])
+        """Time of the rival over time of this record."""
+        return stats.paired_ratio([log.train_time for _, log in self.pairs], [log.train_time for log, _ in self.pairs])
 
 
 def of_track(track: str, category: str | None = None) -> list[Record]:
@@ -235,25 +237,10 @@ def compact(events: Iterable[dict[str, Any]], about: dict[str, Any], span: int) 
     return lines
 
 
-def one_experiment(runs: list[FinishedRun], what: str) -> list[FinishedRun]:
-    """The runs by seed. UsageError: they are not one experiment: seeds 0 to n - 1; equal settings, source, data and machine."""
-    if len(runs) < 2:
-        raise UsageError(f"{what}: {len(runs)} run is no evidence: at least two seeds, better five")
-    runs = sorted(runs, key=lambda run: run.config["seed"])
-    seeds = [run.config["seed"] for run in runs]
-    if seeds != list(range(len(runs))):
-        raise UsageError(f"{what}: seeds must be 0 to {len(runs) - 1}, each once, so that none was picked; these are {seeds}")
-    for run in runs[1:]:
-        different = [key for key, value in run.facts.items() if value != runs[0].facts[key]]
-        if different:
-            raise UsageError(f"{what}: {run.folder} and {runs[0].folder} have different {different[0]}")
-    return runs
-
-
 def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival: Record | None, said: dict[str, Any]) -> Record:
     """Write the files of a record into an empty folder.
 
-    anew: runs of the rival that were trained beside these; without them the rival's own logs are what counts.
+    runs: by seed; anew: runs of the rival that were interleaved with these, without which the rival's own logs count.
     """
     facts, config = runs[0].facts, runs[0].config
     settings, goal = facts["settings"], config["target_loss"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab import comparison
 from lab.records.rules import Broken, Verdict, judge, need, only_files
@@ -19,8 +19,7 @@ from lab.scaling import survival
 Summary = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a report consists of, and how it is made from its trials."""
 
     name: str  # of the file with its statistics

@@ -9,9 +9,8 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jsonschema
 import scipy.stats
@@ -50,8 +49,7 @@ GONE = {
 SPECS = ("optimizer", "average", "schedule", "momentum_schedule")  # settings that may name code
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     rule: str
     verdict: str  # pass, fail or not checkable
     words: str
@@ -241,11 +239,9 @@ def faster(record: Record) -> str:
     same(against, ratio, "against ")
     words = f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
     need(ratio["low"] > 1, f"{words}: the interval holds 1, or slower")
-    rivals = {log.start["seed"]: log for log in record.rival_logs}
-    pairs = [(log, rivals[log.start["seed"]]) for log in record.logs]
-    if not all(log.ended for pair in pairs for log in pair):
+    if not all(log.ended for pair in record.pairs for log in pair):
         raise NotCheckable("the logs are from before they kept the time of day")
-    apart = max(map(comparison.hours_apart, pairs))
+    apart = max(map(comparison.hours_apart, record.pairs))
     need(apart <= comparison.MOST_APART, f"a run and its pair lie {apart:.1f} hours apart: interleave them, within the hour")
     return f"{words}, pairs at most {apart * 60:.0f} min apart"
 
@@ -352,7 +348,9 @@ def rerun(record: Record) -> str:
     for key in SPECS:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             raise NotCheckable(f"its {key} is code from outside the repository, which a record may not have run")
-    trial = trials.Trial(trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["steps"], about["seeds"][0])
+    trial = trials.Trial(
+        trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["steps"], about["seeds"][0]
+    )
     try:
         outcome = trials.train(trial)
     except UsageError as error:

@@ -204,10 +204,15 @@ def test_what_all_steps_gain_has_the_interval_of_all_their_pairs():
     ("pick", "keywords", "message"),
     [
         (lambda r: r["quick"][:1], {}, "1 run is no evidence"),
-        (lambda r: r["quick"][1:], {}, "seeds must be 0 to 1"),
-        (lambda r: [*r["quick"][:2], r["quick"][1]], {}, "seeds must be 0 to 2, each once"),
-        (lambda r: [r["quick"][0], r["baseline"][1]], {}, "have different settings"),
-        (lambda r: r["baseline"], {"category": "optimizer"}, "not of category optimizer"),
+        (lambda r: r["quick"][1:], {}, r"not a record: seeds: seeds \[1, 2\] are not 0 to 1"),
+        (lambda r: [*r["quick"][:2], r["quick"][1]], {}, r"not a record: seeds: seeds \[0, 1, 1\]"),
+        (lambda r: [r["quick"][0], r["baseline"][1]], {}, "not a record: configuration: seed1.log.jsonl was made with another"),
+        (lambda r: r["baseline"], {"category": "optimizer"}, "no record to be faster than"),
+        (
+            lambda r: r["baseline"],
+            {"category": "optimizer", "kind": "baseline"},
+            "not a record: track: .* the `modern` model's is",
+        ),
         (lambda r: r["quick"], {"against": [Path("001-baseline")]}, "001-baseline has no config.json: not a finished run"),
         (lambda r: r["baseline"], {}, "not a record: faster"),
         (lambda r: r["baseline"], {"kind": "baseline"}, "not a record: faster: a baseline is a category's first record"),
@@ -232,6 +237,19 @@ def test_a_rival_that_is_not_the_previous_record_is_refused(runs, kept, which, c
     shutil.rmtree(kept[1].folder)
     edit(kept[0].folder / "record.json", lambda about: about.update(change))
     with pytest.raises(UsageError, match=message):
+        command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"])
+
+
+def test_runs_of_two_machines_are_refused(runs, kept, monkeypatch):
+    shutil.rmtree(kept[1].folder)
+    read = records.FinishedRun.read
+
+    def elsewhere(folder: Path):
+        run = read(folder)
+        return dataclasses.replace(run, env=run.env | {"cpu": "another"}) if folder in runs["baseline"] else run
+
+    monkeypatch.setattr(records.FinishedRun, "read", elsewhere)
+    with pytest.raises(UsageError, match="have different machine"):
         command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"])
 
 
