@@ -36,7 +36,7 @@ from engine.command import Parser, command
 from engine.run_folder import lock, settings_hash
 from engine.spec import UsageError, nearest, split
 from lab import plots, runner
-from lab.comparison import Row
+from lab.ledger import Row
 from lab.scaling import ladder, published, survival
 from lab.scaling import report as survival_report
 from lab.scaling.ladder import LADDERS, Cell, Ladder, Rung, retune_factors, size_of, size_words

@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["-"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], aligned: bool = False) -> str:
+    """aligned: with columns of even width, for a terminal."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (head, ["-"] * len(head), *rows)]
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*lines)]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def filled(text: str, content: Mapping[str, str], where: str) -> str:

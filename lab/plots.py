@@ -1,4 +1,4 @@
-"""Pictures of comparisons and records, by matplotlib: each as PNG to look at and SVG to print."""
+"""Pictures of comparisons, records and scaling experiments, as PNG, by matplotlib."""
 
 import math
 from collections import defaultdict
@@ -29,17 +29,14 @@ def pyplot():
 
 
 def save(figure, folder: Path, name: str) -> str:
-    # a fixed salt and no date: the same data gives the same file
+    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=110)
-    with pyplot().rc_context({"svg.hashsalt": name}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     pyplot().close(figure)
     return name
 
 
 def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str, Any]]) -> list[str]:
     """All pictures for which there is something to draw; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     steps = {arm["name"]: arm["steps"] for arm in summary["arms"]}  # of the confirming runs; earlier plans' are left out
     shown = [c for c in curves if c["phase"] == "confirm" and c["arm"] in steps and c["steps"] == steps[c["arm"]]]
@@ -142,26 +139,29 @@ def times(arms: list[dict[str, Any]]) -> list[tuple[str, float, bool]]:
     return found
 
 
+COLOURS = {"faster": "C2", "slower": "C3"}
+
+
 def waterfall(folder: Path, summary: dict[str, Any]) -> str:
     """Seconds to the target: of a chain, what each trick takes away; of a stack, what leaving a trick out adds."""
     timed, chain = times(summary["arms"]), summary["mode"] == "chain"
     verdicts = {(r["arm"], r["base"]): r["verdict"] for r in summary["ratios"]}
-    colours = {"faster": "C2", "slower": "C3"}
     figure, axis = pyplot().subplots(figsize=(max(6, 1.1 * len(timed) + 2), 5), constrained_layout=True)
-    before, first, met = timed[0]
-    axis.bar(0, first, color="0.45", hatch=None if met else "///")
+
+    def bar(at: int, bottom: float, top: float, colour: str, met: bool, words: str) -> None:
+        axis.bar(at, top - bottom, bottom=bottom, color=colour, hatch=None if met else "///")
+        axis.annotate(words, (at, max(bottom, top)), ha="center", va="bottom", fontsize=8)
+
+    base, first, met = timed[0]
+    bar(0, 0, first, "0.45", met, f"{first:,.3g} s")
     start = first
     for i, (name, seconds, met) in enumerate(timed[1:], start=1):
-        colour = colours.get(verdicts.get((name, before)), "0.75")
-        axis.bar(i, seconds - start, bottom=start, color=colour, hatch=None if met else "///")
         axis.plot([i - 1.4, i + 0.4], [start, start], color="0.4", linewidth=0.8)
-        axis.annotate(f"{start / seconds:.2f}x", (i, max(seconds, start)), ha="center", va="bottom", fontsize=8)
+        bar(i, start, seconds, COLOURS.get(verdicts.get((name, base)), "0.75"), met, f"{start / seconds:.2f}x")
         if chain:
-            before, start = name, seconds
-    axis.annotate(f"{first:,.3g} s", (0, first), ha="center", va="bottom", fontsize=8)
+            base, start = name, seconds
     if chain:
-        axis.bar(len(timed), start, color="0.45", hatch=None if timed[-1][2] else "///")
-        axis.annotate(f"{start:,.3g} s", (len(timed), start), ha="center", va="bottom", fontsize=8)
+        bar(len(timed), 0, start, "0.45", met, f"{start:,.3g} s")
     labels = [short(name) for name, *_ in timed] + ["all"] * chain
     axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
     shortest, longest = (f(seconds for _, seconds, _ in timed) for f in (min, max))
@@ -171,12 +171,12 @@ def waterfall(folder: Path, summary: dict[str, Any]) -> str:
         axis.set_ylim(bottom=10 ** math.floor(math.log10(shortest) - 0.3), top=1.4 * longest)
     axis.set(ylabel="seconds to the target")
     axis.grid(axis="y", alpha=0.3)
-    shown = [({"color": colour}, verdict) for verdict, colour in colours.items() if verdict in verdicts.values()]
-    if set(verdicts.values()) - colours.keys():
-        shown.append(({"color": "0.75"}, "no difference shown, or not decided"))
+    legend = [({"color": colour}, verdict) for verdict, colour in COLOURS.items() if verdict in verdicts.values()]
+    if set(verdicts.values()) - COLOURS.keys():
+        legend.append(({"color": "0.75"}, "no difference shown, or not decided"))
     if not all(met for *_, met in timed):
-        shown.append(({"facecolor": "white", "edgecolor": "0.2", "hatch": "///"}, "target not confirmed"))
-    handles = [pyplot().Rectangle((0, 0), 1, 1, label=words, **style) for style, words in shown]
+        legend.append(({"facecolor": "white", "edgecolor": "0.2", "hatch": "///"}, "target not confirmed"))
+    handles = [pyplot().Rectangle((0, 0), 1, 1, label=words, **style) for style, words in legend]
     axis.legend(handles=handles, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return save(figure, folder, "waterfall")
 
@@ -205,7 +205,6 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
 
 def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
     """All pictures of a scaling experiment for which there is something to draw; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any("words" in s for trick in summary["tricks"] for s in trick["sizes"]):
         drawn.append(survival(folder, summary))

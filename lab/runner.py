@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -11,46 +10,82 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from engine.run_folder import atomic_write, source_hash
 from engine.spec import UsageError
 from lab import trials
-from lab.comparison import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
-from lab.trials import Arm, Launcher, Trial
+from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
+from lab.trials import Arm, Launcher, Outcome, Trial
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
+J, T = TypeVar("J"), TypeVar("T")
 
 
-class Runner:
+class Scheduler:
+    """Does jobs side by side, begun in their order. Once one of them is interrupted, none is begun any more."""
+
+    def __init__(self) -> None:
+        self.interrupted = threading.Event()
+
+    def in_turn(self, jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator[tuple[J, T]]:
+        """Each job as it ends, with what `work` made of it."""
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            futures = {pool.submit(work, job): job for job in jobs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            self.interrupted.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def run_through(
+        self, what: str, jobs: Sequence[J], ended: Callable[[J], bool], work: Callable[[J], str], at_once: int
+    ) -> None:
+        """Do the jobs that have not `ended` before. `work` gives a line about the job that it did, or nothing; jobs have
+        `steps`, by which the rest is estimated."""
+        left = [job for job in jobs if not ended(job)]
+        if len(left) < len(jobs):
+            print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
+        begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
+        with tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty()) as bar:
+            for count, (job, line) in enumerate(self.in_turn(left, work, at_once), start=1):
+                steps += job.steps
+                rest = (time.monotonic() - begun) * (total / steps - 1) / 60
+                say(bar, f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min" if line else "")
+
+
+def say(bar: tqdm, line: str) -> None:
+    bar.update()
+    if line:
+        print(line, flush=True) if bar.disable else bar.write(line)
+
+
+class Runner(Scheduler):
     """Runs the trials of an experiment and keeps what they leave: rows in trials.csv, thinned loss curves in curves.csv."""
 
     def __init__(self, out: Path, keep_checkpoints: bool, points: int = POINTS):
+        super().__init__()
         self.out, self.keep_checkpoints, self.points = out, keep_checkpoints, points
-        self.ledger, self.lock = Ledger(out), threading.Lock()
-        self.seconds: dict[str, float] = {}  # arm -> of one step, as last seen
-        self.interrupted = threading.Event()
+        self.ledger, self.lock = Ledger(out / "trials.csv", Row), threading.Lock()
 
     def find(self, trial: Trial) -> Row | None:
         """The row of a trial that has ended, unless the trainer's code has changed since."""
         row = self.ledger.rows.get(trial.folder.name)
         return row if row and row.source in ("", source_hash()[:12]) else None
 
-    def ended(self, trial: Trial) -> Row | None:
-        """The row of a trial that has ended without a crash, here or, by its run folder, in another experiment."""
+    def done(self, trial: Trial) -> bool:
+        """A trial that crashed in an earlier session is tried again."""
         row = self.find(trial)
-        if row is None or row.status == "crashed":
-            return Row.of("", trials.Outcome(trial, trial.result)) if trial.result else None
-        return row
-
-    def anew(self, trial: Trial) -> Trial:
-        """The trial, to be trained though it has ended."""
-        self.ledger.rows.pop(trial.folder.name, None)
-        return dataclasses.replace(trial, extra=trials.ANEW)
+        return row is not None and row.status != "crashed"
 
     def rows(self, arms: Iterable[Arm]) -> tuple[list[Row], list[str]]:
         """The rows of these arms as they are set and coded now; and the runs that bear an arm's name but are of other settings
@@ -63,17 +98,16 @@ class Runner:
             except UsageError:  # a length that the arm as it is set now cannot have
                 return False
 
-        own = [(row, current(row)) for row in self.ledger.rows.values() if row.arm in named]
-        return [row for row, kept in own if kept], [row.run for row, kept in own if not kept]
+        of_arms = [(row, current(row)) for row in self.ledger.rows.values() if row.arm in named]
+        return [row for row, is_current in of_arms if is_current], [row.run for row, is_current in of_arms if not is_current]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there. A trial that crashed in an earlier session is tried again.
+        """The trial's row, trained if it is not there.
 
         Raises:
             UsageError: it is of another compute type than those that are there.
         """
-        row = self.find(trial)
-        if row is None or row.status == "crashed":
+        if not self.done(trial):
             if self.interrupted.is_set():
                 raise KeyboardInterrupt
             outcome = launch(trial)
@@ -84,33 +118,22 @@ class Runner:
                 if "--branch" not in trial.extra:
                     self.drop_checkpoints(trial)
             self.ledger.add(row)
-        self.seconds[trial.arm.name] = row.train_time / max(1, row.steps)
-        return row
+        return self.ledger.rows[trial.folder.name]
 
     def drop_checkpoints(self, trial: Trial) -> None:
-        """They are of use for sampling and resuming alone, and large."""
+        """They are large, and of use for sampling and resuming alone."""
         if not self.keep_checkpoints:
             shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
 
     def run_all(self, phase: str, wanted: Sequence[Trial], launch: Launcher, at_once: int) -> list[Row]:
         """The rows of all, in their order; those that are not there are trained, started in that order."""
-        left = [trial for trial in wanted if (row := self.find(trial)) is None or row.status == "crashed"]
-        if len(left) < len(wanted):
-            print(f"{len(wanted) - len(left)} of {len(wanted)} trials to {phase} are there already", flush=True)
-        bar = tqdm(total=len(left), unit="trial", desc=phase, disable=not sys.stderr.isatty())
-        rows: dict[str, Row] = {}
 
-        def launched(trial: Trial) -> trials.Outcome:
-            rows[trial.folder.name] = self.run(phase, trial, launch)
-            return trials.Outcome(trial, None)
-
-        for count, outcome in enumerate(trials.in_turn(left, launched, at_once), start=1):
-            row = rows[outcome.trial.folder.name]
-            rest = sum(self.seconds.get(t.arm.name, 0.0) * t.steps for t in left[count:]) / at_once
+        def one(trial: Trial) -> str:
+            row = self.run(phase, trial, launch)
             loss = f"{row.val_loss:.4f}" if row.status == "ok" else f"{row.status} {row.error}"
-            say(bar, f"{phase} {row.arm}: {row.steps} steps, seed {row.seed}: {loss}, {row.train_time:.1f} s; "
-                     f"{len(left) - count} left, about {rest / 60:.0f} min")  # fmt: skip
-        bar.close()
+            return f"{row.arm}: {row.steps} steps, seed {row.seed}: {loss}, {row.train_time:.1f} s"
+
+        self.run_through(phase, wanted, self.done, one, at_once)
         return [self.ledger.rows[trial.folder.name] for trial in wanted]
 
     def run_turns(self, phase: str, turns: Sequence[Sequence[Trial]], launch: Launcher, at_once: int) -> None:
@@ -126,47 +149,57 @@ class Runner:
             print(f"{again} trials ended over an hour ago, others of their turns did not: they are trained again", flush=True)
         self.run_all(phase, wanted, launch, at_once)
 
+    def ended(self, trial: Trial) -> Row | None:
+        """The row of a trial that has ended without a crash, here or, by its run folder, in another experiment."""
+        if self.done(trial):
+            return self.find(trial)
+        return Row.of("", Outcome(trial, trial.result)) if trial.result else None
+
+    def anew(self, trial: Trial) -> Trial:
+        """The trial, to be trained though it has ended."""
+        self.ledger.rows.pop(trial.folder.name, None)
+        return dataclasses.replace(trial, extra=trials.ANEW)
+
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
-        lines, events = [], trial.log()
+        events, lines = trial.log(), []
         train = [e for e in events if e["event"] == "train"]
         span = max(1, math.ceil(len(train) / self.points))
         for start in range(0, len(train), span):
             piece = train[start : start + span]
             mean = sum(e["loss"] for e in piece) / len(piece)
-            lines.append((row.arm, row.seed, row.phase, "train", piece[-1]["step"], piece[-1]["tokens"],
-                          round(piece[-1]["train_time"], 3), round(mean, 4)))  # fmt: skip
-        for e in events:
-            if e["event"] == "val" and e["loss"] is not None:
-                lines.append((row.arm, row.seed, row.phase, "val", e["step"], e["tokens"], round(e["train_time"], 3),
-                              round(e["loss"], 5)))  # fmt: skip
+            lines.append(("train", piece[-1] | {"loss": round(mean, 4)}))
+        lines += [("val", e | {"loss": round(e["loss"], 5)}) for e in events if e["event"] == "val" and e["loss"] is not None]
         with self.lock:
-            path = self.out / "curves.csv"
             self.out.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            with path.open("a", newline="") as file:
+            with (self.out / "curves.csv").open("a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                if new:
+                if not file.tell():
                     writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-                writer.writerows(lines)
+                for kind, e in lines:
+                    writer.writerow(
+                        (row.arm, row.seed, row.phase, kind, e["step"], e["tokens"], round(e["train_time"], 3), e["loss"])
+                    )
 
 
-def command(name: str, work: Callable[[], str]) -> int:
-    """Print what `work` returns; its exit code. What the user can mend is one line: bad words, a full disk, an interruption."""
-    try:
-        print(work())
-        return 0
-    except UsageError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"{name}: no space left on the disk; finished trials are kept: free some and run this again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; finished trials are kept: the same command continues", file=sys.stderr)
-        return 130
+def calibrate(arm: Arm, steps: int, processes: int = 1, threads: int = 0) -> tuple[dict[str, Any], float]:
+    """Result and wall-clock seconds of a short run that is not kept: what a plan goes by.
+
+    Raises:
+        UsageError: it does not run here.
+    """
+    trial = Trial(arm, steps, time.time_ns() % 10**9)  # a seed that no run has had: it must be trained
+    print(f"measuring {arm.name}", flush=True)
+    begun = time.monotonic()
+    outcome = trials.train(trial, processes, threads)
+    seconds = time.monotonic() - begun
+    shutil.rmtree(trial.folder, ignore_errors=True)
+    if outcome.result is None or outcome.result["status"] != "ok":
+        raise UsageError(f"{arm.name} does not run here: {outcome.error or 'it diverged'}")
+    return outcome.result, seconds
+
+
+# ---------------------------------------------------------------- an experiment's options and folder
 
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -220,11 +253,6 @@ def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
         return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no experiment: {Path(error.filename).name} is missing") from None
-
-
-def say(bar: tqdm, line: str) -> None:
-    bar.update()
-    bar.write(line) if not bar.disable else print(line, flush=True)
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,23 @@ All tests treat runs (seeds) as the independent units and use the variance that 
 ratios: their logarithms are what is averaged, so that A/B and B/A give the same verdict.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
+
+
+def t_quantile(chance: float, df: float) -> float:
+    """Of Student's distribution: `scipy.stats.t.ppf` without its checks, which take longer than all else here."""
+    return float(special.stdtrit(df, chance))
+
+
+def t_below(value: float, df: float) -> float:
+    """`scipy.stats.t.cdf`, likewise."""
+    return float(special.stdtr(df, value))
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Sample:
         """Student's t interval of the mean; unbounded for one run."""
         if self.n < 2:
             return -math.inf, math.inf
-        half = stats.t.ppf((1 + level) / 2, self.n - 1) * self.sd / math.sqrt(self.n)
+        half = t_quantile((1 + level) / 2, self.n - 1) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
     def p_above(self, target: float) -> float:
@@ -42,12 +53,7 @@ class Sample:
             return math.nan
         if self.sd == 0:
             return float(self.mean >= target)
-        return float(stats.t.cdf((self.mean - target) / (self.sd / math.sqrt(self.n)), self.n - 1))
-
-
-def p_above(values: Sequence[float], target: float) -> float:
-    """`Sample.p_above` of these values."""
-    return Sample.of(values).p_above(target)
+        return t_below((self.mean - target) / (self.sd / math.sqrt(self.n)), self.n - 1)
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,9 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95) ->
         raise ValueError(f"pairs wanted, at least two: got {len(x)} and {len(y)} values")
     if not (x > 0).all() or not (y > 0).all():
         raise ValueError("a ratio of costs wants positive values")
-    logs = np.log(x / y)
-    s = Sample.of(logs)
-    low, high = s.interval(level)
-    p = float(s.mean == 0) if s.sd == 0 else float(2 * stats.t.sf(abs(s.mean) / (s.sd / math.sqrt(s.n)), s.n - 1))
-    return Ratio(s.n, math.exp(s.mean), math.exp(low), math.exp(high), p, s.sd)
+    sample = Sample.of(np.log(x / y))
+    paired = product([(sample.mean, sample.sd / math.sqrt(sample.n), sample.n - 1)], level)
+    return dataclasses.replace(paired, n=sample.n, sd=sample.sd)
 
 
 def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> Ratio:
@@ -93,63 +97,29 @@ def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> R
         return Ratio(0, math.exp(log), math.exp(log), math.exp(log), float(log == 0), 0.0)
     variance = sum(v for v, _ in variances)
     df = variance**2 / sum(v**2 / df for v, df in variances)
-    half = stats.t.ppf((1 + level) / 2, df) * math.sqrt(variance)
-    p = 2 * stats.t.sf(abs(log) / math.sqrt(variance), df)
-    return Ratio(math.floor(df) + 1, *(math.exp(x) for x in (log, log - half, log + half)), float(p), math.sqrt(variance))
-
-
-def bootstrap_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95, resamples: int = 5000) -> tuple[float, float]:
-    """The interval of `paired_ratio` again, by percentiles of resampled pairs; the same for the same values.
-
-    A check for runs far from normal; too narrow for a handful of runs, so no verdict stands on it.
-    """
-    logs = np.log(np.asarray(a, float) / np.asarray(b, float))
-    if np.ptp(logs) == 0:
-        return (math.exp(logs[0]),) * 2
-    rng = np.random.default_rng(0)
-    found = stats.bootstrap((logs,), np.mean, confidence_level=level, n_resamples=resamples, method="percentile", rng=rng)
-    return math.exp(found.confidence_interval.low), math.exp(found.confidence_interval.high)
-
-
-def welch(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:
-    """(mean difference a - b, low, high, two-sided p) of unpaired runs with unequal variances."""
-    found = stats.ttest_ind(a, b, equal_var=False)
-    interval = found.confidence_interval(level)
-    return float(np.mean(a) - np.mean(b)), float(interval.low), float(interval.high), float(found.pvalue)
+    se = math.sqrt(variance)
+    half, p = t_quantile((1 + level) / 2, df) * se, 2 * t_below(-abs(log) / se, df)
+    return Ratio(math.floor(df) + 1, *(math.exp(x) for x in (log, log - half, log + half)), p, se)
 
 
 # ---------------------------------------------------------------- how many runs
 
 
-def power(n: int, effect: float, alpha: float, two_sided: bool = False) -> float:
-    """Of a t-test on n values: the chance to find an effect of so many standard deviations (noncentral t)."""
-    if n < 2:
-        return 0.0
-    shift, tail = effect * math.sqrt(n), alpha / 2 if two_sided else alpha
-    critical = stats.t.isf(tail, n - 1)
-    found = stats.nct.sf(critical, n - 1, shift)
+def power(n: int | np.ndarray, effect: float, alpha: float, two_sided: bool = False) -> float | np.ndarray:
+    """The chance of a t-test on n values to find an effect of so many standard deviations (noncentral t)."""
+    shift, critical = effect * np.sqrt(n), stats.t.isf(alpha / 2 if two_sided else alpha, n - 1)
     wrong_way = np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift)) if two_sided else 0.0  # nan: too small for scipy
-    return float(found + wrong_way)
+    return stats.nct.sf(critical, n - 1, shift) + wrong_way
 
 
-def runs_needed(
-    gap: float, sd: float, alpha: float = 0.01, chance: float = 0.9, two_sided: bool = False, most: int = 1000
-) -> int:
-    """Runs so that a true gap is found with that chance; `most` if even they do not suffice.
-
-    For a record: gap = target - expected mean loss, one-sided. For a ratio: gap = log ratio, sd of the log ratios.
-    """
-    if gap <= 0:
-        return most
-    if sd == 0:
-        return 2
-    low, high = 2, 2
-    while high < most and power(high, gap / sd, alpha, two_sided) < chance:
-        low, high = high, 2 * high
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, gap / sd, alpha, two_sided) >= chance else (middle + 1, high)
-    return min(low, most)
+def runs_needed(gap: float, sd: float, alpha: float = 0.01, chance: float = 0.9, most: int = 1000) -> int:
+    """Runs so that one-sided tests find a true gap (target - expected mean loss) with that chance; `most` if even they do not
+    suffice."""
+    if gap <= 0 or sd == 0:
+        return 2 if gap > 0 else most
+    n = np.arange(2, most + 1)
+    enough = power(n, gap / sd, alpha) >= chance
+    return int(n[enough.argmax()]) if enough.any() else most
 
 
 def smallest_difference(n: int, sd: float, alpha: float = 0.01, chance: float = 0.9) -> float:
@@ -198,16 +168,16 @@ def horizon(steps: Sequence[float], losses: Sequence[float], target: float, leve
     slope = float(((x - middle) * y).sum() / spread)
     if slope >= 0:
         return None
-    residual = y - y.mean() - slope * (x - middle)
-    sd = math.sqrt(float((residual**2).sum()) / (n - 2))
+    sd = math.sqrt(float(((y - y.mean() - slope * (x - middle)) ** 2).sum()) / (n - 2))
     offset = (target - y.mean()) / slope  # where the line meets the target, from the middle
     # all d with (y_mean + slope d - target)^2 <= t^2 sd^2 (1/n + d^2 / spread)
-    t2 = (stats.t.ppf((1 + level) / 2, n - 2) * sd) ** 2
+    t2 = (t_quantile((1 + level) / 2, n - 2) * sd) ** 2
     a, b, c = slope**2 - t2 / spread, slope * (y.mean() - target), (y.mean() - target) ** 2 - t2 / n
     root = max(0.0, b * b - a * c) if a > 0 else b * b - a * c  # rounding: a > 0 has real roots
-    if a > 0:
-        low, high = (-b - math.sqrt(root)) / a, (-b + math.sqrt(root)) / a
-    else:  # the slope itself is not certain: no upper bound, and a lower one only where the middle is surely too short
-        low, high = (-b - math.sqrt(root)) / a if a < 0 < offset and root > 0 and c > 0 else -math.inf, math.inf
+    low, high = -math.inf, math.inf
+    if a > 0 or (a < 0 < offset and root > 0 and c > 0):
+        low = (-b - math.sqrt(root)) / a
+    if a > 0:  # else the slope itself is not certain: no upper bound, and a lower one only where the middle is surely too short
+        high = (-b + math.sqrt(root)) / a
     se = math.log(2) * sd / -slope * math.sqrt(1 / n + offset**2 / spread)  # delta method
     return Horizon(*(float(2.0 ** (middle + d)) for d in (offset, low, high)), slope, sd, se, n - 2)

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,19 +63,24 @@ class Trial:
     def result(self) -> dict[str, Any] | None:
         """result.json once the run has ended, else None. A run of other source code is another run: None too."""
         path = self.folder / "result.json"
-        if not path.exists() or self.source != run_folder.source_hash():
-            return None
-        return json.loads(path.read_text())
+        there = path.exists() and self.source == run_folder.source_hash()
+        return json.loads(path.read_text()) if there else None
 
     @property
     def source(self) -> str | None:
         """Hash of the code that the run in the folder was trained by; None where there is no run."""
+        return self.env().get("source_sha256")
+
+    def env(self) -> dict[str, Any]:
+        """What the run was trained by and on; empty where there is no run."""
         path = self.folder / "env.json"
-        return json.loads(path.read_text())["source_sha256"] if path.exists() else None
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def log(self) -> list[dict[str, Any]]:
-        """All events of the run."""
-        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        """All events of the run so far; a line that is still being written is left out."""
+        path = self.folder / "log.jsonl"
+        whole_lines = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole_lines.splitlines()]
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,12 @@ class Outcome:
 
 Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it has ended
 
-
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # compute types in env.json: as --dtype has them
 PRUNED = "pruned"  # the error of a trial that `watch` ended
 ANEW = ("--resume", "never")  # `extra` of a trial that is to be trained though it has ended
 
 
-def train(
-    trial: Trial, processes: int = 1, threads: int = 0, tries: int = 2, watch: Callable[[Trial], bool] | None = None
-) -> Outcome:
+def train(trial: Trial, processes: int = 1, threads: int = 0, watch: Callable[[Trial], bool] | None = None) -> Outcome:
     """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
     checkpoint if there is one; a diverged run is a result.
 
@@ -117,38 +118,39 @@ def train(
         (trial.folder / "result.json").unlink(missing_ok=True)
     if (result := trial.result) is not None:
         return Outcome(trial, result)
-    launcher = [sys.executable]
+    command = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["train_gpt.py", *trial.flags, "--out", str(trial.folder)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    error = ""
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(1)
-        command = [*launcher, "train_gpt.py", *trial.flags, "--out", str(trial.folder)]
-        if trial.source not in (None, run_folder.source_hash()):
-            command += ["--resume", "never"]
-        with subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                while True:
-                    try:
-                        stderr = process.communicate(timeout=1 if watch else None)[1]
-                        break
-                    except subprocess.TimeoutExpired:
-                        if not watch(trial):
-                            process.kill()
-                            return Outcome(trial, None, PRUNED)
-            except BaseException:
-                process.kill()
-                raise
+    for pause in (1, 0):
+        of_other_code = trial.source not in (None, run_folder.source_hash())
+        code, error = run_to_end([*command, *(ANEW if of_other_code else ())], environment, watch and (lambda: watch(trial)))
         if (result := trial.result) is not None:
             return Outcome(trial, result)
-        error = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        if process.returncode in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
+        if error == PRUNED or code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
+        time.sleep(pause)
     return Outcome(trial, None, error)
+
+
+def run_to_end(command: list[str], environment: dict[str, str], go_on: Callable[[], bool] | None) -> tuple[int, str]:
+    """Exit code of a process and the last line of what it says on stderr; PRUNED where it was killed since not to `go_on`."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while True:
+                try:
+                    stderr = process.communicate(timeout=1 if go_on else None)[1]
+                    return process.returncode, (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                except subprocess.TimeoutExpired:
+                    if not go_on():
+                        process.kill()
+                        return process.wait(), PRUNED
+        except BaseException:
+            process.kill()
+            raise
 
 
 def on_ray(gpus: float, address: str = "auto") -> Launcher:
@@ -162,7 +164,7 @@ def on_ray(gpus: float, address: str = "auto") -> Launcher:
     try:
         import ray
     except ImportError:
-        raise UsageError("--launcher ray needs the package ray: .venv/bin/pip install ray") from None
+        raise UsageError("--launcher ray needs the package ray: .venv/bin/pip install -e .[ray]") from None
     if not ray.is_initialized():
         try:
             ray.init(address, log_to_driver=False, logging_level="warning", runtime_env={"env_vars": RAY_ENVIRONMENT})
@@ -177,13 +179,3 @@ def on_ray(gpus: float, address: str = "auto") -> Launcher:
             return Outcome(trial, None, str(error).strip().splitlines()[-1])
 
     return launch
-
-
-def in_turn(trials: Iterable[Trial], launch: Launcher, workers: int = 1) -> Iterator[Outcome]:
-    """Train `workers` trials at a time, started in their order; yields each as it ends."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for done in as_completed([pool.submit(launch, trial) for trial in trials]):
-            yield done.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

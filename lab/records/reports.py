@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab import comparison
+from lab import comparison, ledger
 from lab.records.rules import Broken, Verdict, judge, need, only_files
 from lab.runner import read_curves
 from lab.scaling import report as survival_report
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     """What a report consists of, and how it is made from its trials."""
 
     name: str  # of the file with its statistics
-    again: Callable[[Summary, list[comparison.Row]], Summary]  # the same statistics, from the trials
+    again: Callable[[Summary, list[ledger.Row]], Summary]  # the same statistics, from the trials
     markdown: Callable[[Summary], str]
 
 
@@ -49,8 +49,8 @@ class Report:
         return KINDS[self.folder.parent.name]
 
     @cached_property
-    def rows(self) -> list[comparison.Row]:
-        return comparison.read_rows(self.folder / "trials.csv")
+    def rows(self) -> list[ledger.Row]:
+        return ledger.read_rows(self.folder / "trials.csv")
 
     @cached_property
     def summary(self) -> Summary:
@@ -114,7 +114,7 @@ def confirmed(report: Report) -> str:
         need(ran == list(range(most)), f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
         shifts = {row.seed - row.pair for row in rows}
         need(len(shifts) == 1 and (shifts == {0} or summary["mode"] == "again"), f"{name}: seeds other than those planned")
-    for far in comparison.turns_apart(row for row in valid if row.steps == planned.get(row.arm)):
+    for far in ledger.turns_apart(row for row in valid if row.steps == planned.get(row.arm)):
         raise Broken(f"pair {far['pair']} lies {far['hours']:.1f} hours apart: interleaved is within the hour")
     return f"{summary['seeds']} seeds of {len(planned)} arms"
 

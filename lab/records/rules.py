@@ -26,7 +26,7 @@ from engine import run_folder
 from engine.schedules import Course
 from engine.spec import UsageError
 from engine.spec import split as split_spec
-from lab import comparison, trials
+from lab import ledger, trials
 from lab.records import record as records
 from lab.records.overlap import repeats
 from lab.records.record import Record
@@ -241,8 +241,8 @@ def faster(record: Record) -> str:
     need(ratio["low"] > 1, f"{words}: the interval holds 1, or slower")
     if not all(log.ended for pair in record.pairs for log in pair):
         raise NotCheckable("the logs are from before they kept the time of day")
-    apart = max(map(comparison.hours_apart, record.pairs))
-    need(apart <= comparison.MOST_APART, f"a run and its pair lie {apart:.1f} hours apart: interleave them, within the hour")
+    apart = max(map(ledger.hours_apart, record.pairs))
+    need(apart <= ledger.MOST_APART, f"a run and its pair lie {apart:.1f} hours apart: interleave them, within the hour")
     return f"{words}, pairs at most {apart * 60:.0f} min apart"
 
 

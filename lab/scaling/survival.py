@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.spec import UsageError
 from lab import stats
-from lab.comparison import Row, compute_type, turns_apart
+from lab.ledger import Row, compute_type, turns_apart
 from lab.scaling.curves import DRAWS, Lines, Noise, PowerLaw, bootstrap, curve_through, interval, speedup
 from lab.scaling.trend import Trend, trend
 

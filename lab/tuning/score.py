@@ -24,20 +24,24 @@ import argparse
 import csv
 import json
 import math
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy import stats
 from scipy.integrate import trapezoid
 
+from engine.command import Parser, command
 from engine.spec import UsageError, nearest
 from lab import plots
+from lab.markdown import table
 
 POINTS = 100
 TAU_MAX = 4.0
 HIGHLIGHTED = 6  # of the profiles in a picture, the best ones
+Studies = dict[tuple[str, str], list[float]]  # (submission, workload) -> seconds of each study
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,37 @@ class Times:
         return Times([self.submissions[i] for i in left], self.workloads, self.seconds[left])
 
 
+def read_csv(path: Path, head: tuple[str, ...] = ()) -> list[list[str]]:
+    """The cells of a table, stripped, its head first.
+
+    Raises:
+        UsageError: missing file, no table, another head than wanted, a line of another length than the head.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} is no CSV file: {error}") from None
+    if not rows:
+        raise UsageError(f"{path} is empty")
+    if head and tuple(rows[0]) != head:
+        raise UsageError(f"{path}: the columns must be {', '.join(head)}")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]):
+            raise UsageError(f"{path} line {number}: {len(row)} cells instead of {len(rows[0])}")
+    return rows
+
+
 def seconds(cell: str, where: str) -> float:
     """One cell of a table.
 
     Raises:
         UsageError: it is no time.
     """
-    if not cell.strip():
-        return math.inf
     try:
-        value = float(cell)
+        value = float(cell or "inf")
     except ValueError:
         raise UsageError(f"{where}: {cell!r} is no time: seconds, inf (missed) or nothing (not run)") from None
     if not value > 0:
@@ -70,49 +95,25 @@ def seconds(cell: str, where: str) -> float:
     return value
 
 
-def check_names(names: list[str], kind: str, path: Path) -> None:
-    for name in names:
-        if not name or names.count(name) > 1:
-            raise UsageError(f"{path}: {f'{kind} {name!r} comes twice' if name else f'a {kind} without a name'}")
-
-
 def read_times(path: Path) -> Times:
     """
     Raises:
         UsageError: missing file, duplicate names, a cell that is no time, fewer than two workloads.
     """
-    rows = read_csv(path)
-    head, lines = [c.strip() for c in rows[0]], rows[1:]
+    head, *lines = read_csv(path)
     if head[0] != "submission":
         raise UsageError(f"{path}: the first column must be `submission`, not {head[0]!r}")
-    workloads, submissions = head[1:], [line[0].strip() for line in lines]
-    check_names(workloads, "workload", path)
-    check_names(submissions, "submission", path)
+    workloads, submissions = head[1:], [line[0] for line in lines]
+    for kind, names in (("workload", workloads), ("submission", submissions)):
+        for name in names:
+            if not name or names.count(name) > 1:
+                raise UsageError(f"{path}: {f'{kind} {name!r} comes twice' if name else f'a {kind} without a name'}")
     if len(workloads) < 2:
         raise UsageError(f"{path}: a profile needs at least two workloads, not {len(workloads)}")
     if not submissions:
         raise UsageError(f"{path}: no submission")
-    for line in lines:
-        if len(line) != len(head):
-            raise UsageError(f"{path}: {line[0]} has {len(line) - 1} times for {len(workloads)} workloads")
-    found = [[seconds(c, f"{path}: {line[0]}, {w}") for w, c in zip(workloads, line[1:])] for line in lines]
-    return Times(submissions, workloads, np.array(found))
-
-
-def read_csv(path: Path) -> list[list[str]]:
-    try:
-        with path.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is no CSV file: {error}") from None
-    if not rows:
-        raise UsageError(f"{path} is empty")
-    return rows
-
-
-Studies = dict[tuple[str, str], list[float]]  # (submission, workload) -> seconds of each study
+    table = [[seconds(cell, f"{path}: {line[0]}, {w}") for w, cell in zip(workloads, line[1:])] for line in lines]
+    return Times(submissions, workloads, np.array(table))
 
 
 def read_studies(path: Path) -> Studies:
@@ -120,31 +121,29 @@ def read_studies(path: Path) -> Studies:
     Raises:
         UsageError: missing file or column, a study that comes twice, a cell that is no time.
     """
-    rows = read_csv(path)
-    wanted = ["submission", "workload", "study", "seconds"]
-    if [c.strip() for c in rows[0]] != wanted:
-        raise UsageError(f"{path}: the columns must be {', '.join(wanted)}")
-    found: Studies = defaultdict(list)
+    _, *lines = read_csv(path, ("submission", "workload", "study", "seconds"))
+    studies: Studies = defaultdict(list)
     seen = set()
-    for number, line in enumerate(rows[1:], start=2):
-        if len(line) != 4:
-            raise UsageError(f"{path} line {number}: {len(line)} cells instead of 4")
-        submission, workload, study, cell = (c.strip() for c in line)
+    for number, (submission, workload, study, cell) in enumerate(lines, start=2):
         if (submission, workload, study) in seen:
             raise UsageError(f"{path} line {number}: study {study} of {submission} on {workload} comes twice")
         seen.add((submission, workload, study))
-        found[submission, workload].append(seconds(cell, f"{path} line {number}"))
-    return found
+        studies[submission, workload].append(seconds(cell, f"{path} line {number}"))
+    return studies
 
 
 def medians(studies: Studies) -> Times:
-    """The table of medians over studies."""
+    """The table of medians over studies; not run is missed.
+
+    Raises:
+        UsageError: fewer than two workloads.
+    """
     submissions = list(dict.fromkeys(s for s, _ in studies))
     workloads = list(dict.fromkeys(w for _, w in studies))
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
-    middle = lambda s, w: float(np.median(studies[s, w])) if (s, w) in studies else math.inf  # noqa: E731
-    table = np.array([[middle(s, w) for w in workloads] for s in submissions])
+    with np.errstate(invalid="ignore"):  # the middle of two that missed
+        table = np.array([[np.median(studies.get((s, w), [math.inf])) for w in workloads] for s in submissions])
     return Times(submissions, workloads, np.where(np.isnan(table), math.inf, table))
 
 
@@ -154,7 +153,7 @@ def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
     Raises:
         UsageError: no such workload.
     """
-    found = {}
+    bases = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         variant, equals, base = word.partition("=")
         for name in (variant, base) if equals else (word,):
@@ -162,8 +161,8 @@ def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
                 raise UsageError(f"--held-out {word}: no workload {name!r}: {nearest(name, workloads)}")
         if not equals or variant == base:
             raise UsageError(f"--held-out takes variant=base, not {word!r}")
-        found[variant] = base
-    return found
+        bases[variant] = base
+    return bases
 
 
 def ratios(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> tuple[list[str], np.ndarray]:
@@ -212,70 +211,63 @@ def reference_scores(times: Times, held_out: dict[str, str], reference: str, tau
     return np.clip(0.5 + gain / (2 * math.log(tau_max)), 0, 1).mean(1)
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> list[int]:
     """1 for the highest; equal values share the better rank."""
-    return np.array([1 + int((values > v + 1e-12).sum()) for v in values])
+    return stats.rankdata(-values.round(12), method="min").astype(int).tolist()
 
 
 def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """95 % intervals [submissions, 2] of the score, by drawing studies with replacement."""
-    dice = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(draws):
-        again = {key: list(dice.choice(values, len(values))) for key, values in sorted(studies.items())}  # whatever their order
+    dice, drawn = np.random.default_rng(seed), []
+    for _ in range(draws):  # sorted: the same whatever order the studies are given in
+        again = {key: list(dice.choice(values, len(values))) for key, values in sorted(studies.items())}
         drawn.append(scores(medians({key: again[key] for key in studies}), held_out, tau_max))
     return np.quantile(drawn, [0.025, 0.975], axis=0).T
 
 
 def summary(
     times: Times, held_out: dict[str, str], tau_max: float, reference: str = "", studies: Studies | None = None
-) -> dict:
+) -> dict[str, Any]:
     """All of it, as JSON: a list of submissions, best score first."""
     value = scores(times, held_out, tau_max)
     bases, r = ratios(times, held_out, tau_max)
-    left_out = {}
+    ranked = defaultdict(list)  # submission -> its rank without each of the others
     for gone in times.submissions if len(times.submissions) > 2 else ():
         fewer = times.without(gone)
-        left_out[gone] = dict(zip(fewer.submissions, ranks(scores(fewer, held_out, tau_max)).tolist()))
-    rank = ranks(value).tolist()
+        for name, rank in zip(fewer.submissions, ranks(scores(fewer, held_out, tau_max))):
+            ranked[name].append(rank)
     against = reference_scores(times, held_out, reference, tau_max) if reference else None
     spread = intervals(studies, held_out, tau_max) if studies else None
     rows = []
-    for i, name in enumerate(times.submissions):
-        without = [where[name] for where in left_out.values() if name in where]
-        row = {
-            "submission": name, "score": float(value[i]), "rank": rank[i], "targets_met": int(np.isfinite(r[i]).sum()),
-            "ranks_when_one_is_left_out": [min(without), max(without)] if without else [rank[i], rank[i]],
-            "ratios": {w: (None if math.isinf(x) else float(x)) for w, x in zip(bases, r[i])},
-        }  # fmt: skip
-        if spread is not None and all(len(studies.get((name, w), ())) > 1 for w in times.workloads):  # one says nothing of luck
+    for i, (name, rank) in enumerate(zip(times.submissions, ranks(value))):
+        without = ranked[name] or [rank]
+        row = {"submission": name, "score": float(value[i]), "rank": rank, "targets_met": int(np.isfinite(r[i]).sum())}
+        row["ranks_when_one_is_left_out"] = [min(without), max(without)]
+        row["ratios"] = {w: (None if math.isinf(x) else float(x)) for w, x in zip(bases, r[i])}
+        if studies and all(len(studies.get((name, w), ())) > 1 for w in times.workloads):  # one says nothing of luck
             row["interval"] = spread[i].tolist()
-        if against is not None:
+        if reference:
             row["against_reference"] = float(against[i])
         rows.append(row)
     rows.sort(key=lambda row: -row["score"])
     return {"tau_max": tau_max, "workloads": bases, "held_out": held_out, "reference": reference, "submissions": rows}
 
 
-def text(found: dict) -> str:
-    """The summary as a table for people."""
-    wide = max(len("submission"), *(len(row["submission"]) for row in found["submissions"]))
-    several = any("interval" in row for row in found["submissions"])
-    head = f"{'rank':>4}  {'submission':{wide}}  {'score':>6}" + ("  95 % interval" if several else "")
-    head += "  targets  rank if one is left out" + (f"  against {found['reference']}" if found["reference"] else "")
-    lines = [head]
-    for row in found["submissions"]:
+def score_table(summary: dict[str, Any], digits: int = 3, aligned: bool = False) -> str:
+    """The summary for people."""
+    head = ["rank", "submission", "AlgoPerf score", "95 %, studies redrawn", "targets met", "rank if one is left out"]
+    reference, rows = summary["reference"], []
+    for row in summary["submissions"]:
         low, high = row["ranks_when_one_is_left_out"]
-        line = f"{row['rank']:4}  {row['submission']:{wide}}  {row['score']:6.4f}"
-        if several:
-            line += "  {:.3f} - {:.3f}".format(*row["interval"]) if "interval" in row else f"  {'-':13}"
-        line += f"  {row['targets_met']:3}/{len(found['workloads']):<3}  {f'{low} to {high}' if low < high else low!s:24}"
-        lines.append(line + (f"{row['against_reference']:.3f}" if found["reference"] else ""))
-    return "\n".join(lines)
+        cells = [str(row["rank"]), f"`{row['submission']}`", f"{row['score']:.{digits}f}"]
+        cells.append("{:.3f} to {:.3f}".format(*row["interval"]) if "interval" in row else "-")
+        cells += [f"{row['targets_met']} of {len(summary['workloads'])}", f"{low} to {high}" if low < high else str(low)]
+        rows.append(cells + ([f"{row['against_reference']:.3f}"] if reference else []))
+    return table([*head, f"against {reference}"] if reference else head, rows, aligned)
 
 
 def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> None:
-    """The profiles, as `stem`.png and .svg."""
+    """The profiles, as `stem`.png."""
     tau = np.linspace(1, tau_max, 600)
     rho = profile(ratios(times, held_out, tau_max)[1], tau)
     value = scores(times, held_out, tau_max)
@@ -291,14 +283,11 @@ def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> 
         xlabel="tau: time / best time of the field", ylabel="share of workloads within tau", xlim=(1, tau_max), ylim=(0, 1.02)
     )
     axes.legend(title="submission, score", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    stem.parent.mkdir(parents=True, exist_ok=True)
     plots.save(figure, stem.parent, stem.name)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="compare.py score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run(argv: list[str]) -> str:
+    parser = Parser(prog="compare.py score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--times", type=Path, help="table of seconds to target")
     source.add_argument("--studies", type=Path, help="table of single studies; gives intervals too")
@@ -306,21 +295,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tau-max", type=float, default=TAU_MAX, help="largest ratio to the best that counts (default: 4)")
     parser.add_argument("--reference", default="", help="also score against this submission alone")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", type=Path, help="draw the profiles: PLOT.png and PLOT.svg")
+    parser.add_argument("--plot", type=Path, help="draw the profiles: PLOT.png")
     options = parser.parse_args(argv)
-    try:
-        if not options.tau_max > 1:
-            raise UsageError(f"--tau-max must be above 1, got {options.tau_max:g}")
-        studies = read_studies(options.studies) if options.studies else None
-        times = medians(studies) if studies else read_times(options.times)
-        held_out = read_held_out(options.held_out, times.workloads)
-        if not np.isfinite(times.seconds).any():
-            raise UsageError("no submission met any target: nothing to score")
-        found = summary(times, held_out, options.tau_max, options.reference, studies)
-        print(json.dumps(found, indent=1) if options.json else text(found))
-        if options.plot:
-            draw(times, held_out, options.tau_max, options.plot)
-        return 0
-    except UsageError as error:
-        print(f"compare.py score: {error}", file=sys.stderr)
-        return 2
+    if not options.tau_max > 1:
+        raise UsageError(f"--tau-max must be above 1, got {options.tau_max:g}")
+    studies = read_studies(options.studies) if options.studies else None
+    times = medians(studies) if studies else read_times(options.times)
+    held_out = read_held_out(options.held_out, times.workloads)
+    if not np.isfinite(times.seconds).any():
+        raise UsageError("no submission met any target: nothing to score")
+    if options.plot:
+        draw(times, held_out, options.tau_max, options.plot)
+    found = summary(times, held_out, options.tau_max, options.reference, studies)
+    return json.dumps(found, indent=1) if options.json else score_table(found, digits=4, aligned=True)
+
+
+def main(argv: list[str]) -> int:
+    return command("compare.py score", lambda: run(argv))

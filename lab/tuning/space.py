@@ -1,7 +1,7 @@
 """What a tuning contest is over: submissions (an optimizer with its schedule and average) and the space of their settings.
 
-The ranges are the registry's (`./run.sh optimizers NAME` shows them), and warm-up is one more: a submission brings a method,
-not a way of tuning it. Every range is the same on every workload, as AlgoPerf wants it.
+The ranges are the registry's (`./run.sh optimizers NAME` shows them); the warm-up is one more. Every range is the same on every
+workload, as AlgoPerf wants it: a submission brings a method, not a way of tuning it.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ import optuna
 from scipy.stats import qmc
 
 import optimizers
-from engine.spec import UsageError, convert, nearest, split
+from engine.spec import UsageError, nearest, split
 from optimizers.average import AVERAGES
 
 WARMUP = (0.01, 0.2, "log")  # fraction of the run
+WHOLE = ("every", "length")  # keys that are whole numbers
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Dimension:
     key: str
     low: float
     high: float
-    scale: str  # linear, log, complement (1 - value is searched by its logarithm), or choice (between false and true)
+    scale: str  # linear, log, complement (1 - value is searched by its logarithm) or choice (low or high: two booleans)
 
     @property
     def name(self) -> str:
@@ -35,27 +36,33 @@ class Dimension:
 
     @property
     def distribution(self) -> optuna.distributions.BaseDistribution:
-        if self.scale == "complement":
-            return optuna.distributions.FloatDistribution(1 - self.high, 1 - self.low, log=True)
-        return optuna.distributions.FloatDistribution(self.low, self.high, log=self.scale == "log")
+        if self.scale == "choice":
+            return optuna.distributions.IntDistribution(int(self.low), int(self.high))
+        low, high = (1 - self.high, 1 - self.low) if self.scale == "complement" else (self.low, self.high)
+        return optuna.distributions.FloatDistribution(low, high, log=self.scale != "linear")
 
     def value(self, searched: float) -> float:
-        """The setting, of what Optuna searches; to three digits, as it is written on the command line. 0 or 1 for a choice."""
-        if self.scale == "choice":
-            return float(searched >= 0.5)
+        """The setting, of what Optuna searches; to three digits, as it is written on the command line."""
         return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
 
     def searched(self, value: float) -> float:
         """The inverse of `value`, kept within the range that rounding may have left."""
-        found, limits = (1 - value if self.scale == "complement" else value), self.distribution
-        return min(max(found, limits.low), limits.high)
+        limits = self.distribution
+        return min(max(1 - value if self.scale == "complement" else value, limits.low), limits.high)
 
     def at(self, share: float) -> float:
         """What Optuna searches, at a share (0 to 1) of the way from low to high."""
         limits = self.distribution
         if limits.log:
             return limits.low * (limits.high / limits.low) ** share
-        return limits.low + (limits.high - limits.low) * share
+        value = limits.low + (limits.high - limits.low) * share
+        return round(value) if self.scale == "choice" else value
+
+
+def hyperparameters(optimizer: str) -> dict[str, tuple[Any, tuple[float, float, str] | None]]:
+    """Key -> (default, range to search or None) of a registered optimizer; nothing is known of other classes."""
+    cls = optimizers.OPTIMIZERS.get(split(optimizer)[0])
+    return {f.name: (f.default, f.metadata["search"]) for f in (dataclasses.fields(cls) if cls else ())}
 
 
 @dataclass(frozen=True)
@@ -76,20 +83,20 @@ class Submission:
             UsageError: there is nothing to search.
         """
         name, fixed = split(self.optimizer)
-        cls = optimizers.OPTIMIZERS.get(name)
-        found = [
-            Dimension("optimizer", f.name, *f.metadata["search"])
-            for f in (dataclasses.fields(cls) if cls else ())
+        known = hyperparameters(name)
+        space = [
+            Dimension("optimizer", key, *search)
+            for key, (default, search) in known.items()
             # a default of None follows another setting: the method has its full strength without
-            if f.metadata["search"] and f.name not in fixed and f.default is not None
+            if search and key not in fixed and default is not None
         ]
-        if cls is None and "lr" not in fixed:
-            found.append(Dimension("optimizer", "lr", 1e-4, 1e-1, "log"))
+        if not known and "lr" not in fixed:
+            space.append(Dimension("optimizer", "lr", 1e-4, 1e-1, "log"))
         if not optimizers.own_schedule(name):
-            found.append(Dimension("schedule", "warmup", *WARMUP))
-        if not found:
+            space.append(Dimension("schedule", "warmup", *WARMUP))
+        if not space:
             raise UsageError(f"{self.name}: every setting is fixed, nothing is left to search")
-        return (*found, *self.extra)
+        return (*space, *self.extra)
 
     @property
     def version(self) -> str:
@@ -102,23 +109,20 @@ class Submission:
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
         for d in self.dimensions:
             if d.name in values:
-                whole = d.key in ("every", "length")
                 joint = "," if "=" in parts[d.part] else ":"
-                parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if whole else f'{values[d.name]:g}'}"
+                parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if d.key in WHOLE else f'{values[d.name]:g}'}"
         return tuple(word for part, spec in parts.items() if spec for word in (f"--{part}", spec))
 
     def defaults(self) -> dict[str, float]:
         """The registry's own settings for every dimension."""
-        found = {}
-        for d in self.dimensions:
+        known = hyperparameters(self.optimizer)
+
+        def default(d: Dimension) -> float:
             if d.part == "optimizer":
-                cls = optimizers.OPTIMIZERS.get(split(self.optimizer)[0])
-                found[d.name] = getattr(cls, d.key) if cls else 1e-3
-            elif d.part == "average":
-                found[d.name] = getattr(AVERAGES[split(self.average)[0]], d.key)
-            else:
-                found[d.name] = 0.05
-        return found
+                return float(known[d.key][0]) if known else 1e-3
+            return getattr(AVERAGES[split(self.average)[0]], d.key) if d.part == "average" else 0.05
+
+        return {d.name: default(d) for d in self.dimensions}
 
 
 EXTRAS = {
@@ -163,8 +167,3 @@ def points(space: tuple[Dimension, ...], count: int, study: int) -> list[dict[st
 def values(space: tuple[Dimension, ...], searched: dict[str, Any]) -> dict[str, float]:
     """Settings of what Optuna searched."""
     return {d.name: d.value(searched[d.name]) for d in space}
-
-
-def parse_values(space: tuple[Dimension, ...], texts: dict[str, str]) -> dict[str, float]:
-    """Settings of a row of a table."""
-    return {d.name: convert(texts[d.name], float, d.name) for d in space}

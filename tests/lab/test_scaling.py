@@ -17,7 +17,7 @@ from config import resolve
 from engine.run_folder import source_hash
 from engine.spec import UsageError
 from lab import plots, trials
-from lab.comparison import read_rows
+from lab.ledger import read_rows
 from lab.scaling import ladder, plan, published, survival
 from lab.scaling.curves import Lines, Noise, PowerLaw, bootstrap, curve_through, fit, interval, speedup
 from lab.scaling.trend import scatter_about_line, trend
@@ -665,7 +665,7 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
 
     monkeypatch.setattr(trials, "train", here)
     monkeypatch.setattr(scaling, "TIME_PAIRS", 1)
-    monkeypatch.setattr(trials, "in_turn", lambda wanted, launch, workers: map(launch, wanted))  # signals: main thread only
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # which only a main thread may call
     out = tmp_path / "s"
     (tmp_path / "sizes").write_text("3k 1 1 16\n12k 1 1 32\n")
     words = ["--tricks", "muon", "--sizes", str(tmp_path / "sizes"), "--tokens-per-parameter", "0.1", "--budgets", "1", "4",

@@ -14,11 +14,14 @@ RNG = np.random.default_rng(0)
 LOSSES = [3.2781, 3.2769, 3.2793, 3.2775, 3.2786]
 
 
+def p_above(losses, target=3.28) -> float:
+    return stats.Sample.of(losses).p_above(target)
+
+
 def test_p_is_scipys():
     expected = scipy_stats.ttest_1samp(LOSSES, 3.28, alternative="less").pvalue
-    assert stats.p_above(LOSSES, 3.28) == pytest.approx(expected, rel=1e-12)
-    assert stats.p_above([3.2, 3.2], 3.28) == 0 and stats.p_above([3.3, 3.3], 3.28) == 1
-    assert math.isnan(stats.p_above([3.2], 3.28))
+    assert p_above(LOSSES) == pytest.approx(expected, rel=1e-12)
+    assert p_above([3.2, 3.2]) == 0 and p_above([3.3, 3.3]) == 1 and math.isnan(p_above([3.2]))
 
 
 def test_the_interval_of_a_mean_is_scipys():
@@ -37,15 +40,12 @@ def test_a_ratio_is_scipys_paired_test_on_logs():
     assert found.low < found.ratio < found.high
     back = stats.paired_ratio(b, a)
     assert back.ratio == pytest.approx(1 / found.ratio) and back.p == pytest.approx(found.p)
-    low, high = stats.bootstrap_ratio(a, b)
-    assert found.low < low < found.ratio < high < found.high
 
 
 def test_runs_that_do_not_differ_and_pairs_that_are_none():
     same = stats.paired_ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])
     assert (same.ratio, same.low, same.high, same.p) == pytest.approx((2, 2, 2, 0))
     assert stats.paired_ratio([1.0, 1.0], [1.0, 1.0]).p == 1
-    assert stats.bootstrap_ratio([1.0, 1.0], [1.0, 1.0]) == (1, 1)
     for a, b in (([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 0.0], [1.0, 1.0])):
         with pytest.raises(ValueError, match="want"):
             stats.paired_ratio(a, b)
@@ -55,8 +55,6 @@ def test_arms_that_do_not_differ_are_called_different_in_five_of_a_hundred():
     pairs = RNG.lognormal(4, 0.05, (2000, 2, 5))
     wrong = np.mean([stats.paired_ratio(a, b).p < 0.05 for a, b in pairs])
     assert 0.04 <= wrong <= 0.06
-    wrong = np.mean([stats.welch(a, b)[3] < 0.05 for a, b in np.log(pairs)])
-    assert 0.04 <= wrong <= 0.06
 
 
 def test_power_is_what_simulation_finds():
@@ -64,7 +62,7 @@ def test_power_is_what_simulation_finds():
     n = stats.runs_needed(gap, sd, alpha=0.01, chance=0.9)
     assert stats.power(n - 1, gap / sd, 0.01) < 0.9 <= stats.power(n, gap / sd, 0.01)
     runs = RNG.normal(3.28 - gap, sd, (4000, n))
-    found = np.mean([stats.p_above(r, 3.28) < 0.01 for r in runs])
+    found = np.mean([p_above(r) < 0.01 for r in runs])
     assert found == pytest.approx(stats.power(n, gap / sd, 0.01), abs=0.02)
     seen = stats.smallest_difference(6, 0.02, alpha=0.05, chance=0.8)
     draws = RNG.normal(seen, 0.02, (4000, 6))
@@ -73,8 +71,7 @@ def test_power_is_what_simulation_finds():
 
 def test_power_at_the_edges():
     assert stats.runs_needed(0.0, 1.0) == 1000 and stats.runs_needed(1.0, 0.0) == 2
-    assert stats.power(1, 5, 0.01) == 0 and stats.smallest_difference(1, 0.1) == math.inf
-    assert stats.smallest_difference(5, 0.0) == 0
+    assert stats.smallest_difference(1, 0.1) == math.inf and stats.smallest_difference(5, 0.0) == 0
     assert stats.runs_needed(0.001, 1.0, most=50) == 50
 
 

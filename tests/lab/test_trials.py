@@ -3,21 +3,20 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch
+from conftest import DATA_ROOT, ROOT, launch
 
+import train_gpt
 from engine import run_folder
 from engine.spec import UsageError
 from lab import trials
-from lab.trials import Arm, Trial, in_turn, train
+from lab.runner import Scheduler, calibrate
+from lab.trials import Arm, Trial, train
 
 FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
-
-
-def run(wanted):
-    return list(in_turn(wanted, train))
 
 
 @pytest.fixture
@@ -28,18 +27,32 @@ def here(tmp_path, monkeypatch, sotu):
 
 
 def test_a_trial_is_trained_once_and_found_again(here):
-    wanted = [Trial(here, 3, seed) for seed in (0, 1)]
-    first, second = run(wanted)
-    assert first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7
-    assert first.trial.folder != second.trial.folder and first.loss != second.loss
-    assert first.trial.log()[0]["event"] == "start"
-    ended = [o.trial.log()[-1] for o in (first, second)]
-    again = run(wanted)
-    assert [o.loss for o in again] == [first.loss, second.loss] and [o.trial.log()[-1] for o in again] == ended
-    marked = first.trial.folder / "result.json"
-    marked.write_text(json.dumps(first.result | {"val_loss": 99.0}))
-    assert run(wanted)[0].loss == 99
-    assert run([dataclasses.replace(wanted[0], extra=trials.ANEW)])[0].loss == pytest.approx(first.loss, rel=1e-3)
+    trial, other = Trial(here, 3, 0), Trial(here, 3, 1)
+    first = train(trial)
+    assert first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7 and other.result is None
+    assert trial.folder != other.folder and trial.log()[0]["event"] == "start" and trial.env()["dtype"] == "float32"
+    with (trial.folder / "log.jsonl").open("a") as log:  # a line that is still being written
+        log.write('{"event": "tr')
+    assert trial.log()[-1]["event"] == "end"
+    (trial.folder / "result.json").write_text(json.dumps(first.result | {"val_loss": 99.0}))
+    assert train(trial).loss == 99
+    assert train(dataclasses.replace(trial, extra=trials.ANEW)).loss == pytest.approx(first.loss, rel=1e-3)
+
+
+def test_jobs_are_done_side_by_side_until_one_is_interrupted():
+    scheduler, done = Scheduler(), []
+    assert sorted(scheduler.in_turn([3, 1, 2], lambda n: 10 * n, 2)) == [(1, 10), (2, 20), (3, 30)]
+    assert not scheduler.interrupted.is_set()
+
+    def work(job: int) -> None:
+        if job == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        done.append(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(scheduler.in_turn(range(50), work, 1))
+    assert scheduler.interrupted.is_set() and 49 not in done
 
 
 def test_the_source_of_a_run_is_all_that_it_imports(tmp_path, sotu):
@@ -54,60 +67,50 @@ def test_the_source_of_a_run_is_all_that_it_imports(tmp_path, sotu):
     assert process.returncode == 0, errors[-2000:]
     files = {Path(line) for line in errors.splitlines() if line.endswith(".py")}
     own = {path for path in files if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / ".venv")} - {script}
-    assert ROOT / "train_gpt.py" in own
-    assert own <= set(run_folder.sources())
-    assert all((ROOT / name).exists() for name in run_folder.TOOLS)
+    assert ROOT / "train_gpt.py" in own and own <= set(run_folder.sources())
 
 
 def test_a_trial_of_other_settings_is_another(here):
     assert Trial(here, 3, 0).folder != Trial(here, 4, 0).folder
     assert Trial(here, 3, 0).folder != Trial(Arm("lion", (*here.flags, "--optimizer", "lion")), 3, 0).folder
-    with pytest.raises(UsageError, match="unknown trick 'muno'"):
-        _ = Trial(Arm("typo", (*here.flags, "--tricks", "muno")), 3, 0).folder
+    for flags, message in ((("--tricks", "muno"), "unknown trick 'muno'"), (("--optimizer", "no.py:Thing"), "no.py")):
+        with pytest.raises(UsageError, match=message):
+            _ = Trial(Arm("typo", (*here.flags, *flags)), 3, 0).folder
 
 
-BROKEN = """
-import torch
+def test_a_crash_is_tried_again_and_then_reported(here, monkeypatch):
+    """The trainer is another program here: a crash, a crash that a second try mends, a refusal, one that never ends."""
+    real, calls, programs = trials.subprocess.Popen, [], []
 
-
-class Broken(torch.optim.SGD):
-    def step(self, closure=None):
-        raise RuntimeError("out of luck")
-"""
-
-
-def test_a_crash_is_tried_again_from_its_checkpoint_and_then_reported(here, monkeypatch, tmp_path):
-    (tmp_path / "broken.py").write_text(BROKEN)
-    arm = Arm("crash", (*here.flags, "--optimizer", f"{tmp_path / 'broken.py'}:Broken"))
-    (outcome,) = run([Trial(arm, 3, 0)])
-    assert outcome.result is None and outcome.loss == float("inf") and outcome.error == "RuntimeError: out of luck"
-    refused = Trial(Arm("no file", (*here.flags, "--optimizer", "no_such_file.py:Thing")), 3, 0)
-    with pytest.raises(UsageError, match="no_such_file"):
-        _ = refused.folder
-
-    calls = []
-
-    def killed(command, **kwargs):
+    def popen(command, **kwargs):
         calls.append(command)
-        if len(calls) == 1:
-            command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-        return real(command, **kwargs)
+        return real([sys.executable, "-c", programs.pop(0)] if programs else command, **kwargs)
 
-    real = trials.subprocess.Popen
-    monkeypatch.setattr(trials.subprocess, "Popen", killed)
-    (outcome,) = run([Trial(here, 2, 5)])
-    assert len(calls) == 2 and outcome.result["steps"] == 2
+    monkeypatch.setattr(trials.subprocess, "Popen", popen)
+    unlucky = "raise RuntimeError('out of luck')"
+    programs += [unlucky, unlucky]
+    outcome = train(Trial(here, 3, 0))
+    assert (outcome.result, outcome.loss, outcome.error) == (None, float("inf"), "RuntimeError: out of luck") and len(
+        calls
+    ) == 2
+    programs += ["import sys; sys.exit(2)"]
+    assert train(Trial(here, 3, 0)).error == "exit code 2" and len(calls) == 3
+    programs += ["import time; time.sleep(600)"]
+    assert train(Trial(here, 3, 0), watch=lambda trial: trial.seed != 0).error == trials.PRUNED and len(calls) == 4
+    programs += ["import os; os.kill(os.getpid(), 9)"]
+    outcome = train(Trial(here, 2, 5))
+    assert len(calls) == 6 and outcome.result["steps"] == 2 and calls[-1][1] == "train_gpt.py"
 
 
-def test_a_trial_that_is_watched_ends_when_the_watcher_says_so(here):
-    asked = []
-    trial = Trial(Arm("long", (*here.flags, "--val-every", "1")), 100_000, 0)
-    outcome = trials.train(trial, watch=lambda trial: asked.append(trial) or (trial.folder / "log.jsonl").exists() is False)
-    assert outcome.result is None and outcome.error == trials.PRUNED and asked and not (trial.folder / "result.json").exists()
+def test_a_diverged_run_is_a_result_and_no_measure(here, monkeypatch):
+    def in_this_process(trial, *_):
+        code = train_gpt.main([*trial.flags, "--data-root", str(DATA_ROOT), "--out", str(trial.folder)])
+        return trials.Outcome(trial, trial.result, f"exit code {code}")
 
-
-def test_a_diverged_run_is_a_result(here):
     arm = Arm("diverged", (*here.flags, "--optimizer", "sgd:lr=1e30", "--clip", "0"))
-    (outcome,) = run([Trial(arm, 6, 0)])
+    outcome = in_this_process(Trial(arm, 6, 0))
     assert outcome.result["status"] == "diverged" and outcome.loss == float("inf")
     assert json.loads((outcome.trial.folder / "result.json").read_text())["val_loss"] is None
+    monkeypatch.setattr(trials, "train", in_this_process)
+    with pytest.raises(UsageError, match="diverged does not run here"):
+        calibrate(arm, 6)
