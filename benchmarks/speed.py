@@ -1,6 +1,6 @@
 """Speed and memory on this machine, side by side with transformers, interleaved in one run. Prints Markdown.
 
-    python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs the extra `test`)
+    python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs pip install -e .[test])
     python -m benchmarks.speed ours-against-transformers record-mfu ranks large-pages start-up        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
@@ -20,38 +20,32 @@ import torch
 
 import train_gpt
 import tricks
+from config import resolve
 from engine import hardware
-from model import GPT, ModelConfig, flops_per_token
+from engine.command import command
+from engine.ranks import World
+from engine.spec import UsageError, nearest
+from layers.shape import ModelConfig, flops_per_token
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
-DEVICE = torch.device("cpu")
 SEQUENCES, ROUNDS = 16, 7
+FLAGS = [sys.executable, "train_gpt.py", "--track", "cpu", "--val-tokens", "512", "--val-every", "1000"]
 
 
-def one_step(model: torch.nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-    """A function that makes one training step and returns its seconds."""
-
-    def step() -> float:
-        start = time.perf_counter()
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
-
-    return step
-
-
-def interleave(steps: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def interleave(steps: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds of each, one after the other in every round; the first two rounds are warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
         for name, step in steps.items():
-            times[name].append(step())
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
     return {name: values[2:] for name, values in times.items()}
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    ratios = sorted(x / y for x, y in zip(a, b))
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
@@ -60,25 +54,33 @@ def ours_against_transformers() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     settings, _ = tricks.apply("cpu", "baseline")
-    shape = {k: settings[k] for k in ("vocab_size", "sequence_length", "layers", "heads", "width")}
+    shape = {key: settings[key] for key in ("vocab_size", "sequence_length", "layers", "heads", "width")}
     tokens = torch.randint(shape["vocab_size"], (SEQUENCES, shape["sequence_length"]))
-    hf_config = GPT2Config(
-        vocab_size=shape["vocab_size"], n_positions=shape["sequence_length"], n_embd=shape["width"], n_layer=shape["layers"],
-        n_head=shape["heads"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
+    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    hf_shape = dict(zip(names, shape.values(), strict=True))
+
+    def step_of(model: torch.nn.Module, loss_of: Callable[[torch.nn.Module], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step() -> None:
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def hf_loss(model: torch.nn.Module, autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(input_ids=tokens, labels=tokens).loss
+
     steps = {}
     for name, autocast in (("transformers fp32", False), ("transformers bf16", True)):
-        hf = GPT2LMHeadModel(hf_config)
-
-        def hf_loss(model, autocast=autocast):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                return model(input_ids=tokens, labels=tokens).loss
-
-        steps[name] = one_step(hf, hf_loss, torch.optim.AdamW(hf.parameters(), fused=True))
+        hf = GPT2LMHeadModel(GPT2Config(**hf_shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+        steps[name] = step_of(hf, lambda model, autocast=autocast: hf_loss(model, autocast))
     for name, dtype in (("ours fp32", torch.float32), ("ours bf16", torch.bfloat16)):
         gpt = GPT(ModelConfig(**shape))
         gpt.compute_dtype = dtype
-        steps[name] = one_step(gpt, lambda model: model(tokens, tokens), torch.optim.AdamW(gpt.parameters(), fused=True))
+        steps[name] = step_of(gpt, lambda model: model(tokens, tokens))
     times = interleave(steps)
     print("\n| same GPT-2, batch and AdamW | tokens per second | ours (bf16) is faster by |\n|---|---|---|")
     for name, values in times.items():
@@ -87,22 +89,21 @@ def ours_against_transformers() -> None:
 
 def record_mfu() -> None:
     """Step of the cpu track's record recipe against the peak of matrix products measured between the steps."""
-    config, model_config, recipe = train_gpt.resolve(["--track", "cpu", "--tricks", "record", "--out", tempfile.mkdtemp()])
-    training = train_gpt.Training(config, model_config, recipe, train_gpt.World("cpu"))
+    config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "record", "--out", tempfile.mkdtemp()])
+    training, peaks = train_gpt.Training(config, model_config, recipe, World("cpu")), []
     if training.compiled:
         training.warm_up()
-    peak = lambda: 1 / hardware.matmul_peak(DEVICE, training.dtype)[0]  # noqa: E731
-    times = interleave({"step": lambda: training.step()[2], "peak": peak}, rounds=15)
-    step, top = statistics.median(times["step"]), 1 / min(times["peak"])
+
+    def peak() -> None:
+        peaks.append(hardware.matmul_peak(torch.device("cpu"), training.dtype)[0])
+
+    step = statistics.median(interleave({"step": training.step, "peak": peak}, rounds=15)["step"])
     done = config.batch_tokens * flops_per_token(model_config) / step
     print("\n| cpu track, record recipe | |\n|---|---|")
     print(f"| step | {step * 1e3:.0f} ms, {config.batch_tokens / step:,.0f} tokens per second |")
     print(f"| model arithmetic | {done / 1e9:,.0f} GFLOP/s |")
-    print(f"| matrix product peak, {str(training.dtype)[6:]} | {top / 1e9:,.0f} GFLOP/s |")
-    print(f"| MFU | {done / top:.0%} |")
-
-
-FLAGS = ["train_gpt.py", "--track", "cpu", "--val-tokens", "512", "--val-every", "1000"]
+    print(f"| matrix product peak, {str(training.dtype)[6:]} | {max(peaks) / 1e9:,.0f} GFLOP/s |")
+    print(f"| MFU | {done / max(peaks):.0%} |")
 
 
 def trained(words: list[str], **environment: str) -> dict:
@@ -115,29 +116,31 @@ def trained(words: list[str], **environment: str) -> dict:
 
 def ranks() -> None:
     """Two gloo ranks of one thread against one process of two threads, interleaved."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = [FLAGS[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *FLAGS[1:]]
+    launches = {"1 process, 2 threads": (FLAGS, "2"), "2 gloo ranks, 1 thread each": (two, "1")}
     print("\n| recipe on 2 cores | | tokens per second | relative | peak memory of a process |\n|---|---|---|---|---|")
     for recipe in ("baseline", "record"):
-        rates, memory = {"one": [], "two": []}, {}
-        for _ in range(3):
-            for name, launch, threads in (("one", [sys.executable], 2), ("two", torchrun, 1)):
-                words = [*launch, *FLAGS, "--tricks", recipe, "--steps", "25"]
-                result = trained(words, OMP_NUM_THREADS=str(threads))
-                rates[name].append(result["tokens"] / result["robust_train_time"])
-                memory[name] = result["peak_memory"]
-        for name, what in (("one", "1 process, 2 threads"), ("two", "2 gloo ranks, 1 thread each")):
-            relative = ratio(rates[name], rates["one"])
-            rate = statistics.median(rates[name])
-            print(f"| `{recipe}` | {what} | {rate:,.0f} | {relative} | {memory[name] / 1e6:,.0f} MB |", flush=True)
+        results = [
+            {
+                what: trained([*words, "--tricks", recipe, "--steps", "25"], OMP_NUM_THREADS=n)
+                for what, (words, n) in launches.items()
+            }
+            for _ in range(3)
+        ]
+        rates = {what: [r[what]["tokens"] / r[what]["robust_train_time"] for r in results] for what in launches}
+        for what, rate in rates.items():
+            relative = ratio(rate, next(iter(rates.values())))
+            memory = results[-1][what]["peak_memory"] / 1e6
+            print(f"| `{recipe}` | {what} | {statistics.median(rate):,.0f} | {relative} | {memory:,.0f} MB |", flush=True)
 
 
 def large_pages() -> None:
     """Tensors of 2 MB and more in large pages (hardware.py) and not, interleaved: two sizes of vocabulary."""
     print("\n| memory in pages of 4 kB / large pages | time | peak memory |\n|---|---|---|")
     for track in ("tokens", "bytes-large"):
-        words = [sys.executable, "train_gpt.py", "--track", track, "--steps", "30", "--val-every", "1000"]
-        found = [[trained(words, THP_MEM_ALLOC_ENABLE=large) for large in "01"] for _ in range(5)]
-        columns = [[[r[key] for r in each] for each in zip(*found)] for key in ("robust_train_time", "peak_memory")]
+        words = [*FLAGS[:2], "--track", track, "--steps", "30", "--val-every", "1000"]
+        results = [[trained(words, THP_MEM_ALLOC_ENABLE=large) for large in "01"] for _ in range(5)]
+        columns = [[[r[key] for r in each] for each in zip(*results)] for key in ("robust_train_time", "peak_memory")]
         print(f"| `{track}` | {' | '.join(ratio(small, large) for small, large in columns)} |", flush=True)
 
 
@@ -148,10 +151,9 @@ def start_up() -> None:
         seconds = []
         for _ in range(4):
             with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                words = [sys.executable, *FLAGS, "--tricks", "record", "--steps", "1", flag, "--out", folder + "/run"]
+                start, log = time.perf_counter(), Path(folder, "run", "log.jsonl")
+                words = [*FLAGS, "--tricks", "record", "--steps", "1", flag, "--out", folder + "/run"]
                 process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-                log = Path(folder, "run", "log.jsonl")
                 while not (log.exists() and '"val"' in log.read_text()):
                     time.sleep(0.02)
                 seconds.append(time.perf_counter() - start)
@@ -160,19 +162,17 @@ def start_up() -> None:
         print(f"| `record`, {what} | {seconds[1]:.1f} ({seconds[0]:.1f}-{seconds[2]:.1f}) |", flush=True)
 
 
-PARTS = {
-    "ours-against-transformers": ours_against_transformers,
-    "record-mfu": record_mfu,
-    "ranks": ranks,
-    "large-pages": large_pages,
-    "start-up": start_up,
-}
+PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_transformers, record_mfu, ranks, large_pages, start_up)}
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name not in PARTS:
+            raise UsageError(f"unknown part {name!r}: {nearest(name, PARTS)}")
+    print(f"{hardware.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name in names or PARTS:
+        PARTS[name]()
+
 
 if __name__ == "__main__":
-    unknown = [name for name in sys.argv[1:] if name not in PARTS]
-    if unknown:
-        print(f"speed: unknown part {unknown[0]!r}: {', '.join(PARTS)}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{hardware.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name in sys.argv[1:] or PARTS:
-        PARTS[name]()
+    sys.exit(command("speed", lambda: main(sys.argv[1:])))
