@@ -443,7 +443,9 @@ TRACKS: dict[str, Track] = {
         recipe_steps={"record": 740},  # record 010
         tuning={
             "wide_heads": dict(heads=2),
-            "muon": dict(optimizer="muon:lr=0.03,momentum=0.9,adamw_lr=0.01", schedule="wsd:cooldown=0.7"),
+            "muon": dict(  # as tuned on bytes-large; record 010
+                optimizer="muon:lr=0.0155,momentum=0.9642,weight_decay=0.177,adamw_lr=0.00779", schedule="cosine:warmup=0.0825"
+            ),
             "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
             "batch_stages": dict(batch_tokens=2048),
             "small_batch": dict(batch_tokens=2048),

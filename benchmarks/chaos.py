@@ -3,7 +3,7 @@
     python -m benchmarks.chaos                 all of it: about 10 minutes on 2 cores
     python -m benchmarks.chaos --kills 10      a taste
 
-Kills: a run of the track `tiny`, with an optimizer of the registry and on 1 or 2 ranks, is killed (SIGKILL, all of its processes)
+Kills: a run of the track `tiny`, with an optimizer of the registry and on 1 or 2 ranks, is killed (SIGKILL, all its processes)
 at random moments and started again by the same command until it ends. Then weights, optimizer state and losses must be those of
 an undisturbed run, bit by bit. Flips: one bit of a random byte of a shard or of a checkpoint. Cuts: a file made shorter. Write
 errors: a random write of a run fails as on a full disk, and the same command continues afterwards.

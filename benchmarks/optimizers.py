@@ -30,7 +30,8 @@ import torch
 import optimizers
 from engine import hardware
 from engine.spec import UsageError, nearest
-from model import GPT, PRESETS, ModelConfig
+from layers.shape import PRESETS, ModelConfig
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_suffix(".json")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from cost import Prediction, TooLittleMemory, predict
+from cost.predict import Prediction, TooLittleMemory, predict
 from engine.spec import UsageError
 from lab.markdown import table
 from lab.scaling.ladder import Cell, size_words

@@ -12,7 +12,6 @@ from datetime import datetime, timedelta, timezone
 import matplotlib.colors
 import numpy as np
 import pytest
-from conftest import DATA_ROOT
 
 import compare
 import train_gpt
