@@ -81,8 +81,8 @@ class Choice:
         return self.cls.of_length(steps, **self.settings) if issubclass(self.cls, Method) else {}
 
     def build(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """Over all of gpt. Where an outside torch Optimizer has an attribute `roles`, it takes these roles and AdamW the rest; the
-        groups state `split` (see `groups`)."""
+        """Over all of gpt. Where an outside torch Optimizer has an attribute `roles`, it takes these roles and AdamW the rest;
+        the groups state `split` (see `groups`)."""
         cls, roles = self.cls, getattr(self.cls, "roles", ROLES)
         if issubclass(cls, Method):
             if not groups(gpt, roles):
