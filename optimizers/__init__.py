@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.spec import UsageError, convert, nearest, parse, split
 from model import roles as roles_of
@@ -81,16 +81,16 @@ class Choice:
         return self.cls.of_length(steps, **self.settings) if issubclass(self.cls, Method) else {}
 
     def build(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """Over all of gpt. Where an outside torch Optimizer has an attribute `roles`, it takes these roles and AdamW the rest;
+        """Over all of gpt. An outside torch Optimizer may name what it takes in its attribute `roles`; AdamW has the rest, and
         the groups state `split` (see `groups`)."""
         cls, roles = self.cls, getattr(self.cls, "roles", ROLES)
+        if unknown := set(roles) - set(ROLES):
+            raise UsageError(f"optimizer {cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
+        if not groups(gpt, roles):
+            raise UsageError(f"optimizer {self.spec!r} is for {', '.join(roles)} weights, and there are none: use adamw")
         if issubclass(cls, Method):
-            if not groups(gpt, roles):
-                raise UsageError(f"optimizer {self.spec!r} is for {', '.join(roles)} weights, and there are none: use adamw")
             return cls.build(gpt, steps, **self.settings)
         if issubclass(cls, torch.optim.Optimizer):
-            if unknown := set(roles) - set(ROLES):
-                raise UsageError(f"optimizer {cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
             params = decay_groups(gpt, self.setting("weight_decay", 0.0), roles, by_split=set(roles) < set(ROLES))
             return with_rest(cls(params, **self.settings), gpt, roles)
         if hasattr(cls, "build"):
@@ -137,7 +137,7 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
     multiply_rates(optimizer, gpt, rates)
     if (averaging := build_average(average, steps)) is not None:
         optimizer = Averaged(optimizer, averaging)
-    role = roles_by_parameter(gpt)
+    role = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True))
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("weight_decay", 0.0)
@@ -176,11 +176,6 @@ def unwrapped(gpt: nn.Module) -> nn.Module:
     return gpt
 
 
-def roles_by_parameter(gpt: nn.Module) -> dict[nn.Parameter, str]:
-    role = roles_of(gpt)
-    return {p: role[name] for name, p in gpt.named_parameters()}
-
-
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
     """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ.
 
@@ -191,7 +186,7 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
     """
     if not rates:
         return
-    role, factors = roles_by_parameter(gpt), {}
+    role, factors = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True)), {}
     words = {p: {role[p], name, *name.split(".")} for name, p in gpt.named_parameters()}
     for pair in filter(None, rates.split(",")):
         word, _, text = (part.strip() for part in pair.partition("="))
@@ -231,9 +226,7 @@ def period(spec: str) -> int:
 
 def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: nn.Parameter) -> None:
     """Have `target` go on with the state that `source` has, where both are updated by the same method."""
-    optimizer.state[target] = {
-        name: value.clone() if isinstance(value, Tensor) else value for name, value in optimizer.state[source].items()
-    }
+    optimizer.state[target] = tree_map_only(Tensor, Tensor.clone, optimizer.state[source])
     if isinstance(optimizer, Averaged):
         optimizer.kept[target] = [w.clone() for w in optimizer.kept[source]]
 

@@ -4,30 +4,25 @@ import dataclasses
 import inspect
 import sys
 
+from engine.command import command
 from engine.spec import UsageError, nearest
 from optimizers import OPTIMIZERS
 
 
 def show(name: str) -> str:
-    cls = OPTIMIZERS.get(name)
-    if cls is None:
+    if name not in OPTIMIZERS:
         raise UsageError(f"unknown optimizer {name!r}: {nearest(name, OPTIMIZERS)}")
-    lines = [name, inspect.cleandoc(cls.__doc__), ""]
-    for f in dataclasses.fields(cls):
-        search = f.metadata["search"]
-        tuned = f"; search {search[0]:g} to {search[1]:g}, {search[2]}" if search else ""
+    lines = [name, inspect.cleandoc(OPTIMIZERS[name].__doc__), ""]
+    for f in dataclasses.fields(OPTIMIZERS[name]):
+        tuned = "; search {} to {}, {}".format(*f.metadata["search"]) if f.metadata["search"] else ""
         lines.append(f"  {f.name + '=' + str(f.default):28} {f.metadata['help']}{tuned}")
     return "\n".join(lines)
 
 
+def listing() -> str:
+    lines = [f"{name:22} {' '.join(cls.__doc__.split())[:100]}..." for name, cls in OPTIMIZERS.items()]
+    return "\n".join([*lines, "", "add a name to see its settings"])
+
+
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:]:
-            print("\n\n".join(map(show, sys.argv[1:])))
-        else:
-            for name, cls in OPTIMIZERS.items():
-                print(f"{name:22} {' '.join(cls.__doc__.split())[:100]}...")
-            print("\nadd a name to see its settings")
-    except UsageError as error:
-        print(f"optimizers: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command("optimizers", lambda: "\n\n".join(map(show, sys.argv[1:])) or listing()))

@@ -190,13 +190,11 @@ class Optimizer(Method, torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         loss = evaluate(closure)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self.update_group(group, params)
+        self.update_weights()
         return loss
 
-    def update_group(self, group: dict, params: list[Tensor]) -> None:
+    def update_weights(self) -> None:
+        """Of all groups, where there is a gradient."""
         raise NotImplementedError
 
 
@@ -378,6 +376,11 @@ class Elementwise(Optimizer):
                 g["params"][0].grad = torch.zeros(LONE // ROW, ROW)
             for _ in range(max(2, *(g.get("every", 1) for g in dummy))):  # the first step may be another than those after
                 twin.step()
+
+    def update_weights(self) -> None:
+        for group in self.param_groups:
+            if params := [p for p in group["params"] if p.grad is not None]:
+                self.update_group(group, params)
 
     def update_group(self, group: dict, params: list[Tensor]) -> None:
         for t, members in self.alike(group, params):

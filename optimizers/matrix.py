@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.hardware import has_native_bf16
 from layers.kernels import gram, polynomial
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, evaluate, groups, hyper
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, groups, hyper
 from optimizers.elementwise import AdamW, CautiousAdamW
 
 RATE, WD = "peak learning rate of the hidden matrices", "wd of the hidden matrices"
@@ -59,11 +59,6 @@ class Bucket:
         return [b for b, owner in zip(self.blocks, self.owners, strict=True) if owner == rank]
 
 
-def rest(default, help: str, search: tuple | None = None) -> dataclasses.Field:
-    """A hyperparameter of the optimizer that takes what a matrix method leaves."""
-    return hyper(default, help, search, rest=True)
-
-
 def tiles(size: int, block: int) -> list[tuple[int, int]]:
     """[0, size) in as few near-equal pieces as have at most `block` elements; 0: one piece."""
     n = -(-size // block) if block else 1
@@ -81,9 +76,7 @@ def balance(costs: list[float], ranks: int) -> list[int]:
 
 def world() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 class MatrixMethod(Optimizer):
@@ -99,15 +92,15 @@ class MatrixMethod(Optimizer):
     to set besides is AdamW, which takes embeddings, head, vectors and scalars.
     """
 
-    adamw_lr = rest(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"))
-    embedding_lr = rest(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"))
-    head_lr = rest(None, "peak rate of an untied head; none or 0: adamw_lr", (3e-4, 3e-2, "log"))
-    adamw_beta1 = rest(0.9, "AdamW's average of gradients")
-    adamw_beta2 = rest(0.95, "AdamW's average of squares")
-    adamw_eps = rest(1e-10, "floor of AdamW's denominator")
-    adamw_weight_decay = rest(0.0, "wd of embeddings and head")
-    adamw_cautious = rest(False, "decay only weights that the update shrinks (modded-nanogpt #50)")
-    adamw_every = rest(1, "steps between AdamW's updates, each by the sum of the gradients since (modded-nanogpt #39)")
+    adamw_lr = hyper(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"), rest=True)
+    embedding_lr = hyper(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"), rest=True)
+    head_lr = hyper(None, "peak rate of an untied head; none or 0: adamw_lr", (3e-4, 3e-2, "log"), rest=True)
+    adamw_beta1 = hyper(0.9, "AdamW's average of gradients", rest=True)
+    adamw_beta2 = hyper(0.95, "AdamW's average of squares", rest=True)
+    adamw_eps = hyper(1e-10, "floor of AdamW's denominator", rest=True)
+    adamw_weight_decay = hyper(0.0, "wd of embeddings and head", rest=True)
+    adamw_cautious = hyper(False, "decay only weights that the update shrinks (modded-nanogpt #50)", rest=True)
+    adamw_every = hyper(1, "steps between AdamW's updates, by the sum of the gradients since (modded-nanogpt #39)", rest=True)
 
     roles = ("matrix",)
     _linked = None  # the state dict that `_buckets` belong to
@@ -196,9 +189,7 @@ class MatrixMethod(Optimizer):
                 self.state[b.p]["blocks"][b.id] = views
         self._linked = self.state
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = evaluate(closure)
+    def update_weights(self):
         if self._linked is not self.state:
             self._link()
         for group in self.param_groups:
@@ -206,7 +197,6 @@ class MatrixMethod(Optimizer):
         shared = [self._share(bucket, self._own(bucket)) for bucket in self._buckets]
         for bucket, finish in zip(self._buckets, shared, strict=True):
             self._apply(bucket, finish())
-        return loss
 
     def _own(self, bucket: Bucket) -> Tensor:
         """Updates [own, m, n] of this rank's blocks; zeros where there is no gradient."""
@@ -229,8 +219,7 @@ class MatrixMethod(Optimizer):
 
     def _share(self, bucket: Bucket, updates: Tensor) -> Callable[[], Tensor]:
         """Start gathering the updates of all ranks; the function returned waits and gives [blocks, m, n]."""
-        _, ranks = world()
-        if ranks == 1:
+        if (ranks := world()[1]) == 1:
             return lambda: updates
         counts = [bucket.owners.count(r) for r in range(ranks)]
         most = max(counts)  # the gather wants equal shares
@@ -479,9 +468,8 @@ class CASPR(MatrixMethod):
     m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
 
     Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
-    side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed. Roots are renewed every
-    `every` steps; up to `start` the update is NAdam's. CASPR itself: Duvvuri et al., ICLR 2024. The norm is that of the same
-    block; there it is that of the whole weight, which differs where a side is longer than `block`.
+    side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed. CASPR itself: Duvvuri et al.,
+    ICLR 2024. Up to `start` the update is NAdam's. Here the norm is the block's, there the whole weight's.
     """
 
     lr, beta1 = LR(3e-3, help=RATE), BETA1(0.9)
@@ -536,9 +524,8 @@ class SOAP(MatrixMethod):
     Source: arXiv 2409.11321, github.com/nikhilvyas/SOAP. The first step only starts the factors and their bases. When a
     basis turns, m turns with it and v stays, its rows sorted by eigenvalue.
 
-    The first step of a block is that of its first gradient other than zero. There the source takes the first of all: a model
-    whose head and projections start at zero has none for its hidden matrices then, and their bases would start as the
-    identity, from which a step of QR now and then does not lead away for long.
+    A block starts at its first gradient that is not zero. The source starts at the first gradient of all: in a model whose head
+    and projections start at zero it is zero, and the bases start as the identity, from which QR steps lead away only slowly.
     """
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.95)

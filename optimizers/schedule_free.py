@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, Swapped, evaluate, hyper, lerp, lerp_, total
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, Swapped, hyper, lerp, lerp_, total
 
 BETWEEN = "b: where between z and x the gradient is taken"
 
@@ -95,9 +95,7 @@ class Estimating(Elementwise):
         super().initialise(group, p, state)
         state["start"].copy_(p)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = evaluate(closure)
+    def update_weights(self):
         work = [
             (group, t, members)
             for group in self.param_groups
@@ -105,7 +103,7 @@ class Estimating(Elementwise):
             for t, members in self.alike(group, [p for p in group["params"] if p.grad is not None])
         ]
         if not work:
-            return loss
+            return
         first, device = self.param_groups[0], work[0][2][0].device
         for name, value in (("d", first["d0"]), ("d_max", first["d0"]), ("numerator", 0.0)):
             first[name] = torch.as_tensor(first.get(name, value), dtype=torch.float32, device=device)
@@ -122,7 +120,6 @@ class Estimating(Elementwise):
         self.begin()
         for group, t, members in work:
             self.sweep(self.rule, group, members, self.scalars(self.rule, group, t))
-        return loss
 
     def begin(self) -> None:
         """Called once a step, between the estimate and the update."""

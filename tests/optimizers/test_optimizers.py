@@ -1,26 +1,21 @@
-"""optimizers.py against published rules written out plainly, and its ways of routing, saving and being extended."""
+"""Orthogonalisation and Muon against plain loops; how optimizers route, save and resume, and how one brings one's own."""
 
 import copy
 import dataclasses
 import io
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import optimizers
-from engine.spec import UsageError
+from engine.spec import UsageError, typed_keys
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
-from optimizers.base import ROLES, Chain
+from optimizers.base import ROLES, Chain, Elementwise
+from optimizers.elementwise import Lion
 from optimizers.matrix import COEFFICIENTS, Muon, balance, orthogonalize, tiles
-
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-EVERY = list(OPTIMIZERS)
 
 
 @pytest.fixture(autouse=True)
@@ -205,51 +200,6 @@ def test_momentum_of_a_group_is_read_at_every_step():
     assert torch.equal(a, b)
 
 
-RANK_SCRIPT = """
-import sys, torch, torch.distributed as dist
-from optimizers.matrix import Muon
-
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-torch.manual_seed(0)
-saved = {}
-for dtype in ("fp32", "bf16"):
-    weights = [torch.nn.Parameter(torch.randn(s)) for s in [(16, 16), (16, 48), (48, 16), (48, 16), (20, 8)]]
-    muon = Muon([dict(params=weights[:3]), dict(params=weights[3:4], split=3), dict(params=weights[4:])], dtype=dtype)
-    for step in range(5):
-        generator = torch.Generator().manual_seed(step)
-        for w in weights:
-            w.grad = torch.randn(w.shape, generator=generator)
-        muon.step()
-    saved[dtype] = [w.detach() for w in weights]
-torch.save(saved, f"{folder}/{world}-{rank}.pt")
-if world > 1:
-    dist.destroy_process_group()
-"""
-
-
-def test_two_ranks_give_the_weights_of_one(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_SCRIPT)
-    paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(tmp_path)], env=environment, stderr=subprocess.PIPE
-        )
-        for rank, world in ((0, 1), (0, 2), (1, 2))
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=90)
-        assert process.returncode == 0, errors.decode()
-    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for dtype, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
-        for a, b, c in zip(alone[dtype], first[dtype], second[dtype], strict=True):
-            assert torch.equal(b, c)
-            torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-
-
 def test_work_is_cut_and_shared_evenly():
     assert tiles(50257, 1024)[0] == (0, 1005) and tiles(50257, 1024)[-1][1] == 50257
     assert tiles(768, 0) == tiles(768, 1024) == [(0, 768)]
@@ -258,77 +208,33 @@ def test_work_is_cut_and_shared_evenly():
     assert set(balance([1.0] * 48, 8)) == set(range(8))
 
 
-# ---------------------------------------------------------------- first-order methods against their formulas
-
-
-def quadratic(spec: str, steps: int = 6):
-    """Minimise sum(h (w - 1)^2) / 2 over the matrix `w` of a one-parameter module; (module, start, curvature)."""
-    module = nn.Module()
-    torch.manual_seed(4)
-    start, h = torch.randn(5, 3), torch.rand(5, 3) + 0.5
-    module.w = nn.Parameter(start.clone())  # `roles` calls an unknown 2-D parameter a matrix: it decays
-    optimizer = build(spec, module)
-    for _ in range(steps):
-        module.w.grad = (h * (module.w - 1)).detach()
-        optimizer.step()
-    return module.w.detach(), start.double(), h.double()
-
-
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_sgd_is_its_formula(nesterov):
-    got, w, h = quadratic(f"sgd:lr=0.1,momentum=0.8,nesterov={nesterov},weight_decay=0.05")
-    m = torch.zeros_like(w)
-    for _ in range(6):
-        g = h * (w - 1) + 0.05 * w
-        m = 0.8 * m + g
-        w = w - 0.1 * (g + 0.8 * m if nesterov else m)
-    torch.testing.assert_close(got.double(), w, atol=1e-6, rtol=1e-5)
-
-
-def test_sgd_without_momentum_is_gradient_descent():
-    got, w, h = quadratic("sgd:lr=0.1,momentum=0")
-    for _ in range(6):
-        w = w - 0.1 * h * (w - 1)
-    torch.testing.assert_close(got.double(), w, atol=1e-6, rtol=1e-5)
-
-
-def test_adamw_is_its_formula():
-    got, w, h = quadratic("adamw:lr=0.02,beta1=0.8,beta2=0.9,eps=1e-3,weight_decay=0.3")
-    m = v = torch.zeros_like(w)
-    for t in range(1, 7):
-        g = h * (w - 1)
-        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
-        w = (1 - 0.02 * 0.3) * w - 0.02 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-3)
-    torch.testing.assert_close(got.double(), w, atol=1e-6, rtol=1e-5)
-
-
 # ---------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_parameter_lies_in_one_group_that_states_its_roles(name):
+def test_every_parameter_lies_in_one_group_that_states_its_roles():
     gpt = tiny(tied_head=False)
-    optimizer = build(name, gpt)
     role = roles(gpt)
-    for parameter, p in gpt.named_parameters():
-        group = owner(optimizer, p)
-        assert role[parameter] in group["roles"].split("+")
-        assert {"lr", "initial_lr", "weight_decay", "roles"} <= set(group)
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(gpt.parameters()))
-    assert all(g["lr"] == g["initial_lr"] for g in optimizer.param_groups)
-    optimizer.eval()
-    optimizer.train()
+    for name in OPTIMIZERS:
+        optimizer = build(name, gpt)
+        for parameter, p in gpt.named_parameters():
+            group = owner(optimizer, p)
+            assert role[parameter] in group["roles"].split("+"), (name, parameter)
+            assert {"lr", "initial_lr", "weight_decay", "roles"} <= set(group)
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(gpt.parameters()))
+        assert all(g["lr"] == g["initial_lr"] for g in optimizer.param_groups)
+        optimizer.eval()
+        optimizer.train()
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if hasattr(OPTIMIZERS[name], "weight_decay")])
-def test_vectors_and_scalars_never_decay(name):
-    keys = [key for key in ("weight_decay", "adamw_weight_decay") if hasattr(OPTIMIZERS[name], key)]
-    spec = name + ":" + ",".join(f"{key}=0.3" for key in keys)
+def test_vectors_and_scalars_never_decay():
     gpt = tiny(tied_head=False)
-    optimizer = build(spec, gpt)
-    for name, p in gpt.named_parameters():
-        decays = roles(gpt)[name] in ("matrix", "embedding", "head")
-        assert owner(optimizer, p)["weight_decay"] == (0.3 if decays else 0.0), name
+    role = roles(gpt)
+    for name, cls in OPTIMIZERS.items():
+        if keys := [key for key in ("weight_decay", "adamw_weight_decay") if hasattr(cls, key)]:
+            optimizer = build(name + ":" + ",".join(f"{key}=0.3" for key in keys), gpt)
+            for parameter, p in gpt.named_parameters():
+                decays = role[parameter] in ("matrix", "embedding", "head")
+                assert owner(optimizer, p)["weight_decay"] == (0.3 if decays else 0.0), (name, parameter)
 
 
 @pytest.mark.parametrize("fields", [{}, {"tied_head": False}])
@@ -365,20 +271,26 @@ def test_wrapped_models_route_like_bare_ones():
 def test_frozen_parameters_are_left_out():
     gpt = tiny()
     gpt.embedding.weight.requires_grad_(False)
-    for name in EVERY:
+    for name in OPTIMIZERS:
         held = {p for g in build(name, gpt).param_groups for p in g["params"]}
         assert held == {p for p in gpt.parameters() if p.requires_grad}
 
 
-def test_registered_settings_are_documented():
+NAMES = """sgd signum adagrad rmsprop adadelta adam adamw cautious_adamw nadamw nadamp generalized_adam amos lion ademamix adopt
+mars schedule_free_adamw schedule_free_sgd prodigy schedule_free_prodigy muon shampoo caspr soap kron"""
+
+
+def test_registered_methods_are_documented():
+    assert list(OPTIMIZERS) == NAMES.split()
     for name, cls in OPTIMIZERS.items():
         assert dataclasses.is_dataclass(cls) and "Source: " in cls.__doc__, name
-        assert set(cls.roles) <= set(ROLES) and cls.state_per_parameter >= 0
+        assert set(cls.roles) <= set(ROLES) and cls.state_per_parameter > 0
+        assert list(typed_keys(cls)) == [f.name for f in dataclasses.fields(cls)]
         for f in dataclasses.fields(cls):
             assert f.metadata["help"], (name, f.name)
             if f.metadata["search"]:
                 low, high, kind = f.metadata["search"]
-                assert low < high and kind in ("log", "linear", "complement")
+                assert low < high and kind in ("log", "linear", "complement", "choice")
                 assert f.default in (None, 0.0) or low <= f.default <= high, (name, f.name)
 
 
@@ -397,47 +309,49 @@ def train(gpt, optimizer, steps: int, first: int = 0) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_a_saved_optimizer_continues_identically(name):
-    spec = name + {"muon": ":dtype=fp32", "shampoo": ":start=2,every=2", "soap": ":every=2"}.get(name, "")
-    gpt = tiny()
-    optimizer = build(spec, gpt)
-    train(gpt, optimizer, 3)
+SPECS = {name: name for name in OPTIMIZERS}
+SPECS |= {"muon": "muon:dtype=fp32", "shampoo": "shampoo:start=2,every=2", "soap": "soap:every=2"}  # renewals within 13 steps
+SPECS |= {name: f"{name}:d0=1e-4" for name in ("prodigy", "schedule_free_prodigy")}  # from 1e-6 the rate takes longer to grow
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_method_learns_and_continues_identically_from_its_state(name):
+    """The loss falls, the state is as large as the registry states, and what was saved goes on as if it had not stopped."""
+    spec, gpt = SPECS[name], tiny()
+    optimizer = build(spec, gpt, steps=16)
+    assert state_bytes(optimizer) == 0 or name == "adagrad"  # torch makes that one's state at once
+    losses = train(gpt, optimizer, 13)
+    assert losses[-1] < losses[0] - 0.1
+    check_state_bytes(OPTIMIZERS[name], gpt, optimizer)
     file = io.BytesIO()
     torch.save([gpt.state_dict(), optimizer.state_dict()], file)
     for group in optimizer.param_groups:
         group["lr"] *= 0.5
-    expected = train(gpt, optimizer, 3, first=3)
+    expected = train(gpt, optimizer, 3, first=13)
 
     file.seek(0)
     weights, state = torch.load(file)  # weights_only: nothing but tensors and plain values may be inside
     other = tiny()
-    resumed = build(spec, other)
+    resumed = build(spec, other, steps=16)
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
     for group in resumed.param_groups:
         group["lr"] *= 0.5  # must reach the parts of a Chain
-    assert train(other, resumed, 3, first=3) == expected
+    assert train(other, resumed, 3, first=13) == expected
     for p, q in zip(gpt.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_state_bytes_are_those_the_registry_states(name):
-    gpt = tiny()
-    optimizer = build(name, gpt)
-    assert state_bytes(optimizer) == 0 or name == "adagrad"  # torch makes that one's state at once
-    train(gpt, optimizer, 1)
-    own, role = OPTIMIZERS[name], roles(gpt)
-    rest = sum(8.0 * p.numel() for n, p in gpt.named_parameters() if role[n] not in own.roles)
-    if own.roles == ("matrix",):  # stated for square matrices
+def check_state_bytes(cls: type, gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
+    if cls.roles == ("matrix",):  # stated for square matrices
         p = nn.Parameter(torch.randn(64, 64))
         p.grad = torch.randn(64, 64)
-        method = own([p])
+        method = cls([p])
         method.step()
-        assert state_bytes(method) == pytest.approx(own.state_per_parameter * 64**2, rel=0.04)
+        assert state_bytes(method) == pytest.approx(cls.state_per_parameter * 64**2, rel=0.04)
         return
-    expected = rest + sum(own.state_per_parameter * p.numel() for n, p in gpt.named_parameters() if role[n] in own.roles)
+    role = roles(gpt)
+    expected = sum((cls.state_per_parameter if role[n] in cls.roles else 8.0) * p.numel() for n, p in gpt.named_parameters())
     counters = 8 * len(list(gpt.parameters()))  # step counts and the like: a number or two for each tensor
     assert expected <= state_bytes(optimizer) <= expected + counters
 
@@ -470,13 +384,6 @@ def test_chain_survives_deepcopy():
     train(gpt, optimizer, 2)
     other, twin = copy.deepcopy((gpt, optimizer))
     assert train(gpt, optimizer, 2, first=2) == train(other, twin, 2, first=2)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_the_loss_falls(name):
-    gpt = tiny()
-    losses = train(gpt, build(name, gpt, steps=30), 30)
-    assert losses[-1] < losses[0] - 0.05  # Prodigy's rate has only begun to grow by then
 
 
 # ---------------------------------------------------------------- one's own
@@ -515,6 +422,38 @@ def own(tmp_path):
     return write
 
 
+OWN_RULE = """
+from optimizers.base import BETA1, BETA2, DECAY, LR, Elementwise, lerp, lerp_
+
+class Mine(Elementwise):
+    \"\"\"u = sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g;  w <- (1 - lr wd) w - lr u.   Source: arXiv 2302.06675.\"\"\"
+    lr, beta1, beta2, weight_decay = LR(6e-4), BETA1(0.9), BETA2(0.95), DECAY(0.5)
+    buffers = ("average",)
+
+    @staticmethod
+    def rule(w, g, m, *, lr, new1, new2, keep):
+        w.mul_(keep).sub_(lerp(m, g, new1).sign() * lr)
+        lerp_(m, g, new2)
+"""
+
+
+def test_own_method_written_like_those_here(own):
+    gpt, twin = tiny(), tiny()
+    train(gpt, build(own(OWN_RULE) + ":Mine:lr=0.002,weight_decay=0.2", gpt), 5)
+    train(twin, build("lion:lr=0.002,weight_decay=0.2", twin), 5)
+    assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), twin.parameters(), strict=True))
+    assert "mine" not in OPTIMIZERS
+    with pytest.raises(UsageError, match="did you mean 'weight_decay'"):
+        build(own(OWN_RULE) + ":Mine:decay=0.5", gpt)
+
+
+def test_a_class_in_the_package_registers_itself(monkeypatch):
+    monkeypatch.setattr(optimizers.base, "OPTIMIZERS", {})
+    for name, base, body in (("FreshLion", Lion, {}), ("FreshSGD", Lion, {"name": "fresh_sgd"}), ("ABase", Elementwise, {})):
+        type(name, (base,), body | {"__module__": "optimizers.elementwise"})
+    assert list(optimizers.base.OPTIMIZERS) == ["fresh_lion", "fresh_sgd"]
+
+
 def test_own_class_from_a_file(own):
     gpt = tiny()
     optimizer = build(own(OWN_CLASS.format(roles="")) + ":Mine:lr=0.01", gpt)
@@ -547,9 +486,24 @@ def test_own_dataclass_from_a_file(own):
     assert group["initial_lr"] == 0.25 and group["roles"] == "matrix+embedding+vector"
 
 
-def test_a_class_of_an_installed_package():
-    optimizer = build("torch.optim:RMSprop:lr=0.001,momentum=0.5", tiny())
+@pytest.mark.parametrize("name", ["torch.optim:RMSprop", "torch.optim.RMSprop", "torch.optim.rmsprop"])
+def test_a_class_of_an_installed_package(name):
+    optimizer = build(name + ":lr=0.001,momentum=0.5", tiny())
     assert isinstance(optimizer, torch.optim.RMSprop) and optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_what_a_spec_can_be_asked(own):
+    """Before anything is built. `period` and `own_schedule` import nothing: they are asked of SPECs that others wrote, too."""
+    mine = own(OWN_CLASS.format(roles="")) + ":Mine"
+    asked = {spec: optimizers.find(spec) for spec in ("adamw", "muon:scale=moonlight", "schedule_free_sgd:lr=0.5", mine)}
+    assert [choice.has_momentum for choice in asked.values()] == [False, True, False, True]
+    assert [choice.own_schedule for choice in asked.values()] == [False, False, True, False]
+    assert [choice.transfer for choice in asked.values()] == [-1.0, -0.5, 0.0, -1.0]
+    assert [choice.setting("lr") for choice in asked.values()] == [3e-3, 0.02, 0.5, 0.1]
+    assert asked["adamw"].setting("momentum", 7) == asked[mine].setting("momentum", 7) == 7
+    assert asked["schedule_free_sgd:lr=0.5"].of_length(1000)["warmup"] == 50 and asked[mine].of_length(1000) == {}
+    assert [optimizers.period(s) for s in ("soap:every=4", "adamw", "muon:adamw_every=2", "no.py:Mine")] == [4, 1, 2, 1]
+    assert [optimizers.own_schedule(s) for s in ("schedule_free_sgd", "adamw", "no.py:Mine")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -594,7 +548,7 @@ def test_bad_files_get_one_line(own, text, message):
 def test_building_steps_no_weights_and_reads_no_random_numbers():
     gpt = tiny()
     before, state = copy.deepcopy(gpt.state_dict()), torch.get_rng_state()
-    for name in EVERY:
+    for name in OPTIMIZERS:
         optimizers.build(name, gpt)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in gpt.state_dict().items())

@@ -8,10 +8,10 @@ import io
 import math
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, same
@@ -233,6 +233,7 @@ def schedule_free(w, gradients, wd, lr, beta1, warmup, beta2=None, eps=None):
 ELEMENTWISE = {
     "sgd": (sgd, dict(lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.1)),
     "sgd heavy ball": (sgd, dict(lr=0.05, momentum=0.8, nesterov=False, weight_decay=0.1)),
+    "sgd without momentum": (sgd, dict(lr=0.05, momentum=0.0, nesterov=True, weight_decay=0.1)),
     "signum": (signum, dict(lr=0.02, momentum=0.8, weight_decay=0.1)),
     "adagrad": (adagrad, dict(lr=0.05, initial=0.01, eps=1e-4, weight_decay=0.1)),
     "rmsprop": (rmsprop, dict(lr=0.02, beta2=0.8, momentum=0.5, eps=1e-3, weight_decay=0.1)),
@@ -535,22 +536,21 @@ MATRIX = {
 }
 
 
-@pytest.mark.parametrize("name", MATRIX)
-@pytest.mark.parametrize("block", [16, 24])
+@pytest.mark.parametrize(("name", "block"), [(n, block) for n in MATRIX for block in ((0,) if "muon" in n else (16, 24))])
 def test_matrix_method_is_its_rule(name, block, monkeypatch):
-    """1e-4: products and eigenvectors in fp32 against fp64, over 20 steps. 16 makes every block square, 24 none."""
+    """1e-4: products and eigenvectors in fp32 against fp64, over 12 steps. 16 makes every block square, 24 none."""
     rule, keys, tolerance = MATRIX[name]
     extra = dict(block=block)
     if rule is muon_updates:
-        block, extra = 0, dict(coefficients="cubic", steps=30, dtype="fp32")
+        extra = dict(coefficients="cubic", steps=30, dtype="fp32")
     if rule is soap_updates:  # the null space of one gradient's factor has no basis of its own: give both sides the same
         eigh = torch.linalg.eigh
         ramp = lambda A: torch.diag(torch.arange(A.size(-1), dtype=A.dtype))  # noqa: E731
         monkeypatch.setattr(torch.linalg, "eigh", lambda A: eigh(A + ramp(A)))
     drawn = lambda m, t, ids: torch.stack([noise(row, t, i) for row, i in zip(m, ids, strict=True)]).float()  # noqa: E731
     monkeypatch.setattr(Kron, "probe", staticmethod(drawn))
-    gpt, before, _ = run(spec_of(name, COMMON | keys | extra))
-    role, split, given = roles(gpt), splits(gpt), gradients_of(gpt)
+    gpt, before, _ = run(spec_of(name, COMMON | keys | extra), steps=12)
+    role, split, given = roles(gpt), splits(gpt), gradients_of(gpt, 12)
     number = 0
     # blocks are numbered in the order of the param groups: by how many matrices are fused
     for parameter, p in sorted(gpt.named_parameters(), key=lambda item: split.get(item[0], 1)):
@@ -985,62 +985,61 @@ torch.set_num_threads(1)
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
 for number, spec in enumerate(SHARED):
-    gpt = small()
-    optimizer = optimizers.build(spec, gpt)
-    first = 0
     saved = Checkpoints(Path(folder, f"saved-{number}"))
-    if world in (1, 2) and sys.argv[5] == "resume":
-        state, _, _ = saved.load(newest(saved.folder)[0], gpt, optimizer.state_dict())
-        optimizer.load_state_dict(state)
-        first = 12
-    for step in range(first, 20):
-        give(gpt, step)
-        optimizer.step()
-        if step == 11 and world == 4:
-            if rank == 0:
-                saved.clean()
-            saved.save(12, gpt, optimizer.state_dict(), [], {})
-            saved.wait()
-    torch.save([gpt.state_dict(), optimizers.state_bytes(optimizer)], f"{folder}/{sys.argv[5]}-{world}-{rank}-{number}.pt")
+    for how in ("run", "resume") if world in (1, 2) else ("run",):
+        gpt = small()
+        optimizer = optimizers.build(spec, gpt)
+        first = 0
+        if how == "resume":
+            state, _, _ = saved.load(newest(saved.folder)[0], gpt, optimizer.state_dict())
+            optimizer.load_state_dict(state)
+            first = 7
+        for step in range(first, 12):
+            give(gpt, step)
+            optimizer.step()
+            if step == 6 and world == 4:
+                if rank == 0:
+                    saved.clean()
+                saved.save(7, gpt, optimizer.state_dict(), [], dict(config="", data="", source=""))
+                saved.wait()
+        torch.save([gpt.state_dict(), optimizers.state_bytes(optimizer)], f"{folder}/{how}-{world}-{rank}-{number}.pt")
 if world > 1:
     dist.destroy_process_group()
 """
-SHARED = [
-    "muon:dtype=fp32,normuon=true",
-    "shampoo:start=3,every=4,block=16",
-    "soap:every=4,block=16",
-    "kron:block=16,flat=5,least_probability=0.5",
-    "caspr:start=3,every=4,block=16",
-]
+SHARED = {  # SPEC -> how far the weights may differ, relative to how far they have moved
+    "muon:dtype=fp32,normuon=true": 1e-5,
+    "muon:dtype=bf16": 0.04,
+    "shampoo:start=3,every=4,block=16": 1e-5,
+    "soap:every=4,block=16": 1e-5,
+    "kron:block=16,flat=5,least_probability=0.5": 1e-5,
+    "caspr:start=3,every=4,block=16": 1e-5,
+}
 
 
-def launch(folder: Path, world: int, how: str) -> None:
+def launch(folder: Path, world: int) -> None:
     (folder / "rank.py").write_text(RANKS)
-    commands = [[sys.executable, "rank.py", str(folder), str(ROOT), str(rank), str(world), how] for rank in range(world)]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    processes = [subprocess.Popen(c, cwd=folder, env=environment, stderr=subprocess.PIPE) for c in commands]
+    commands = [[sys.executable, "rank.py", str(folder), str(ROOT), str(rank), str(world)] for rank in range(world)]
+    processes = [forks.Popen(c, cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1")) for c in commands]
     for process in processes:
         _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors.decode()[-2000:]
+        assert process.returncode == 0, errors[-2000:]
 
 
 def test_ranks_share_the_work_and_agree(tmp_path):
     """1, 2, 4 and 8 ranks: the same weights, state divided; a checkpoint of 4 ranks continues on 1 and on 2."""
-    for world in (1, 2, 4, 8):
-        launch(tmp_path, world, "run")
-    for world in (1, 2):
-        launch(tmp_path, world, "resume")
+    for world in (4, 1, 2, 8):
+        launch(tmp_path, world)
     load = lambda *words: torch.load(tmp_path / ("-".join(map(str, words)) + ".pt"))  # noqa: E731
-    for number, spec in enumerate(SHARED):
+    start, role = small().state_dict(), roles(small())
+    for number, (spec, tolerance) in enumerate(SHARED.items()):
         alone, whole = load("run", 1, 0, number)
-        start = small().state_dict()
         for how, world in (("run", 2), ("run", 4), ("run", 8), ("resume", 1), ("resume", 2)):
             weights, _ = load(how, world, 0, number)
             for name, w in weights.items():
                 moved = (alone[name] - start[name]).norm()
-                assert (w - alone[name]).norm() <= 1e-5 * moved + 1e-7 * alone[name].norm(), (spec, how, world, name)
+                assert (w - alone[name]).norm() <= tolerance * moved + 1e-7 * alone[name].norm(), (spec, how, world, name)
             own = [load(how, world, rank, number) for rank in range(world)]
             assert all(torch.equal(other[name], w) for other, _ in own for name, w in weights.items())
-        rest = 8 * sum(p.numel() for n, p in small().named_parameters() if roles(small())[n] != "matrix")
+        rest = 8 * sum(p.numel() for n, p in small().named_parameters() if role[n] != "matrix")
         parts = [load("run", 8, rank, number)[1] - rest for rank in range(8)]
         assert max(parts) < 0.3 * (whole - rest), spec
