@@ -39,7 +39,7 @@ from lab import comparison, plots, runner, stats
 from lab.horizon import Search, search, search_at
 from lab.ledger import Row
 from lab.trials import Arm, Trial
-from lab.tuning import score
+from lab.tuning import score, tune
 
 MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
@@ -335,8 +335,6 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
         return score.main(argv[1:])
     if argv[:1] == ["tune"]:
-        from lab.tuning import tune  # here: only this verb needs Optuna
-
         return tune.main(argv[1:])
     return command("compare.py", lambda: "\n".join(run(parse(argv))))
 

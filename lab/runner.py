@@ -182,23 +182,6 @@ class Runner(Scheduler):
                     )
 
 
-def calibrate(arm: Arm, steps: int, processes: int = 1, threads: int = 0) -> tuple[dict[str, Any], float]:
-    """Result and wall-clock seconds of a short run that is not kept: what a plan goes by.
-
-    Raises:
-        UsageError: it does not run here.
-    """
-    trial = Trial(arm, steps, time.time_ns() % 10**9)  # a seed that no run has had: it must be trained
-    print(f"measuring {arm.name}", flush=True)
-    begun = time.monotonic()
-    outcome = trials.train(trial, processes, threads)
-    seconds = time.monotonic() - begun
-    shutil.rmtree(trial.folder, ignore_errors=True)
-    if outcome.result is None or outcome.result["status"] != "ok":
-        raise UsageError(f"{arm.name} does not run here: {outcome.error or 'it diverged'}")
-    return outcome.result, seconds
-
-
 # ---------------------------------------------------------------- an experiment's options and folder
 
 

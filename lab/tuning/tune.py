@@ -22,6 +22,7 @@ study. A workload keeps the compute type (--dtype) of its first trial.
 import argparse
 import math
 import os
+import shutil
 import statistics
 import threading
 import time
@@ -40,7 +41,7 @@ from engine.command import Parser, command
 from engine.run_folder import lock
 from engine.spec import UsageError, nearest
 from lab import ledger, trials
-from lab.runner import Scheduler, at_least, calibrate
+from lab.runner import Scheduler, at_least
 from lab.trials import Arm, Trial
 from lab.tuning import tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission, values
@@ -288,15 +289,26 @@ class Contest(Scheduler):
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
-        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW."""
+        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW.
+
+        Raises:
+            UsageError: that run crashed.
+        """
         walls = [row.wall for entry in self.options.submissions for row in self.tables[track, entry.name].of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
         adamw, steps = submission("adamw"), length(track)
         part = max(2, round(CALIBRATED * steps))
-        short = flags(track, adamw, adamw.defaults(), part, self.dtypes[track])
-        result, wall = calibrate(Arm(f"adamw on {track}", short), part, threads=self.options.threads)
-        return wall + result["train_time"] * (steps / part - 1)
+        arm = Arm(f"adamw on {track}", flags(track, adamw, adamw.defaults(), part, self.dtypes[track]))
+        print(f"measuring {arm.name}", flush=True)
+        trial = Trial(arm, part, time.time_ns() % 10**9)  # a seed that no run has had: it must be trained
+        begun = time.monotonic()
+        outcome = trials.train(trial, threads=self.options.threads)
+        seconds = time.monotonic() - begun
+        shutil.rmtree(trial.folder, ignore_errors=True)
+        if outcome.result is None:
+            raise UsageError(f"{arm.name} does not train: {outcome.error}")
+        return seconds + outcome.result["train_time"] * (steps / part - 1)
 
     def left(self, track: str, entry: Submission) -> float:
         """What a submission still takes on a workload, in search trials. While its search is not finished, all that follows is

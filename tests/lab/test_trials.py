@@ -13,7 +13,7 @@ import train_gpt
 from engine import run_folder
 from engine.spec import UsageError
 from lab import trials
-from lab.runner import Scheduler, calibrate
+from lab.runner import Scheduler
 from lab.trials import Arm, Trial, train
 
 FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
@@ -102,15 +102,9 @@ def test_a_crash_is_tried_again_and_then_reported(here, monkeypatch):
     assert len(calls) == 6 and outcome.result["steps"] == 2 and calls[-1][1] == "train_gpt.py"
 
 
-def test_a_diverged_run_is_a_result_and_no_measure(here, monkeypatch):
-    def in_this_process(trial, *_):
-        code = train_gpt.main([*trial.flags, "--data-root", str(DATA_ROOT), "--out", str(trial.folder)])
-        return trials.Outcome(trial, trial.result, f"exit code {code}")
-
-    arm = Arm("diverged", (*here.flags, "--optimizer", "sgd:lr=1e30", "--clip", "0"))
-    outcome = in_this_process(Trial(arm, 6, 0))
+def test_a_diverged_run_is_a_result(here):
+    trial = Trial(Arm("diverged", (*here.flags, "--optimizer", "sgd:lr=1e30", "--clip", "0")), 6, 0)
+    train_gpt.main([*trial.flags, "--data-root", str(DATA_ROOT), "--out", str(trial.folder)])  # in this process
+    outcome = train(trial)
     assert outcome.result["status"] == "diverged" and outcome.loss == float("inf")
-    assert json.loads((outcome.trial.folder / "result.json").read_text())["val_loss"] is None
-    monkeypatch.setattr(trials, "train", in_this_process)
-    with pytest.raises(UsageError, match="diverged does not run here"):
-        calibrate(arm, 6)
+    assert json.loads((trial.folder / "result.json").read_text())["val_loss"] is None

@@ -293,7 +293,7 @@ def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
     assert call(tmp_path, *words, "--plan", "--trials", "7") == 0
     assert "2 submissions, 1 studies of 7 trials" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert not fake.trained and not any((tmp_path / "runs").rglob("result.json"))  # what was timed is cleared away
-    monkeypatch.setattr(tune, "calibrate", lambda *_, **__: ({"train_time": 0.0}, 60.0))
+    monkeypatch.setattr(tune.Contest, "seconds_of_a_trial", lambda contest, track: 60.0)
     assert call(tmp_path, *words, "--machine-hours", "0.0001", "--plan") == 2
     assert "one trial for everyone takes" in capsys.readouterr().err
     assert call(tmp_path, *words, "--machine-hours", "0.3", "--trials", "500", "--plan") == 0
@@ -586,7 +586,7 @@ def test_the_real_trainer(tmp_path, monkeypatch, sotu):
     words = ["--workloads", "tiny", "--optimizers", "adamw", "--trials", "2", "--no-neighbours", "--target-seeds", "1"]
     short = tricks.TRACKS["tiny"].settings | {"steps": 20, "val_tokens": 512, "data_root": str(trials.ROOT / "corpora")}
     monkeypatch.setitem(tricks.TRACKS, "tiny", dataclasses.replace(tricks.TRACKS["tiny"], settings=short))
-    monkeypatch.setattr(tune, "calibrate", lambda *_, **__: ({"train_time": 0.0}, 1.0))
+    monkeypatch.setattr(tune.Contest, "seconds_of_a_trial", lambda contest, track: 1.0)
     assert tune.main([*words, "--side-by-side", "1", "--out", str(tmp_path / "out")]) == 0
     rows = Table(tmp_path / "out" / "tiny" / "adamw.csv").of("search")
     assert [r.status for r in rows] == ["ok", "ok"] and all(0 < r.val_loss < 6 and r.seconds > 0 for r in rows)

@@ -1,7 +1,7 @@
 """The optimizers on two problems that can be understood: Rosenbrock's valley, and strongly convex logistic regression.
 
-    python -m lab.toys --out toys.png                 draws the pictures, about a minute (needs matplotlib)
-    python -m lab.toys --out toys.png adamw muon      of these methods only
+    python -m studies.toys --out toys.png                 draws the pictures, about a minute (needs matplotlib)
+    python -m studies.toys --out toys.png adamw muon      of these methods only
 
 First: paths through Rosenbrock's valley from (-1.2, 1). Second: logistic regression (200 examples, 10 features, regulariser
 mu = 1) with one example a step, by SGD: a constant step stalls at a noise floor proportional to it; a step that falls as
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import optimizers
+from engine.command import Parser, command
 from engine.spec import UsageError, nearest
+from lab.plots import pyplot
 
 EXAMPLES, FEATURES, MU = 200, 10, 1.0
 STEPS = 400
@@ -125,14 +127,7 @@ def valley_path(name: str, steps: int = 1000) -> list[Tensor]:
 
 
 def draw(names: list[str], out: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("drawing needs matplotlib: .venv/bin/pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 3, figsize=(18, 10), constrained_layout=True)
+    figure, axes = pyplot().subplots(2, 3, figsize=(18, 10), constrained_layout=True)
     left, right, *families = axes.flat
     x, y = torch.meshgrid(torch.linspace(-1.6, 1.6, 200), torch.linspace(-0.6, 1.9, 200), indexing="xy")
     left.contour(x, y, (1 - x) ** 2 + 100 * (y - x * x) ** 2, levels=[2.0**k for k in range(-2, 11)], colors="0.8")
@@ -164,8 +159,8 @@ def draw(names: list[str], out: str) -> None:
     figure.savefig(out, dpi=110)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> str:
+    parser = Parser(prog="studies.toys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="optimizers; all if none is given")
     parser.add_argument("--out", default="toys.png", help="picture to write (default: toys.png)")
     chosen = parser.parse_args(argv)
@@ -173,12 +168,8 @@ def main(argv: list[str]) -> None:
         if name not in optimizers.OPTIMIZERS:
             raise UsageError(f"unknown optimizer {name!r}: {nearest(name, optimizers.OPTIMIZERS)}")
     draw(chosen.names or list(optimizers.OPTIMIZERS), chosen.out)
-    print(f"wrote {chosen.out}")
+    return f"wrote {chosen.out}"
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        print(f"toys: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command("toys", lambda: main(sys.argv[1:])))

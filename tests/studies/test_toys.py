@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lab import toys
+from engine.spec import UsageError
 from optimizers import OPTIMIZERS
+from studies import toys
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +25,10 @@ def test_newton_finds_the_minimum():
     assert value < toys.logistic(torch.zeros_like(w), X, y)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_logistic_regression_is_solved(name):
-    gaps = toys.logistic_gaps(name)
-    assert gaps[0] > 0.05
-    assert -1e-12 < gaps[-1] < toys.TOLERANCE
+def test_logistic_regression_is_solved():
+    for name in OPTIMIZERS:
+        gaps = toys.logistic_gaps(name)
+        assert gaps[0] > 0.05 and -1e-12 < gaps[-1] < toys.TOLERANCE, name
 
 
 @pytest.mark.parametrize("name", toys.VALLEY)
@@ -46,9 +46,10 @@ def test_a_constant_step_stalls_at_its_noise_floor_and_a_falling_one_does_not():
     assert falling < small / 5
 
 
-def test_the_command_draws_and_refuses(tmp_path):
+def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(toys, "noise_gaps", lambda rate, falling, seed: [rate] * 10)
     toys.main(["--out", str(tmp_path / "toys.png"), "adamw", "muon"])
     assert (tmp_path / "toys.png").stat().st_size > 20_000
-    with pytest.raises(toys.UsageError, match="did you mean 'muon'"):
+    with pytest.raises(UsageError, match="did you mean 'muon'"):
         toys.main(["muonn"])

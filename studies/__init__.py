@@ -1,0 +1,1 @@
+"""Experiments that show one claim each, small."""
