@@ -123,8 +123,7 @@ def trick_flags(base: str, word: str) -> tuple[str, ...]:
         return "--tricks", f"{base},{word}"
     if name not in optimizers.OPTIMIZERS and ":" not in word and "." not in word:
         raise UsageError(f"unknown trick or optimizer {word!r}: {nearest(word, [*tricks.TRICKS, *optimizers.OPTIMIZERS])}")
-    optimizers.find(word)
-    constant = ("--schedule", "constant") if optimizers.own_schedule(name) else ()
+    constant = ("--schedule", "constant") if optimizers.find(word).own_schedule else ()
     return "--tricks", base, "--optimizer", word, *constant
 
 

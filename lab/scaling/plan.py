@@ -1,7 +1,10 @@
 """What a scaling experiment would cost, before it is run: the cost model's predictions of all runs, added up."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
+
+from tqdm import tqdm
 
 from cost.predict import Prediction, TooLittleMemory, predict
 from engine.spec import UsageError
@@ -38,13 +41,15 @@ def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> str:
 
     machine: flags of the cost model.
     """
+    arms = {(cell.rung, cell.name): cell.arm for cell, _ in planned}
+    bar = tqdm(arms.items(), desc="predicting", unit="arm", disable=not sys.stderr.isatty())
+    predictions = {key: predicted(arm, machine) for key, arm in bar}
     rows, total = [], Counter()
-    for rung in dict.fromkeys(cell.rung for cell, _ in planned):
+    for rung in dict.fromkeys(rung for rung, _ in arms):
         cells = [(cell, runs) for cell, runs in planned if cell.rung == rung]
-        predictions = {name: predicted(arm, machine) for name, arm in {cell.name: cell.arm for cell, _ in cells}.items()}
-        most = max(predictions.values(), key=lambda p: p.step.memory.total)
+        most = max((p for (of, _), p in predictions.items() if of == rung), key=lambda p: p.step.memory.total)
         micro_batch = rung.batch_tokens // (most.ranks * most.step.micro_batches)
-        sums = sum((totals(cell, runs, predictions[cell.name]) for cell, runs in cells), Counter())
+        sums = sum((totals(cell, runs, predictions[rung, cell.name]) for cell, runs in cells), Counter())
         total += sums
         rows.append(
             (

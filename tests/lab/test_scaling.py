@@ -621,15 +621,26 @@ def test_a_plan_counts_what_is_run(fake, tmp_path, capsys, monkeypatch):
     assert first[0] == "98.3k" and first[-3:-1] == ["7.00 GB", f"{int(first[3].replace(',', '')) // 16:,}"]
 
 
-def test_a_plan_asks_the_cost_model(fake, tmp_path, capsys):
-    """The same seconds as `predict` gives, for the machine that is named."""
+def test_a_plan_asks_the_cost_model(fake, tmp_path, capsys, monkeypatch):
+    """Once for each arm and size, for the machine that is named."""
     fake({})
-    words = command(tmp_path / "s", "--tricks", "muon", "--timing-steps", "0", "--hardware", "2xH100", sizes=("12k", "98k"))
+    asked, predict = [], plan.predict
+
+    def noted(flags):
+        asked.append(predict(flags))
+        return asked[-1]
+
+    monkeypatch.setattr(plan, "predict", noted)
+    words = command(tmp_path / "s", "--tricks", "lion", "--hardware", "2xH100", "--price", "5000", sizes=("12k", "98k"))
     assert scaling.main(["--plan", *words]) == 0
-    hours = float(re.search(r"([\d.]+) hours, [\d,]+ \$ on 2 x H100", capsys.readouterr().out)[1])
+    text = capsys.readouterr().out
+    seconds = {(p.model_config.width, "lion" in p.config.optimizer): p.seconds for p in asked}
+    assert [*seconds] == [(32, False), (32, True), (64, False), (64, True)]
+    assert {(p.where.name, p.ranks) for p in asked} == {("H100", 2)} and len(asked) == 4
+    cost = float(re.search(r"hours, ([\d,]+) \$ on 2 x H100", text)[1].replace(",", ""))
     planned = scaling.make_experiment(scaling.parse(["--plan", *words])).planned()
-    seconds = [runs * cell.steps * plan.predict(["--hardware", "2xH100", *cell.arm.flags]).seconds for cell, runs in planned]
-    assert hours == pytest.approx(sum(seconds) / 3600, abs=0.05)
+    steps = [runs * cell.steps * seconds[cell.rung.size.width, cell.name == "+lion"] for cell, runs in planned]
+    assert cost == pytest.approx(sum(steps) / 3600 * 2 * 5000, rel=0.1)  # and validations
 
 
 def test_a_plan_takes_the_largest_micro_batch_that_fits(fake, tmp_path, capsys, monkeypatch):
