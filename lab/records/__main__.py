@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.command import Parser, command
 from engine.spec import UsageError, nearest
-from lab import comparison, trials
+from lab import ledger, trials
 from lab.records import history, reports, rules
 from lab.records import record as records
 from lab.records.record import CATEGORIES, FinishedRun, Record
@@ -102,7 +102,7 @@ def named_runs(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
 def runs_of(folder: Path, arm: str) -> list[Path]:
     """Run folders of the confirming runs of an arm of a comparison."""
     try:
-        summary, rows = json.loads((folder / "comparison.json").read_text()), comparison.read_rows(folder / "trials.csv")
+        summary, rows = json.loads((folder / "comparison.json").read_text()), ledger.read_rows(folder / "trials.csv")
     except FileNotFoundError:
         raise UsageError(f"{folder} holds no comparison") from None
     steps = {a["name"]: a["steps"] for a in summary["arms"]}

@@ -6,6 +6,7 @@ each run, README.md. Here is what it says and how it is written; what it must ke
 
 import json
 import math
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -312,11 +313,15 @@ def shards(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in ("file", "tokens", "sha256")} for entry in manifest["splits"][split]]
 
 
-def own_flags(about: dict[str, Any]) -> str:
-    """What an entry of the `optimizer` category chose beside its tricks, as flags; the name of a recipe says the rest."""
-    keys = ("optimizer", "average", "schedule", "momentum_schedule", "clip") if about["category"] == "optimizer" else ()
-    chosen = {key.replace("_", "-"): about["settings"][key] for key in keys}
-    return "".join(f" --{flag} {value}" for flag, value in chosen.items() if value not in ("none", "keep"))
+def command_of(about: dict[str, Any]) -> str:
+    """The command that trains a record's runs. An entry of the `optimizer` category chose more than its tricks; the name of a
+    recipe says the rest."""
+    words = ["./run.sh", "train", "--track", about["track"], "--tricks", about["recipe"]]
+    if about["category"] == "optimizer":
+        for key in ("optimizer", "average", "schedule", "momentum_schedule", "clip"):
+            value = str(about["settings"][key])
+            words += [f"--{key.replace('_', '-')}", value] * (value not in ("none", "keep"))
+    return shlex.join([*words, "--steps", str(about["steps"]), "--seed", "N"])
 
 
 def readme(about: dict[str, Any]) -> str:
@@ -325,8 +330,7 @@ def readme(about: dict[str, Any]) -> str:
     where = machine["gpus"][0] if machine["gpus"] else f"{machine['cpu']}, {machine['threads']} threads"
     lines = [
         f"# {about['track']} {about['number']:03d}: {about['name']}", "", about["why"], "",
-        f"`./run.sh train --track {about['track']} --tricks {about['recipe']}{own_flags(about)} --steps {about['steps']} "
-        f"--seed N`, N = 0 to {s['n'] - 1}", "",
+        f"`{command_of(about)}`, N = 0 to {s['n'] - 1}", "",
         f"- loss: mean {s['mean']:.4f}, sd {s['sd']:.4f}, n = {s['n']}, target {about['target_loss']:g}, p = {s['p']:.2g}",
         f"- time: {s['train_time']:.1f} s (sd {s['train_time_sd']:.1f}), robust {s['robust_train_time']:.1f} s, "
         f"{s['stalled']} stalled; {about['steps']:,} steps, {s['tokens'] / 1e6:.2f}M tokens, {s['peak_memory'] / 1e6:,.0f} MB",

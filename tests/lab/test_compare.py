@@ -20,6 +20,7 @@ from config import resolve
 from engine import run_folder, spec
 from lab import comparison, ledger, plots, runner, stats, trials
 from lab.ledger import Row, read_rows
+from lab.records import reports
 from lab.trials import Outcome
 
 FLAGS = ["--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256"]
@@ -281,13 +282,10 @@ def test_the_runs_of_a_turn_lie_together(fake, tmp_path, capsys):
 
 
 def test_turns_that_lie_apart_are_told_and_are_no_evidence(fake, tmp_path, capsys):
-    from lab.records import verify
-    from lab.records.reports import Report
-
     trainer, out = fake({"baseline": 200, "modern": 100}), tmp_path / "comparisons" / "c"
     words = command(out, "--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=215", "modern=110")
     assert compare.main(words) == 0
-    verdict = lambda: next(v for v in verify.verdicts(Report(out)) if v.rule == "confirmed")  # noqa: E731
+    verdict = lambda: next(v for v in reports.verdicts(reports.Report(out)) if v.rule == "confirmed")  # noqa: E731
     assert verdict().verdict == "pass"
     path = out / "trials.csv"
     row = next(row for row in read_rows(path) if (row.arm, row.seed) == ("modern", 1))
