@@ -8,13 +8,13 @@ import io
 import math
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import ROOT, same
+from conftest import same
 from torch import nn
 
 import optimizers
@@ -976,12 +976,10 @@ def test_compiled_update_is_the_same(name, monkeypatch):
 RANKS = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests", sys.argv[2] + "/tests/optimizers"]
 import optimizers
 from engine.checkpoint import Checkpoints, newest
 from test_rules import SHARED, give, small
-folder, rank, world = sys.argv[1], int(sys.argv[3]), int(sys.argv[4])
-torch.set_num_threads(1)
+folder, rank, world, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
 for number, spec in enumerate(SHARED):
@@ -989,7 +987,7 @@ for number, spec in enumerate(SHARED):
     optimizer = optimizers.build(spec, gpt)
     first = 0
     saved = Checkpoints(Path(folder, f"saved-{number}"))
-    if world in (1, 2) and sys.argv[5] == "resume":
+    if world in (1, 2) and how == "resume":
         state, _, _ = saved.load(newest(saved.folder)[0], gpt, optimizer.state_dict())
         optimizer.load_state_dict(state)
         first = 12
@@ -1001,7 +999,7 @@ for number, spec in enumerate(SHARED):
                 saved.clean()
             saved.save(12, gpt, optimizer.state_dict(), [], {})
             saved.wait()
-    torch.save([gpt.state_dict(), optimizers.state_bytes(optimizer)], f"{folder}/{sys.argv[5]}-{world}-{rank}-{number}.pt")
+    torch.save([gpt.state_dict(), optimizers.state_bytes(optimizer)], f"{folder}/{how}-{world}-{rank}-{number}.pt")
 if world > 1:
     dist.destroy_process_group()
 """
@@ -1016,12 +1014,11 @@ SHARED = [
 
 def launch(folder: Path, world: int, how: str) -> None:
     (folder / "rank.py").write_text(RANKS)
-    commands = [[sys.executable, "rank.py", str(folder), str(ROOT), str(rank), str(world), how] for rank in range(world)]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    processes = [subprocess.Popen(c, cwd=folder, env=environment, stderr=subprocess.PIPE) for c in commands]
+    commands = [[sys.executable, "rank.py", str(folder), str(rank), str(world), how] for rank in range(world)]
+    processes = [forks.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder) for words in commands]
     for process in processes:
         _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors.decode()[-2000:]
+        assert process.returncode == 0, errors[-2000:]
 
 
 def test_ranks_share_the_work_and_agree(tmp_path):
