@@ -14,7 +14,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import ROOT, Cut, command, events, launch, losses, result, same, stored, torchrun
+from conftest import ROOT, Cut, events, launch, losses, result, same, stored, tiny, torchrun
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_gpt
@@ -39,7 +39,8 @@ def wait_for_step(folder: Path, step: int, process: forks.Ranks | subprocess.Pop
 
 def elastic(ranks: int, folder: Path, *flags: str, agent: tuple[str, ...]) -> subprocess.Popen:
     """The trainer on so many ranks of torchrun itself, in a session of its own."""
-    words = [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}", *command(folder, *flags)]
+    words = [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}"]
+    words += ["train_gpt.py", *tiny(folder, *flags)]
     return subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -238,7 +239,7 @@ FOUR = ("--steps", "4", "--checkpoint-every", "2")
 def trained(sotu, tmp_path_factory) -> Path:
     """Run folder of a whole run of four steps: to copy."""
     folder = tmp_path_factory.mktemp("checkpoint") / "run"
-    assert train_gpt.main(command(folder, *FOUR)[1:]) == 0
+    assert train_gpt.main(tiny(folder, *FOUR)) == 0
     return folder
 
 
