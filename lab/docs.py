@@ -107,7 +107,7 @@ def times(comparison: str, arm: str) -> str:
 
 def findings() -> list[tuple[str, str, str]]:
     """Question, answer and evidence: what records/ and benchmarks/ hold, at most eight rows."""
-    _, contest, _ = tuned.scored(tuned.studies(tuned.read_tables(KEPT / "tuning")))
+    _, contest = tuned.scored(tuned.studies(tuned.read_tables(KEPT / "tuning")))
     first, entries = contest["submissions"][0], len(contest["submissions"])
     tried = read(LADDER / "scaling.json")["tricks"]
     alive = [f"`{t['trick'][1:]}`" for t in tried if (t["trends"]["tokens"] or {}).get("verdict") == "survives"]

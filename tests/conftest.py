@@ -62,10 +62,8 @@ def train(sotu, tmp_path):
     """train("--steps", "5", out="a") -> run folder of a `tiny` run in fp32 that must end with `code`."""
 
     def run(*flags: str, out: str = "run", code: int = 0) -> Path:
-        folder = tmp_path / out
-        defaults = ["--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder)]
-        assert train_gpt.main([*defaults, *flags]) == code
-        return folder
+        assert train_gpt.main(tiny(tmp_path / out, *flags)) == code
+        return tmp_path / out
 
     return run
 
@@ -119,14 +117,15 @@ def same(a, b) -> bool:
     return a == b
 
 
-def command(folder: Path, *flags: str, script: Path | str = "train_gpt.py") -> list[str]:
-    """The trainer, or a script that runs it, on `tiny` in fp32."""
-    return [str(script), "--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(folder), *flags]
+def tiny(folder: Path, *flags: str) -> list[str]:
+    """The trainer's flags for a run on `tiny` in fp32, validated on little."""
+    own = ("--track", "tiny", "--dtype", "fp32", "--val-tokens", "1024", "--data-root", str(DATA_ROOT), "--out", str(folder))
+    return [*own, *flags]
 
 
 def launch(ranks: int, folder: Path, *flags: str, script: Path | str = "train_gpt.py") -> forks.Ranks:
-    """Start the trainer on so many ranks; 0: alone."""
-    words = [sys.executable, *command(folder, *flags, script=script)]
+    """Start the trainer, or a script that runs it, on so many ranks; 0: alone."""
+    words = [sys.executable, str(script), *tiny(folder, *flags)]
     return forks.Ranks(ranks, words, os.environ | {"OMP_NUM_THREADS": "1"}, ROOT)
 
 

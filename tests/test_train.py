@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, torchrun, with_needs, with_optimizer
+from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, tiny, torchrun, with_needs, with_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizers
@@ -31,7 +31,7 @@ from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 
 GOLDEN = ROOT / "tests" / "golden_tiny.json"  # losses of a run on a CPU, with these flags
-GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record")
+GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record", "--val-tokens", "8192")
 GOLDEN_TOLERANCE = 1e-3  # relative, of every loss: machines round differently, and twenty steps add it up
 
 OWN_OPTIMIZER = """
@@ -640,7 +640,6 @@ def test_wrong_verb_and_help():
 
 if __name__ == "__main__":
     out = ROOT / "runs" / "golden"
-    common = ["--track", "tiny", "--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(out), "--resume", "never"]
-    assert train_gpt.main([*common, *GOLDEN_FLAGS]) == 0
+    assert train_gpt.main(tiny(out, "--resume", "never", *GOLDEN_FLAGS)) == 0
     GOLDEN.write_text(json.dumps({kind: losses(out, kind) for kind in ("train", "val")}, indent=1) + "\n")
     print(f"wrote {GOLDEN}")

@@ -53,15 +53,15 @@ class Times:
     seconds: np.ndarray
 
     def without(self, submission: str) -> "Times":
-        left = [i for i, name in enumerate(self.submissions) if name != submission]
-        return Times([self.submissions[i] for i in left], self.workloads, self.seconds[left])
+        gone = self.submissions.index(submission)
+        return Times([s for s in self.submissions if s != submission], self.workloads, np.delete(self.seconds, gone, 0))
 
 
-def read_csv(path: Path, head: tuple[str, ...] = ()) -> list[list[str]]:
-    """The cells of a table, stripped, its head first.
+def read_studies(path: Path) -> Studies:
+    """A table of studies, or of times, which are one study each.
 
     Raises:
-        UsageError: missing file, no table, another head than wanted, a line of another length than the head.
+        UsageError: missing file, no such table, a study that comes twice, a cell that is no time.
     """
     try:
         with path.open(newline="") as file:
@@ -70,19 +70,24 @@ def read_csv(path: Path, head: tuple[str, ...] = ()) -> list[list[str]]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is no CSV file: {error}") from None
-    if not rows:
-        raise UsageError(f"{path} is empty")
-    if head and tuple(rows[0]) != head:
-        raise UsageError(f"{path}: the columns must be {', '.join(head)}")
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(rows[0]):
-            raise UsageError(f"{path} line {number}: {len(row)} cells instead of {len(rows[0])}")
-    return rows
+    if not rows or rows[0][0] != "submission":
+        raise UsageError(f"{path}: the first column must be `submission`")
+    head, studies, seen = rows[0], defaultdict(list), set()
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(head):
+            raise UsageError(f"{path} line {number}: {len(row)} cells instead of {len(head)}")
+        by_study = head[1:] == ["workload", "study", "seconds"]
+        for submission, workload, study, cell in [row] if by_study else [(row[0], w, "", c) for w, c in zip(head[1:], row[1:])]:
+            where = f"{path} line {number}: {submission!r} on {workload!r}"
+            if not submission or not workload or (submission, workload, study) in seen:
+                raise UsageError(f"{where} comes twice" if submission and workload else f"{where}: a name is missing")
+            seen.add((submission, workload, study))
+            studies[submission, workload].append(seconds(cell, where))
+    return studies
 
 
 def seconds(cell: str, where: str) -> float:
-    """One cell of a table.
-
+    """
     Raises:
         UsageError: it is no time.
     """
@@ -95,55 +100,19 @@ def seconds(cell: str, where: str) -> float:
     return value
 
 
-def read_times(path: Path) -> Times:
-    """
-    Raises:
-        UsageError: missing file, duplicate names, a cell that is no time, fewer than two workloads.
-    """
-    head, *lines = read_csv(path)
-    if head[0] != "submission":
-        raise UsageError(f"{path}: the first column must be `submission`, not {head[0]!r}")
-    workloads, submissions = head[1:], [line[0] for line in lines]
-    for kind, names in (("workload", workloads), ("submission", submissions)):
-        for name in names:
-            if not name or names.count(name) > 1:
-                raise UsageError(f"{path}: {f'{kind} {name!r} comes twice' if name else f'a {kind} without a name'}")
-    if len(workloads) < 2:
-        raise UsageError(f"{path}: a profile needs at least two workloads, not {len(workloads)}")
-    if not submissions:
-        raise UsageError(f"{path}: no submission")
-    table = [[seconds(cell, f"{path}: {line[0]}, {w}") for w, cell in zip(workloads, line[1:])] for line in lines]
-    return Times(submissions, workloads, np.array(table))
-
-
-def read_studies(path: Path) -> Studies:
-    """
-    Raises:
-        UsageError: missing file or column, a study that comes twice, a cell that is no time.
-    """
-    _, *lines = read_csv(path, ("submission", "workload", "study", "seconds"))
-    studies: Studies = defaultdict(list)
-    seen = set()
-    for number, (submission, workload, study, cell) in enumerate(lines, start=2):
-        if (submission, workload, study) in seen:
-            raise UsageError(f"{path} line {number}: study {study} of {submission} on {workload} comes twice")
-        seen.add((submission, workload, study))
-        studies[submission, workload].append(seconds(cell, f"{path} line {number}"))
-    return studies
-
-
 def medians(studies: Studies) -> Times:
-    """The table of medians over studies; not run is missed.
+    """The medians over studies; not run is missed.
 
     Raises:
-        UsageError: fewer than two workloads.
+        UsageError: fewer than two workloads, or no target met.
     """
-    submissions = list(dict.fromkeys(s for s, _ in studies))
-    workloads = list(dict.fromkeys(w for _, w in studies))
+    submissions, workloads = (list(dict.fromkeys(names)) for names in zip(*studies)) if studies else ([], [])
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
     with np.errstate(invalid="ignore"):  # the middle of two that missed
         table = np.array([[np.median(studies.get((s, w), [math.inf])) for w in workloads] for s in submissions])
+    if not np.isfinite(table).any():
+        raise UsageError("no submission met any target: nothing to score")
     return Times(submissions, workloads, np.where(np.isnan(table), math.inf, table))
 
 
@@ -225,29 +194,31 @@ def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws:
     return np.quantile(drawn, [0.025, 0.975], axis=0).T
 
 
-def summary(
-    times: Times, held_out: dict[str, str], tau_max: float, reference: str = "", studies: Studies | None = None
-) -> dict[str, Any]:
-    """All of it, as JSON: a list of submissions, best score first."""
-    value = scores(times, held_out, tau_max)
-    bases, r = ratios(times, held_out, tau_max)
+def summary(studies: Studies, held_out: dict[str, str], tau_max: float = TAU_MAX, reference: str = "") -> dict[str, Any]:
+    """All of it, as JSON: a list of submissions, best score first.
+
+    Raises:
+        UsageError: see medians and reference_scores.
+    """
+    times = medians(studies)
+    value, (bases, r) = scores(times, held_out, tau_max), ratios(times, held_out, tau_max)
     ranked = defaultdict(list)  # submission -> its rank without each of the others
     for gone in times.submissions if len(times.submissions) > 2 else ():
         fewer = times.without(gone)
         for name, rank in zip(fewer.submissions, ranks(scores(fewer, held_out, tau_max))):
             ranked[name].append(rank)
     against = reference_scores(times, held_out, reference, tau_max) if reference else None
-    spread = intervals(studies, held_out, tau_max) if studies else None
+    # one study says nothing of luck
+    repeated = {name: all(len(studies.get((name, w), ())) > 1 for w in times.workloads) for name in times.submissions}
+    spread = intervals(studies, held_out, tau_max) if any(repeated.values()) else None
     rows = []
     for i, (name, rank) in enumerate(zip(times.submissions, ranks(value))):
         without = ranked[name] or [rank]
         row = {"submission": name, "score": float(value[i]), "rank": rank, "targets_met": int(np.isfinite(r[i]).sum())}
         row["ranks_when_one_is_left_out"] = [min(without), max(without)]
         row["ratios"] = {w: (None if math.isinf(x) else float(x)) for w, x in zip(bases, r[i])}
-        if studies and all(len(studies.get((name, w), ())) > 1 for w in times.workloads):  # one says nothing of luck
-            row["interval"] = spread[i].tolist()
-        if reference:
-            row["against_reference"] = float(against[i])
+        row |= {"interval": spread[i].tolist()} if repeated[name] else {}
+        row |= {"against_reference": float(against[i])} if reference else {}
         rows.append(row)
     rows.sort(key=lambda row: -row["score"])
     return {"tau_max": tau_max, "workloads": bases, "held_out": held_out, "reference": reference, "submissions": rows}
@@ -269,19 +240,17 @@ def score_table(summary: dict[str, Any], digits: int = 3, aligned: bool = False)
 def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> None:
     """The profiles, as `stem`.png."""
     tau = np.linspace(1, tau_max, 600)
-    rho = profile(ratios(times, held_out, tau_max)[1], tau)
-    value = scores(times, held_out, tau_max)
+    rho, value = profile(ratios(times, held_out, tau_max)[1], tau), scores(times, held_out, tau_max)
     figure, axes = plots.pyplot().subplots(figsize=(9, 5), constrained_layout=True)
     order = np.argsort(-value, kind="stable")
     for i in order[:HIGHLIGHTED]:
         axes.step(tau, rho[i], where="post", label=f"{times.submissions[i]}  {value[i]:.3f}")
-    for i in order[HIGHLIGHTED:]:  # their names would be one on the other: the table has them
-        axes.step(tau, rho[i], where="post", color="0.75", linewidth=0.8, zorder=1)
-    if rest := value[order[HIGHLIGHTED:]].tolist():
-        axes.plot([], [], color="0.75", linewidth=0.8, label=f"{len(rest)} more  {rest[0]:.3f} - {rest[-1]:.3f}")
-    axes.set(
-        xlabel="tau: time / best time of the field", ylabel="share of workloads within tau", xlim=(1, tau_max), ylim=(0, 1.02)
-    )
+    rest = order[HIGHLIGHTED:]  # their names would be one on the other: the table has them
+    for n, i in enumerate(rest):
+        label = f"{len(rest)} more  {value[rest[0]]:.3f} - {value[rest[-1]]:.3f}" if n == 0 else None
+        axes.step(tau, rho[i], where="post", color="0.75", linewidth=0.8, zorder=1, label=label)
+    axes.set(xlabel="tau: time / best time of the field", ylabel="share of workloads within tau")
+    axes.set(xlim=(1, tau_max), ylim=(0, 1.02))
     axes.legend(title="submission, score", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plots.save(figure, stem.parent, stem.name)
 
@@ -299,14 +268,12 @@ def run(argv: list[str]) -> str:
     options = parser.parse_args(argv)
     if not options.tau_max > 1:
         raise UsageError(f"--tau-max must be above 1, got {options.tau_max:g}")
-    studies = read_studies(options.studies) if options.studies else None
-    times = medians(studies) if studies else read_times(options.times)
+    studies = read_studies(options.studies or options.times)
+    times = medians(studies)
     held_out = read_held_out(options.held_out, times.workloads)
-    if not np.isfinite(times.seconds).any():
-        raise UsageError("no submission met any target: nothing to score")
+    found = summary(studies, held_out, options.tau_max, options.reference)
     if options.plot:
         draw(times, held_out, options.tau_max, options.plot)
-    found = summary(times, held_out, options.tau_max, options.reference, studies)
     return json.dumps(found, indent=1) if options.json else score_table(found, digits=4, aligned=True)
 
 

@@ -5,6 +5,7 @@ workload, as AlgoPerf wants it: a submission brings a method, not a way of tunin
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from engine.spec import UsageError, nearest, split
 from optimizers.average import AVERAGES
 
 WARMUP = (0.01, 0.2, "log")  # fraction of the run
-WHOLE = ("every", "length")  # keys that are whole numbers
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class Submission:
 
     @property
     def version(self) -> str:
-        """All that a study's trials have in common; trials of another version are of another study."""
+        """A hash of all that a study's trials have in common; trials of another version are of another study."""
         about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
-        return json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
+        text = json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def flags(self, values: dict[str, float]) -> tuple[str, ...]:
         """Trainer flags for these settings, by the names of the dimensions."""
@@ -110,7 +111,7 @@ class Submission:
         for d in self.dimensions:
             if d.name in values:
                 joint = "," if "=" in parts[d.part] else ":"
-                parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if d.key in WHOLE else f'{values[d.name]:g}'}"
+                parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if d.key == 'every' else f'{values[d.name]:g}'}"
         return tuple(word for part, spec in parts.items() if spec for word in (f"--{part}", spec))
 
     def defaults(self) -> dict[str, float]:

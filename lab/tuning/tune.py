@@ -81,13 +81,9 @@ class Job:
         return self.track, self.submission.name
 
     def trial(self, settings: dict[str, float], dtype: str) -> Trial:
-        of = flags(self.track, self.submission, settings, self.steps, dtype)
-        return Trial(Arm(self.submission.name, of), self.steps, self.seed)
-
-
-def flags(track: str, entry: Submission, settings: dict[str, float], steps: int, dtype: str) -> tuple[str, ...]:
-    every = max(1, steps // VALIDATIONS)
-    return ("--track", track, *entry.flags(settings), "--val-every", str(every), "--dtype", dtype)
+        every = str(max(1, self.steps // VALIDATIONS))
+        flags = ("--track", self.track, *self.submission.flags(settings), "--val-every", every, "--dtype", dtype)
+        return Trial(Arm(self.submission.name, flags), self.steps, self.seed)
 
 
 def length(track: str) -> int:
@@ -104,15 +100,14 @@ class Contest(Scheduler):
             UsageError: a damaged table, trials of another version of a space, or of another compute type than asked for.
         """
         super().__init__()
-        self.options, self.out = options, options.out
-        self.dtypes = compute_types(options)
+        self.options, self.dtypes = options, compute_types(options)
         self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
         self.tables: dict[tuple[str, str], Table] = {}
         for track in options.tracks:  # AdamW's too, which steps are compared with
             for entry in {e.name: e for e in (submission("adamw"), *options.submissions)}.values():
-                table = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
-                table.check(entry.version, f"{entry.name} on {track}")
-                self.tables[track, entry.name] = table
+                table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
+                if any(row.space != entry.version for row in table.of("search")):
+                    raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
         self.storage: optuna.storages.BaseStorage | None = None
         self.studies: dict[tuple[str, str, int], optuna.Study] = {}
         self.study_lock, self.not_begun = threading.Lock(), Counter()
@@ -128,21 +123,16 @@ class Contest(Scheduler):
             numbers = [(study, number) for study in range(options.studies) for number in range(options.trials)]
             return [Job(kind, track, entry, study, number, 1000 * study + number, steps) for study, number in numbers]
         if kind == "self":
-            return [
-                Job(kind, track, entry, study, 0, study, SELF_LENGTH * steps, entry.defaults())
-                for study in range(options.studies)
-            ]
+            steps, defaults = SELF_LENGTH * steps, entry.defaults()
+            return [Job(kind, track, entry, study, 0, study, steps, defaults) for study in range(options.studies)]
         if kind == "target":
             best = table.best(tuned.FIRST_STUDY) if entry.name in SETTERS else None
             study, steps = best and tuned.target_study(best), round(SHORT * steps)
             numbers = range(options.target_seeds if best else 0)
             return [Job(kind, track, entry, study, n, 100_000 + n, steps, best.settings) for n in numbers]
         best = table.best() if options.neighbours else None
-        off = tuned.neighbours(best.settings).values() if best else ()
-        return [
-            Job(kind, track, entry, best.study, 10 * best.number + n, best.seed, best.steps, settings)
-            for n, settings in enumerate(off)
-        ]
+        off = enumerate(tuned.neighbours(best.settings).values() if best else ())
+        return [Job(kind, track, entry, best.study, 10 * best.number + n, best.seed, best.steps, each) for n, each in off]
 
     def all_wanted(self, kind: str) -> list[Job]:
         """Round by round, so that whoever stops early has given everyone the same number of trials."""
@@ -193,7 +183,7 @@ class Contest(Scheduler):
         begun = time.monotonic()
         outcome = trials.train(trial, threads=self.options.threads, watch=watch)
         about = dict(kind=job.kind, study=job.study, number=job.number, settings=settings)
-        row = Row.of(outcome, time.monotonic() - begun, space=tuned.space_hash(job.submission.version), **about)
+        row = Row.of(outcome, time.monotonic() - begun, space=job.submission.version, **about)
         self.tables[job.table].add(row)
         if asked and row.status == "crashed":  # no result: the number is free again
             asked.study.tell(asked, state=FAILED)
@@ -219,16 +209,15 @@ class Contest(Scheduler):
 
     def watch(self, asked: optuna.Trial) -> Callable[[Trial], bool]:
         """Reports a run's validations to the pruner as they come; false once it says that the trial is hopeless."""
+        told: set[int] = set()
 
         def go_on(trial: Trial) -> bool:
-            losses = dict(tuned.validations(trial.log()))
-            for step, loss in losses.items():
-                if step not in reported:
+            for step, loss in tuned.validations(trial.log()):
+                if step not in told:
                     asked.report(loss, step)
-            reported.update(losses)
-            return not (losses and asked.should_prune())
+                    told.add(step)
+            return not (told and asked.should_prune())
 
-        reported: set[int] = set()
         return go_on
 
     def objective(self, job: Job, row: Row) -> float:
@@ -247,42 +236,37 @@ class Contest(Scheduler):
         if key in self.studies:
             return self.studies[key]
         entry, table, name = job.submission, self.tables[job.table], f"{job.track}/{job.submission.name}/{job.study}"
+        about = {"space": entry.version, "dtype": self.dtypes[job.track]}
         try:
             self.storage = self.storage or optuna.storages.get_storage(self.options.storage or None)
+            sampler = optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True)
+            pruner = PRUNERS[self.options.prune]()
             study = optuna.create_study(
-                storage=self.storage,
-                study_name=name,
-                load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True),
-                pruner=PRUNERS[self.options.prune](),
+                storage=self.storage, study_name=name, load_if_exists=True, sampler=sampler, pruner=pruner
             )
-            about, there = study.user_attrs, study.get_trials(deepcopy=False)
+            differs = {what: value for what, value in study.user_attrs.items() if about.get(what, value) != value}
+            there = study.get_trials(deepcopy=False)
         except Exception as error:  # a data base's own errors share no class
             raise UsageError(f"study {name} cannot be read from {self.options.storage}: {str(error).splitlines()[0]}") from None
-        if about.get("version", entry.version) != entry.version:
-            raise UsageError(
-                f"study {name} is of another version of the space of {entry.name}: choose another --storage and --out"
-            )
-        dtype = self.dtypes[job.track]
-        if (other := about.get("dtype", dtype)) != dtype:
-            raise UsageError(f"study {name} is in {other}, not in {dtype}: add --dtype {other}, or choose another --storage")
-        study.set_user_attr("version", entry.version)
-        study.set_user_attr("dtype", dtype)
+        for what, value in differs.items():
+            raise UsageError(f"study {name} is of {what} {value}, not {about[what]}: choose another --storage and --out")
+        for what, value in about.items():
+            study.set_user_attr(what, value)
         for trial in there:
             if "row" in trial.user_attrs:
                 table.add(ledger.from_cells(trial.user_attrs["row"], Row))
         known = {trial.user_attrs.get("number") for trial in there if trial.state == optuna.trial.TrialState.COMPLETE}
+        space = {d.name: d for d in entry.dimensions}
         for row in table.of("search", job.study):
             if row.number not in known and row.status != "crashed":
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params={d.name: d.searched(row.settings[d.name]) for d in entry.dimensions},
-                        distributions={d.name: d.distribution for d in entry.dimensions},
-                        value=self.objective(job, row),
-                        intermediate_values=dict(row.losses),
-                        user_attrs={"number": row.number, "row": ledger.cells(row)},
-                    )
+                trial = optuna.trial.create_trial(
+                    params={name: d.searched(row.settings[name]) for name, d in space.items()},
+                    distributions={name: d.distribution for name, d in space.items()},
+                    value=self.objective(job, row),
+                    intermediate_values=dict(row.losses),
+                    user_attrs={"number": row.number, "row": ledger.cells(row)},
                 )
+                study.add_trial(trial)
         self.studies[key] = study
         return study
 
@@ -297,17 +281,16 @@ class Contest(Scheduler):
         walls = [row.wall for entry in self.options.submissions for row in self.tables[track, entry.name].of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
-        adamw, steps = submission("adamw"), length(track)
+        adamw, steps, seed = submission("adamw"), length(track), time.time_ns()  # that no run has had: it must be trained
         part = max(2, round(CALIBRATED * steps))
-        arm = Arm(f"adamw on {track}", flags(track, adamw, adamw.defaults(), part, self.dtypes[track]))
-        print(f"measuring {arm.name}", flush=True)
-        trial = Trial(arm, part, time.time_ns() % 10**9)  # a seed that no run has had: it must be trained
+        trial = Job("plan", track, adamw, 0, 0, seed, part).trial(adamw.defaults(), self.dtypes[track])
+        print(f"plan: timing {track}", flush=True)
         begun = time.monotonic()
         outcome = trials.train(trial, threads=self.options.threads)
         seconds = time.monotonic() - begun
         shutil.rmtree(trial.folder, ignore_errors=True)
         if outcome.result is None:
-            raise UsageError(f"{arm.name} does not train: {outcome.error}")
+            raise UsageError(f"{track} does not train: {outcome.error}")
         return seconds + outcome.result["train_time"] * (steps / part - 1)
 
     def left(self, track: str, entry: Submission) -> float:
@@ -355,16 +338,17 @@ class Contest(Scheduler):
 
     def run(self) -> None:
         """Plan, then train all that is wanted and not there."""
+        options = self.options
         self.plan()
-        missing = [track for track in self.options.tracks if track not in self.targets]
-        if self.options.objective == "time" and missing:
+        missing = [track for track in options.tracks if track not in self.targets]
+        if options.objective == "time" and missing:
             raise UsageError(
                 f"--objective time: {missing[0]} has no target yet: tune {', '.join(SETTERS)} on it with --objective loss first"
             )
-        for kind in ("self",) if self.options.ruleset == "self" else ("search", "target", "neighbour"):
+        for kind in ("self",) if options.ruleset == "self" else ("search", "target", "neighbour"):
             self.train(self.all_wanted(kind), kind)
-        if self.options.ruleset != "self":
-            self.targets = targets(self.out)
+        if options.ruleset != "self":
+            self.targets = targets(options.out)
             self.train(self.timings(), "timing")
         if late := self.not_begun["late"]:
             print(f"the hours are over: {late} trials were not begun; the same command continues", flush=True)
@@ -388,9 +372,8 @@ def compute_types(options: argparse.Namespace) -> dict[str, str]:
     for track in options.tracks:
         kept = tuned.dtype_of(there.get(track, {}))
         if kept and options.dtype not in ("auto", kept):
-            raise UsageError(
-                f"--dtype {options.dtype}: the trials of {track} in {options.out} are in {kept}: choose another --out"
-            )
+            where = f"the trials of {track} in {options.out}"
+            raise UsageError(f"--dtype {options.dtype}: {where} are in {kept}: choose another --out")
         dtype, _ = hardware.pick_dtype(kept or options.dtype, device)
         types[track] = trials.DTYPES[str(dtype).removeprefix("torch.")]
     return types

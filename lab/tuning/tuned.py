@@ -9,7 +9,6 @@ More studies must not be more luck: a time or a loss is the median over studies,
 quartile hardly depends on the number of trials. Only the settings worth having (`best`) are from all of them.
 """
 
-import hashlib
 import json
 import math
 import statistics
@@ -85,10 +84,6 @@ class Row:
         )
 
 
-def space_hash(version: str) -> str:
-    return hashlib.sha256(version.encode()).hexdigest()[:8]
-
-
 def validations(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, loss) of each validation that was finite."""
     return [(e["step"], float(f"{e['loss']:.5g}")) for e in log if e["event"] == "val" and e["loss"] is not None]
@@ -99,14 +94,6 @@ class Table(Ledger[Row]):
 
     def __init__(self, path: Path):
         super().__init__(path, Row)
-
-    def check(self, version: str, what: str) -> None:
-        """
-        Raises:
-            UsageError: the trials that are there searched another space.
-        """
-        if any(row.space != space_hash(version) for row in self.of("search")):
-            raise UsageError(f"{self.path}: the trials of {what} are of another version of its space: move the file away first")
 
     def of(self, kind: str, study: int | None = None) -> list[Row]:
         return [row for row in self.rows.values() if row.kind == kind and study in (None, row.study)]
@@ -267,18 +254,16 @@ def studies(tables: dict[str, Tables]) -> score.Studies:
     return times
 
 
-def scored(times: score.Studies) -> tuple[score.Times, dict[str, Any], score.Studies] | None:
-    """Medians, score.summary and times of the submissions that were run on every workload with a target: one that was not would
-    be scored as if it had missed. None where there is nothing to score."""
-    workloads = list(dict.fromkeys(w for _, w in times))
+def scored(times: score.Studies) -> tuple[score.Studies, dict[str, Any]] | None:
+    """Times and score.summary of the submissions that were run on every workload with a target: one that was not would count
+    as having missed. None where there is nothing to score."""
+    workloads = dict.fromkeys(w for _, w in times)
     whole = [s for s in dict.fromkeys(s for s, _ in times) if all((s, w) in times for w in workloads)]
     times = {(s, w): each for (s, w), each in times.items() if s in whole}
-    if len(workloads) < 2 or len(whole) < 2 or not any(math.isfinite(t) for each in times.values() for t in each):
+    met = {s for (s, _), each in times.items() if math.isfinite(statistics.median(each))}
+    if len(workloads) < 2 or len(whole) < 2 or not met:
         return None
-    medians = score.medians(times)
-    repeated = times if any(len(each) > 1 for each in times.values()) else None
-    reference = "adamw" if "adamw" in whole and np.isfinite(medians.seconds[whole.index("adamw")]).any() else ""
-    return medians, score.summary(medians, {}, score.TAU_MAX, reference, repeated), times
+    return times, score.summary(times, {}, reference="adamw" if "adamw" in met else "")
 
 
 def winners(tables: dict[str, Tables]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -381,11 +366,11 @@ def score_section(folder: Path, tables: dict[str, Tables], times: score.Studies)
     why."""
     lines = ["No score yet: it needs two submissions that were run on every workload, and two workloads with a target."]
     if result := scored(times):
-        medians, summary, _ = result
-        score.draw(medians, {}, score.TAU_MAX, folder / "profile")
+        whole, summary = result
+        score.draw(score.medians(whole), {}, score.TAU_MAX, folder / "profile")
         command = f"./run.sh compare score --studies {folder}/studies.csv"
         command += f" --reference {summary['reference']}" if summary["reference"] else ""
-        lines = ["## Score", "", f"Over {', '.join(medians.workloads)}: `{command}`", "", score.score_table(summary)]
+        lines = ["## Score", "", f"Over {', '.join(summary['workloads'])}: `{command}`", "", score.score_table(summary)]
         lines += ["", "![profiles](profile.png)"]
     there = {name for of in tables.values() for name in of}
     for name, other in SAME_TRIALS.items():
@@ -402,24 +387,6 @@ def score_section(folder: Path, tables: dict[str, Tables], times: score.Studies)
         lines += ["", "Not scored, since their steps were not timed beside AdamW's (`compare tune` of them does so): "]
         lines[-1] += f"{', '.join(untimed)}."
     return lines
-
-
-def overview(folder: Path) -> str:
-    """Of every submission its score and, for each workload, the lowest final loss of a study: a table for the README."""
-    tables = {track: of for track, of in read_tables(folder).items() if any(table.best() for table in of.values())}
-    result = scored(studies(tables))
-    scores = {row["submission"]: row["score"] for row in result[1]["submissions"]} if result else {}
-    best = {(n, t): table.typical() for t, of in tables.items() for n, table in of.items() if table.best()}
-
-    def rank(name: str) -> tuple[float, float]:
-        return -scores.get(name, 0), statistics.mean(best.get((name, track), math.inf) for track in tables)
-
-    rows = []
-    for name in sorted(dict.fromkeys(name for name, _ in best), key=rank):
-        losses = [f"{best[name, track]:.4f}" if (name, track) in best else "-" for track in tables]
-        rows.append([f"`{name}`", f"{scores[name]:.3f}" if name in scores else "-", *losses])
-    counts = {track: sum(len(table.of("search")) for table in of.values()) for track, of in tables.items()}
-    return markdown_table(("submission", "AlgoPerf score", *(f"`{t}`, {n} trials" for t, n in counts.items())), rows)
 
 
 def draw_sensitivity(folder: Path, track: str, tables: Tables) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import ROOT, Cut, command, events, launch, losses, result, same, stored, torchrun, with_optimizer
+from conftest import ROOT, Cut, events, launch, losses, result, same, stored, tiny, torchrun
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_gpt
@@ -24,7 +24,8 @@ from engine import checkpoint, ranks, run_folder
 from engine.command import Interrupt
 from engine.schedules import SCHEDULES
 from engine.spec import UsageError
-from optimizers import OPTIMIZERS
+
+SMALL = ("--layers", "1", "--batch-tokens", "256", "--val-tokens", "512")
 
 
 def wait_for_step(folder: Path, step: int, process: forks.Ranks | subprocess.Popen) -> None:
@@ -38,7 +39,8 @@ def wait_for_step(folder: Path, step: int, process: forks.Ranks | subprocess.Pop
 
 def elastic(ranks: int, folder: Path, *flags: str, agent: tuple[str, ...]) -> subprocess.Popen:
     """The trainer on so many ranks of torchrun itself, in a session of its own."""
-    words = [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}", *command(folder, *flags)]
+    words = [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={ranks}"]
+    words += ["train_gpt.py", *tiny(folder, *flags)]
     return subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -60,9 +62,28 @@ def stop_at(step: int):
     return log_step
 
 
-def cut_and_resumed(train, monkeypatch, *flags: str) -> tuple[Path, Path]:
-    """Two runs of 12 steps: one whole, the other interrupted at 8 and continued from its checkpoint at 5."""
-    flags = ("--steps", "12", "--checkpoint-every", "5", "--deterministic", *flags)
+# One method for each kind of state, and every schedule; test_optimizers.py saves and loads every method by itself.
+KINDS = [
+    ("adamw", "wsd", ()),
+    ("sgd", "cosine", ("--momentum-schedule", "ramp")),
+    ("nadamw", "linear", ("--average", "lawa_ema:decay=0.8")),
+    ("muon", "exponential", ("--tricks", "ngram_embedding", "--micro-batch-tokens", "256")),
+    ("soap:every=4", "cyclic", ()),
+    ("kron", "inverse_sqrt", ()),  # draws random numbers
+    ("schedule_free_prodigy", "constant", ()),
+]
+
+
+def test_kinds_have_every_schedule():
+    assert {schedule for _, schedule, _ in KINDS} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize(("optimizer", "schedule", "more"), KINDS)
+def test_resumed_equals_uninterrupted(train, monkeypatch, optimizer, schedule, more):
+    """A run of 12 steps, and one that dies at 8 and continues from its checkpoint at 5: the same rates, losses, weights and
+    optimizer state, bit by bit; the log tells of every step once."""
+    flags = ("--steps", "12", "--checkpoint-every", "5", "--deterministic", "--optimizer", optimizer, "--schedule", schedule)
+    flags += ("--dropout", "0.1", *SMALL, *more)
     whole = train(*flags, out="whole")
     with monkeypatch.context() as patched:
         patched.setattr(train_gpt.Training, "log_step", stop_at(8))
@@ -70,36 +91,15 @@ def cut_and_resumed(train, monkeypatch, *flags: str) -> tuple[Path, Path]:
             train(*flags, out="cut")
     cut = train(*flags, out="cut")
     assert [e["step"] for e in events(cut, "resume")] == [5]
-    return whole, cut
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_resumed_equals_uninterrupted(train, monkeypatch, optimizer):
-    """The same losses, weights and optimizer state, bit by bit; the log tells of every step once."""
-    flags = (*with_optimizer(optimizer), "--dropout", "0.1")
-    if optimizer == "nadamw":
-        flags += ("--average", "lawa_ema:decay=0.8")
-    if optimizer == "muon":
-        flags += ("--tricks", "ngram_embedding", "--micro-batch-tokens", "256")
-    whole, cut = cut_and_resumed(train, monkeypatch, *flags)
     assert losses(cut) == losses(whole) and losses(cut, "val") == losses(whole, "val")
+    assert [e["lr"] for e in events(cut, "train")] == [e["lr"] for e in events(whole, "train")]
     assert same(stored(whole, *flags), stored(cut, *flags))
     assert result(cut)["train_time"] == pytest.approx(events(cut, "train")[-1]["train_time"])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_goes_on_where_it_was(train, monkeypatch, schedule):
-    whole, cut = cut_and_resumed(
-        train, monkeypatch, "--schedule", schedule, "--momentum-schedule", "ramp", "--optimizer", "sgd"
-    )
-    assert losses(cut) == losses(whole)
-    assert [e["lr"] for e in events(cut, "train")] == [e["lr"] for e in events(whole, "train")]
-
-
 def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
     """A cool-down from a stable phase that another run has trained: same weights, state and losses as a whole run."""
-    small = ("--layers", "1", "--batch-tokens", "256", "--val-tokens", "512")
-    flags = (*small, "--schedule", "wsd:cooldown=0.5,warmup=3", "--deterministic", "--dropout", "0.1")
+    flags = (*SMALL, "--schedule", "wsd:cooldown=0.5,warmup=3", "--deterministic", "--dropout", "0.1")
     train(*flags, "--steps", "24", "--checkpoint-every", "4", "--milestone-every", "4", out="stem")
     for steps, start in ((40, 12), (16, 8)):
         whole = train(*flags, "--steps", str(steps), out=f"whole-{steps}")
@@ -111,7 +111,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
     both = f"{stem},{whole.parent / 'branch-40'}"  # of several, the one that reaches furthest
     longer = train(*flags, "--steps", "60", "--branch", both, out="longer")
     assert [e["step"] for e in events(longer, "branch")] == [12]
-    cosine = (*small, "--schedule", "cosine", "--checkpoint-every", "2", "--milestone-every", "2")
+    cosine = (*SMALL, "--schedule", "cosine", "--checkpoint-every", "2", "--milestone-every", "2")
     train(*cosine, "--steps", "8", out="cosine")
     alone = train(*cosine, "--steps", "9", "--branch", str(whole.parent / "cosine"), out="alone")
     assert not events(alone, "branch")  # no two steps have the same learning rate
@@ -127,7 +127,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
     ):
         train(*flags, "--steps", "40", "--branch", str(stem), *words, out="bad", code=2)
         assert said in capsys.readouterr().err
-    own = (*small, "--optimizer", "schedule_free_adamw:warmup=0.2", "--schedule", "constant", "--checkpoint-every", "4")
+    own = (*SMALL, "--optimizer", "schedule_free_adamw:warmup=0.2", "--schedule", "constant", "--checkpoint-every", "4")
     train(*own, "--steps", "8", out="own")
     train(*own, "--steps", "16", "--branch", str(whole.parent / "own"), out="worse", code=2)
     assert "fractions of the run's length" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
 
 def test_killed_at_any_moment(sotu, tmp_path):
     """SIGKILL three times at random moments; a last line cut in two; the data repeat themselves meanwhile."""
-    flags = ("--steps", "60", "--checkpoint-every", "4", "--val-every", "7", "--deterministic", "--optimizer", "muon")
+    flags = ("--steps", "60", "--checkpoint-every", "4", "--val-every", "7", "--deterministic", "--optimizer", "muon", *SMALL)
     whole, cut, moment = tmp_path / "whole", tmp_path / "cut", random.Random(0)
     torchrun(0, whole, *flags)
     for first in (5, 14, 30):
@@ -181,7 +181,8 @@ def test_other_code_and_other_data_are_noticed(train, monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize("optimizer", ["muon", "shampoo:every=2,start=2"])
 def test_a_checkpoint_continues_on_other_ranks(train, sotu, tmp_path, optimizer):
     """Written by 4 ranks, continued by 1 and by 2; written by 1, continued by 4: the losses of one rank, but for rounding."""
-    flags = ("--steps", "8", "--optimizer", optimizer, "--checkpoint-every", "4", "--micro-batch-tokens", "128")
+    flags = ("--steps", "8", "--optimizer", optimizer, "--checkpoint-every", "4", *SMALL, "--batch-tokens", "512")
+    flags += ("--micro-batch-tokens", "128")
     one = train(*flags, out="one")
     four = tmp_path / "four"
     torchrun(4, four, *flags)
@@ -231,10 +232,21 @@ def test_weights_export_as_safetensors(train):
 # ---------------------------------------------------------------- 3. atomic and verified
 
 
+FOUR = ("--steps", "4", "--checkpoint-every", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(sotu, tmp_path_factory) -> Path:
+    """Run folder of a whole run of four steps: to copy."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "run"
+    assert train_gpt.main(tiny(folder, *FOUR)) == 0
+    return folder
+
+
 @pytest.fixture
-def two(train) -> Path:
+def two(trained, tmp_path) -> Path:
     """A folder with the checkpoints of steps 2 and 4."""
-    return train("--steps", "4", "--checkpoint-every", "2") / "checkpoints"
+    return shutil.copytree(trained, tmp_path / "run") / "checkpoints"
 
 
 def test_every_flipped_byte_is_found(two):
@@ -268,14 +280,14 @@ def test_the_newest_intact_one_wins(two, capsys, train, harm, message):
     assert message in checkpoint.damage(two / "step-00000004")
     (two.parent / "result.json").unlink()
     whole = losses(two.parent)
-    folder = train("--steps", "4", "--checkpoint-every", "2")
+    folder = train(*FOUR)
     assert re.search(rf"step-00000004 passed over: .*{message}", capsys.readouterr().err)
     assert [e["step"] for e in events(folder, "resume")] == [2] and losses(folder) == whole
     assert checkpoint.newest(two)[0].name == "step-00000004"
 
 
 def test_a_damaged_checkpoint_takes_no_place_of_an_intact_one(train, monkeypatch):
-    flags = ("--steps", "12", "--checkpoint-every", "3", "--keep", "1", "--milestone-every", "6")
+    flags = ("--steps", "12", "--checkpoint-every", "3", "--keep", "1", "--milestone-every", "6", *SMALL)
     folder = train(*flags)
     (folder / "result.json").unlink()
     (folder / "checkpoints" / "step-00000012" / "DONE").write_text("{")
@@ -307,12 +319,12 @@ def test_nothing_intact_is_said(two, capsys, train):
     for path in checkpoint.listing(two):
         os.truncate(path / "model.safetensors", 10)
     (two.parent / "result.json").unlink()
-    train("--steps", "4", "--checkpoint-every", "2", "--resume", "must", code=2)
+    train(*FOUR, "--resume", "must", code=2)
     assert "--resume must: checkpoint" in capsys.readouterr().err
 
 
 def test_keep_and_milestones(train):
-    folder = train("--steps", "10", "--checkpoint-every", "1", "--keep", "3", "--milestone-every", "4")
+    folder = train("--steps", "10", "--checkpoint-every", "1", "--keep", "3", "--milestone-every", "4", *SMALL)
     assert [int(p.name[5:]) for p in checkpoint.listing(folder / "checkpoints")] == [10, 9, 8, 4]
 
 
@@ -336,7 +348,7 @@ def test_by_the_minute(train):
 
 def test_a_signal_ends_the_run_after_its_step(sotu, tmp_path):
     """Stopped three times, the run is the one that nobody stopped."""
-    flags = ("--steps", "300", "--val-every", "300", "--layers", "1", "--batch-tokens", "256", "--val-tokens", "512")
+    flags = ("--steps", "300", "--val-every", "300", *SMALL)
     folder, stopped = tmp_path / "run", 0
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         process = launch(0, folder, *flags)
@@ -439,15 +451,16 @@ def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
     assert same(stored(folder, *flags), stored(whole, *flags))
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named(sotu, tmp_path):
-    flags = ("--steps", "100000", "--timeout", "4", "--val-every", "100000")
+    flags = ("--steps", "100000", "--timeout", "8", "--val-every", "100000")
     process = launch(2, tmp_path / "run", *flags)
     wait_for_step(tmp_path / "run", 0, process)
     time.sleep(1)
     process[1].send_signal(signal.SIGSTOP)
     code, _, errors = process.finish(patience=0.5)
     assert code != 0
-    assert "no progress for 4 s: rank 1 does not run any more, at step " in errors
+    assert "no progress for 8 s: rank 1 does not run any more, at step " in errors
 
 
 # ---------------------------------------------------------------- 6. numbers
@@ -573,8 +586,7 @@ def test_a_rank_whose_threads_still_work_ends_with_its_own_code():
 
 
 @pytest.mark.parametrize("target", ["save_file", "atomic_write", "sync"])
-def test_full_disk_in_a_checkpoint(train, monkeypatch, capsys, target):
-    whole = train("--steps", "6", out="whole")
+def test_full_disk_in_a_checkpoint(trained, train, monkeypatch, capsys, target):
     real, calls = getattr(checkpoint, target), []
 
     def full(*args):
@@ -585,15 +597,14 @@ def test_full_disk_in_a_checkpoint(train, monkeypatch, capsys, target):
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, target, full)
-        train("--steps", "6", "--checkpoint-every", "1", code=2)
+        train("--steps", "4", "--checkpoint-every", "1", code=2)
     assert "no space left" in capsys.readouterr().err
-    folder = train("--steps", "6", "--checkpoint-every", "1")
-    assert losses(folder) == losses(whole) and not list((folder / "checkpoints").glob(".*"))
+    folder = train("--steps", "4", "--checkpoint-every", "1")
+    assert losses(folder) == losses(trained) and not list((folder / "checkpoints").glob(".*"))
 
 
-def test_full_disk_inside_the_libraries(train, monkeypatch, capsys):
+def test_full_disk_inside_the_libraries(trained, train, monkeypatch, capsys):
     """What torch.distributed.checkpoint and safetensors make of a full disk is one line all the same."""
-    whole = train("--steps", "4", out="whole")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -606,9 +617,9 @@ def test_full_disk_inside_the_libraries(train, monkeypatch, capsys):
     ):  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(target, name, failing)
-            train("--steps", "4", "--checkpoint-every", "2", out=name, code=2)
+            train(*FOUR, out=name, code=2)
         assert "no space left" in capsys.readouterr().err
-        assert losses(train("--steps", "4", "--checkpoint-every", "2", out=name)) == losses(whole)
+        assert losses(train(*FOUR, out=name)) == losses(trained)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -629,17 +640,16 @@ def test_full_disk_in_what_a_run_writes_of_itself(train, monkeypatch, capsys, ca
     assert len(losses(train("--steps", "3"))) == 3
 
 
-def test_full_disk_in_the_log(train, monkeypatch, capsys):
-    whole = train("--steps", "6", out="whole")
+def test_full_disk_in_the_log(trained, train, monkeypatch, capsys):
 
     def full(self):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(run_folder.Run, "logged", full)
-        train("--steps", "6", "--checkpoint-every", "2", code=2)
+        train(*FOUR, code=2)
     assert "no space left" in capsys.readouterr().err
-    assert losses(train("--steps", "6", "--checkpoint-every", "2")) == losses(whole)
+    assert losses(train(*FOUR)) == losses(trained)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_intervals_from_studies(tmp_path, capsys):
     assert "| - " in once  # a study on `a` alone says nothing of luck
     studies = score.read_studies(path)
     times = score.medians(studies)
-    rows = {row["submission"]: row for row in score.summary(times, {}, 4.0, studies=studies)["submissions"]}
+    rows = {row["submission"]: row for row in score.summary(studies, {}, 4.0)["submissions"]}
     assert "interval" not in rows.pop("once")
     assert rows["slow"]["interval"][1] < rows["fast"]["interval"][0]
     assert rows["same"]["interval"][1] > rows["fast"]["interval"][0]
@@ -134,15 +134,15 @@ def test_table_and_plot(published, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["submission,a,b", "x,1,2", "x,3,4"], "submission 'x' comes twice"),
-        (["submission,a,a", "x,1,2"], "workload 'a' comes twice"),
+        (["submission,a,b", "x,1,2", "x,3,4"], "'x' on 'a' comes twice"),
+        (["submission,a,a", "x,1,2"], "'x' on 'a' comes twice"),
         (["submission,a,b", "x,-1,2"], "must be above 0"),
         (["submission,a,b", "x,fast,2"], "'fast' is no time"),
         (["submission,a,b", "x,nan,2"], "must be above 0"),
         (["submission,a", "x,1"], "at least two workloads"),
         (["submission,a,b", "x,1"], "line 2: 2 cells instead of 3"),
         (["name,a,b", "x,1,2"], "first column must be `submission`"),
-        (["submission,a,b"], "no submission"),
+        (["submission,a,b"], "at least two workloads"),
         (["submission,a,b", "x,inf,"], "no submission met any target"),
     ],
 )

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import DATA_ROOT, ROOT, launch
+from conftest import DATA_ROOT, ROOT, tiny
 
 import train_gpt
 from engine import run_folder
@@ -62,10 +64,10 @@ def test_the_source_of_a_run_is_all_that_it_imports(tmp_path, sotu):
         "print('\\n'.join(m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
-    process = launch(0, tmp_path / "run", "--steps", "2", "--val-tokens", "512", script=script)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
-    files = {Path(line) for line in errors.splitlines() if line.endswith(".py")}
+    words = [sys.executable, str(script), *tiny(tmp_path / "run", "--steps", "2")]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = {Path(line) for line in done.stderr.splitlines() if line.endswith(".py")}
     own = {path for path in files if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / ".venv")} - {script}
     assert ROOT / "train_gpt.py" in own and own <= set(run_folder.sources())
 
