@@ -24,7 +24,7 @@ import train_gpt
 import tricks
 from config import resolve
 from cost.step import communication, record_step
-from data.shards import write, write_manifest
+from data.shards import Dataset, validation_starts, write, write_manifest
 from engine import run_folder, spec
 from engine.schedules import Course
 from optimizers import OPTIMIZERS
@@ -316,6 +316,15 @@ def test_a_step_waits_for_the_device_once(train, monkeypatch, optimizer):
 @pytest.mark.parametrize("tricks", ["record", "baseline", "modern,muon,multi_token,retied_head,momentum_warmup,bf16_weights"])
 def test_recipes_wait_for_the_device_once(train, monkeypatch, tricks):
     assert read_by(train, monkeypatch, "--steps", "6", "--tricks", tricks) == (["backward"] * 6, 6)
+
+
+def test_validation_is_the_mean_over_sequences(sotu):
+    """Also where the last micro-batch is smaller than the others."""
+    gpt, val, world = train_gpt.GPT(resolve(["--track", "tiny"])[1]), Dataset(sotu, "val"), train_gpt.World("cpu")
+    starts = validation_starts(val, 64, 9 * 64, True)
+    each = [gpt(*val.batch([start], 64)).item() for start in starts]
+    assert len(starts) == 9 and max(each) - min(each) > 0.01
+    assert train_gpt.validate(gpt, val, starts, 64, 4, world) == pytest.approx(sum(each) / 9, rel=1e-6)
 
 
 def test_log_and_result_agree(train):
