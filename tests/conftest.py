@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # first: no core is left waiting for another's at the end
     if config.getoption("--device"):
         items[:] = [item for item in items if "device" in item.fixturenames]
 

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from conftest import ROOT
 
 import train_gpt
-from engine import hardware, ranks
+from engine import display, hardware, ranks
 from engine.spec import UsageError
-from layers import kernels
-from train_gpt import Training, World
+from train_gpt import World
 
 TINY = ["--track", "tiny", "--device", "cuda"]
 
@@ -76,31 +75,29 @@ def test_without_nccl_ranks_take_gloo(there, backend, gpus, monkeypatch):
     assert found == [backend]
 
 
-def training(**given) -> SimpleNamespace:
-    """As much of Training as `fallbacks` reads: two CUDA ranks in bf16."""
-    world = SimpleNamespace(device=torch.device("cuda", 0), size=2)
+def lacks(cards: list[str], **given) -> list[str]:
+    """What the greeting of two CUDA ranks in bf16 says that they lack."""
+    settings = dict(compile=True, kernels="auto", batch_tokens=1024, batch_stages=(1,), steps=1, corpus="sotu")
     own = dict(
-        world=world, head_note="", compiled=True, dtype=torch.bfloat16, config=SimpleNamespace(compile=True, kernels="auto")
-    )
-    return SimpleNamespace(**own | given)
+        world=SimpleNamespace(device=torch.device("cuda", 0), size=2), config=SimpleNamespace(**settings), compiled=True,
+        dtype=torch.bfloat16, dtype_reason="native here", gpt=torch.nn.Linear(1, 1), head_note="",
+        loader=SimpleNamespace(epochs=lambda steps: 0.0), run_folder=SimpleNamespace(folder="runs/x"),
+    )  # fmt: skip
+    return display.greeting(SimpleNamespace(**own | given), cards).splitlines()[2:]
 
 
 def test_what_is_missing_but_harmless_is_a_note(monkeypatch):
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(kernels, "triton", object())
-    assert Training.fallbacks(training(), ["A100", "A100"]) == []
-    assert Training.fallbacks(training(), ["H100", "A100"]) == [
-        "GPUs of different kinds, 1 x H100, 1 x A100: the slowest sets the pace of all"
-    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert lacks(["A100", "A100"]) == []
+    assert lacks(["H100", "A100"]) == ["GPUs of different kinds, 1 x H100, 1 x A100: the slowest sets the pace of all"]
+    assert lacks(["H100", "H100"], head_note="the head is in bf16") == ["the head is in bf16"]
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    notes = Training.fallbacks(training(compiled=False), ["H100", "H100"])
-    assert [note.split(":")[0] for note in notes] == [
-        "no Triton here", "no Triton here", "this PyTorch has no NCCL"
-    ] and "not compiled" in notes[0] and "fused kernels" in notes[1]  # fmt: skip
-    monkeypatch.setattr(hardware, "compiler_lacks", lambda device: "")
-    assert Training.fallbacks(training(dtype=torch.float32), ["H100", "H100"]) == notes[2:]  # fp32 has no kernels anyway
+    notes = lacks(["H100", "H100"], compiled=False)
+    assert [note.split(":")[0] for note in notes] == ["no Triton here", "no Triton here", "this PyTorch has no NCCL"]
+    assert "not compiled" in notes[0] and "fused kernels" in notes[1]
+    assert lacks(["H100", "H100"], dtype=torch.float32) == notes[2:]  # fp32 has no kernels anyway
 
 
 def test_compile_needs_triton_on_cuda(monkeypatch):
@@ -192,6 +189,7 @@ print(asked - start, large() - asked)
 ROLLUP, MODE = Path("/proc/self/smaps_rollup"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROLLUP.exists() and MODE.exists() and "[madvise]" in MODE.read_text()), reason="none on request")
 @pytest.mark.parametrize(("asked", "there"), [("0", False), (None, True)])
 def test_large_tensors_are_in_large_pages(asked, there):

@@ -256,6 +256,11 @@ def test_without_triton_all_is_there():
 # ---------------------------------------------------------------- compiled for GPUs that are not there
 
 
+def of_table(test):
+    """Takes a minute to make, once: pytest-xdist gives a group to one process."""
+    return pytest.mark.slow(pytest.mark.xdist_group("kernel table")(test))
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> dict:
     """What `python -m benchmarks.kernels` makes."""
@@ -267,6 +272,7 @@ def table(tmp_path_factory) -> dict:
     return json.loads(path.read_text())
 
 
+@of_table
 def test_compiles_without_spills_within_each_chip(table):
     units = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for row in table["kernels"]:
@@ -278,6 +284,7 @@ def test_compiles_without_spills_within_each_chip(table):
             assert row["matrix_units"] == units[row["chip"]], row
 
 
+@of_table
 def test_every_kernel_is_compiled_for_every_chip(table):
     """8-bit floats not for the A100, which has none, nor tiles that need more shared memory."""
     named = {(row["kernel"], row["chip"]) for row in table["kernels"]}
@@ -289,6 +296,7 @@ def test_every_kernel_is_compiled_for_every_chip(table):
     assert len(defined) == 6 and len(names) == 16, "a new kernel belongs in benchmarks/kernels.py"
 
 
+@of_table
 def test_published_table_is_this_one(table):
     assert table == json.loads((ROOT / "benchmarks" / "kernels.json").read_text()), "run: python -m benchmarks.kernels"
 
