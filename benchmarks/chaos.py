@@ -3,9 +3,9 @@
     python -m benchmarks.chaos                 all of it: about 10 minutes on 2 cores
     python -m benchmarks.chaos --kills 10      a taste
 
-Kills: a run of the track `tiny`, with an optimizer of the registry and on 1 or 2 ranks, is killed (SIGKILL, all its processes)
-at random moments and started again by the same command until it ends. Then weights, optimizer state and losses must be those of
-an undisturbed run, bit by bit. Flips: one bit of a random byte of a shard or of a checkpoint. Cuts: a file made shorter. Write
+Kills: a run of the track `tiny`, with an optimizer of the registry on 1 or 2 ranks, is killed (SIGKILL, all of its processes)
+at random moments and started again by the same command until it ends. Then losses, weights and optimizer state must be those
+of an undisturbed run, bit by bit. Flips: one bit of a random byte of a shard or a checkpoint. Cuts: a file made shorter. Write
 errors: a random write of a run fails as on a full disk, and the same command continues afterwards.
 
 Prints a table, and writes it to benchmarks/chaos.json. Exit code 1 when anything was lost.
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -59,11 +59,9 @@ class Count:
     seconds_per_fault: float | None = None  # that the run took longer, start of a new process included
 
     def add(self, fine: bool, where: str, faults: int = 1) -> None:
-        self.faults, self.recovered, self.lost = (
-            self.faults + faults,
-            self.recovered + faults * fine,
-            self.lost + faults * (not fine),
-        )
+        self.faults += faults
+        self.recovered += faults * fine
+        self.lost += faults * (not fine)
         if not fine:
             print(f"LOST: {self.what}, {where}", file=sys.stderr)
 
@@ -107,7 +105,6 @@ def kill_all(process: subprocess.Popen) -> None:
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.communicate()
 
 
 def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
@@ -126,29 +123,27 @@ def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
     return kills
 
 
-def kills(total: int, dice: random.Random, folder: Path) -> Iterable[Count]:
+def kills(total: int, dice: random.Random, folder: Path) -> list[Count]:
     """With every optimizer, on 1 and on 2 ranks in turn, until `total` kills were made; a Count for each number of ranks."""
-    counts = {1: Count("kills, 1 rank"), 2: Count("kills, 2 ranks")}
-    lost_time: dict[int, list[float]] = {1: [], 2: []}
-    bar = tqdm(total=total, desc="kills", unit="kill")
-    for number, name in enumerate(dice.sample(sorted(OPTIMIZERS), len(OPTIMIZERS)) * total):
-        if sum(c.faults for c in counts.values()) >= total:
-            break
-        ranks, flags, whole, cut = 1 + number % 2, flags_of(name), folder / f"{number}-whole", folder / f"{number}-cut"
-        begin = time.monotonic()
-        _, errors = start(whole, ranks, flags).communicate()
-        if not (whole / "result.json").exists():
-            raise SystemExit(f"{name} on {ranks} ranks does not train: {errors.decode()[-500:]}")
-        middle = time.monotonic()
-        made = killed(cut, ranks, flags, dice)
-        bar.update(made)
-        counts[ranks].add(same(ended(whole), ended(cut)), f"{name}: {whole} and {cut}", made)
-        if made:
-            lost_time[ranks].append((time.monotonic() - middle - (middle - begin)) / made)
-    bar.close()
-    for ranks, count in counts.items():
-        count.seconds_per_fault = round(statistics.median(lost_time[ranks]), 2) if lost_time[ranks] else None
-    return counts.values()
+    counts = [Count("kills, 1 rank"), Count("kills, 2 ranks")]
+    seconds: list[list[float]] = [[], []]
+    with tqdm(total=total, desc="kills", unit="kill") as bar:
+        for number, name in enumerate(dice.sample(sorted(OPTIMIZERS), len(OPTIMIZERS)) * total):
+            if bar.n >= total:
+                break
+            several, flags, whole, cut = number % 2, flags_of(name), folder / f"{number}-whole", folder / f"{number}-cut"
+            begin = time.monotonic()
+            _, errors = start(whole, 1 + several, flags).communicate()
+            if not (whole / "result.json").exists():
+                raise SystemExit(f"{name} on {1 + several} ranks does not train: {errors.decode()[-500:]}")
+            middle = time.monotonic()
+            made = killed(cut, 1 + several, flags, dice)
+            bar.update(made)
+            counts[several].add(same(ended(whole), ended(cut)), f"{name}: {whole} and {cut}", made)
+            seconds[several] += [(time.monotonic() - 2 * middle + begin) / made] if made else []
+    for count, each in zip(counts, seconds, strict=True):
+        count.seconds_per_fault = round(statistics.median(each), 2) if each else None
+    return counts
 
 
 # ---------------------------------------------------------------- damage
@@ -193,15 +188,14 @@ def damage_to_shards(total: int, dice: random.Random, corpus: Path) -> list[Coun
             dataset.prove(256)
         return [(dataset.problem(), dataset.fingerprint, dataset.vocab_size) for dataset in datasets]
 
-    right = facts()
-
     def seen(path: Path) -> bool:
         try:
             return facts() != right or path.name == "dataset.json"
         except UsageError:
             return True
 
-    return damage("shard", total, dice, [p for p in sorted(corpus.iterdir()) if p.suffix in (".bin", ".json")], seen)
+    right, files = facts(), [path for path in sorted(corpus.iterdir()) if path.suffix in (".bin", ".json")]
+    return damage("shard", total, dice, files, seen)
 
 
 def write_errors(total: int, dice: random.Random, folder: Path) -> Count:

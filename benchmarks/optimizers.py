@@ -4,18 +4,18 @@
     python -m benchmarks.optimizers share              the same as a share of a whole training step of the 124M model
     python -m benchmarks.optimizers cpu-track [NAME...]  300 steps of the `cpu` track with default settings, about 30
                                                        minutes; runs that are already there are not repeated
-    python -m lab.docs                               writes the tables from what these leave in optimizers.json
 
-Needs a quiet machine and the extra `test`. Ratios are medians over interleaved rounds (A B C A B C ...) with the
-smallest and largest beside them. Element-wise methods, ours compiled as under the trainer's --compile, step over all weights
-of the 124M model; matrix methods over the hidden matrices of two of its twelve layers, queries, keys and values apart, which
-is what each method would see; their time is linear in the layers. A method that renews something every k steps is timed over
-whole periods.
+Needs a quiet machine and `pip install -e .[test]`; writes optimizers.json. Ratios are medians over interleaved rounds (A B C
+A B C ...) with the smallest and largest beside them. Element-wise methods, ours compiled as under the trainer's --compile, step
+over all weights of the 124M model. Matrix methods step over the hidden matrices of two of its twelve layers, queries, keys and
+values apart, as each method sees them; their time is linear in the layers. A method that renews something every k steps is
+timed over whole periods.
 """
 
 import argparse
 import contextlib
 import gc
+import importlib
 import io
 import json
 import statistics
@@ -24,11 +24,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import optimizers
 from engine import hardware
+from engine.command import command
 from engine.spec import UsageError, nearest
 from layers.shape import PRESETS, ModelConfig
 from model import GPT
@@ -42,61 +44,67 @@ MACHINE = f"{hardware.processor_name()}, {torch.get_num_threads()} threads"  # s
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-def package(name: str, attribute: str, **settings) -> Make:
-    """Constructor of a class of a public package, quiet and without its compile step."""
+def ours(name: str, **changes: Any) -> Make:
+    """Our class over bare parameters, compiled where it can be, at its defaults with the common period and block."""
+    cls = optimizers.OPTIMIZERS[name]
+    settings = {"block": BLOCK, "start": 1} | ({"every": EVERY} if name in PERIODIC else {}) | changes
+    values = cls.of_length(1000, **{key: value for key, value in settings.items() if hasattr(cls, key)})
 
-    def make(params):
+    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = cls(params, **values)
+        optimizers.compile_update(optimizer)
+        return optimizer
+
+    return make
+
+
+def rival(spec: str) -> Make:
+    """A class of a package, quiet and without its compile step."""
+
+    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         with contextlib.redirect_stdout(io.StringIO()):
-            module = __import__(name)
-            if name == "heavyball":
-                module.utils.compile_mode = module.utils.compile_mode_recommended_to_none = None
-            optimizer = getattr(module, attribute)(params, **settings)
+            choice = optimizers.find(spec)
+            if spec.startswith("heavyball"):
+                utils = importlib.import_module("heavyball").utils
+                utils.compile_mode = utils.compile_mode_recommended_to_none = None
+            optimizer = choice.cls(params, **choice.settings)
             getattr(optimizer, "train", lambda: None)()
         return optimizer
 
     return make
 
 
-# The same method with the same numerics: what differs is said in the name.
-RIVALS: dict[str, dict[str, Make]] = {
+PERIODIC = ("shampoo", "caspr", "soap")
+SHAMPOO = f"preconditioning_compute_steps={EVERY},start_preconditioning_step=1,block_size={BLOCK},use_svd=true"
+# The same method with the same numerics, as SPECs: what differs is said in the name.
+RIVALS: dict[str, dict[str, str]] = {
     "adamw": {
-        "torch.optim.AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
-        "pytorch_optimizer.AdamW": package("pytorch_optimizer", "AdamW"),
-        "heavyball.AdamW": package("heavyball", "AdamW"),
+        "torch.optim.AdamW foreach": "torch.optim.AdamW:foreach=true",
+        "pytorch_optimizer.AdamW": "pytorch_optimizer.AdamW",
+        "heavyball.AdamW": "heavyball.AdamW",
     },
-    "rmsprop": {"torch.optim.RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.0)},
-    "adadelta": {"torch.optim.Adadelta": torch.optim.Adadelta},
-    "lion": {"pytorch_optimizer.Lion": package("pytorch_optimizer", "Lion")},
-    "ademamix": {"pytorch_optimizer.AdEMAMix": package("pytorch_optimizer", "AdEMAMix")},
-    "adopt": {"pytorch_optimizer.ADOPT": package("pytorch_optimizer", "ADOPT")},
-    "mars": {"pytorch_optimizer.MARS": package("pytorch_optimizer", "MARS")},
-    "prodigy": {"prodigyopt.Prodigy": package("prodigyopt", "Prodigy", use_bias_correction=True)},
+    "rmsprop": {"torch.optim.RMSprop": "torch.optim.RMSprop:momentum=0"},
+    "adadelta": {"torch.optim.Adadelta": "torch.optim.Adadelta"},
+    "lion": {"pytorch_optimizer.Lion": "pytorch_optimizer.Lion"},
+    "ademamix": {"pytorch_optimizer.AdEMAMix": "pytorch_optimizer.AdEMAMix"},
+    "adopt": {"pytorch_optimizer.ADOPT": "pytorch_optimizer.ADOPT"},
+    "mars": {"pytorch_optimizer.MARS": "pytorch_optimizer.MARS"},
+    "prodigy": {"prodigyopt.Prodigy": "prodigyopt:Prodigy:use_bias_correction=true"},
     "schedule_free_adamw": {
-        "schedulefree.AdamWScheduleFree": package("schedulefree", "AdamWScheduleFree"),
-        "pytorch_optimizer.ScheduleFreeAdamW": package("pytorch_optimizer", "ScheduleFreeAdamW"),
-        "heavyball.SFAdamW": package("heavyball", "SFAdamW"),
+        "schedulefree.AdamWScheduleFree": "schedulefree:AdamWScheduleFree",
+        "pytorch_optimizer.ScheduleFreeAdamW": "pytorch_optimizer.ScheduleFreeAdamW",
+        "heavyball.SFAdamW": "heavyball.SFAdamW",
     },
-    "muon": {
-        "torch.optim.Muon": torch.optim.Muon,
-        "pytorch_optimizer.Muon": package("pytorch_optimizer", "Muon"),
-        "heavyball.Muon": package("heavyball", "Muon"),
-    },
+    "muon": {name: name for name in ("torch.optim.Muon", "pytorch_optimizer.Muon", "heavyball.Muon")},
     "shampoo": {
-        "pytorch_optimizer.ScalableShampoo, eigendecompositions": package(
-            "pytorch_optimizer", "ScalableShampoo", preconditioning_compute_steps=EVERY, start_preconditioning_step=1,
-            block_size=BLOCK, use_svd=True,
-        ),
+        "pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}",
     },
     "soap": {
-        "ours, whole matrices": lambda p: ours("soap", block=0)(p),
-        "pytorch_optimizer.SOAP, whole matrices": package(
-            "pytorch_optimizer", "SOAP", precondition_frequency=EVERY, max_precondition_dim=4096
-        ),
-        "heavyball.SOAP, whole matrices": package("heavyball", "SOAP", precondition_frequency=EVERY, max_precond_dim=4096),
-        "heavyball.SOAP, no basis for sides of 3,072": package("heavyball", "SOAP", precondition_frequency=EVERY),
+        "pytorch_optimizer.SOAP, whole matrices": "pytorch_optimizer.SOAP:precondition_frequency=10,max_precondition_dim=4096",
+        "heavyball.SOAP, whole matrices": "heavyball.SOAP:precondition_frequency=10,max_precond_dim=4096",
+        "heavyball.SOAP, no basis for sides of 3,072": "heavyball.SOAP:precondition_frequency=10",
     },
-}  # fmt: skip
-PERIODIC = {"shampoo": "every", "caspr": "every", "soap": "every"}
+}
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:
@@ -105,22 +113,6 @@ def shapes(name: str) -> list[tuple[int, ...]]:
         return [(768, 768)] * 4 * 2 + [(3072, 768), (768, 3072)] * 2
     with torch.device("meta"):
         return [tuple(p.shape) for p in GPT(ModelConfig(**PRESETS["124M"])).parameters()]
-
-
-def ours(name: str, block: int = BLOCK) -> Make:
-    """Our class over bare parameters, compiled where it can be, at its defaults with the common period and block."""
-    cls = optimizers.OPTIMIZERS[name]
-    keys = {key: value for key, value in (("every", EVERY), ("block", block), ("start", 1)) if hasattr(cls, key)}
-    if name == "cautious_adamw":  # its `every` is part of the method, no work that is put off
-        keys.pop("every")
-    values = cls.of_length(1000, **keys)
-
-    def make(params):
-        optimizer = cls(params, **values)
-        getattr(optimizer, "compile", lambda: None)()
-        return optimizer
-
-    return make
 
 
 def seconds(optimizer: torch.optim.Optimizer, steps: int, weights: list, gradients: list) -> float:
@@ -137,56 +129,56 @@ def seconds(optimizer: torch.optim.Optimizer, steps: int, weights: list, gradien
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of any optimizer, ours or another's, whatever its state is nested in."""
-    seen: dict[int, int] = {}
+    storages: dict[int, int] = {}
 
-    def walk(value) -> None:
+    def walk(value: object) -> None:
         if isinstance(value, torch.Tensor):
-            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, dict):
-            any(walk(v) for v in value.values())
+            walk(list(value.values()))
         elif isinstance(value, (list, tuple, set)):
-            any(walk(v) for v in value)
+            for item in value:
+                walk(item)
         elif hasattr(value, "__dict__"):
             walk(vars(value))
 
     walk(dict(optimizer.state))
-    return sum(seen.values())
+    return sum(storages.values())
 
 
 def compare(name: str) -> list[dict]:
     """Rows for our method, torch's fused AdamW on the same weights, and the rivals, interleaved."""
-    makes = {"ours": ours(name), "torch.optim.AdamW fused": ours("adamw"), **RIVALS.get(name, {})}
-    if name == "adamw":
-        del makes["torch.optim.AdamW fused"]
+    makes = {"ours": ours(name)} | ({} if name == "adamw" else {"torch.optim.AdamW fused": ours("adamw")})
+    makes |= {"ours, whole matrices": ours(name, block=0)} if name == "soap" else {}
+    makes |= {what: rival(spec) for what, spec in RIVALS.get(name, {}).items()}
     steps = EVERY if name in PERIODIC else 1
     sizes = shapes(name)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in sizes]
     gradients = [torch.randn(w.shape, generator=generator) * 1e-3 for w in weights]
-    found, times = {}, {}
+    made, times = {}, {}
     for what, make in makes.items():
         try:
             optimizer = make(weights)
             seconds(optimizer, steps + 1, weights, gradients)  # state, first preconditioners
-            found[what], times[what] = optimizer, []
+            made[what], times[what] = optimizer, []
         except Exception as error:  # a package that is missing or does not take these weights is no reason to stop
             print(f"  {what}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
     for _ in range(3 if name in PERIODIC or name == "kron" else ROUNDS):
-        for what, optimizer in found.items():
+        for what, optimizer in made.items():
             times[what].append(seconds(optimizer, steps, weights, gradients))
     base = times["ours" if name == "adamw" else "torch.optim.AdamW fused"]
     count = sum(w.numel() for w in weights)
     rows = []
-    for what, optimizer in found.items():
+    for what, optimizer in made.items():
         ratios = sorted(a / b for a, b in zip(times[what], base, strict=True))
-        rows.append(
-            dict(
-                name=name, what=what, machine=MACHINE,
-                milliseconds=statistics.median(times[what]) * 1e3, ratio=statistics.median(ratios),
-                smallest=ratios[0], largest=ratios[-1], state_per_parameter=state_bytes(optimizer) / count, parameters=count,
-            )
-        )  # fmt: skip
-        print(f"  {name:22s} {what:55s} {rows[-1]['milliseconds']:9.1f} ms  {rows[-1]['ratio']:6.2f} x AdamW", flush=True)
+        middle, milliseconds = statistics.median(ratios), statistics.median(times[what]) * 1e3
+        row = dict(name=name, what=what, machine=MACHINE, milliseconds=milliseconds, ratio=middle)
+        row |= dict(
+            smallest=ratios[0], largest=ratios[-1], state_per_parameter=state_bytes(optimizer) / count, parameters=count
+        )
+        rows.append(row)
+        print(f"  {name:22s} {what:55s} {milliseconds:9.1f} ms  {middle:6.2f} x AdamW", flush=True)
     return rows
 
 
@@ -209,32 +201,16 @@ def cpu_track(name: str) -> dict:
     """What `name` at its defaults reaches in 300 steps of the cpu track."""
     folder = ROOT / "runs" / "benchmark" / name
     schedule = "constant" if optimizers.own_schedule(name) else CPU_SCHEDULE
-    flags = [
-        "--optimizer",
-        name,
-        "--schedule",
-        schedule,
-        "--steps",
-        str(CPU_STEPS),
-        "--val-every",
-        "1000",
-        "--out",
-        str(folder),
-    ]
-    done = subprocess.run([sys.executable, "train_gpt.py", "--track", "cpu", *flags], cwd=ROOT, capture_output=True, text=True)
+    flags = ["--track", "cpu", "--optimizer", name, "--schedule", schedule, "--steps", str(CPU_STEPS), "--val-every", "1000"]
+    words = [sys.executable, "train_gpt.py", *flags, "--out", str(folder)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 3):
         raise UsageError(done.stderr.strip().splitlines()[-1])
-    result = json.loads((folder / "result.json").read_text())
+    result, environment = (json.loads((folder / file).read_text()) for file in ("result.json", "env.json"))
     row = {key: result[key] for key in ("status", "val_loss", "optimizer_state_bytes")}
-    dtype = json.loads((folder / "env.json").read_text())["dtype"]
-    row |= {
-        "step_time": result["robust_train_time"] / result["steps"],
-        "schedule": schedule,
-        "machine": MACHINE,
-        "dtype": dtype,
-    }
+    row |= {"step_time": result["robust_train_time"] / result["steps"], "schedule": schedule, "machine": MACHINE}
     print(f"  {name:22s} {row['status']:8s} {row['val_loss'] or float('nan'):.4f}  {row['step_time'] * 1e3:.0f} ms", flush=True)
-    return row
+    return row | {"dtype": environment["dtype"]}
 
 
 def main(argv: list[str]) -> None:
@@ -245,11 +221,10 @@ def main(argv: list[str]) -> None:
     for name in chosen.names:
         if name not in optimizers.OPTIMIZERS:
             raise UsageError(f"unknown optimizer {name!r}: {nearest(name, optimizers.OPTIMIZERS)}")
-    names = chosen.names or list(optimizers.OPTIMIZERS)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"step": {}, "share": {}, "cpu_track": {}}
+    results = json.loads(RESULTS.read_text())
     if chosen.part == "share":
         results["share"] = share()
-    for name in names if chosen.part != "share" else ():
+    for name in [] if chosen.part == "share" else chosen.names or list(optimizers.OPTIMIZERS):
         if chosen.part == "step":
             elsewhere = [row for row in results["step"].get(name, []) if row["machine"] != MACHINE]
             results["step"][name] = elsewhere + compare(name)
@@ -261,8 +236,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        print(f"benchmarks.optimizers: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command("optimizers", lambda: main(sys.argv[1:])))

@@ -120,17 +120,13 @@ def ranks() -> None:
     launches = {"1 process, 2 threads": (FLAGS, "2"), "2 gloo ranks, 1 thread each": (two, "1")}
     print("\n| recipe on 2 cores | | tokens per second | relative | peak memory of a process |\n|---|---|---|---|---|")
     for recipe in ("baseline", "record"):
-        results = [
-            {
-                what: trained([*words, "--tricks", recipe, "--steps", "25"], OMP_NUM_THREADS=n)
-                for what, (words, n) in launches.items()
-            }
-            for _ in range(3)
-        ]
-        rates = {what: [r[what]["tokens"] / r[what]["robust_train_time"] for r in results] for what in launches}
+        results: dict[str, list[dict]] = {what: [] for what in launches}
+        for _ in range(3):
+            for what, (words, threads) in launches.items():
+                results[what].append(trained([*words, "--tricks", recipe, "--steps", "25"], OMP_NUM_THREADS=threads))
+        rates = {what: [r["tokens"] / r["robust_train_time"] for r in each] for what, each in results.items()}
         for what, rate in rates.items():
-            relative = ratio(rate, next(iter(rates.values())))
-            memory = results[-1][what]["peak_memory"] / 1e6
+            relative, memory = ratio(rate, next(iter(rates.values()))), results[what][-1]["peak_memory"] / 1e6
             print(f"| `{recipe}` | {what} | {statistics.median(rate):,.0f} | {relative} | {memory:,.0f} MB |", flush=True)
 
 
