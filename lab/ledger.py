@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from engine.run_folder import atomic_write, now_utc
 from engine.spec import UsageError
 from lab.trials import DTYPES, Outcome
 
 MOST_APART = 1.0  # hours between runs whose times are compared: later the machine may be another
-R = TypeVar("R")  # a frozen dataclass with `key`, which says which trial it is
 
 
 def to_text(value: Any) -> str:
@@ -42,46 +41,47 @@ def from_text(text: str, kind: type) -> Any:
     return kind(text)
 
 
-def read(path: Path, kind: type[R]) -> list[R]:
-    """
-    Raises:
-        UsageError: the file is no such ledger, or a line of it is damaged.
-    """
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        try:
-            rows.append(from_cells(line, kind))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} line {number} is no trial: {error}") from None
-    return rows
-
-
-def from_cells(line: dict[str, str], kind: type[R]) -> R:
-    """A column with a default may be missing: files from before it have none.
+def from_cells(line: dict[str, str], kind: type) -> Any:
+    """A row; a column with a default may be missing, as in files from before the column.
 
     Raises:
         AttributeError, KeyError, TypeError, ValueError: it is no such line.
     """
-    wanted = [f for f in dataclasses.fields(kind) if f.name in line or f.default is dataclasses.MISSING]
+    wanted = [f.name for f in dataclasses.fields(kind) if f.name in line or f.default is dataclasses.MISSING]
     hints = typing.get_type_hints(kind)
-    types = {f.name: typing.get_origin(hints[f.name]) or hints[f.name] for f in wanted}
-    return kind(**{name: from_text(line[name], type_) for name, type_ in types.items()})
+    return kind(**{name: from_text(line[name], typing.get_origin(hints[name]) or hints[name]) for name in wanted})
 
 
-def cells(row: R) -> dict[str, str]:
+def cells(row: Any) -> dict[str, str]:
     return {f.name: to_text(getattr(row, f.name)) for f in dataclasses.fields(row)}
 
 
-class Ledger(Generic[R]):
-    """A file of such lines, written anew with every trial. Safe for threads."""
+def read(path: Path, kind: type) -> list[Any]:
+    """
+    Raises:
+        UsageError: the file is no such ledger, or a line of it is damaged.
+    """
+    rows = []
+    with path.open(newline="") as file:
+        for number, line in enumerate(csv.DictReader(file), start=2):
+            try:
+                rows.append(from_cells(line, kind))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{path} line {number} is no trial: {error}") from None
+    return rows
 
-    def __init__(self, path: Path, kind: type[R]):
+
+class Ledger:
+    """A file of such lines, written anew with every trial. Safe for threads.
+
+    kind: a frozen dataclass with `key`, which says which trial a row is.
+    """
+
+    def __init__(self, path: Path, kind: type):
         self.path, self.kind, self.lock = path, kind, threading.RLock()
-        self.rows: dict[Hashable, R] = {row.key: row for row in read(path, kind)} if path.exists() else {}
+        self.rows: dict[Hashable, Any] = {row.key: row for row in read(path, kind)} if path.exists() else {}
 
-    def add(self, row: R) -> None:
+    def add(self, row: Any) -> None:
         """The same trial again takes the place of the first."""
         with self.lock:
             self.rows[row.key] = row

@@ -8,20 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.spec import UsageError
 from lab.stats import Ratio
 
 
 def pyplot():
-    """matplotlib's, drawing to files.
+    """matplotlib's, drawing to files; imported when something is drawn, since that takes a second."""
+    import matplotlib
 
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("plots need matplotlib: .venv/bin/pip install -e .[lab]") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -48,6 +41,17 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
     if summary["mode"] in ("chain", "leave_out") and len(times(summary["arms"])) > 1:
         drawn.append(waterfall(folder, summary))
     return drawn
+
+
+def panels(count: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure and so many axes of that size in inches, at most `columns` in a row, their loss axis shared."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (max(6, width * columns), height * rows + 0.4)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, sharey=True, squeeze=False, constrained_layout=True)
+    for unused in axes.flat[count:]:
+        unused.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def short(name: str) -> str:
@@ -213,77 +217,60 @@ def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
     return drawn
 
 
-def panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure and so many axes, at most four in a row, with shared scales."""
-    columns = min(4, count)
-    rows = -(-count // columns)
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=(max(6, 3.6 * columns), 3.3 * rows + 0.4), sharex=True, sharey=True, squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
-    for unused in axes.flat[count:]:
-        unused.set_visible(False)
-    for lowest in axes.flat[max(0, count - columns) : count]:  # of their columns
-        lowest.tick_params(labelbottom=True)
-    return figure, list(axes.flat[:count])
-
-
 def survival(folder: Path, summary: dict[str, Any]) -> str:
     """Speed-up in tokens against size, a panel a trick: measured with intervals, bounds as triangles, the trend's line and its
     prediction at the size asked for."""
-    at = summary["at"]
-    figure, axes = panels(len(summary["tricks"]))
+    figure, axes = panels(len(summary["tricks"]), 4, 3.6, 3.3)
     drawn = [1.0]
     for axis, trick in zip(axes, summary["tricks"], strict=True):
-        trend = trick["trends"]["tokens"]
-        axis.set(xscale="log", yscale="log")
-        points = [(s["parameters"], s["ratios"]["tokens"], *s["intervals"]["tokens"]) for s in trick["sizes"] if "ratios" in s]
-        if trend:
-            used = [n for n, *_ in points]
-            line = lambda n, t=trend: t["ratio"] * (n / at) ** t["slope"]  # noqa: E731
-            for ends, style in ((np.array([used[0], used[-1]]), "-"), (np.array([used[-1], at]), "--")):
-                axis.plot(ends, line(ends), style, color="C0", linewidth=1)
-            points.append((at, trend["ratio"], trend["low"], trend["high"]))
-        for n, ratio, low, high in points:
-            colour, marker = ("C1", "D") if n == at else ("C0", "o")
-            high = math.inf if high is None else high
-            ends = [
-                (max(low, ratio / 10), "_" if low >= ratio / 10 else 7),
-                (min(high, ratio * 10), "_" if high <= ratio * 10 else 6),
-            ]
-            axis.plot([n, n], [end for end, _ in ends], color=colour, linewidth=1.4)
-            for end, cap in ends:  # 6, 7: matplotlib's arrowheads
-                axis.plot(n, end, marker=cap, color=colour, markersize=7)
-                drawn.append(end)
-            axis.plot(n, ratio, marker, color=colour, markersize=5)
-        for s in trick["sizes"]:
-            if "ratios" in s:
-                continue
-            if s.get("words", "-")[0] in "<>":
-                bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")
-                axis.plot(s["parameters"], bound, marker, color="C0", markerfacecolor="none")
-                drawn.append(bound)
-            else:
-                axis.annotate("?", (s["parameters"], 0.03), xycoords=("data", "axes fraction"), ha="center", color="0.4")
-        axis.axhline(1, color="0.4", linestyle=":", linewidth=1)
-        axis.set_title(f"{short(trick['trick'])}: {trend['verdict'] if trend else 'not decided'}", fontsize=10)
-        axis.grid(alpha=0.3)
+        drawn += survival_panel(axis, trick, summary["at"])
     low, high = min(drawn) / 1.25, max(drawn) * 1.25
     axes[0].set_ylim(low, high)
     log_ticks(axes[0].yaxis, low, high, most=10)
-    axes[0].set_xlim(summary["sizes"][0]["parameters"] / 2, max(at, summary["sizes"][-1]["parameters"]) * 2)
-    figure.supxlabel(
-        "non-embedding parameters\ndiamond: prediction; arrowhead: the interval goes on; triangle: a bound; ?: no figure",
-        fontsize=9,
-    )
+    for axis in axes:
+        axis.set_xlim(summary["sizes"][0]["parameters"] / 2, max(summary["at"], summary["sizes"][-1]["parameters"]) * 2)
+    about = "diamond: prediction; arrowhead: the interval goes on; triangle: a bound; ?: no figure"
+    figure.supxlabel(f"non-embedding parameters\n{about}", fontsize=9)
     figure.supylabel("base's tokens / trick's, equal loss", fontsize=9)
     return save(figure, folder, "survival")
+
+
+def survival_panel(axis, trick: dict[str, Any], at: float) -> list[float]:
+    """The ends of all that was drawn."""
+    trend, drawn = trick["trends"]["tokens"], []
+    axis.set(xscale="log", yscale="log")
+    points = [(s["parameters"], s["ratios"]["tokens"], *s["intervals"]["tokens"]) for s in trick["sizes"] if "ratios" in s]
+    if trend:
+        first, last = points[0][0], points[-1][0]
+        for ends, style in ((np.array([first, last]), "-"), (np.array([last, at]), "--")):
+            axis.plot(ends, trend["ratio"] * (ends / at) ** trend["slope"], style, color="C0", linewidth=1)
+        points.append((at, trend["ratio"], trend["low"], trend["high"]))
+    for n, ratio, low, high in points:
+        colour, marker = ("C1", "D") if n == at else ("C0", "o")
+        low, low_cap = (low, "_") if low >= ratio / 10 else (ratio / 10, 7)  # 6, 7: matplotlib's arrowheads
+        high, high_cap = (high, "_") if high is not None and high <= ratio * 10 else (ratio * 10, 6)
+        axis.plot([n, n], [low, high], color=colour, linewidth=1.4)
+        for end, cap in ((low, low_cap), (high, high_cap)):
+            axis.plot(n, end, marker=cap, color=colour, markersize=7)
+        axis.plot(n, ratio, marker, color=colour, markersize=5)
+        drawn += [low, high]
+    for s in (size for size in trick["sizes"] if "ratios" not in size):
+        if s.get("words", "-")[0] in "<>":
+            bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")
+            axis.plot(s["parameters"], bound, marker, color="C0", markerfacecolor="none")
+            drawn.append(bound)
+        else:
+            axis.annotate("?", (s["parameters"], 0.03), xycoords=("data", "axes fraction"), ha="center", color="0.4")
+    axis.axhline(1, color="0.4", linestyle=":", linewidth=1)
+    axis.set_title(f"{short(trick['trick'])}: {trend['verdict'] if trend else 'not decided'}", fontsize=10)
+    axis.grid(alpha=0.3)
+    return drawn
 
 
 def size_curves(folder: Path, summary: dict[str, Any]) -> str:
     """Final loss against tokens, a panel a trick: the base's runs and the curve through them by size, the trick's crosses."""
     names = [trick["trick"] for trick in summary["tricks"]]
-    figure, axes = panels(len(names))
+    figure, axes = panels(len(names), 4, 3.6, 3.3)
     colours = pyplot().get_cmap("viridis")(np.linspace(0, 0.9, len(summary["sizes"])))
     for i, (size, colour) in enumerate(zip(summary["sizes"], colours, strict=True)):
         base = summary["curves"][summary["base"]][size["size"]]["points"]

@@ -139,13 +139,16 @@ class Runner(Scheduler):
     def run_turns(self, phase: str, turns: Sequence[Sequence[Trial]], launch: Launcher, at_once: int) -> None:
         """`run_all`, one turn after the other. Times are compared within a turn: unless all of one have ended, and together,
         those that ended over an hour ago are trained again."""
-        wanted = []
+        wanted, again = [], 0
         for turn in turns:
             rows = [self.ended(trial) for trial in turn]
             together = all(rows) and hours_apart(rows) <= MOST_APART
-            old = [not together and row is not None and hours_since(row.ended) > MOST_APART for row in rows]
-            wanted += [self.anew(trial) if is_old else trial for trial, is_old in zip(turn, old, strict=True)]
-        if again := sum(trial.extra == trials.ANEW for trial in wanted):
+            for trial, row in zip(turn, rows, strict=True):
+                if row is not None and not together and hours_since(row.ended) > MOST_APART:
+                    self.ledger.rows.pop(trial.folder.name, None)
+                    trial, again = dataclasses.replace(trial, extra=trials.ANEW), again + 1
+                wanted.append(trial)
+        if again:
             print(f"{again} trials ended over an hour ago, others of their turns did not: they are trained again", flush=True)
         self.run_all(phase, wanted, launch, at_once)
 
@@ -154,11 +157,6 @@ class Runner(Scheduler):
         if self.done(trial):
             return self.find(trial)
         return Row.of("", Outcome(trial, trial.result)) if trial.result else None
-
-    def anew(self, trial: Trial) -> Trial:
-        """The trial, to be trained though it has ended."""
-        self.ledger.rows.pop(trial.folder.name, None)
-        return dataclasses.replace(trial, extra=trials.ANEW)
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
@@ -264,19 +262,16 @@ def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str,
     """
     if not path.exists():
         return []
-    number: dict[str, Callable[[str], Any]] = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
-    with path.open(newline="") as file:
-        lines = [{k: number.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    number = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
     runs: list[list[dict[str, Any]]] = []
-    for line in lines:
-        last = runs[-1][-1] if runs else None
-        if (
-            last is None
-            or any(line[key] != last[key] for key in ("arm", "seed", "phase"))
-            or (line["kind"] == "train" and (last["kind"] == "val" or line["step"] <= last["step"]))
-        ):
-            runs.append([])
-        runs[-1].append(line)
+    with path.open(newline="") as file:
+        for cells in csv.DictReader(file):
+            line = {key: number.get(key, str)(cell) for key, cell in cells.items()}
+            last = runs[-1][-1] if runs else {}
+            same = all(line[key] == last.get(key) for key in ("arm", "seed", "phase"))
+            if not same or (line["kind"] == "train" and (last["kind"] == "val" or line["step"] <= last["step"])):
+                runs.append([])
+            runs[-1].append(line)
     if rows is not None:
         clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
         runs = [run for run in runs if (run[-1]["arm"], run[-1]["seed"], run[-1]["train_time"]) in clocks]

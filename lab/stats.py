@@ -11,17 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, stats
 
-
-def t_quantile(chance: float, df: float) -> float:
-    """Of Student's distribution: `scipy.stats.t.ppf` without its checks, which take longer than all else here."""
-    return float(special.stdtrit(df, chance))
-
-
-def t_below(value: float, df: float) -> float:
-    """`scipy.stats.t.cdf`, likewise."""
-    return float(special.stdtr(df, value))
+# Student's distribution function and its inverse: scipy.stats.t's own, without checks that take longer than all else here
+from scipy.special import stdtr, stdtrit
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class Sample:
         """Student's t interval of the mean; unbounded for one run."""
         if self.n < 2:
             return -math.inf, math.inf
-        half = t_quantile((1 + level) / 2, self.n - 1) * self.sd / math.sqrt(self.n)
+        half = float(stdtrit(self.n - 1, (1 + level) / 2)) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
     def p_above(self, target: float) -> float:
@@ -53,7 +46,7 @@ class Sample:
             return math.nan
         if self.sd == 0:
             return float(self.mean >= target)
-        return t_below((self.mean - target) / (self.sd / math.sqrt(self.n)), self.n - 1)
+        return float(stdtr(self.n - 1, (self.mean - target) / (self.sd / math.sqrt(self.n))))
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> R
     variance = sum(v for v, _ in variances)
     df = variance**2 / sum(v**2 / df for v, df in variances)
     se = math.sqrt(variance)
-    half, p = t_quantile((1 + level) / 2, df) * se, 2 * t_below(-abs(log) / se, df)
+    half, p = stdtrit(df, (1 + level) / 2) * se, float(2 * stdtr(df, -abs(log) / se))
     return Ratio(math.floor(df) + 1, *(math.exp(x) for x in (log, log - half, log + half)), p, se)
 
 
@@ -171,7 +164,7 @@ def horizon(steps: Sequence[float], losses: Sequence[float], target: float, leve
     sd = math.sqrt(float(((y - y.mean() - slope * (x - middle)) ** 2).sum()) / (n - 2))
     offset = (target - y.mean()) / slope  # where the line meets the target, from the middle
     # all d with (y_mean + slope d - target)^2 <= t^2 sd^2 (1/n + d^2 / spread)
-    t2 = (t_quantile((1 + level) / 2, n - 2) * sd) ** 2
+    t2 = (stdtrit(n - 2, (1 + level) / 2) * sd) ** 2
     a, b, c = slope**2 - t2 / spread, slope * (y.mean() - target), (y.mean() - target) ** 2 - t2 / n
     root = max(0.0, b * b - a * c) if a > 0 else b * b - a * c  # rounding: a > 0 has real roots
     low, high = -math.inf, math.inf

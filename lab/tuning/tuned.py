@@ -89,7 +89,7 @@ def validations(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(e["step"], float(f"{e['loss']:.5g}")) for e in log if e["event"] == "val" and e["loss"] is not None]
 
 
-class Table(Ledger[Row]):
+class Table(Ledger):
     """All trials of a submission on a workload."""
 
     def __init__(self, path: Path):
@@ -153,11 +153,7 @@ def read_tables(folder: Path) -> dict[str, Tables]:
 
 
 def dtype_of(tables: Tables) -> str:
-    """The compute type of all trials of a workload; empty where there is none.
-
-    Raises:
-        UsageError: there are two.
-    """
+    """The compute type of all trials of a workload: see compute_type."""
     return compute_type(row for table in tables.values() for row in table.rows.values())
 
 
@@ -392,31 +388,23 @@ def score_section(folder: Path, tables: dict[str, Tables], times: score.Studies)
 def draw_sensitivity(folder: Path, track: str, tables: Tables) -> None:
     """Final loss of every search trial against its learning rate; the best one joined with half and twice its rate."""
     shown = {name: table for name, table in tables.items() if table.best()}
-    columns = min(6, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    pyplot = plots.pyplot()
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(2.3 * columns, 1.9 * rows + 0.4), constrained_layout=True, sharey=True, squeeze=False
-    )
-    near = {n: [t.best(), *(r for change, r in t.neighbours().items() if change.startswith("lr"))] for n, t in shown.items()}
+    figure, axes = plots.panels(len(shown), 6, 2.3, 1.9)
     lowest = [table.best().val_loss for table in shown.values()]
     usual = [statistics.median(r.val_loss for r in table.of("search") if math.isfinite(r.val_loss)) for table in shown.values()]
-    usual += [row.val_loss for rows in near.values() for row in rows if math.isfinite(row.val_loss)]
     least, most = min(lowest), max(*lowest, float(np.quantile(usual, 0.75)))
     top = most + 0.3 * (most - least)
-    axes.flat[0].set_ylim(least - 0.05 * (most - least), top)
-    for axis, (name, table) in zip(axes.flat, shown.items()):
-        for runs, style, colour in ((table.of("search"), "o", "tab:blue"), (near[name], "o-", "tab:orange")):
+    axes[0].set_ylim(least - 0.05 * (most - least), top)
+    for axis, (name, table) in zip(axes, shown.items(), strict=True):
+        near = [table.best(), *(row for change, row in table.neighbours().items() if change.startswith("lr"))]
+        for runs, style, colour in ((table.of("search"), "o", "tab:blue"), (near, "o-", "tab:orange")):
             points = sorted((row.settings["lr"], row.val_loss) for row in runs if math.isfinite(row.val_loss))
             axis.plot(*zip(*points), style, ms=3, color=colour)
             above = [row.settings["lr"] for row in runs if not row.val_loss <= top]  # or diverged: at the upper edge
             axis.plot(above, [top - 0.04 * (top - least)] * len(above), "^", ms=4, color=colour, markerfacecolor="none")
         axis.set(xscale="log")
-        axis.xaxis.set_minor_formatter(pyplot.NullFormatter())
+        axis.xaxis.set_minor_formatter(plots.pyplot().NullFormatter())
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
     figure.suptitle(track, fontsize=9)
     figure.supxlabel("learning rate (orange: the best, and half and twice its rate; triangle: above, or diverged)", fontsize=8)
     figure.supylabel("final loss, nats", fontsize=8)
