@@ -21,6 +21,7 @@ Exit codes: 0 compared, 2 the command was wrong or nothing can be said, 130 inte
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -61,8 +62,10 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
     if options.optimizers:
         arms = [optimizer_arm(options, word, ("--tricks", base), common) for word in options.optimizers]
     else:
-        stacks = [(name, ("--tricks", ",".join(words) or "baseline", *common)) for name, words in words_of_arms(options, base)]
-        arms = [Arm(name, flags, AGAIN * (options.again is not None and n)) for n, (name, flags) in enumerate(stacks)]
+        stacks = words_of_arms(options, base)
+        arms = [Arm(name, ("--tricks", ",".join(words) or "baseline", *common)) for name, words in stacks]
+    if options.again:
+        arms[1] = dataclasses.replace(arms[1], first_seed=AGAIN)
     if len(arms) < 2:
         raise UsageError("one arm is no comparison: name at least two")
     seen: dict[Path, str] = {}
@@ -250,15 +253,10 @@ def parser() -> argparse.ArgumentParser:
     add("--tuned-on", metavar="WORKLOAD", help="with --optimizers: settings and schedules that `compare tune` found best on it")
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
-    lengths = "lengths of an arm's search; with --horizon: of further runs, which a ratio at equal loss needs"
-    add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,STEPS", help=lengths)
-    first_steps = "length that each search begins at (default: the recipe's; the whole stack's with --leave-out)"
-    add("--first-steps", type=int, default=0, help=first_steps)
+    add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths of its search, or of runs beside --horizon")
+    add("--first-steps", type=int, default=0, help="length that a search begins at (default: the recipe's or the stack's)")
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
-    branch = (
-        "in the search, train only once what runs of several lengths have in common (schedules such as wsd): the same losses, "
-        "sooner. Runs off one trunk are not independent: the interval of a horizon is then too narrow"
-    )
+    branch = "search sooner: train once what runs of several lengths share (wsd); the interval of a horizon is then too narrow"
     add("--branch", action="store_true", help=branch)
     add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
     seeds = f"confirming runs of each arm (default: {LEAST_SEEDS} to {MOST_SEEDS}, as the measured variance needs)"
