@@ -388,7 +388,7 @@ class Elementwise(Optimizer):
 
     def alike(self, group: dict, params: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
         """Begin a step: (its number, the weights of one type and device for which it has that number)."""
-        found = defaultdict(list)
+        by_step = defaultdict(list)
         for p in params:
             state = self.state[p]
             if not state:
@@ -397,8 +397,8 @@ class Elementwise(Optimizer):
             if "aside" in state:
                 raise RuntimeError(f"{type(self).__name__}: call train() before step(): evaluation weights are in place")
             state["step"] += 1
-            found[state["step"], p.dtype, p.device].append(p)
-        return [(t, members) for (t, *_), members in found.items()]
+            by_step[state["step"], p.dtype, p.device].append(p)
+        return [(t, members) for (t, *_), members in by_step.items()]
 
     def initialise(self, group: dict, p: Tensor, state: dict) -> None:
         for name in self.names(group):
@@ -416,10 +416,10 @@ class Elementwise(Optimizer):
 
     def scalars(self, rule: Callable[..., None], group: dict, t: int) -> dict[str, float | bool]:
         """What the rule asks for by name: worked out here in double precision, where 1 - beta is still exact."""
-        own, found = self.numbers(group, t), {}
-        for name in keywords(rule):
-            found[name] = own[name] if name in own else SCALARS[name](group, t) if name in SCALARS else group[name]
-        return found
+        numbers = self.numbers(group, t)
+        usual = {name: SCALARS[name](group, t) for name in keywords(rule) if name in SCALARS and name not in numbers}
+        values = group | usual | numbers
+        return {name: values[name] for name in keywords(rule)}
 
     def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], scalars: dict, *extras: list[Tensor]) -> None:
         """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, which are of one type and device.

@@ -158,8 +158,8 @@ class Prodigy(Estimating):
         return group["lr"] * correction
 
     def numbers(self, group, t):
-        found = super().numbers(group, t)
-        return found | dict(keep=1 - found["rate"] * group["weight_decay"])
+        numbers = super().numbers(group, t)
+        return numbers | dict(keep=1 - numbers["rate"] * group["weight_decay"])
 
     @staticmethod
     def observe(w, g, m, v, s, start, along, size, *, keep_s, new_s):
