@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from layers.kernels import CPURMSNorm, rms_norm_reference
-from model import (
-    GPT,
-    PRESETS,
-    ModelConfig,
-    flops_per_token,
-    parameter_counts,
-    roles,
-    rotary_tables,
-    rotate,
-    splits,
-)
+from layers.shape import PRESETS, ModelConfig, flops_per_token
+from model import GPT, parameter_counts, roles, rotary_tables, rotate, splits
 from tricks import MODERN, TRICKS
 
 SMALL = {"vocab_size": 97, "sequence_length": 48, "layers": 2, "heads": 2, "width": 32}
