@@ -201,8 +201,8 @@ def test_a_cpu_is_timed_by_real_steps(monkeypatch):
     """Three micro-batches of each stage and three updates, after one that does not count; the mean over the stages."""
     now = [0.0]
     monkeypatch.setattr("cost.time.time.perf_counter", lambda: now[0])
-    forward, step = GPT.forward, torch.optim.AdamW.step
-    seen = []
+    AdamW, seen = optimizers.OPTIMIZERS["adamw"], []
+    forward, step = GPT.forward, AdamW.step
 
     def slow(self, tokens, targets):
         seen.append((self.blocks[0].attention.window, tokens.shape))
@@ -214,7 +214,7 @@ def test_a_cpu_is_timed_by_real_steps(monkeypatch):
         return step(self)
 
     monkeypatch.setattr(GPT, "forward", slow)
-    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+    monkeypatch.setattr(AdamW, "step", update)
     flags = ["--track", "tiny", "--steps", "4", "--batch-tokens", "256", "--micro-batch-tokens", "128"]
     flags += ["--sequence-length", "64", "--batch-stages", "1/2", "--batch-rates", "1/1"]
     flags += ["--length-stages", "0.5/1", "--window-stages", "0.5/1"]
