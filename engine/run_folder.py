@@ -4,6 +4,7 @@ Only rank 0 writes. The contract of the files stands in README.md, "Where result
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -95,8 +96,9 @@ def sources() -> list[Path]:
     return sorted(path for place, inside in found for path in ([place] if place.is_file() else inside))
 
 
+@functools.cache
 def source_hash() -> str:
-    """sha256 over `sources`."""
+    """sha256 over `sources`, read once: what a process has imported does not change any more."""
     digest = hashlib.sha256()
     for path in sources():
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
