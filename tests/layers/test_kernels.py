@@ -256,24 +256,16 @@ def test_without_triton_all_is_there():
 # ---------------------------------------------------------------- compiled for GPUs that are not there
 
 
-def of_table(test):
-    """Takes a minute to make, once: pytest-xdist gives a group to one process."""
-    return pytest.mark.slow(pytest.mark.xdist_group("kernel table")(test))
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory) -> dict:
-    """What `python -m benchmarks.kernels` makes."""
-    path = tmp_path_factory.mktemp("kernels") / "kernels.json"
+@pytest.mark.slow
+def test_compiled_for_three_chips(tmp_path):
+    """What `python -m benchmarks.kernels` makes is the published table: no spills, within each chip, on its matrix units, every
+    kernel for every chip; 8-bit floats and tiles that need more shared memory not for the A100."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels", str(path)]
+    command = [sys.executable, "-m", "benchmarks.kernels", str(tmp_path / "kernels.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(path.read_text())
-
-
-@of_table
-def test_compiles_without_spills_within_each_chip(table):
+    table = json.loads((tmp_path / "kernels.json").read_text())
+    assert table == json.loads((ROOT / "benchmarks" / "kernels.json").read_text()), "run: python -m benchmarks.kernels"
     units = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for row in table["kernels"]:
         chip = table["chips"][str(row["chip"])]
@@ -282,11 +274,6 @@ def test_compiles_without_spills_within_each_chip(table):
             assert row["shared"] <= kernels.ROOM
         if row["kernel"].startswith(("gram", "polynomial", "linear_relu2, forward", "linear_relu2 with")):
             assert row["matrix_units"] == units[row["chip"]], row
-
-
-@of_table
-def test_every_kernel_is_compiled_for_every_chip(table):
-    """8-bit floats not for the A100, which has none, nor tiles that need more shared memory."""
     named = {(row["kernel"], row["chip"]) for row in table["kernels"]}
     names = {name for name, _ in named}
     missing = {(name, chip) for name in names for chip in (80, 90, 100)} - named
@@ -294,11 +281,6 @@ def test_every_kernel_is_compiled_for_every_chip(table):
     assert missing == {(name, 80) for name in names if name.startswith(lacking)} and len(missing) == 4
     defined = [name for name, value in vars(kernels).items() if name.startswith("plan_")]
     assert len(defined) == 6 and len(names) == 16, "a new kernel belongs in benchmarks/kernels.py"
-
-
-@of_table
-def test_published_table_is_this_one(table):
-    assert table == json.loads((ROOT / "benchmarks" / "kernels.json").read_text()), "run: python -m benchmarks.kernels"
 
 
 def test_interpreter_is_refused(monkeypatch, capsys):
