@@ -79,6 +79,7 @@ def test_accumulation_equals_one_big_batch(train, optimizer):
 
 
 @pytest.mark.parametrize("tricks", ["modern,muon", "ngram_embedding"])
+@pytest.mark.slow
 def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
     flags = ("--steps", "8", "--tricks", tricks, "--micro-batch-tokens", "128", "--clip", "0.5")
     flags += ("--val-tokens", str(129 * 64))  # more for one rank than for the others
@@ -143,6 +144,7 @@ def test_bytes_on_the_wire_are_those_of_the_dry_run(tmp_path):
     assert result(tmp_path / "run")["wire_bytes"] == sum(predicted(4, *flags).values())
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(train):
     flags = ("--steps", "4", "--layers", "1", "--tricks", "record")
     eager, compiled = train(*flags, out="eager"), train(*flags, "--compile", out="compiled")

@@ -197,6 +197,7 @@ def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
     assert result(two)["tokens"] == result(one)["tokens"] == 2 * 512 * (1 + 2 + 3)
 
 
+@pytest.mark.slow
 def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
     """Its tricks at the sizes of `tiny`, documents shortened so that the mask acts; fp32 weights, whose sums are exact enough,
     and not compiled: both have tests of their own."""
@@ -938,6 +939,7 @@ def test_a_step_of_a_later_stage_is_one_large_batch(train):
     assert losses(grown)[1] == pytest.approx(sum(losses(parts)[1:3]) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
     """Runs of 12 and 18 steps at one rate and momentum: they part where batches, weights of losses or the head do."""
     for trick, first in (

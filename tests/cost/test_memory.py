@@ -51,6 +51,7 @@ def memory_of(flags: list[str], sequences: int, device: str):
     ("optimizer", "sequences", "flags"),
     [("adamw", 24, ()), ("muon", 24, ("--tricks", "modern", "--checkpoint-activations"))],
 )
+@pytest.mark.slow
 def test_predicted_peak_is_the_measured_one(optimizer, sequences, flags):
     """Resident memory of a real process, with an allocator told to give back what is freed: by default glibc keeps freed
     blocks, and the same steps were seen to take up to 1.7 times as much."""

@@ -133,6 +133,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
     assert "fractions of the run's length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(sotu, tmp_path):
     """SIGKILL three times at random moments; a last line cut in two; the data repeat themselves meanwhile."""
     flags = ("--steps", "60", "--checkpoint-every", "4", "--val-every", "7", "--deterministic", "--optimizer", "muon", *SMALL)
@@ -179,6 +180,7 @@ def test_other_code_and_other_data_are_noticed(train, monkeypatch, capsys, tmp_p
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "shampoo:every=2,start=2"])
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_other_ranks(train, sotu, tmp_path, optimizer):
     """Written by 4 ranks, continued by 1 and by 2; written by 1, continued by 4: the losses of one rank, but for rounding."""
     flags = ("--steps", "8", "--optimizer", optimizer, "--checkpoint-every", "4", *SMALL, "--batch-tokens", "512")
@@ -346,6 +348,7 @@ def test_by_the_minute(train):
 # ---------------------------------------------------------------- 4. signals
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_run_after_its_step(sotu, tmp_path):
     """Stopped three times, the run is the one that nobody stopped."""
     flags = ("--steps", "300", "--val-every", "300", *SMALL)
@@ -482,6 +485,7 @@ class Harmful(torch.optim.SGD):
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_drift_apart_are_found(sotu, tmp_path):
     (tmp_path / "harmful.py").write_text(HARMFUL)
     flags = ("--steps", "20", "--optimizer", f"{tmp_path / 'harmful.py'}:Harmful:lr=0.01")

@@ -670,6 +670,7 @@ def test_real_trials(tmp_path, monkeypatch, sotu):
     assert all(r.status == "ok" and r.train_time > 0 and len(r.source) == 12 and "cores" in r.machine for r in rows)
 
 
+@pytest.mark.slow
 def test_ray(tmp_path, monkeypatch, sotu):
     """A real Ray with two worker processes."""
     ray = pytest.importorskip("ray")

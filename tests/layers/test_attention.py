@@ -56,6 +56,7 @@ def test_plain_is_the_definition(mask):
 
 
 @pytest.mark.parametrize("mask", ["causal", "both"])
+@pytest.mark.slow
 def test_flex_compiles_whole(mask, flex_trains_here):
     """The mask is built and used in one graph, as the trainer's --compile would have it on CUDA."""
     *qkv, _ = inputs(130)
@@ -90,6 +91,7 @@ def test_what_flex_cannot_do_is_one_line(tmp_path, capsys):
         assert words in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_window_that_changes_is_no_new_graph(flex_trains_here):
     """Where it is a tensor, as `free_windows` makes it; all blocks with one window have one mask."""
     config = ModelConfig(sequence_length=24, vocab_size=61, layers=3, width=32, heads=2, window=12, window_pattern="SSL",

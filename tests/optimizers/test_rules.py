@@ -945,6 +945,7 @@ EARLY = ("prodigy", "schedule_free_prodigy")  # from 1e-6 the first steps are to
 
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler and Python's headers")
 @pytest.mark.parametrize("name", [*(f"{n}:d0=0.01" if n in EARLY else n for n in FUSED), *VARIANTS])
+@pytest.mark.slow
 def test_compiled_update_is_the_same(name, monkeypatch):
     """The rule fused by Inductor, for tensors of several sizes and at changing numbers, against the rule in pieces."""
     results, compilations = [], []
@@ -1025,6 +1026,7 @@ def launch(folder: Path, world: int) -> None:
         assert process.returncode == 0, errors[-2000:]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_agree(tmp_path):
     """1, 2, 4 and 8 ranks: the same weights, state divided; a checkpoint of 4 ranks continues on 1 and on 2."""
     for world in (4, 1, 2, 8):

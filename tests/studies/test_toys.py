@@ -25,6 +25,7 @@ def test_newton_finds_the_minimum():
     assert value < toys.logistic(torch.zeros_like(w), X, y)
 
 
+@pytest.mark.slow
 def test_logistic_regression_is_solved():
     for name in OPTIMIZERS:
         gaps = toys.logistic_gaps(name)
@@ -38,6 +39,7 @@ def test_the_valley_is_descended(name):
     assert toys.rosenbrock(toys.valley_path(name)[-1]) < (0.2 if name == "sgd" else 0.02)
 
 
+@pytest.mark.slow
 def test_a_constant_step_stalls_at_its_noise_floor_and_a_falling_one_does_not():
     floor = lambda *how: sum(sum(toys.noise_gaps(*how, seed)[-750:]) / 750 for seed in range(2)) / 2  # noqa: E731
     large, small, falling = floor(0.1, False), floor(0.01, False), floor(0.1, True)
