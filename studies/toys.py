@@ -81,12 +81,12 @@ def descend(
 ) -> list[Tensor]:
     """The points visited, at evaluation weights; `schedule` multiplies the learning rate."""
     point = Point(start)
-    optimizer = optimizers.build(spec, point, steps=steps)
+    optimizer, constant = optimizers.build(spec, point, steps=steps), optimizers.find(spec).own_schedule
     path = [start.clone()]
     for step in range(steps):
         optimizer.train()
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 if optimizers.find(spec).own_schedule else schedule(step))
+            group["lr"] = group["initial_lr"] * (1 if constant else schedule(step))
         optimizer.zero_grad()
         loss(point.w, step).backward()
         optimizer.step()
@@ -102,21 +102,24 @@ def linear(steps: int) -> Callable[[int], float]:
 def logistic_gaps(name: str) -> list[float]:
     """f(w) - min f after each step on full gradients."""
     X, y = data()
-    best = minimum()[1]
     spec = spec_of(name, optimizers.OPTIMIZERS[name].toy_lr)
-    path = descend(spec, torch.zeros(1, FEATURES), lambda w, _: logistic(w, X, y), STEPS, linear(STEPS))
-    return [logistic(w.double(), X.double(), y.double()).item() - best for w in path]
+    return gaps(descend(spec, torch.zeros(1, FEATURES), lambda w, _: logistic(w, X, y), STEPS, linear(STEPS)))
+
+
+def gaps(path: list[Tensor]) -> list[float]:
+    """f(w) - min f in float64 of every point [1, 10]."""
+    (X, y), w = data(), torch.cat(path).double()
+    f = nn.functional.softplus(-y * (w @ X.double().T)).mean(1) + MU / 2 * w.square().sum(1)
+    return (f - minimum()[1]).tolist()
 
 
 def noise_gaps(rate: float, falling: bool, seed: int, steps: int = 3000) -> list[float]:
     """f(w) - min f of SGD with one example a step: constant, or 1 / (1 + mu rate t / 2) of the rate at step t."""
     X, y = data()
-    best = minimum()[1]
     order = torch.randint(EXAMPLES, (steps,), generator=torch.Generator().manual_seed(seed))
     one = lambda w, step: logistic(w, X[order[step]].unsqueeze(0), y[order[step]].unsqueeze(0))  # noqa: E731
     schedule = (lambda step: 1 / (1 + MU * rate * step / 2)) if falling else (lambda step: 1.0)
-    path = descend(f"sgd:lr={rate},momentum=0", torch.zeros(1, FEATURES), one, steps, schedule)
-    return [logistic(w.double(), X.double(), y.double()).item() - best for w in path]
+    return gaps(descend(f"sgd:lr={rate},momentum=0", torch.zeros(1, FEATURES), one, steps, schedule))
 
 
 VALLEY = {"sgd": 1e-3, "adamw": 0.05, "lion": 0.03, "muon": 0.03, "soap": 0.05, "schedule_free_adamw": 0.2}

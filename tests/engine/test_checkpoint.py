@@ -406,9 +406,9 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_anew(train, sotu, tmp_path):
-    flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4")
+    flags = ("--steps", "24", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4", *SMALL)
     folder = tmp_path / "run"
-    process = elastic(4, folder, *flags, agent=("--standalone", "--max-restarts=2"))
+    process = elastic(2, folder, *flags, agent=("--standalone", "--max-restarts=2"))
     wait_for_step(folder, 8, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, errors = process.communicate()
@@ -421,7 +421,7 @@ def test_a_killed_rank_is_started_anew(train, sotu, tmp_path):
 @pytest.mark.timeout(300)
 def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
     """Two nodes of one rank each; the one that has rank 0 is lost with everything on it: the same losses and weights."""
-    flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4", "--deterministic")
+    flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4", "--deterministic", *SMALL)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     torchrun(2, whole, *flags)
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # why: README.md, "Eight GPUs, several nodes"
@@ -456,14 +456,14 @@ def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_hung_rank_is_named(sotu, tmp_path):
-    flags = ("--steps", "100000", "--timeout", "8", "--val-every", "100000")
+    flags = ("--steps", "100000", "--timeout", "4", "--val-every", "100000")
     process = launch(2, tmp_path / "run", *flags)
     wait_for_step(tmp_path / "run", 0, process)
     time.sleep(1)
     process[1].send_signal(signal.SIGSTOP)
     code, _, errors = process.finish(patience=0.5)
     assert code != 0
-    assert "no progress for 8 s: rank 1 does not run any more, at step " in errors
+    assert "no progress for 4 s: rank 1 does not run any more, at step " in errors
 
 
 # ---------------------------------------------------------------- 6. numbers

@@ -672,14 +672,16 @@ def test_real_trials(tmp_path, monkeypatch, sotu):
 
 @pytest.mark.slow
 def test_ray(tmp_path, monkeypatch, sotu):
-    """A real Ray with two worker processes."""
+    """A real Ray: one trial of a comparison's launcher on a worker."""
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": trials.RAY_ENVIRONMENT})
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": trials.RAY_ENVIRONMENT})
     try:
-        words = ["--recipes", "baseline", "modern", "--target", "7", "--horizon", "baseline=3", "modern=2", "--seeds", "2"]
-        out = tmp_path / "c"
-        assert compare.main([*words, "--launcher", "ray", "--track", "tiny", "--out", str(out), "--", *FLAGS[2:]]) == 0
-        assert summary(out)["ratios"][0]["n"] == 2
+        launch, at_once = runner.make_launcher(compare.parse(["--again", "baseline", "--launcher", "ray"]), side_by_side=False)
+        trial = trials.Trial(trials.Arm("baseline", tuple(FLAGS)), 2, 7)
+        assert trial.folder.is_relative_to(tmp_path)  # which goes with it
+        outcome = launch(trial)
+        assert trial.result == outcome.result and outcome.result["steps"] == 2 and math.isfinite(outcome.loss)
+        assert at_once > 1
     finally:
         ray.shutdown()

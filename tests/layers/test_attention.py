@@ -94,7 +94,7 @@ def test_what_flex_cannot_do_is_one_line(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_window_that_changes_is_no_new_graph(flex_trains_here):
     """Where it is a tensor, as `free_windows` makes it; all blocks with one window have one mask."""
-    config = ModelConfig(sequence_length=24, vocab_size=61, layers=3, width=32, heads=2, window=12, window_pattern="SSL",
+    config = ModelConfig(sequence_length=24, vocab_size=61, layers=2, width=32, heads=2, window=12, window_pattern="SL",
                          positions="rotary", attention="flex")  # fmt: skip
     gpt, tokens = GPT(config), torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
     plain = GPT(dataclasses.replace(config, attention="plain"))
