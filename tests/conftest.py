@@ -119,9 +119,9 @@ def same(a, b) -> bool:
 
 
 def tiny(folder: Path, *flags: str) -> list[str]:
-    """The trainer's flags for a run on `tiny` in fp32, validated on little."""
-    own = ("--track", "tiny", "--dtype", "fp32", "--val-tokens", "1024", "--data-root", str(DATA_ROOT), "--out", str(folder))
-    return [*own, *flags]
+    """The trainer's flags for a run on `tiny` in fp32, with small batches, validated on little."""
+    small = ("--track", "tiny", "--dtype", "fp32", "--batch-tokens", "256", "--val-tokens", "1024")
+    return [*small, "--data-root", str(DATA_ROOT), "--out", str(folder), *flags]
 
 
 def launch(ranks: int, folder: Path, *flags: str, script: Path | str = "train_gpt.py") -> forks.Ranks:

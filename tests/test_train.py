@@ -32,8 +32,7 @@ from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 
 GOLDEN = ROOT / "tests" / "golden_tiny.json"  # losses of a run on a CPU, with these flags
-SMALL = ("--layers", "1", "--batch-tokens", "256")
-GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record", "--val-tokens", "8192")
+GOLDEN_FLAGS = ("--steps", "20", "--tricks", "record", "--batch-tokens", "1024", "--val-tokens", "8192")
 GOLDEN_TOLERANCE = 1e-3  # relative, of every loss: machines round differently, and twenty steps add it up
 
 OWN_OPTIMIZER = """
@@ -83,7 +82,7 @@ def test_accumulation_equals_one_big_batch(train, optimizer):
 @pytest.mark.parametrize("tricks", ["modern,muon", "ngram_embedding"])
 @pytest.mark.slow
 def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
-    flags = ("--steps", "8", "--tricks", tricks, "--micro-batch-tokens", "128", "--clip", "0.5")
+    flags = ("--steps", "8", "--tricks", tricks, "--batch-tokens", "1024", "--micro-batch-tokens", "128", "--clip", "0.5")
     flags += ("--val-tokens", str(129 * 64))  # more for one rank than for the others
     one = train(*flags)
     for ranks in (2, 4):
@@ -141,7 +140,7 @@ def test_gradients_may_travel_in_bf16(train, tmp_path):
 
 def test_bytes_on_the_wire_are_those_of_the_dry_run(tmp_path):
     """Counted in the collectives of a step: here also the gathers of a matrix method, whose shares are padded."""
-    flags = ("--optimizer", "muon:dtype=fp32", "--micro-batch-tokens", "128")
+    flags = ("--optimizer", "muon:dtype=fp32", "--batch-tokens", "1024", "--micro-batch-tokens", "128")
     torchrun(4, tmp_path / "run", "--steps", "1", *flags)
     assert result(tmp_path / "run")["wire_bytes"] == sum(predicted(4, *flags).values())
 
@@ -311,7 +310,7 @@ def read_by(train, monkeypatch, *flags: str) -> tuple[list[str], int]:
 def test_a_step_waits_for_the_device_once(train, monkeypatch, optimizer):
     """Between forward and update, to learn whether all is finite. Not seen on a CPU: torch.linalg.eigh, with which Shampoo,
     CASPR and SOAP renew and begin, waits on a GPU."""
-    found, steps = read_by(train, monkeypatch, "--steps", "6", *with_optimizer(optimizer), "--clip", "0.1", *SMALL)
+    found, steps = read_by(train, monkeypatch, "--steps", "6", *with_optimizer(optimizer), "--clip", "0.1")
     begun = found.count("starting")  # SOAP's, in its first step: have the blocks of a shape a gradient yet?
     assert steps == 6 and found == ["backward"] + ["starting"] * begun + ["backward"] * (steps - 1)
     assert (begun > 0) == (optimizer == "soap")
@@ -336,7 +335,7 @@ def test_log_and_result_agree(train):
     steps, vals, end = events(folder, "train"), events(folder, "val"), result(folder)
     assert [e["step"] for e in steps] == list(range(1, 11)) and [e["step"] for e in vals] == [2, 4, 6, 8, 10]
     assert end["train_time"] == pytest.approx(sum(e["step_time"] for e in steps))
-    assert end["tokens"] == steps[-1]["tokens"] == 10 * 1024
+    assert end["tokens"] == steps[-1]["tokens"] == 10 * 256
     assert end["tokens_per_second"] == pytest.approx(end["tokens"] / end["train_time"])
     env = json.loads((folder / "env.json").read_text())
     assert end["mfu"] == pytest.approx(end["tokens_per_second"] * end["flops_per_token"] / env["peak_flops"])
@@ -435,7 +434,7 @@ def test_two_weights_go_on_with_one_history_though_a_step_is_left_out(sotu, tmp_
 def test_every_optimizer_trains_tiny(train, optimizer):
     """At its defaults, in 60 steps, to what single bytes can tell (their entropy is 3.1 nats) or further."""
     longer = {"signum": "250", "lion": "250", "adagrad": "250", "prodigy": "250", "adopt": "70"}  # their rates suit longer runs
-    flags = ("--steps", longer.get(optimizer, "60"), "--val-tokens", "8192", *SMALL)
+    flags = ("--steps", longer.get(optimizer, "60"), "--val-tokens", "8192", "--layers", "1")
     assert result(train(*with_optimizer(optimizer), *flags))["val_loss"] < 3.1
 
 
@@ -485,7 +484,7 @@ def test_repeating_data_is_said(train, capsys, tmp_path):
     document = torch.randint(1, 256, (40 * 64,)).numpy().astype("uint16")
     splits = {s: write(root / "mine-bytes", "mine", s, [document], 0) for s in ("train", "val")}
     write_manifest(root / "mine-bytes", {"corpus": "mine", "tokenizer": "bytes", "splits": splits})
-    folder = train("--corpus", "mine", "--data-root", str(root), "--val-tokens", "640", "--steps", "6")
+    folder = train("--corpus", "mine", "--data-root", str(root), "--val-tokens", "640", "--batch-tokens", "1024", "--steps", "6")
     assert [(e["step"], e["epoch"]) for e in events(folder, "epoch")] == [(3, 1), (5, 2)]
     assert "all data seen 1 times" in capsys.readouterr().out
 

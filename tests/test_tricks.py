@@ -190,7 +190,8 @@ def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, exp
 def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
     # six steps, two of each stage of the batch: sums in another order differ by 1e-7 at first and by 3e-6 then, but in a ninth
     # step, on some CPUs and with some numbers of threads, by 2e-5
-    flags = flags_of(TOGETHER, "--steps", "6", "--micro-batch-tokens", "128", "--rates", "tables=2,smear=0.5")
+    flags = flags_of(TOGETHER, "--steps", "6", "--batch-tokens", "512", "--micro-batch-tokens", "128")
+    flags += ("--rates", "tables=2,smear=0.5")
     one, two = train(*flags), tmp_path / "two"
     torchrun(2, two, *flags, "--check-ranks", "2")  # which compares the weights of both, bit by bit
     for kind in ("train", "val"):
@@ -920,7 +921,8 @@ def test_growing_batches_read_the_same_stream(sotu, ranks):
 
 
 def test_growing_batches_are_counted(train):
-    folder = train("--steps", "6", "--tricks", "batch_stages", "--schedule", "constant", "--val-every", "2")
+    stages = ("--tricks", "batch_stages", "--batch-tokens", "512", "--schedule", "constant")
+    folder = train("--steps", "6", *stages, "--val-every", "2")
     steps, vals, end = events(folder, "train"), events(folder, "val"), result(folder)
     assert [e["tokens"] for e in steps] == [512, 1024, 2048, 3072, 4608, 6144]
     assert [e["tokens"] for e in vals] == [1024, 3072, 6144] and end["tokens"] == 6144
@@ -933,7 +935,7 @@ def test_growing_batches_are_counted(train):
 def test_a_step_of_a_later_stage_is_one_large_batch(train):
     """The last stage alone, as a run of large steps, gives the same losses: the mean is over the whole batch."""
     flags = ("--steps", "3", "--optimizer", "sgd:lr=0")
-    grown = train(*flags, "--tricks", "batch_stages", out="grown")
+    grown = train(*flags, "--tricks", "batch_stages", "--batch-tokens", "512", out="grown")
     assert losses(grown)[0] != losses(grown)[1]
     whole = train(*flags, "--batch-tokens", "512", "--batch-stages", "3", out="whole")
     parts = train(*flags, "--batch-tokens", "512", "--steps", "9", out="parts")
@@ -952,7 +954,7 @@ def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
         ("short_sequences", 6),
     ):
         flags = ("--schedule", "constant", "--checkpoint-every", "2", "--keep", "9", "--deterministic", "--tricks", trick)
-        flags += ("--layers", "1", "--batch-tokens", "256")
+        flags += ("--layers", "1")
         stem, whole = train(*flags, "--steps", "12", out=f"{trick}-stem"), train(*flags, "--steps", "18", out=f"{trick}-whole")
         branch = train(*flags, "--steps", "18", "--branch", str(stem), out=f"{trick}-branch")
         assert [e["step"] for e in events(branch, "branch")] == ([first] if first else [])
