@@ -25,11 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.run_folder import atomic_write, file_hash, settings_hash
 from engine.spec import UsageError
@@ -248,6 +246,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, origin: dict[str, str] | None = None, keep: int = 2, milestone: int = 0):
+        import torch.distributed.checkpoint as dcp  # here: two seconds that --help can do without
+
+        self.dcp = dcp
         self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, max(1, keep), milestone
         self.facts: list[dict[str, float]] = []  # of checkpoints that the thread has finished; `finished` hands them out
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -304,8 +305,8 @@ class Checkpoints:
         name = f"step-{step:08}"
         temporary, final = self.folder / f".{name}.tmp", self.folder / name
         own = {k: v.reshape(1) if v.dim() == 0 else v for k, v in self.copies.items() if not k.startswith("model/")}
-        writer = dcp.HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True)
-        dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        writer = self.dcp.HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True)
+        self.dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         if self.rank:
             return
         weights = {k.removeprefix("model/"): v for k, v in self.copies.items() if k.startswith("model/")}
@@ -371,7 +372,7 @@ class Checkpoints:
             return
         try:
             pending.result()
-        except CheckpointException as error:
+        except self.dcp.CheckpointException as error:
             raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from error
         except SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))
@@ -399,8 +400,8 @@ class Checkpoints:
         tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
         rng = [f"rng/{self.rank}/{i}" for i in range(len(state["rng"]) if self.rank < state["ranks"] else 0)]
         tensors |= {name: torch.empty(size, dtype=torch.uint8) for name, size in zip(rng, state["rng"])}
-        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        reader = self.dcp.HuggingFaceStorageReader(str(path / "state"))
+        self.dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return unpack(wanted, tensors), state, [tensors[name] for name in rng]
 
     def check_origin(self, path: Path, state: dict[str, Any]) -> None:

@@ -93,15 +93,16 @@ def tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-@torch.compiler.assume_constant_result
 def roomy(device: torch.device) -> bool:
     """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
-    the units that move tiles by descriptors with it; A100, graphics cards and AMD's have not. Triton's interpreter has no
-    limit."""
-    # AMD's have no such property
-    return (
-        device.type != "cuda" or getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
-    )
+    the units that move tiles by descriptors with it; A100, graphics cards and AMD's (which have no such property) have not.
+    Triton's interpreter has no limit."""
+    if device.type != "cuda":
+        return True
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
+
+
+roomy._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, without importing the compiler
 
 
 @lru_cache
