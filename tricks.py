@@ -524,11 +524,7 @@ TRACKS: dict[str, Track] = {
 
 
 def track(name: str) -> Track:
-    """The track of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The track of that name. Raises UsageError: there is none."""
     if name not in TRACKS:
         raise UsageError(f"unknown track {name!r}: {nearest(name, TRACKS)}")
     return TRACKS[name]
@@ -559,11 +555,7 @@ def merge_optimizer(old: str, new: str) -> str:
 
 
 def spelled_out(track_name: str, words: str) -> list[str]:
-    """The tricks of a comma-separated list, named recipes replaced by theirs.
-
-    Raises:
-        UsageError: unknown track or trick.
-    """
+    """The tricks of a comma-separated list, named recipes replaced by theirs. Raises UsageError: unknown track or trick."""
     known = track(track_name).recipes
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
@@ -573,12 +565,11 @@ def spelled_out(track_name: str, words: str) -> list[str]:
 
 
 def apply(track_name: str, words: str) -> tuple[Settings, str]:
-    """What a track and a comma-separated list of tricks (or one recipe name among them) set.
+    """What a track and a comma-separated list of tricks (or one recipe name among them) set. Raises UsageError: unknown track
+    or trick.
 
     Returns:
         the settings, and the recipe's name for the run folder.
-    Raises:
-        UsageError: unknown track or trick.
     """
     chosen = track(track_name)
     settings = dict(chosen.settings, target_loss=chosen.target_loss)

@@ -78,10 +78,8 @@ def every_kth_to_val(texts: list[str], k: int) -> dict[str, Texts]:
 def local_files(files: list[Path]) -> dict[str, Texts]:
     """One's own text: .txt (a document a file), .jsonl (key "text") or .parquet (column "text").
 
-    Every tenth document is validation; a corpus of fewer than ten documents gives the last tenth of each instead.
-
-    Raises:
-        UsageError: a file is missing, of another kind, or without text.
+    Every tenth document is validation; a corpus of fewer than ten documents gives the last tenth of each instead. Raises
+    UsageError: a file is missing, of another kind, or without text.
     """
     texts = [text for file in files for text in read_file(file)]
     if not any(text.strip() for text in texts):
@@ -93,11 +91,7 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
 
 
 def read_file(file: Path) -> Iterator[str]:
-    """The documents of a file.
-
-    Raises:
-        UsageError: it is not there, of another kind, or a document of it is no text.
-    """
+    """The documents of a file. Raises UsageError: it is not there, of another kind, or a document of it is no text."""
     for number, text in enumerate(documents(file), start=1):
         if not isinstance(text, str):
             raise UsageError(f"{file}: the text of document {number} is {text!r:.40}")
@@ -174,15 +168,14 @@ def prepare(
     name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (), shard_count: int = 1,
     shard_tokens: int = shards.SHARD_TOKENS,
 ) -> Path:  # fmt: skip
-    """Make the dataset folder of a corpus, or find it made. Idempotent; an interrupted call is continued.
+    """Make the dataset folder of a corpus, or find it made. Idempotent; an interrupted call is continued. Raises UsageError:
+    unknown corpus or tokenizer, no network, disk full, unreadable files.
 
     Args:
         name: a corpus of CORPORA, or the name to give to `files`.
         shard_count: for fineweb10B, how many training shards of 100M tokens are wanted.
     Returns:
         the folder.
-    Raises:
-        UsageError: unknown corpus or tokenizer, no network, disk full, unreadable files.
     """
     if not files and name not in CORPORA:
         raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
@@ -272,11 +265,7 @@ def shard_entry(path: Path, known: dict | None) -> dict:
 
 
 def download(path: Path) -> None:
-    """One file of kjj0/fineweb10B-gpt2 to `path`.
-
-    Raises:
-        UsageError: huggingface-hub is missing, or the download failed.
-    """
+    """One file of kjj0/fineweb10B-gpt2 to `path`. Raises UsageError: huggingface-hub is missing, or the download failed."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:

@@ -43,11 +43,8 @@ def repair(folder: Path) -> str:
 
 
 def write_atomically(path: Path, parts: Iterable[bytes]) -> str:
-    """Write `parts` to a temporary name, sync, rename: nobody ever sees half a file. Returns its sha256.
-
-    Raises:
-        UsageError: the disk is full; the temporary file is removed.
-    """
+    """Write `parts` to a temporary name, sync, rename: nobody ever sees half a file. Returns its sha256. Raises UsageError: the
+    disk is full; the temporary file is removed."""
     temporary = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
     try:
@@ -92,14 +89,13 @@ def write(
 ) -> list[dict[str, Any]]:
     """Write one split ("train" or "val") as shards `<corpus>_<split>_<index>.bin`.
 
-    Resumable: a shard that is there and equal is left alone, so an interrupted preparation repeats only the tokenizing.
+    Resumable: a shard that is there and equal is left alone, so an interrupted preparation repeats only the tokenizing. Raises
+    UsageError: the disk is full.
 
     Args:
         documents: token arrays, each below 65,536, without end-of-text marks.
     Returns:
         the split's entries for dataset.json.
-    Raises:
-        UsageError: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -122,11 +118,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> np.ndarray:
-    """Tokens of one shard, memory-mapped uint16.
-
-    Raises:
-        UsageError: missing, not a shard, or not as long as its header says; names the shard and the repair.
-    """
+    """Tokens of one shard, memory-mapped uint16. Raises UsageError: missing, not a shard, or not as long as its header says;
+    names the shard and the repair."""
     if not path.is_file():
         raise UsageError(f"shard {path} is missing; {repair(path.parent)}")
     size = path.stat().st_size
@@ -141,11 +134,8 @@ def read(path: Path) -> np.ndarray:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """dataset.json, or None when there is none (shards that somebody else made).
-
-    Raises:
-        UsageError: it is not what `write_manifest` wrote.
-    """
+    """dataset.json, or None when there is none (shards that somebody else made). Raises UsageError: it is not what
+    `write_manifest` wrote."""
     try:
         manifest = json.loads((folder / "dataset.json").read_text())
         for split in ("train", "val"):
@@ -161,11 +151,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, in order.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """The shards of a split, in order. Raises UsageError: there are none."""
     manifest = read_manifest(folder)
     listed = manifest["splits"].get(split, []) if manifest else []
     paths = [folder / entry["file"] for entry in listed] or sorted(folder.glob(f"*_{split}_*.bin"))
@@ -254,11 +240,8 @@ class Dataset:
         return int(self.ends[-1])
 
     def documents(self, end_of_text: int) -> np.ndarray:
-        """Where documents begin, with their end-of-text token: [n] int64. Reads the whole split.
-
-        Raises:
-            UsageError: nowhere, or dataset.json names another token.
-        """
+        """Where documents begin, with their end-of-text token: [n] int64. Reads the whole split. Raises UsageError: nowhere, or
+        dataset.json names another token."""
         if self.end_of_text not in (None, end_of_text):
             raise UsageError(
                 f"documents in {self.folder} begin with token {self.end_of_text}: add --end-of-text {self.end_of_text}"
@@ -296,14 +279,13 @@ class Dataset:
 
 
 def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, spread: bool) -> list[int]:
-    """Where the fixed validation sequences begin.
+    """Where the fixed validation sequences begin. Raises UsageError: the split has too few tokens, or not a single sequence is
+    asked for.
 
     Args:
         tokens: how many to predict.
         spread: evenly over the whole split (a corpus in the order of its years would else be judged by its oldest);
             otherwise its first `tokens` tokens, as the speedrun's rule for FineWeb.
-    Raises:
-        UsageError: the split has too few tokens, or not a single sequence is asked for.
     """
     wanted, available = tokens // sequence_length, (len(dataset) - 1) // sequence_length
     if not 0 < wanted <= available:

@@ -82,11 +82,8 @@ TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2, "mod97": Mod97}
 
 
 def get(name: str, data_root: Path | str) -> Bytes | GPT2 | Mod97:
-    """The tokenizer of that name; files it needs are kept under `data_root`.
-
-    Raises:
-        UsageError: unknown name, tiktoken missing, or no network to fetch its files.
-    """
+    """The tokenizer of that name; files it needs are kept under `data_root`. Raises UsageError: unknown name, tiktoken missing,
+    or no network to fetch its files."""
     if name not in TOKENIZERS:
         raise UsageError(f"unknown tokenizer {name!r}: {nearest(name, TOKENIZERS)}")
     return TOKENIZERS[name](Path(data_root))

@@ -42,11 +42,8 @@ FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may lis
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path.
-
-    Raises:
-        TypeError: something that is none of these.
-    """
+    """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path. Raises
+    TypeError: something that is none of these."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -180,12 +177,11 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
     """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: the settings are
     the same except for the length, and what is scheduled was the same at every step until then.
 
-    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been.
+    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been. Raises
+    UsageError: a run of other settings.
 
     Args:
         shared: length of the other run, steps -> the first steps that both have in common.
-    Raises:
-        UsageError: a run of other settings.
     """
     usable: list[Path] = []
     for folder in folders:
@@ -212,11 +208,8 @@ def set_generators(states: list[Tensor], device: torch.device) -> None:
 
 
 def load_weights(gpt: nn.Module, path: Path) -> None:
-    """Copy the weights of a checkpoint into `gpt`, in place.
-
-    Raises:
-        UsageError: they are not a safetensors file, or those of another model.
-    """
+    """Copy the weights of a checkpoint into `gpt`, in place. Raises UsageError: they are not a safetensors file, or those of
+    another model."""
     try:
         saved = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -259,14 +252,13 @@ class Checkpoints:
         self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
 
     def save(self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any]) -> None:
-        """Copy the state and begin to write it.
+        """Copy the state and begin to write it. Raises OSError: the checkpoint before could not be written, such as to a full
+        disk.
 
         Args:
             optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix) other ranks may hold in part.
             rng: states of this rank's generators, uint8.
             extra: plain values of rank 0, which `load` returns.
-        Raises:
-            OSError: the checkpoint before could not be written, such as to a full disk.
         """
         begin = time.perf_counter()
         self.wait()
@@ -336,10 +328,7 @@ class Checkpoints:
 
     def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
         """The checkpoint to start from: the newest here, else that of another run. Clears away what is no use. For rank 0.
-
-        Raises:
-            UsageError: `resume` is "must" and there is none.
-        """
+        Raises UsageError: `resume` is "must" and there is none."""
         path, passed = newest(self.folder) if resume != "never" else (None, [])
         for line in passed:
             print(line, file=sys.stderr, flush=True)
@@ -385,13 +374,12 @@ class Checkpoints:
         self, path: Path, gpt: nn.Module, optimizer: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
         """Copy the weights into `gpt`; returns the optimizer's state, the plain values, and the states of this rank's
-        generators: none where fewer ranks wrote the checkpoint.
+        generators: none where fewer ranks wrote the checkpoint. Raises UsageError: another model's weights, or a run with other
+        settings (unless this one branches off from it) or data.
 
         Args:
             path: an intact checkpoint (`newest`).
             optimizer: state_dict of this rank's fresh optimizer: of blocks, those that it has are read.
-        Raises:
-            UsageError: another model's weights, or a run with other settings (unless this one branches off from it) or data.
         """
         load_weights(gpt, path)
         state = json.loads((path / STATE).read_text())

@@ -79,11 +79,7 @@ def card_named(name: str) -> tuple[str, Card] | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when there is one, else the CPU.
-
-    Raises:
-        UsageError: the device asked for is not there.
-    """
+    """`auto` takes CUDA when there is one, else the CPU. Raises UsageError: the device asked for is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -107,11 +103,8 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32.
-
-    Raises:
-        UsageError: bf16 asked for where the device only emulates it.
-    """
+    """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32. Raises UsageError: bf16 asked for where
+    the device only emulates it."""
     native = has_native_bf16(device)
     if name == "fp32":
         return torch.float32, "asked for"
@@ -125,10 +118,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
     """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)?
 
-    name: same, auto or fp8 (ModelConfig.head_dtype).
-
-    Raises:
-        UsageError: fp8 asked for on a GPU that has none.
+    name: same, auto or fp8 (ModelConfig.head_dtype). Raises UsageError: fp8 asked for on a GPU that has none.
     """
     if name == "same":
         return False, ""

@@ -42,13 +42,12 @@ class RankError(RuntimeError):
 
 
 class World:
-    """Rank, number of ranks and device of this process, and what ranks exchange.
+    """Rank, number of ranks and device of this process, and what ranks exchange. Raises UsageError: no such device, or too few
+    of it for the ranks of this machine.
 
     Args:
         device_name: auto, cpu, cuda or mps.
         timeout: seconds that a rank waits for the others before it gives up.
-    Raises:
-        UsageError: no such device, or too few of it for the ranks of this machine.
     """
 
     def __init__(self, device_name: str, timeout: float = 600):
@@ -131,11 +130,7 @@ class World:
         return values
 
     def main_does(self, work: Callable[[], T]) -> T:
-        """Rank 0 does it, all have the result.
-
-        Raises:
-            UsageError: rank 0's, on every rank.
-        """
+        """Rank 0 does it, all have the result. Raises UsageError: rank 0's, on every rank."""
         problem = value = None
         if self.main:
             try:
@@ -148,11 +143,8 @@ class World:
         return value
 
     def check_equal(self, tensors: list[torch.Tensor], what: str) -> None:
-        """All ranks hold the same bits of `tensors`, judged by a checksum of each.
-
-        Raises:
-            RankError: they do not; names the ranks that differ from most.
-        """
+        """All ranks hold the same bits of `tensors`, judged by a checksum of each. Raises RankError: they do not; names the
+        ranks that differ from most."""
         if self.size == 1:
             return
         sums = torch.stack([checksum(t) for t in tensors])

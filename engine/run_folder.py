@@ -106,11 +106,8 @@ def source_hash() -> str:
 
 
 def lock(folder: Path) -> FileLock:
-    """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held.
-
-    Raises:
-        UsageError: another process has it; says which.
-    """
+    """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held. Raises
+    UsageError: another process has it; says which."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     held = FileLock(path)
@@ -128,11 +125,8 @@ def lock(folder: Path) -> FileLock:
 
 
 class Run:
-    """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays.
-
-    Raises:
-        UsageError: the folder holds a run with other settings, or something else.
-    """
+    """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays. Raises
+    UsageError: the folder holds a run with other settings, or something else."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: str, main: bool = True):
         self.folder, self.config, self.main = folder, config, main
@@ -153,20 +147,14 @@ class Run:
         self.finished = resume != "never" and (folder / "result.json").exists()
 
     def take(self) -> None:
-        """Lock the folder for this process.
-
-        Raises:
-            UsageError: another process has it.
-        """
+        """Lock the folder for this process. Raises UsageError: another process has it."""
         self.lock = lock(self.folder)
 
     def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
         """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint.
 
-        stem: folder of the run that this one branches off from, whose log up to there is this run's too.
-
-        Raises:
-            UsageError: the log is shorter than that.
+        stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: the
+        log is shorter than that.
         """
         if not self.main:
             return

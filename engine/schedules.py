@@ -189,11 +189,8 @@ MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 
 
 def build(spec: str, steps: int) -> Callable[[int], float]:
-    """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate.
-
-    Raises:
-        UsageError: unknown schedule or key, or a value out of range.
-    """
+    """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate. Raises UsageError: unknown schedule or
+    key, or a value out of range."""
     cls, settings = parse(spec, SCHEDULES, "schedule")
     schedule = cls(**settings)
     return lambda step: schedule.multiplier(step, steps)
@@ -226,14 +223,13 @@ class Course:
     """What a run does in each of its steps: `Course(config).at(step)`, a pure function of the step and the run's length.
 
     Stages of batches, windows and sequence lengths divide the run into equal parts. Speedrun record 46: batches of 131k, 262k
-    and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on.
-    Record 72: documents cut at 896 tokens first and then at 2,048.
+    and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on. Record
+    72: documents cut at 896 tokens first and then at 2,048. Raises UsageError: an unknown schedule or key, or stages that make
+    no sense.
 
     Args:
         config: the trainer's Config, of which the fields about steps are read.
         steps: length of the run; None: the config's.
-    Raises:
-        UsageError: an unknown schedule or key, or stages that make no sense.
     """
 
     def __init__(self, config: Any, steps: int | None = None):

@@ -63,11 +63,8 @@ def plain_type(annotation: Any) -> type:
 
 
 def convert(text: str, annotation: Any, what: str) -> Any:
-    """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95.
-
-    Raises:
-        UsageError: the text is not of that type.
-    """
+    """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95. Raises
+    UsageError: the text is not of that type."""
     if tuple in (annotation, typing.get_origin(annotation)):
         return tuple(convert(part, float, what) for part in text.split("/"))
     kind = plain_type(annotation)
@@ -121,7 +118,8 @@ def typed_keys(cls: type) -> dict[str, Any]:
 
 
 def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[str, Any]]:
-    """Look `spec` up in `registry` (or import it) and convert its settings.
+    """Look `spec` up in `registry` (or import it) and convert its settings. Raises UsageError: unknown name or key, wrong type,
+    or a file that does not import.
 
     Args:
         spec: a SPEC string, see the module's docstring.
@@ -129,8 +127,6 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
         what: "optimizer" or "schedule", for messages.
     Returns:
         the class and its typed keyword arguments.
-    Raises:
-        UsageError: unknown name or key, wrong type, or a file that does not import.
     """
     name, texts = split(spec)
     registered, colon, word = name.partition(":")
@@ -149,11 +145,8 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
 
 
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`.
-
-    Raises:
-        UsageError: no such file, it does not import, or it has no such class.
-    """
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: no such file, it does not import, or it has
+    no such class."""
     place, _, attribute = name.partition(":")
     try:
         if place.endswith(".py"):

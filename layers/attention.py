@@ -97,11 +97,8 @@ fused_flex = lru_cache(lambda: torch.compile(flex_attention, dynamic=False))  # 
 def flexible_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | Tensor = 0, documents: Tensor | None = None
 ) -> Tensor:
-    """FlexAttention (arXiv 2412.05496): compiled on CUDA; on a CPU PyTorch's unfused form of it, forward only.
-
-    Raises:
-        UsageError: dropout, or gradients on a device where PyTorch has none for it.
-    """
+    """FlexAttention (arXiv 2412.05496): compiled on CUDA; on a CPU PyTorch's unfused form of it, forward only. Raises
+    UsageError: dropout, or gradients on a device where PyTorch has none for it."""
     if dropout:
         raise UsageError("--attention flex has no dropout: use --attention sdpa, or --dropout 0")
     if q.requires_grad or k.requires_grad or v.requires_grad:
@@ -122,11 +119,7 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
 
 
 def check(backend: str, device: torch.device) -> None:
-    """Can it train there?
-
-    Raises:
-        UsageError: it has no backward pass on this device.
-    """
+    """Can it train there? Raises UsageError: it has no backward pass on this device."""
     if backend == "flex" and device.type != "cuda":
         raise UsageError(f"--attention flex trains on CUDA only, not on {device.type}: use --attention chunked or auto")
 
@@ -145,7 +138,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, window: int | Tensor = 0,
     documents: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """softmax(scale q k^T + causal mask) v.
+    """softmax(scale q k^T + causal mask) v. Raises UsageError: the back-end cannot do this here.
 
     Args:
         q, k, v: [B, H, T, D].
@@ -156,8 +149,6 @@ def attention(
         backend: a key of ATTENTION or auto.
     Returns:
         [B, H, T, D].
-    Raises:
-        UsageError: the back-end cannot do this here.
     """
     if isinstance(window, int) and window >= q.size(-2):
         window = 0

@@ -99,16 +99,14 @@ class Choice:
 
 
 def find(spec: str) -> Choice:
-    """What `spec` chooses. Imports the file or package that it names: not for a SPEC that somebody else wrote.
-
-    Raises:
-        UsageError: unknown name or key, or a value of the wrong type.
-    """
+    """What `spec` chooses. Imports the file or package that it names: not for a SPEC that somebody else wrote. Raises
+    UsageError: unknown name or key, or a value of the wrong type."""
     return Choice(spec, *parse(of_collection(spec), OPTIMIZERS, "optimizer"))
 
 
 def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", rates: str = "") -> torch.optim.Optimizer:
-    """The optimizer that `spec` names, over all trainable parameters of `gpt`.
+    """The optimizer that `spec` names, over all trainable parameters of `gpt`. Raises UsageError: unknown name or key, value
+    out of range, a class that is no optimizer or misses parameters.
 
     Args:
         spec: see the top of this file.
@@ -119,9 +117,6 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
 
     Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label).
     `train()` and `eval()` exist on the result: call eval() before validation and checkpoints, train() after.
-
-    Raises:
-        UsageError: unknown name or key, value out of range, a class that is no optimizer or misses parameters.
     """
     gpt, choice = unwrapped(gpt), find(spec)
     try:
@@ -149,11 +144,8 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
 
 
 def of_collection(spec: str) -> str:
-    """`heavyball.soap:lr=1e-3` as `heavyball:SOAP:lr=1e-3`: the class of that name, letter case and underscores aside.
-
-    Raises:
-        UsageError: the package is not installed, or has no optimizer of that name.
-    """
+    """`heavyball.soap:lr=1e-3` as `heavyball:SOAP:lr=1e-3`: the class of that name, letter case and underscores aside. Raises
+    UsageError: the package is not installed, or has no optimizer of that name."""
     name, colon, keys = spec.partition(":")
     package, _, word = name.rpartition(".")
     if package not in COLLECTIONS:
@@ -180,9 +172,7 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
     """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ.
 
     A word is a role, a parameter's name, or what stands between dots in it; of several that fit a parameter the last counts.
-
-    Raises:
-        UsageError: a word that fits no parameter, or no number of 0 or more after it.
+    Raises UsageError: a word that fits no parameter, or no number of 0 or more after it.
     """
     if not rates:
         return

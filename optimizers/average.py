@@ -109,11 +109,8 @@ class Averaged(Chain):
 
 
 def build_average(spec: str, steps: int) -> LawaEMA | LawaQueue | None:
-    """The average that `spec` names, for a run of `steps` steps; None: none.
-
-    Raises:
-        UsageError: unknown name or key, or a value out of range.
-    """
+    """The average that `spec` names, for a run of `steps` steps; None: none. Raises UsageError: unknown name or key, or a value
+    out of range."""
     if spec == "none":
         return None
     cls, settings = parse(spec, AVERAGES, "average")

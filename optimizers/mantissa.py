@@ -37,10 +37,8 @@ def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, T
 
     In its groups an fp32 stand-in takes the place of each weight: without memory, but during a step. (The weight itself must
     not change its type: DistributedDataParallel would lose its hooks.) The lower halves lie in the state, as `mantissa`.
-    Returned as a chain, whose load_state_dict keeps the types of saved state.
-
-    Raises:
-        UsageError: the optimizer evaluates other weights than it trains, which it would look for in the model.
+    Returned as a chain, whose load_state_dict keeps the types of saved state. Raises UsageError: the optimizer evaluates other
+    weights than it trains, which it would look for in the model.
     """
     if isinstance(optimizer, Averaged) or any(isinstance(part, Swapped) for part in parts(optimizer)):
         raise UsageError("--weights bf16 knows no averages: use --weights fp32")
