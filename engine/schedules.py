@@ -104,11 +104,7 @@ class WSD(Decaying):
     cooldown: float = 0.4  # steps or fraction of the whole run
     form: str = "linear"
 
-    FORMS = {
-        "linear": lambda q: 1 - q,
-        "sqrt": lambda q: 1 - math.sqrt(q),
-        "exponential": lambda q: (0.01**q - 0.01) / 0.99,
-    }
+    FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
     def __post_init__(self):
         super().__post_init__()
