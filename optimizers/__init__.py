@@ -36,7 +36,7 @@ from optimizers import elementwise, schedule_free  # they fill the registry, in 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
 __all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes"]
@@ -223,8 +223,7 @@ def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: n
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:
     """Fuse the update of the parts that have a compiled form (`base.Elementwise`) into one pass over memory."""
-    for part in parts(optimizer):
-        getattr(part, "compile", lambda: None)()
+    call(optimizer, "compile")
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
