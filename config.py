@@ -35,26 +35,14 @@ class Config:
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
     batch_stages: tuple[float, ...] = setting((1.0,), "batches in stages of equal length, multiples of --batch-tokens: 1/2/3")
     batch_rates: tuple[float, ...] = setting((1.0,), "factors on the learning rates in the batch stages: 1/1.52/1.73")
-    window_stages: tuple[float, ...] = setting(
-        (1.0,), "attention windows in stages of equal length, parts of --window: 0.25/0.5/1"
-    )
-    length_stages: tuple[float, ...] = setting(
-        (1.0,), "sequence lengths in stages of equal length, parts of --sequence-length: 0.5/1"
-    )
+    window_stages: tuple[float, ...] = setting((1.0,), "windows in stages of equal length, parts of --window: 0.25/0.5/1")
+    length_stages: tuple[float, ...] = setting((1.0,), "sequences in stages of equal length, parts of --sequence-length: 0.5/1")
     micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
     clip: float = setting(0.0, "largest global gradient norm; 0 is off")
-    future_tokens: int = setting(
-        0, "tokens after the next that training also predicts, less and less (modded-nanogpt #53: 2); its loss is then a sum"
-    )
-    tied_until: float = setting(
-        0.0, "part of the run in which an untied head shares the weight of the embedding (modded-nanogpt #51, #53: 2/3)", most=1
-    )
-    weights: str = setting(
-        "fp32", "hidden matrices: fp32, or bf16 with the other 16 bits in the optimizer (modded-nanogpt #57)", ("fp32", "bf16")
-    )
-    reduce: str = setting(
-        "fp32", "gradients on their way between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16")
-    )
+    future_tokens: int = setting(0, "also train on so many tokens after the next, less and less (modded-nanogpt #53: 2)")
+    tied_until: float = setting(0.0, "part of the run in which an untied head is tied (modded-nanogpt #51, #53: 2/3)", most=1)
+    weights: str = setting("fp32", "hidden matrices; bf16: half in the optimizer (modded-nanogpt #57)", ("fp32", "bf16"))
+    reduce: str = setting("fp32", "gradients between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16"))
     seed: int = setting(0, "seed of weights, dropout and data order")
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes, gpt2, or mod97 of the corpus division")

@@ -72,21 +72,26 @@ class Plan:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def opaque(name: str) -> Callable[[Callable], Callable]:
-    """A function that torch.compile calls without looking into it. In eager mode it is called as it is: on one H100 PyTorch's
-    way to such an operation took 0.03 ms a call, as long again as Triton's launch."""
+def opaque(name: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """A function that torch.compile calls without looking into it; `fake` makes its results, unfilled. In eager mode it is
+    called as it is: on one H100 PyTorch's way to such an operation took 0.03 ms a call, as long again as Triton's launch."""
 
     def wrap(function: Callable) -> Callable:
         operation = torch.library.custom_op(name, function, mutates_args=())
+        operation.register_fake(fake)
 
         @wraps(function)
         def call(*arguments):
             return (operation if torch.compiler.is_compiling() or arguments[0].is_meta else function)(*arguments)
 
-        call.register_fake = operation.register_fake
         return call
 
     return wrap
+
+
+def empty(x: Tensor) -> Tensor:
+    """Contiguous."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def tiles(size: int, block: int) -> int:
@@ -224,17 +229,12 @@ def plan_symmetric(x: Tensor, old: Tensor | None, out: Tensor, alpha: float, bet
     return Plan(symmetric_kernel, (n * (n + 1) // 2, batch), arguments | strides, num_warps=4, num_stages=3)
 
 
-@opaque("speedrun::symmetric")
+@opaque("speedrun::symmetric", lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 def symmetric(x: Tensor, old: Tensor | None, alpha: float, beta: float) -> Tensor:
     """alpha x x^T + beta old of x [batch, M, K] and symmetric old [batch, M, M]."""
     out = x.new_empty(x.size(0), x.size(1), x.size(1))
     plan_symmetric(x, None if old is None else old.contiguous(), out, alpha, beta).run()
     return out
-
-
-@symmetric.register_fake
-def _(x, old, alpha, beta):
-    return x.new_empty(x.size(0), x.size(1), x.size(1))
 
 
 def gram(X: Tensor) -> Tensor:
@@ -346,35 +346,29 @@ def plan_cross_entropy_backward(
     return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 1024)), arguments, num_warps=4, num_stages=1)
 
 
-@opaque("speedrun::cross_entropy_forward")
+def row_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers a row, [N] fp32 each."""
+    return tuple(torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+
+
+@opaque("speedrun::cross_entropy_forward", lambda logits, *_: row_pair(logits))
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
-    losses, normalisers = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    losses, normalisers = row_pair(logits)
     plan_cross_entropy_forward(logits.contiguous(), targets, losses, normalisers, vocab_size, cap, form).run()
     return losses, normalisers
 
 
-@cross_entropy_forward.register_fake
-def _(logits, targets, vocab_size, cap, form):
-    empty = lambda: torch.empty(len(logits), dtype=torch.float32, device=logits.device)  # noqa: E731
-    return empty(), empty()
-
-
-@opaque("speedrun::cross_entropy_backward")
+@opaque("speedrun::cross_entropy_backward", lambda logits, *_: empty(logits))
 def cross_entropy_backward(
     logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str
 ) -> Tensor:
     """Gradient of the summed loss times `upstream` (0-dim, fp32) at the logits, in their dtype."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits)
     plan_cross_entropy_backward(logits.contiguous(), targets, normalisers, upstream, out, vocab_size, cap, form).run()
     return out
-
-
-@cross_entropy_backward.register_fake
-def _(logits, targets, normalisers, upstream, vocab_size, cap, form):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -465,7 +459,7 @@ def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
     return Plan(relu2_backward_kernel, (tiles(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
 
 
-@opaque("speedrun::linear_relu2_forward")
+@opaque("speedrun::linear_relu2_forward", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
 def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """relu(x weight^T + bias)^2 of x [N, C], weight [H, C], bias [H]."""
     out = x.new_empty(len(x), len(weight))
@@ -473,22 +467,12 @@ def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return out
 
 
-@linear_relu2_forward.register_fake
-def _(x, weight, bias):
-    return x.new_empty(len(x), len(weight))
-
-
-@opaque("speedrun::relu2_backward")
+@opaque("speedrun::relu2_backward", lambda y, upstream: empty(y))
 def relu2_backward(y: Tensor, upstream: Tensor) -> Tensor:
     """2 sqrt(y) upstream."""
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = empty(y)
     plan_relu2_backward(y, upstream.contiguous(), out).run()
     return out
-
-
-@relu2_backward.register_fake
-def _(y, upstream):
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 class FusedLinearReLU2(torch.autograd.Function):
@@ -553,16 +537,16 @@ def plan_quantise(x: Tensor, out: Tensor, transposed: Tensor, scale: float) -> P
     return Plan(quantise_kernel, (tiles(M, 128), tiles(N, 128)), arguments, num_warps=4, num_stages=1)
 
 
-@opaque("speedrun::quantise")
+def quantised_pair(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[M, N] and [N, M]."""
+    return tuple(torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+
+
+@opaque("speedrun::quantise", lambda x, scale, dtype: quantised_pair(x, dtype))
 def fused_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, transposed = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+    out, transposed = quantised_pair(x, dtype)
     plan_quantise(x, out, transposed, scale).run()
     return out, transposed
-
-
-@fused_quantise.register_fake
-def _(x, scale, dtype):
-    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(x.shape[::-1], dtype=dtype, device=x.device)
 
 
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

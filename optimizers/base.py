@@ -335,8 +335,8 @@ SCALARS: dict[str, Callable[[dict, int], float]] = {
 class Elementwise(Optimizer):
     """Base of methods in which a weight's update looks at that weight's own history alone.
 
-    A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic in place. It
-    gets weights, gradients and buffers, and by name the scalars it asks for: those of `numbers`, the usual ones (SCALARS),
+    A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic in place.
+    It gets weights, gradients and buffers, and by name the scalars it asks for: those of `numbers`, the usual ones (SCALARS),
     hyperparameters. It runs over lists of tensors, one torch._foreach call an operation; on a CPU in pieces that stay in its
     cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory.
     """

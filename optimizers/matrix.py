@@ -301,9 +301,8 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtyp
 class Muon(MatrixMethod):
     """m <- mu m + (1 - mu) g;  u = (1 - mu) g + mu m (Nesterov) or m;  w <- (1 - lr wd) w - lr scale orthogonalize(u).
 
-    Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon`
-    (arXiv 2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the
-    norm of o.
+    Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon` (arXiv
+    2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the norm of o.
     """
 
     lr = LR(0.02, 3e-3, 1e-1, RATE)
@@ -449,7 +448,7 @@ class CASPR(MatrixMethod):
     m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
 
     Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16), whose norm is the whole weight's:
-    R is of gradients that the left side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed.
+    R is of gradients that the left side has preconditioned, and c = tr(P L_before P) / rows fits it to a P just renewed.
     CASPR itself: Duvvuri et al., ICLR 2024. Up to `start` the update is NAdam's.
     """
 
