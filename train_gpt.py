@@ -38,7 +38,7 @@ from engine import display, hardware
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, set_generators
 from engine.command import Interrupt, command
 from engine.ranks import Traffic, World, leave, reduce_in_bf16
-from engine.run_folder import Run, all_settings, code_version, default_folder, now_utc, settings_hash, source_hash
+from engine.run_folder import Run, all_settings, code_version, default_folder, lock, now_utc, settings_hash, source_hash
 from engine.schedules import Course, Moment
 from engine.spec import UsageError
 from layers import attention, kernels
@@ -248,7 +248,7 @@ class Training:
     def take(self) -> Path | None:
         """On rank 0: lock the run folder and choose the checkpoint to continue from. Raises UsageError where it cannot."""
         config, run = self.config, self.run_folder
-        run.take()
+        run.lock = lock(run.folder)
         branches = [Path(folder) for folder in config.branch.split(",") if folder]
         try:
             return self.checkpoints.first(

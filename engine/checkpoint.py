@@ -6,11 +6,11 @@
         state.json                   everything that is not a tensor
         DONE                         written last: size and sha256 of every other file
 
-Anchors: llm.c's DONE files, torchtitan's rule that a resumed run has the same losses. The tensors go through
-torch.distributed.checkpoint in its safetensors form: its usual form keeps its index as a pickle, and a pickle from a
-stranger runs code. What is read here is safetensors and JSON, from files that DONE lists, inside the folder.
+After llm.c's DONE files and torchtitan's rule that a resumed run has the same losses. torch.distributed.checkpoint writes its
+safetensors form: its usual one has a pickle, and a stranger's pickle runs code. Read are files that DONE lists, in the folder.
 """
 
+import itertools
 import json
 import os
 import re
@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # pl
 
 WEIGHTS, STATE, DONE = "model.safetensors", "state.json", "DONE"
 NAME = re.compile(r"step-(\d{8,})")
+PLAIN = (bool, int, float, str)
 FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
 
 # ---------------------------------------------------------------- nested state as tensors and JSON
@@ -48,18 +49,15 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, dict):
-        return {"dict": [[pack_key(k), pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        for key in value:
+            if not isinstance(key, PLAIN):
+                raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
+        return {"dict": [[k, pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return {type(value).__name__: [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, PLAIN):
         return {"value": value}
     raise TypeError(f"state {path} is a {type(value).__name__}: a checkpoint holds tensors and plain values alone")
-
-
-def pack_key(key: Any) -> Any:
-    if isinstance(key, (bool, int, float, str)):
-        return key
-    raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
@@ -78,11 +76,10 @@ def merged(ranks: list[Any]) -> Any:
     """Packed states of all ranks as one: dicts united key by key, everything else as the first rank has it."""
     if "dict" not in ranks[0]:
         return ranks[0]
-    found: dict[str, tuple[Any, list[Any]]] = {}
-    for packed in ranks:
-        for key, value in packed["dict"]:
-            found.setdefault(json.dumps(key), (key, []))[1].append(value)
-    return {"dict": [[key, merged(values)] for key, values in found.values()]}
+    united: dict[str, tuple[Any, list[Any]]] = {}
+    for key, value in itertools.chain.from_iterable(packed["dict"] for packed in ranks):
+        united.setdefault(json.dumps(key), (key, []))[1].append(value)
+    return {"dict": [[key, merged(values)] for key, values in united.values()]}
 
 
 def only(packed: Any, own: Any) -> Any:
@@ -104,10 +101,8 @@ def references(packed: Any) -> Iterator[dict[str, Any]]:
     """The tensors that a packed state speaks of: {"tensor": path, "shape", "dtype"}."""
     if "tensor" in packed:
         yield packed
-    for kind in ("list", "tuple"):
-        for value in packed.get(kind, ()):
-            yield from references(value)
-    for _, value in packed.get("dict", ()):
+    values = [value for _, value in packed.get("dict", ())]
+    for value in (*packed.get("list", ()), *packed.get("tuple", ()), *values):
         yield from references(value)
 
 
@@ -177,11 +172,8 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
     """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: the settings are
     the same except for the length, and what is scheduled was the same at every step until then.
 
-    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been. Raises
-    UsageError: a run of other settings.
-
-    Args:
-        shared: length of the other run, steps -> the first steps that both have in common.
+    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been. shared:
+    length of the other run, steps -> the first steps that both have in common. Raises UsageError: a run of other settings.
     """
     usable: list[Path] = []
     for folder in folders:
@@ -229,13 +221,9 @@ def load_weights(gpt: nn.Module, path: Path) -> None:
 class Checkpoints:
     """The checkpoints of one run. Every rank calls save, wait and load at the same steps.
 
-    save() copies the state and returns; a thread writes it, with collectives of its own (a gloo group). At most one
-    checkpoint is being written: the next save waits for it. All ranks must see the same folder.
-
-    Args:
-        origin: hashes of the run's config, data and source, kept in each checkpoint; `load` refuses others.
-        keep: how many to keep, newest first.
-        milestone: steps between checkpoints that are never deleted; 0: none.
+    save() copies the state and returns; a thread writes it, with collectives of its own (a gloo group); the next save waits for
+    it. All ranks must see the same folder. origin: hashes of the run's config, data and source; `load` refuses others. keep:
+    how many, the newest. milestone: steps between checkpoints that are never deleted; 0: none.
     """
 
     def __init__(self, folder: Path, origin: dict[str, str] | None = None, keep: int = 2, milestone: int = 0):
@@ -252,14 +240,9 @@ class Checkpoints:
         self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
 
     def save(self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any]) -> None:
-        """Copy the state and begin to write it. Raises OSError: the checkpoint before could not be written, such as to a full
-        disk.
-
-        Args:
-            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix) other ranks may hold in part.
-            rng: states of this rank's generators, uint8.
-            extra: plain values of rank 0, which `load` returns.
-        """
+        """Copy the state and begin to write it. optimizer: this rank's state_dict, whose `blocks` (optimizers.matrix) other
+        ranks may hold in part. rng: states of this rank's generators, uint8. extra: plain values of rank 0, which `load`
+        returns. Raises OSError: the checkpoint before could not be written, such as to a full disk."""
         begin = time.perf_counter()
         self.wait()
         tensors: dict[str, Tensor] = {}
@@ -280,10 +263,8 @@ class Checkpoints:
         if any(v.device.type == "cuda" for v in (mine | weights).values()):
             torch.cuda.synchronize()
         self.copies = copies
-        state = (
-            extra | self.origin | {"step": step, "ranks": self.ranks, "rng": [len(r) for r in rng], "optimizer": merged(shared)}
-        )
-        state = json.dumps(state)  # now: training goes on changing what it speaks of
+        about = dict(step=step, ranks=self.ranks, rng=[len(state) for state in rng], optimizer=merged(shared))
+        state = json.dumps(extra | self.origin | about)  # now: training goes on changing what it speaks of
         self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
@@ -373,14 +354,10 @@ class Checkpoints:
     def load(
         self, path: Path, gpt: nn.Module, optimizer: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
-        """Copy the weights into `gpt`; returns the optimizer's state, the plain values, and the states of this rank's
-        generators: none where fewer ranks wrote the checkpoint. Raises UsageError: another model's weights, or a run with other
-        settings (unless this one branches off from it) or data.
-
-        Args:
-            path: an intact checkpoint (`newest`).
-            optimizer: state_dict of this rank's fresh optimizer: of blocks, those that it has are read.
-        """
+        """Copy the weights of an intact checkpoint into `gpt`; returns the optimizer's state, the plain values, and the states
+        of this rank's generators: none where fewer ranks wrote it. optimizer: state_dict of this rank's fresh optimizer, of
+        whose blocks the state is read. Raises UsageError: another model's weights, or a run with other settings (unless this
+        one branches off from it) or data."""
         load_weights(gpt, path)
         state = json.loads((path / STATE).read_text())
         self.check_origin(path, state)

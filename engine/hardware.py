@@ -8,13 +8,12 @@ import platform
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tensors of 2 MB and more in large pages, where Linux gives them on request. glibc returns blocks above 32 MB to the kernel
-# when they are freed, such as logits of GPT-2's vocabulary: in pages of 4 kB the next step waits for as many page faults as
-# they have pages (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp). torch reads this once, when it first allocates.
+# Tensors of 2 MB and more in large pages, where Linux gives them on request: glibc returns freed blocks above 32 MB, such as
+# logits, to the kernel, and the next step waits for page faults (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -27,11 +26,10 @@ class Card:
     """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
 
     fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
-    Infinity Fabric, else PCIe). price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as
-    deploybase.ai has it (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); prices differ by 2.5 times
-    between providers. reached: the share of bf16 that the fastest large products get (MAMF table of
-    github.com/stas00/ml-engineering; 0.8, about that of H100, where it has no measurement). network: bytes/s to other
-    machines, one adapter a card as in the vendors' own systems.
+    Infinity Fabric, else PCIe). price: dollars an hour; 0: unknown, give --gpu-price. RunPod's of March 2026, after
+    deploybase.ai (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); others differ by 2.5 times. reached:
+    the share of bf16 that the fastest large products get (MAMF table of github.com/stas00/ml-engineering; 0.8, about H100's,
+    where it has none). network: bytes/s to other machines, one adapter a card as in the vendors' own systems.
     """
 
     bf16: float
@@ -106,20 +104,16 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32. Raises UsageError: bf16 asked for where
     the device only emulates it."""
     native = has_native_bf16(device)
-    if name == "fp32":
-        return torch.float32, "asked for"
-    if name == "bf16":
-        if not native:
-            raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")
-        return torch.bfloat16, "asked for"
+    if name == "bf16" and not native:
+        raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
     return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
 
 
 def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
-    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)?
-
-    name: same, auto or fp8 (ModelConfig.head_dtype). Raises UsageError: fp8 asked for on a GPU that has none.
-    """
+    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)? name: same, auto or fp8
+    (ModelConfig.head_dtype). Raises UsageError: fp8 asked for on a GPU that has none."""
     if name == "same":
         return False, ""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -160,12 +154,6 @@ def compiler_lacks(device: torch.device) -> str:
     return "" if there else "no C++ compiler with Python headers here"
 
 
-def lacks_nccl(device: torch.device, ranks: int) -> str:
-    """What to say where several GPUs have no NCCL; else nothing."""
-    lacking = device.type == "cuda" and ranks > 1 and not torch.distributed.is_nccl_available()
-    return "this PyTorch has no NCCL: ranks talk through gloo, which is slower" if lacking else ""
-
-
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has what it needs."""
     return not compiler_lacks(device)
@@ -173,12 +161,6 @@ def can_compile(device: torch.device) -> bool:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def counted(names: Iterable[str]) -> str:
-    """4 x NVIDIA H100 80GB HBM3, 4 x NVIDIA A100-SXM4-80GB."""
-    names = list(names)
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
