@@ -62,26 +62,24 @@ def plain_type(annotation: Any) -> type:
     return annotation if annotation in (int, float, bool, str) else str
 
 
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def convert(text: str, annotation: Any, what: str) -> Any:
     """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95. Raises
     UsageError: the text is not of that type."""
     if tuple in (annotation, typing.get_origin(annotation)):
         return tuple(convert(part, float, what) for part in text.split("/"))
-    kind = plain_type(annotation)
-    if type(None) in typing.get_args(annotation) and text.lower() == "none":
+    kind, word = plain_type(annotation), text.lower()
+    if type(None) in typing.get_args(annotation) and word == "none":
         return None
     if kind is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise UsageError(f"{what} takes true or false, not {text!r}")
+        if word not in TRUTHS:
+            raise UsageError(f"{what} takes true or false, not {text!r}")
+        return TRUTHS[word]
     try:
-        if kind is int and "e" in text.lower():  # 1e6 tokens is how people write it
-            number = float(text)
-            if not number.is_integer():
-                raise ValueError
-            return int(number)
+        if kind is int and "e" in word and float(text).is_integer():  # 1e6 tokens is how people write it
+            return int(float(text))
         return kind(text)
     except ValueError:
         raise UsageError(f"{what} takes a value of type {kind.__name__}, not {text!r}") from None
@@ -118,15 +116,8 @@ def typed_keys(cls: type) -> dict[str, Any]:
 
 
 def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[str, Any]]:
-    """Look `spec` up in `registry` (or import it) and convert its settings. Raises UsageError: unknown name or key, wrong type,
-    or a file that does not import.
-
-    Args:
-        spec: a SPEC string, see the module's docstring.
-        registry: name -> class.
-        what: "optimizer" or "schedule", for messages.
-    Returns:
-        the class and its typed keyword arguments.
+    """The class that a SPEC chooses, of `registry` (name -> class) or imported, and its typed keyword arguments. what:
+    "optimizer" or "schedule", for messages. Raises UsageError: unknown name or key, wrong type, or a file that does not import.
     """
     name, texts = split(spec)
     registered, colon, word = name.partition(":")
@@ -136,12 +127,10 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
     if cls is None:
         raise UsageError(f"unknown {what} {name!r}: {nearest(name, registry)}")
     keys = typed_keys(cls)
-    settings = {}
-    for key, text in texts.items():
+    for key in texts:
         if key not in keys:
             raise UsageError(f"{what} {name!r} has no key {key!r}: {nearest(key, keys)}")
-        settings[key] = convert(text, keys[key], f"{what} key {name}:{key}")
-    return cls, settings
+    return cls, {key: convert(text, keys[key], f"{what} key {name}:{key}") for key, text in texts.items()}
 
 
 def load(name: str, what: str) -> type:

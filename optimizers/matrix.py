@@ -447,9 +447,9 @@ class CASPR(MatrixMethod):
     """L <- b2 L + (1 - b2) g g^T;  R <- b2 c R + (1 - b2) (P g)^T (P g) / rows;  u = P m~ Q with P = L^-1/2, Q = R^-1/2 and
     m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
 
-    Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16), whose norm is the whole weight's:
-    R is of gradients that the left side has preconditioned, and c = tr(P L_before P) / rows fits it to a P just renewed.
-    CASPR itself: Duvvuri et al., ICLR 2024. Up to `start` the update is NAdam's.
+    Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
+    side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed. CASPR itself: Duvvuri et al.,
+    ICLR 2024. Up to `start` the update is NAdam's. Here the norm is the block's, there the whole weight's.
     """
 
     lr, beta1 = LR(3e-3, help=RATE), BETA1(0.9)
