@@ -105,18 +105,13 @@ def find(spec: str) -> Choice:
 
 
 def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", rates: str = "") -> torch.optim.Optimizer:
-    """The optimizer that `spec` names, over all trainable parameters of `gpt`. Raises UsageError: unknown name or key, value
-    out of range, a class that is no optimizer or misses parameters.
+    """The optimizer that `spec` names (see the top of this file), over all trainable parameters of `gpt`, which may be wrapped
+    in DistributedDataParallel or compiled. steps: of the run, for settings that are a fraction of it. average: SPEC of an
+    average of the weights to evaluate at (AVERAGES), or none. rates: factors on learning rates, see `multiply_rates`.
 
-    Args:
-        spec: see the top of this file.
-        gpt: the model; wrapped in DistributedDataParallel or compiled is fine.
-        steps: length of the run, for settings that are a fraction of it.
-        average: SPEC of an average of the weights to evaluate at (AVERAGES), or none.
-        rates: factors on learning rates, see `multiply_rates`.
-
-    Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label).
-    `train()` and `eval()` exist on the result: call eval() before validation and checkpoints, train() after.
+    Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label). `train()` and
+    `eval()` exist on the result: call eval() before validation and checkpoints, train() after. Raises UsageError: unknown name
+    or key, value out of range, a class that is no optimizer or misses parameters.
     """
     gpt, choice = unwrapped(gpt), find(spec)
     try:
@@ -194,8 +189,7 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
         for p in group["params"]:
             alike[factors.get(p, 1.0)].append(p)
         for factor, params in alike.items():
-            what = dict(params=params, lr=group["lr"] * factor, roles=label(role[p] for p in params))
-            divided.append(group | what)
+            divided.append(group | dict(params=params, lr=group["lr"] * factor, roles=label(role[p] for p in params)))
     optimizer.param_groups = divided
     if isinstance(optimizer, Chain):
         optimizer._link()

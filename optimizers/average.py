@@ -22,8 +22,8 @@ class LawaEMA:
     every: int = hyper(1, "steps between updates", least=1)
     start: float = hyper(0, "steps before the first; below 1: fraction of the run")
 
-    def weights(self, kept: list[Tensor]) -> Tensor:
-        return kept[0]
+    def weights(self, kept: list[Tensor]) -> Tensor | None:
+        return kept[0] if kept else None
 
     def keep(self, kept: list[Tensor], w: Tensor) -> None:
         if kept:
@@ -82,8 +82,7 @@ class Averaged(Chain):
     def eval(self) -> None:
         super().eval()
         for p, kept in self.kept.items():
-            average = self.average.weights(kept) if kept else None
-            if average is not None and p not in self.aside:
+            if p not in self.aside and (average := self.average.weights(kept)) is not None:
                 self.aside[p] = p.detach().clone()
                 p.copy_(average)
 
@@ -103,9 +102,8 @@ class Averaged(Chain):
         super().load_state_dict(state_dict)
         saved, params = state_dict["average"], [p for g in self.param_groups for p in g["params"]]
         self.t = saved["t"]
-        self.kept = {p: [moved(w, p.device) for w in kept] for p, kept in zip(params, saved["kept"], strict=True)}
-        aside = zip(params, saved["aside"], strict=True)
-        self.aside = {p: moved(w, p.device) for p, w in aside if w is not None}
+        self.kept = {p: moved(kept, p.device) for p, kept in zip(params, saved["kept"], strict=True)}
+        self.aside = {p: moved(w, p.device) for p, w in zip(params, saved["aside"], strict=True) if w is not None}
 
 
 def build_average(spec: str, steps: int) -> LawaEMA | LawaQueue | None:

@@ -35,8 +35,8 @@ def to_bf16(weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
 def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, Tensor]) -> Chain:
     """Have a fresh `optimizer` update bf16 weights as the fp32 weights that they are together with their `lower` halves.
 
-    In its groups an fp32 stand-in takes the place of each weight: without memory, but during a step. (The weight itself must
-    not change its type: DistributedDataParallel would lose its hooks.) The lower halves lie in the state, as `mantissa`.
+    In its groups an fp32 stand-in, without memory except in a step, takes the place of each weight (a weight that changed its
+    type would lose DistributedDataParallel's hooks). The lower halves lie in the state, as `mantissa`.
     Returned as a chain, whose load_state_dict keeps the types of saved state. Raises UsageError: the optimizer evaluates other
     weights than it trains, which it would look for in the model.
     """

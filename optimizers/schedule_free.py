@@ -13,6 +13,17 @@ from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, S
 BETWEEN = "b: where between z and x the gradient is taken"
 
 
+def warm_rate(group: dict, t: int) -> float:
+    """lr in step t, after a warm-up of the group's own."""
+    return group["lr"] * (min(1.0, t / group["warmup"]) if group["warmup"] else 1.0)
+
+
+def take_share(group: dict, weight: float) -> None:
+    """c: the weight of this step in x, over the sum of those so far."""
+    group["weights"] = group.get("weights", 0.0) + weight
+    group["c"] = weight / group["weights"] if weight else 0.0
+
+
 class ScheduleFree(Swapped, Elementwise):
     """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x."""
 
@@ -23,17 +34,11 @@ class ScheduleFree(Swapped, Elementwise):
         state["z"].copy_(p)
 
     def update_group(self, group, params):
-        group["t"] = t = group.get("t", 0) + 1
-        group["now"] = group["lr"] * min(1.0, t / group["warmup"] if group["warmup"] else 1.0)
-        self.share(group, group["now"])
+        group["t"] = group.get("t", 0) + 1
+        group["now"] = warm_rate(group, group["t"])
+        group["largest"] = max(group.get("largest", 0.0), group["now"])  # the largest rate so far counts, as in the reference
+        take_share(group, group["largest"] ** 2)
         super().update_group(group, params)
-
-    def share(self, group, lr):
-        """c, from the sum of squared rates so far; the largest rate counts, as in the reference."""
-        group["largest"] = max(group.get("largest", 0.0), lr)
-        weight = group["largest"] ** 2
-        group["weights"] = group.get("weights", 0.0) + weight
-        group["c"] = weight / group["weights"] if weight else 0.0
 
     def numbers(self, group, t):
         """y of the new x and z is (1 - c) y + c z - lr (1 - b (1 - c)) u."""
@@ -84,10 +89,8 @@ class ScheduleFreeSGD(ScheduleFree):
 
 
 class Estimating(Elementwise):
-    """What Prodigy and its Schedule-Free form share: one estimate d of the rate, for all weights.
-
-    It stands in the first param group, as tensors, so that no step waits for the device.
-    """
+    """What Prodigy and its Schedule-Free form share: one estimate d of the rate, for all weights. It stands in the first param
+    group, as tensors, so that no step waits for the device."""
 
     state_per_parameter, transfer, toy_lr = 16.0, 0.0, 1.0
 
@@ -96,12 +99,8 @@ class Estimating(Elementwise):
         state["start"].copy_(p)
 
     def update_weights(self):
-        work = [
-            (group, t, members)
-            for group in self.param_groups
-            if group["lr"] > 0
-            for t, members in self.alike(group, [p for p in group["params"] if p.grad is not None])
-        ]
+        moving = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups if g["lr"] > 0]
+        work = [(group, t, members) for group, params in moving for t, members in self.alike(group, params)]
         if not work:
             return
         first, device = self.param_groups[0], work[0][2][0].device
@@ -192,8 +191,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
     warmup, weight_decay = WARMUP(0.075), DECAY(0.1)
     buffers = ("z", "squares", "s", "start")
 
-    def factor(self, group, t):
-        return group["lr"] * (min(1.0, t / group["warmup"]) if group["warmup"] else 1.0)
+    factor = staticmethod(warm_rate)
 
     @staticmethod
     def observe(y, g, z, v, s, start, along, size, *, keep_s, new_s):
@@ -203,9 +201,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
     def begin(self):
         for group in self.param_groups:
             group["t"] = group.get("t", 0) + 1
-            weight = group["t"] ** group["r"]
-            group["weights"] = group.get("weights", 0.0) + weight
-            group["c"] = weight / group["weights"]
+            take_share(group, group["t"] ** group["r"])
 
     def numbers(self, group, t):
         b = group["beta1"]
