@@ -100,8 +100,8 @@ def tiles(size: int, block: int) -> int:
 
 def roomy(device: torch.device) -> bool:
     """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
-    the units that move tiles by descriptors with it; A100, graphics cards and AMD's (which have no such property) have not.
-    Triton's interpreter has no limit."""
+    the units that move tiles by descriptors; A100, graphics cards and AMD's (without such a property) have not. Triton's
+    interpreter has no limit."""
     if device.type != "cuda":
         return True
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
@@ -330,9 +330,8 @@ def plan_cross_entropy_forward(
     logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, vocab_size: int, cap: float, form: str
 ) -> Plan:
     # logits of at least -cap: exp(-2 cap) of them is to be a normal fp32 number, 1e-38, with room to add up
-    arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size,
-                     columns=logits.size(1), cap=cap, FORM=form if cap else "none", BOUNDED=0 < cap <= 40,
-                     BLOCK=2048)  # fmt: skip
+    arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size)
+    arguments |= dict(columns=logits.size(1), cap=cap, FORM=form if cap else "none", BOUNDED=0 < cap <= 40, BLOCK=2048)
     return Plan(cross_entropy_forward_kernel, (len(logits),), arguments, num_warps=8, num_stages=3)
 
 
@@ -340,9 +339,8 @@ def plan_cross_entropy_backward(
     logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, out: Tensor, vocab_size: int, cap: float, form: str
 ) -> Plan:
     rows, columns = logits.shape
-    arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size,
-                     columns=columns, cap=cap, FORM=form if cap else "none",
-                     BLOCK=1024)  # fmt: skip
+    arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size)
+    arguments |= dict(columns=columns, cap=cap, FORM=form if cap else "none", BLOCK=1024)
     return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 1024)), arguments, num_warps=4, num_stages=1)
 
 
@@ -352,9 +350,7 @@ def row_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @opaque("speedrun::cross_entropy_forward", lambda logits, *_: row_pair(logits))
-def cross_entropy_forward(
-    logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def cross_entropy_forward(logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> tuple[Tensor, Tensor]:
     """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
     losses, normalisers = row_pair(logits)
     plan_cross_entropy_forward(logits.contiguous(), targets, losses, normalisers, vocab_size, cap, form).run()
@@ -390,13 +386,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float = 0.0, form: str = "rational") -> Tensor:
-    """Mean cross-entropy of softcapped logits, nats, fp32.
-
-    Args:
-        logits: [N, columns], of which the first vocab_size count (the rest pads the head).
-        targets: [N] int64 below vocab_size; -100 where none counts.
-        cap, form: see `softcap`; cap 0 leaves the logits as they are.
-    """
+    """Mean cross-entropy, nats, fp32, of logits [N, columns] after `softcap`, of which the first vocab_size count (the rest
+    pads the head). targets: [N] int64 below vocab_size; -100 where none counts."""
     if fused_loss(logits) and form in ("rational", "tanh", "sigmoid"):
         return FusedCrossEntropy.apply(logits, targets.contiguous(), vocab_size, cap, form)
     return cross_entropy_reference(logits, targets, vocab_size, cap, form)
@@ -590,14 +581,6 @@ class FP8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scales: tuple[float, float, float]) -> Tensor:
-    """x W^T with x and W in e4m3, and the gradient in e5m2 (modded-nanogpt #19, for the head).
-
-    Args:
-        x: [N, C].
-        weight: [V, C], of x's dtype.
-        scales: what is divided by before rounding, fixed: of x, the weight and the gradient. The gradient of a mean over N
-            tokens is at most 1 / N a logit.
-    Returns:
-        [N, V] in x's dtype.
-    """
+    """x W^T, [N, V] in x's dtype, of x [N, C] and W [V, C] in e4m3, and the gradient in e5m2 (modded-nanogpt #19, for the
+    head). scales: what x, the weight and the gradient are divided by before rounding, fixed."""
     return FP8Linear.apply(x, weight, scales)

@@ -153,9 +153,13 @@ class Method:
         optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
         if roles:
             return optimizer
+        return with_rest(optimizer, gpt, cls.roles, **cls.of_rest(given))
+
+    @classmethod
+    def of_rest(cls, given: dict) -> dict:
+        """Settings of the AdamW that takes the rest."""
         rest = [f for f in dataclasses.fields(cls) if f.metadata["rest"]]
-        settings = {f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in rest}
-        return with_rest(optimizer, gpt, cls.roles, **settings)
+        return {f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in rest}
 
     @classmethod
     def transfer_of(cls, settings: dict) -> float:

@@ -1,18 +1,15 @@
-"""Methods that treat a weight as a matrix: Muon, Shampoo, CASPR, SOAP, Kron.
+"""Methods that treat a weight as a matrix: Muon, Shampoo, CASPR, SOAP, Kron; AdamW takes what is no hidden matrix.
 
-They own the hidden matrices; AdamW takes the rest. First what they share: blocks of weights in batches of one shape,
-each block owned by one rank.
+First what they share: blocks of weights in batches of one shape, each block owned by one rank.
 """
 
-import dataclasses
 import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
-from types import SimpleNamespace
+from itertools import compress, product
 
 import torch
 import torch.distributed as dist
@@ -104,18 +101,15 @@ class MatrixMethod(Optimizer):
 
     @classmethod
     def build(cls, gpt, steps, /, **given):
-        method = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given))
-        settings = SimpleNamespace(**{f.name: f.default for f in dataclasses.fields(cls)} | given)
-        lr, decay = settings.adamw_lr, settings.adamw_weight_decay
-        others = groups(gpt, ("embedding",), lr=settings.embedding_lr or lr, weight_decay=decay)
-        others += groups(gpt, ("head",), lr=settings.head_lr or lr, weight_decay=decay)
+        method, rest = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given)), cls.of_rest(given)
+        lr, decay, cautious, every = (rest.pop(key) for key in ("lr", "weight_decay", "cautious", "every"))
+        rates = {role: rest.pop(f"{role}_lr") or lr for role in ("embedding", "head")}
+        others = [g for role, rate in rates.items() for g in groups(gpt, (role,), lr=rate, weight_decay=decay)]
         others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
         if not others:
             return method
-        how = dict(lr=lr, beta1=settings.adamw_beta1, beta2=settings.adamw_beta2, eps=settings.adamw_eps)
-        cautious, every = settings.adamw_cautious, settings.adamw_every
-        plain = not cautious and every == 1
-        return Chain(method, AdamW(others, **how) if plain else CautiousAdamW(others, **how, cautious=cautious, every=every))
+        how = dict(cautious=cautious, every=every) if cautious or every > 1 else {}
+        return Chain(method, (CautiousAdamW if how else AdamW)(others, lr=lr, **rest, **how))
 
     def add_param_group(self, param_group: dict) -> None:
         param_group.setdefault("split", 1)
@@ -528,10 +522,11 @@ class SOAP(MatrixMethod):
         unknown = [k for k, i in enumerate(ids) if i not in self._started]
         if not unknown or G.is_meta:
             return []
-        moves = (G[unknown].flatten(1).abs().amax(1) > 0) & (state["steps"][unknown] == 0)
-        known = torch.stack([moves, state["steps"][unknown] > 0]).tolist()
-        self._started |= {ids[k] for k, *either in zip(unknown, *known, strict=True) if any(either)}
-        return [k for k, now in zip(unknown, known[0], strict=True) if now]
+        stands = state["steps"][unknown] > 0
+        moves = (G[unknown].flatten(1).abs().amax(1) > 0) & ~stands
+        moves, stands = torch.stack([moves, stands]).tolist()
+        self._started |= {ids[k] for k, *either in zip(unknown, moves, stands, strict=True) if any(either)}
+        return list(compress(unknown, moves))
 
     def cost(self, m, n):
         return 4 * m * n * (m + n) + 4 * (m**3 + n**3) / self.defaults["every"]
