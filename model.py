@@ -42,11 +42,9 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so.
-
-    What is divided by before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in
-    modded-nanogpt since record 19; a gradient of the mean over N tokens is at most 1 / N.
-    """
+    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so. What is divided by
+    before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in modded-nanogpt since
+    record 19; a gradient of the mean over N tokens is at most 1 / N."""
 
     fp8 = False  # set by the trainer
 
@@ -100,10 +98,8 @@ def rotary_tables(config: ModelConfig, parts: Sequence[float] = ()) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D] by the angle of their position.
-
-    cos, sin: broadcastable to [B, T, ..., D/2].
-    """
+    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D] by the angle of their position. cos, sin: broadcastable
+    to [B, T, ..., D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
@@ -313,11 +309,9 @@ class GPT(nn.Module):
 
 
 def roles(gpt: nn.Module) -> dict[str, str]:
-    """Parameter name -> what it is for: the only thing optimizers may route by.
-
-    matrix: hidden weights inside blocks; embedding: token, position, value and n-gram tables (and a head tied to one);
-    head: an untied output matrix; vector: gains, biases, gates and weights of residual paths; scalar: single numbers.
-    """
+    """Parameter name -> what it is for: the only thing optimizers may route by. matrix: hidden weights inside blocks;
+    embedding: token, position, value and n-gram tables (and a head tied to one); head: an untied output matrix; vector: gains,
+    biases, gates and weights of residual paths; scalar: single numbers."""
 
     def role(name: str, p: nn.Parameter) -> str:
         if p.dim() == 0 or p.numel() == 1:
@@ -332,10 +326,8 @@ def roles(gpt: nn.Module) -> dict[str, str]:
 
 
 def splits(gpt: nn.Module) -> dict[str, int]:
-    """Parameter name -> number of matrices fused in it along its first dimension (queries, keys and values: 3).
-
-    Matrix optimizers take them apart first, or their scale is wrong (microsoft/dion #111).
-    """
+    """Parameter name -> number of matrices fused in it along its first dimension (queries, keys and values: 3). Matrix
+    optimizers take them apart first, or their scale is wrong (microsoft/dion #111)."""
     return {name: 3 for name, _ in gpt.named_parameters() if name.endswith("qkv.weight")}
 
 

@@ -330,10 +330,8 @@ class Training:
         return hardware.upload(now.future, self.world.device) if now.future else None
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
-
-        A signal ends the run earlier, with a checkpoint and without a result: None.
-        """
+        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result. A signal
+        ends the run earlier, with a checkpoint and without a result: None."""
         self.begin()
         config, progress = self.config, self.progress
         every, self.saved_at = config.val_every or math.ceil(config.steps / 5), time.monotonic()
@@ -389,10 +387,8 @@ class Training:
         self.tied.after_update(first)
 
     def warm_up(self) -> None:
-        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update.
-
-        Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
-        """
+        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
+        weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data."""
         first, device = self.progress.step, self.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for step in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):

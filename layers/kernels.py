@@ -141,11 +141,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class CPURMSNorm(torch.autograd.Function):
-    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n.
-
-    PyTorch composes F.rms_norm on CPUs from about ten element-wise passes over memory, which for small models costs more
-    than the matrix products; this one makes three forward and five backward.
-    """
+    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n. PyTorch composes F.rms_norm
+    on CPUs from about ten element-wise passes over memory, which for small models costs more than the matrix products; this one
+    makes three forward and five backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -171,10 +169,8 @@ class CPURMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """RMS normalisation over the last dimension of x; weight [C] in x's dtype or None.
-
-    The reference under torch.compile (which fuses it) and on GPUs (where PyTorch has a kernel).
-    """
+    """RMS normalisation over the last dimension of x; weight [C] in x's dtype or None. The reference under torch.compile (which
+    fuses it) and on GPUs (where PyTorch has a kernel)."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, eps)
     return CPURMSNorm.apply(x, weight, eps)
@@ -196,10 +192,8 @@ def symmetric_kernel(
     x, old, out, M, K, x_batch, x_row, x_column, alpha, beta,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_OLD: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha x x^T + beta old: a program computes one tile on or below the diagonal and writes it there and mirrored.
-
-    x [batch, M, K] of any strides; old, symmetric, and out [batch, M, M] are contiguous.
-    """
+    """out = alpha x x^T + beta old: a program computes one tile on or below the diagonal and writes it there and mirrored. x
+    [batch, M, K] of any strides; old, symmetric, and out [batch, M, M] are contiguous."""
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8.0 * tile + 1) - 1) / 2).to(tl.int32)  # tile = i (i + 1) / 2 + j, up to rounding
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
@@ -406,10 +400,8 @@ def linear_relu2_kernel(
     x, weight, bias, out, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor.
-
-    A program stays for all its tiles, and loads for the next one while it writes the last; tiles that share rows run together.
-    """
+    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor. A program stays for
+    all its tiles, and loads for the next one while it writes the last; tiles that share rows run together."""
     high, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), high * wide, PROGRAMS, flatten=True):
         i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
@@ -484,10 +476,8 @@ class FusedLinearReLU2(torch.autograd.Function):
 
 
 def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H].
-
-    The kernel loads and stores by tensor descriptors, whose rows have a multiple of 16 bytes.
-    """
+    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H]. The kernel loads
+    and stores by tensor descriptors, whose rows have a multiple of 16 bytes."""
     if fused(x) and roomy(x.device) and not any(side * x.element_size() % 16 for side in weight.shape):
         return FusedLinearReLU2.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return linear_relu2_reference(x, weight, bias)

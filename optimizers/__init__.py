@@ -164,11 +164,9 @@ def unwrapped(gpt: nn.Module) -> nn.Module:
 
 
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
-    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ.
-
-    A word is a role, a parameter's name, or what stands between dots in it; of several that fit a parameter the last counts.
-    Raises UsageError: a word that fits no parameter, or no number of 0 or more after it.
-    """
+    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ. A word is a role, a
+    parameter's name, or what stands between dots in it; of several that fit a parameter the last counts. Raises UsageError: a
+    word that fits no parameter, or no number of 0 or more after it."""
     if not rates:
         return
     role, factors = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True)), {}

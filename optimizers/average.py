@@ -55,10 +55,8 @@ AVERAGES = {"lawa_ema": LawaEMA, "lawa_queue": LawaQueue}
 
 
 class Averaged(Chain):
-    """An optimizer whose eval() puts an average of the weights in place of the weights, and train() takes it away again.
-
-    What is kept stands in the state_dict under `average`, beside torch's own entries, weight by weight.
-    """
+    """An optimizer whose eval() puts an average of the weights in place of the weights, and train() takes it away again. What
+    is kept stands in the state_dict under `average`, beside torch's own entries, weight by weight."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, average: LawaEMA | LawaQueue):
         super().__init__(*parts(optimizer))

@@ -68,9 +68,7 @@ WARMUP = common("steps of linear warm-up; below 1: fraction of the run", 0.0, 0.
 
 def groups(gpt: nn.Module, wanted: Collection[str], by_split: bool = False, **options) -> list[dict]:
     """gpt's trainable parameters of the `wanted` roles as one param group with `options`; an empty list if it has none.
-
-    by_split: one group per number of fused matrices instead, which the group states as `split`.
-    """
+    by_split: one group per number of fused matrices instead, which the group states as `split`."""
     role, split, chosen = roles_of(gpt), splits_of(gpt), defaultdict(list)
     for name, p in gpt.named_parameters():
         if p.requires_grad and role[name] in wanted:
@@ -220,11 +218,9 @@ def moved(state, device: torch.device):
 
 
 class Chain(torch.optim.Optimizer):
-    """Several optimizers as one, in torch's usual state_dict format.
-
-    The parts' param groups (the same dicts, marked with the index `part`) and one state dict belong to chain and parts alike:
-    schedulers, checkpoints and zero_grad see a single ordinary optimizer.
-    """
+    """Several optimizers as one, in torch's usual state_dict format. The parts' param groups (the same dicts, marked with the
+    index `part`) and one state dict belong to chain and parts alike: schedulers, checkpoints and zero_grad see a single
+    ordinary optimizer."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts: tuple[torch.optim.Optimizer, ...] = ()  # empty while the parts' own groups are being taken over
@@ -292,10 +288,8 @@ def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str
 
 
 class Many:
-    """Tensors computed with as if they were one: every operation is one torch._foreach call over the list.
-
-    Other operands are as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`.
-    """
+    """Tensors computed with as if they were one: every operation is one torch._foreach call over the list. Other operands are
+    as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`."""
 
     __slots__ = ("tensors",)
 

@@ -277,10 +277,8 @@ def frobenius(X: Tensor) -> Tensor:
 
 
 def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtype: str = "auto") -> Tensor:
-    """U V^T, nearly, of G = U S V^T by Newton-Schulz iteration: every singular value is driven towards 1.
-
-    G [..., m, n] is a batch of independent matrices. dtype, of the iteration and the result: "auto", "fp32" or "bf16".
-    """
+    """U V^T, nearly, of G = U S V^T by Newton-Schulz iteration: every singular value is driven towards 1. G [..., m, n] is a
+    batch of independent matrices. dtype, of the iteration and the result: "auto", "fp32" or "bf16"."""
     if G.size(-2) > G.size(-1):  # the products below are the cheaper the fewer rows there are
         return orthogonalize(G.mT, steps, coefficients, dtype).mT
     X = (G / (frobenius(G) + 1e-7)).to(iteration_dtype(dtype, G.device)).reshape(-1, *G.shape[-2:])
