@@ -86,15 +86,14 @@ def only(packed: Any, own: Any) -> Any:
     """`packed` without the blocks (optimizers.matrix) that the packed state `own` has no part in."""
     if "dict" not in packed:
         return packed
-    here = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}
-    kept = []
+    here, pairs = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}, []
     for key, value in packed["dict"]:
         inner = here.get(json.dumps(key))
         if key == "blocks" and inner is not None:
             mine = [k for k, _ in inner["dict"]]
             value = {"dict": [pair for pair in value["dict"] if pair[0] in mine]}
-        kept.append([key, only(value, inner)])
-    return {"dict": kept}
+        pairs.append([key, only(value, inner)])
+    return {"dict": pairs}
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
@@ -153,16 +152,14 @@ def step_of(path: Path) -> int:
 
 def listing(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, finished or not."""
-    found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of, reverse=True)
+    return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest complete and intact checkpoint, and what was passed over: a line each."""
     passed = []
     for path in listing(folder):
-        problem = damage(path)
-        if problem is None:
+        if not (problem := damage(path)):
             return path, passed
         passed.append(f"checkpoint {path} passed over: {problem}")
     return None, passed
@@ -231,10 +228,10 @@ class Checkpoints:
 
         self.dcp = dcp
         self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, max(1, keep), milestone
-        self.facts: list[dict[str, float]] = []  # of checkpoints that the thread has finished; `finished` hands them out
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.group = dist.new_group(backend="gloo") if several else None
+        self.facts: list[dict[str, float]] = []  # of checkpoints that are finished; `finished` hands them out
+        ranked = dist.is_available() and dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
+        self.group = dist.new_group(backend="gloo") if self.ranks > 1 else None
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
         self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
@@ -247,9 +244,8 @@ class Checkpoints:
         self.wait()
         tensors: dict[str, Tensor] = {}
         packed = pack(optimizer, "optimizer", tensors)
-        shared = [packed]
+        shared = [packed] * self.ranks
         if self.group:
-            shared = [None] * self.ranks
             dist.all_gather_object(shared, packed, group=self.group)
         # what several ranks hold, all hold alike: each writes its part of that, which all count out in the same order
         holders: dict[str, list[int]] = {}
@@ -258,11 +254,10 @@ class Checkpoints:
                 holders.setdefault(reference["tensor"], []).append(rank)
         mine = {k: tensors[k] for i, (k, by) in enumerate(holders.items()) if by[i % len(by)] == self.rank}
         mine |= {f"rng/{self.rank}/{i}": state for i, state in enumerate(rng)}
-        weights = {f"model/{k}": v for k, v in gpt.named_parameters()} if self.rank == 0 else {}
-        copies = {k: self._copy(k, v) for k, v in (mine | weights).items()}
-        if any(v.device.type == "cuda" for v in (mine | weights).values()):
+        mine |= {f"model/{k}": v for k, v in gpt.named_parameters()} if self.rank == 0 else {}
+        self.copies = {k: self._copy(k, v) for k, v in mine.items()}
+        if any(v.device.type == "cuda" for v in mine.values()):
             torch.cuda.synchronize()
-        self.copies = copies
         about = dict(step=step, ranks=self.ranks, rng=[len(state) for state in rng], optimizer=merged(shared))
         state = json.dumps(extra | self.origin | about)  # now: training goes on changing what it speaks of
         self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)

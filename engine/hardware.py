@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sysconfig
-import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +116,11 @@ def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
     (ModelConfig.head_dtype). Raises UsageError: fp8 asked for on a GPU that has none."""
     if name == "same":
         return False, ""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
         return True, ""
     if name == "fp8" and device.type == "cpu":
         return True, "8-bit floats of the head are simulated on this cpu"
-    lacking = f"{card} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
+    lacking = f"{device_name(device)} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
     if name == "fp8":
         raise UsageError(f"--head-dtype fp8: {lacking}: use auto or same")
     return False, f"{lacking}: the head's products stay in the type of the others"
@@ -149,8 +148,8 @@ def compiler_lacks(device: torch.device) -> str:
         return "" if importlib.util.find_spec("triton") else "no Triton here"
     if device.type != "cpu":
         return ""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    there = compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    compiler = os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))
+    there = compiler and Path(sysconfig.get_path("include"), "Python.h").exists()
     return "" if there else "no C++ compiler with Python headers here"
 
 
@@ -167,20 +166,15 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None,
     """Peak of matrix products in FLOP/s, and where the figure is from; (None, ...) where it is unknown. GPUs: data sheet (bf16
     only). CPU: the fastest of a few 2048^3 products timed now, about 0.2 s."""
     if device.type == "cuda":
-        found = card_named(torch.cuda.get_device_name(device))
-        if found and dtype == torch.bfloat16:
-            return found[1].bf16, "data sheet"
-        return None, "unknown GPU or dtype"
+        known = card_named(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
+        return (known[1].bf16, "data sheet") if known else (None, "unknown GPU or dtype")
     if device.type != "cpu":
         return None, "unknown device"
     n = 2048 if dtype == torch.bfloat16 else 1024
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    best = float("inf")
-    for _ in range(8):  # the first ones set up the primitive
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "measured at start"
+    return 2 * n**3 / min(
+        timeit.repeat(lambda: a @ b, number=1, repeat=8)
+    ), "measured at start"  # the first set up the primitive
 
 
 def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor:

@@ -93,8 +93,8 @@ TRAINING = ("train_gpt.py", "config.py", "model.py", "tricks.py", "optimizers", 
 
 def sources() -> list[Path]:
     """The files that a run executes."""
-    found = [(ROOT / name, (ROOT / name).glob("*.py")) for name in TRAINING]
-    return sorted(path for place, inside in found for path in ([place] if place.is_file() else inside))
+    places = [ROOT / name for name in TRAINING]
+    return sorted(path for place in places for path in ([place] if place.is_file() else place.glob("*.py")))
 
 
 @functools.cache

@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import math
 import sys
-import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,13 +52,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def plain_type(annotation: Any) -> type:
-    """The one scalar type behind an annotation: `float | None` -> float. Without an annotation: str."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation if annotation in (int, float, bool, str) else str
-
-
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -68,7 +60,8 @@ def convert(text: str, annotation: Any, what: str) -> Any:
     UsageError: the text is not of that type."""
     if tuple in (annotation, typing.get_origin(annotation)):
         return tuple(convert(part, float, what) for part in text.split("/"))
-    kind, word = plain_type(annotation), text.lower()
+    kind = next((t for t in (annotation, *typing.get_args(annotation)) if t in (int, float, bool, str)), str)
+    word = text.lower()
     if type(None) in typing.get_args(annotation) and word == "none":
         return None
     if kind is bool:
@@ -130,8 +123,7 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
 
 
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: no such file, it does not import, or it has
-    no such class."""
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: it does not import, or has no such class."""
     place, _, attribute = name.partition(":")
     try:
         if place.endswith(".py"):
@@ -148,8 +140,7 @@ def load(name: str, what: str) -> type:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to read, on one line
         raise UsageError(f"{what} {name!r}: {place} does not import ({type(error).__name__}: {error})") from error
-    found = getattr(module, attribute, None)
-    if not isinstance(found, type):
-        classes = [k for k, v in vars(module).items() if isinstance(v, type)]
+    classes = {word: value for word, value in vars(module).items() if isinstance(value, type)}
+    if attribute not in classes:
         raise UsageError(f"{what} {name!r}: {place} has no class {attribute!r}: {nearest(attribute, classes)}")
-    return found
+    return classes[attribute]
