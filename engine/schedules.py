@@ -30,7 +30,7 @@ def length(value: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then `shape(progress)`; subclasses give the shape."""
+    """Warm-up, then `shape`: 1, unless a subclass gives another."""
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
 
@@ -46,15 +46,12 @@ class Schedule:
         return self.shape(step - warmup, max(steps - warmup, 1))
 
     def shape(self, t: float, total: float) -> float:
-        raise NotImplementedError
+        return 1.0
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
     """1."""
-
-    def shape(self, t, total):
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -117,9 +114,6 @@ class WSD(Decaying):
         q = max(0.0, (step - (steps - decay)) / decay)
         down = self.final + (1 - self.final) * self.FORMS[self.form](q)
         return min(down, super().value(step, steps))
-
-    def shape(self, t, total):
-        return 1.0
 
 
 @dataclass(frozen=True)

@@ -480,27 +480,3 @@ def lerp_(start: Value, end: Value, weight: float) -> Value:
 def total(x: Value) -> Value:
     """The sum of all elements; by rows first, since one long sum costs compiled code more than reading memory does."""
     return x.sum(-1).sum()
-
-
-class Swapped:
-    """Mixin of optimizers that are evaluated at other weights than they train at: eval() puts those in place and the training
-    weights aside, train() puts them back, exactly; both as often as one likes. A state_dict made in eval mode continues like
-    another: load it beside the model's weights, then call train()."""
-
-    def evaluation_weights(self, group: dict, params: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if self.state.get(p) and "aside" not in self.state[p]]
-            for p, w in zip(params, self.evaluation_weights(group, params), strict=True):
-                self.state[p]["aside"] = p.detach().clone()
-                p.copy_(w)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (aside := self.state.get(p, {}).pop("aside", None)) is not None:
-                    p.copy_(aside)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from engine.spec import UsageError
 from optimizers.average import Averaged
-from optimizers.base import Chain, Swapped, parts
+from optimizers.base import Chain, parts
+from optimizers.schedule_free import ScheduleFree
 
 
 def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, T
     Returned as a chain, whose load_state_dict keeps the types of saved state. Raises UsageError: the optimizer evaluates other
     weights than it trains, which it would look for in the model.
     """
-    if isinstance(optimizer, Averaged) or any(isinstance(part, Swapped) for part in parts(optimizer)):
+    if isinstance(optimizer, Averaged) or any(isinstance(part, ScheduleFree) for part in parts(optimizer)):
         raise UsageError("--weights bf16 knows no averages: use --weights fp32")
     optimizer = optimizer if isinstance(optimizer, Chain) else Chain(optimizer)
     for part in optimizer.parts:

@@ -1,14 +1,13 @@
 """Methods that need no learning-rate schedule: Schedule-Free, and Prodigy, which finds the rate itself.
 
-Schedule-Free methods are evaluated at other weights than they train at: call `eval()` before validation and checkpoints
-and `train()` after.
+Schedule-Free methods are evaluated at other weights than they train at: call `eval()` before validation, `train()` after.
 """
 
 import math
 
 import torch
 
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, Swapped, hyper, lerp, lerp_, total
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, hyper, lerp, lerp_, total
 
 BETWEEN = "b: where between z and x the gradient is taken"
 
@@ -24,8 +23,12 @@ def take_share(group: dict, weight: float) -> None:
     group["c"] = weight / group["weights"] if weight else 0.0
 
 
-class ScheduleFree(Swapped, Elementwise):
-    """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x."""
+class ScheduleFree(Elementwise):
+    """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x.
+
+    eval() puts x in place and the training weights y aside, train() puts them back, exactly; both as often as one likes. A
+    state_dict made in eval mode continues like another: load it beside the model's weights, then call train().
+    """
 
     schedule_free = True
 
@@ -45,9 +48,20 @@ class ScheduleFree(Swapped, Elementwise):
         b, c, lr = group["beta1"], group["c"], group["now"]
         return dict(on_y=lr * (1 - b * (1 - c)), on_z=lr)
 
-    def evaluation_weights(self, group, params):
-        b = group["beta1"]
-        return [p.lerp(self.state[p]["z"].to(p.dtype), 1 - 1 / b) if b else p for p in params]
+    @torch.no_grad()
+    def eval(self) -> None:
+        for group in self.param_groups:
+            b, params = group["beta1"], [p for p in group["params"] if self.state.get(p) and "aside" not in self.state[p]]
+            for p in params:
+                self.state[p]["aside"] = p.detach().clone()
+                if b:
+                    p.lerp_(self.state[p]["z"].to(p.dtype), 1 - 1 / b)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if (aside := self.state.get(p, {}).pop("aside", None)) is not None:
+                p.copy_(aside)
 
 
 class ScheduleFreeAdamW(ScheduleFree):
