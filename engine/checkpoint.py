@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.ranks import place
 from engine.run_folder import atomic_write, file_hash, settings_hash
 from engine.spec import UsageError
 
@@ -229,8 +230,7 @@ class Checkpoints:
         self.dcp = dcp
         self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, max(1, keep), milestone
         self.facts: list[dict[str, float]] = []  # of checkpoints that are finished; `finished` hands them out
-        ranked = dist.is_available() and dist.is_initialized()
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
+        self.rank, self.ranks = place()
         self.group = dist.new_group(backend="gloo") if self.ranks > 1 else None
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None

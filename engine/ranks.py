@@ -154,6 +154,11 @@ class World:
             dist.destroy_process_group()
 
 
+def place() -> tuple[int, int]:
+    """This process's rank and the number of ranks in torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
 def leave(code: int) -> NoReturn:
     """End this process with an exit code; a rank without the interpreter's clean-up, in which a thread of gloo's that lets go
     of a tensor aborts the process (pytorch issues 190489 and 38228): torchrun would report a finished run as a failed one."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.hardware import has_native_bf16
+from engine.ranks import place
 from layers.kernels import gram, polynomial
 from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, groups, hyper
 from optimizers.elementwise import AdamW, CautiousAdamW
@@ -71,11 +72,6 @@ def balance(costs: list[float], ranks: int) -> list[int]:
     return owner
 
 
-def world() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
 class MatrixMethod(Optimizer):
     """Base of methods that treat a weight as a matrix [rows, columns] (further dimensions are flattened into columns).
 
@@ -108,7 +104,7 @@ class MatrixMethod(Optimizer):
         others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
         if not others:
             return method
-        how = dict(cautious=cautious, every=every) if cautious or every > 1 else {}
+        how = dict(cautious=cautious, every=every) if cautious or every != 1 else {}
         return Chain(method, (CautiousAdamW if how else AdamW)(others, lr=lr, **rest, **how))
 
     def add_param_group(self, param_group: dict) -> None:
@@ -152,7 +148,7 @@ class MatrixMethod(Optimizer):
                     alike[i, piece.shape, p.device].append(piece)
                     count += 1
         batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
-        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], world()[1]))
+        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], place()[1]))
         buckets = []
         for (i, *_), blocks in batches:
             ranked = sorted(zip((next(owners) for _ in blocks), blocks, strict=True), key=lambda pair: pair[0])
@@ -166,7 +162,7 @@ class MatrixMethod(Optimizer):
         for p in loaded:
             self.state[p]["blocks"] = {}
         for bucket in self._buckets:
-            mine, first = bucket.of_rank(world()[0]), bucket.blocks[0]
+            mine, first = bucket.of_rank(place()[0]), bucket.blocks[0]
             with torch.device(first.p.device):
                 bucket.state = self.initial(self.param_groups[bucket.group], len(mine), *first.shape)
             for k, b in enumerate(mine):
@@ -187,7 +183,7 @@ class MatrixMethod(Optimizer):
 
     def _own(self, bucket: Bucket) -> Tensor:
         """Updates [own, m, n] of this rank's blocks; zeros where there is no gradient."""
-        group, mine = self.param_groups[bucket.group], bucket.of_rank(world()[0])
+        group, mine = self.param_groups[bucket.group], bucket.of_rank(place()[0])
         active = [k for k, b in enumerate(mine) if b.p.grad is not None]
         device = bucket.blocks[0].p.device
         if not active:
@@ -206,7 +202,7 @@ class MatrixMethod(Optimizer):
 
     def _share(self, bucket: Bucket, updates: Tensor) -> Callable[[], Tensor]:
         """Start gathering the updates of all ranks; the function returned waits and gives [blocks, m, n]."""
-        if (ranks := world()[1]) == 1:
+        if (ranks := place()[1]) == 1:
             return lambda: updates
         counts = [bucket.owners.count(r) for r in range(ranks)]
         most = max(counts)  # the gather wants equal shares
