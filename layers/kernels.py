@@ -94,6 +94,11 @@ def empty(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def tiles(size: int, block: int) -> int:
+    """How many; triton.cdiv takes ten times as long, which a launch waits for."""
+    return -(-size // block)
+
+
 def roomy(device: torch.device) -> bool:
     """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
     the units that move tiles by descriptors; A100, graphics cards and AMD's (without such a property) have not. Triton's
@@ -212,7 +217,7 @@ def symmetric_kernel(
 def plan_symmetric(x: Tensor, old: Tensor | None, out: Tensor, alpha: float, beta: float) -> Plan:
     batch, M, K = x.shape
     block = min(128, max(16, triton.next_power_of_2(M)))
-    n = triton.cdiv(M, block)
+    n = tiles(M, block)
     strides = dict(zip(("x_batch", "x_row", "x_column"), x.stride()))
     arguments = dict(x=x, old=out if old is None else old, out=out, M=M, K=K, alpha=alpha, beta=beta, BLOCK=block, BLOCK_K=64,
                      HAS_OLD=old is not None)  # fmt: skip
@@ -331,7 +336,7 @@ def plan_cross_entropy_backward(
     rows, columns = logits.shape
     arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size)
     arguments |= dict(columns=columns, cap=cap, FORM=form if cap else "none", BLOCK=1024)
-    return Plan(cross_entropy_backward_kernel, (rows, triton.cdiv(columns, 1024)), arguments, num_warps=4, num_stages=1)
+    return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 1024)), arguments, num_warps=4, num_stages=1)
 
 
 def row_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -424,7 +429,7 @@ def relu2_backward_kernel(y, upstream, out, size, BLOCK: tl.constexpr):
 def plan_linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Plan:
     """Of contiguous tensors with rows of a multiple of 16 bytes."""
     (M, K), N, high, wide, deep = x.shape, len(weight), 128, 256, 128 // x.element_size()
-    programs = min(multiprocessors(x.device), triton.cdiv(M, high) * triton.cdiv(N, wide))
+    programs = min(multiprocessors(x.device), tiles(M, high) * tiles(N, wide))
     arguments = dict(
         x=TensorDescriptor.from_tensor(x, [high, deep]), weight=TensorDescriptor.from_tensor(weight, [wide, deep]),
         out=TensorDescriptor.from_tensor(out, [high, wide]), bias=weight if bias is None else bias, M=M, N=N, K=K,
@@ -435,7 +440,7 @@ def plan_linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
 
 def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
     arguments = dict(y=y, upstream=upstream, out=out, size=y.numel(), BLOCK=4096)
-    return Plan(relu2_backward_kernel, (triton.cdiv(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
+    return Plan(relu2_backward_kernel, (tiles(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
 
 
 @opaque("speedrun::linear_relu2_forward", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
@@ -511,7 +516,7 @@ def plan_quantise(x: Tensor, out: Tensor, transposed: Tensor, scale: float) -> P
     M, N = x.shape
     arguments = dict(x=x, out=out, transposed=transposed, M=M, N=N, x_row=x.stride(0), x_column=x.stride(1), inverse=1 / scale,
                      most=LARGEST[out.dtype], BLOCK_M=128, BLOCK_N=128)  # fmt: skip
-    return Plan(quantise_kernel, (triton.cdiv(M, 128), triton.cdiv(N, 128)), arguments, num_warps=4, num_stages=1)
+    return Plan(quantise_kernel, (tiles(M, 128), tiles(N, 128)), arguments, num_warps=4, num_stages=1)
 
 
 def quantised_pair(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
