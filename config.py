@@ -7,6 +7,7 @@ Settings are taken in this order, later ones win: defaults here, track, tricks a
 
 import argparse
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -34,26 +35,14 @@ class Config:
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
     batch_stages: tuple[float, ...] = setting((1.0,), "batches in stages of equal length, multiples of --batch-tokens: 1/2/3")
     batch_rates: tuple[float, ...] = setting((1.0,), "factors on the learning rates in the batch stages: 1/1.52/1.73")
-    window_stages: tuple[float, ...] = setting(
-        (1.0,), "attention windows in stages of equal length, parts of --window: 0.25/0.5/1"
-    )
-    length_stages: tuple[float, ...] = setting(
-        (1.0,), "sequence lengths in stages of equal length, parts of --sequence-length: 0.5/1"
-    )
+    window_stages: tuple[float, ...] = setting((1.0,), "windows in stages of equal length, parts of --window: 0.25/0.5/1")
+    length_stages: tuple[float, ...] = setting((1.0,), "sequences in stages of equal length, parts of --sequence-length: 0.5/1")
     micro_batch_tokens: int = setting(0, "tokens per forward pass and rank; 0: as many as usually fit")
     clip: float = setting(0.0, "largest global gradient norm; 0 is off")
-    future_tokens: int = setting(
-        0, "tokens after the next that training also predicts, less and less (modded-nanogpt #53: 2); its loss is then a sum"
-    )
-    tied_until: float = setting(
-        0.0, "part of the run in which an untied head shares the weight of the embedding (modded-nanogpt #51, #53: 2/3)", most=1
-    )
-    weights: str = setting(
-        "fp32", "hidden matrices: fp32, or bf16 with the other 16 bits in the optimizer (modded-nanogpt #57)", ("fp32", "bf16")
-    )
-    reduce: str = setting(
-        "fp32", "gradients on their way between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16")
-    )
+    future_tokens: int = setting(0, "also train on so many tokens after the next, less and less (modded-nanogpt #53: 2)")
+    tied_until: float = setting(0.0, "part of the run in which an untied head is tied (modded-nanogpt #51, #53: 2/3)", most=1)
+    weights: str = setting("fp32", "hidden matrices; bf16: half in the optimizer (modded-nanogpt #57)", ("fp32", "bf16"))
+    reduce: str = setting("fp32", "gradients between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16"))
     seed: int = setting(0, "seed of weights, dropout and data order")
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes, gpt2, or mod97 of the corpus division")
@@ -89,20 +78,20 @@ class Config:
     tensorboard: bool = setting(False, "also log to TensorBoard")
 
 
-def parser(description: str = "") -> argparse.ArgumentParser:
+@functools.cache
+def parser() -> argparse.ArgumentParser:
     """Flags generated from the two dataclasses; absent flags leave no trace, so that tracks and tricks can set them."""
-    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for title, cls in (("run", Config), ("model", ModelConfig)):
         group = flags.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            default = "/".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
-            about = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+            several = isinstance(f.default, tuple)
+            default = "/".join(f"{x:g}" for x in f.default) if several else f.default
+            words = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
             if f.type is bool:
-                group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, **about)
+                group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=words)
             else:
-                group.add_argument(
-                    flag_of(f.name), metavar="A/B/C" if isinstance(f.default, tuple) else f.type.__name__.upper(), **about
-                )
+                group.add_argument(flag_of(f.name), metavar="A/B/C" if several else f.type.__name__.upper(), help=words)
     return flags
 
 
@@ -115,11 +104,7 @@ FIELDS = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields
 
 
 def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig, str]:
-    """Command line -> config, model config, recipe name.
-
-    Raises:
-        UsageError: unknown flag, track, trick, optimizer, schedule or key; wrong type; contradicting settings.
-    """
+    """Command line -> config, model config, recipe name. Raises UsageError: an unknown word, a wrong type, a contradiction."""
     given = flags_given(argv, description)
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
     settings |= given
@@ -139,12 +124,9 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
 
 
 def flags_given(argv: list[str], description: str) -> dict[str, Any]:
-    """The flags of a command line by field, typed.
-
-    Raises:
-        UsageError: an unknown flag, or a value of the wrong type.
-    """
-    flags = parser(description)
+    """The flags of a command line by field, typed. Raises UsageError: an unknown flag, or a value of the wrong type."""
+    flags = parser()
+    flags.description = description
     options, unknown = flags.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -161,10 +143,7 @@ def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Config, model_config: ModelConfig) -> None:
-    """
-    Raises:
-        UsageError: settings that contradict each other, or a SPEC with a wrong word.
-    """
+    """Raises UsageError: settings that contradict each other, or a SPEC with a wrong word."""
     allowed_skips(config.nonfinite)
     optimizer, _ = optimizers.find(config.optimizer), optimizers.build_average(config.average, config.steps)
     course = Course(config)
@@ -199,19 +178,13 @@ def allowed_skips(nonfinite: str) -> int:
 
 
 def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> tuple[int, int]:
-    """Sequences per rank and step, and per micro-batch.
-
-    Raises:
-        UsageError: the batch does not divide evenly.
-    """
+    """Sequences per rank and step, and per micro-batch. Raises UsageError: the batch does not divide evenly."""
     T = model_config.sequence_length
     unit = ranks * T
     if config.batch_tokens % unit:
         near = max(unit, round(config.batch_tokens / unit) * unit)
-        raise UsageError(
-            f"--batch-tokens {config.batch_tokens} is not divisible by ranks x sequence length = {ranks} x {T}: "
-            f"the nearest that is: {near}"
-        )
+        divisor = f"ranks x sequence length = {ranks} x {T}"
+        raise UsageError(f"--batch-tokens {config.batch_tokens} is not divisible by {divisor}: the nearest that is: {near}")
     per_rank = config.batch_tokens // unit
     if config.micro_batch_tokens:
         micro, rest = divmod(config.micro_batch_tokens, T)
@@ -227,29 +200,23 @@ def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: s
 
 def stages(config: Config) -> Counter[tuple[float, float, int]]:
     """(part of the windows, part of the sequences, size of the batch in --batch-tokens) -> in how many steps of the run."""
-    course = Course(config)
-    moments = map(course.at, range(config.steps))
-    return Counter((now.windows[-1], now.length, now.batch) for now in moments)
+    return Counter((now.windows[-1], now.length, now.batch) for now in map(Course(config).at, range(config.steps)))
 
 
 def mean_flops(config: Config, model_config: ModelConfig) -> int:
     """FLOPs that training needs per token: `flops_per_token`, the mean over a run whose windows or sequences change."""
-    T = model_config.sequence_length
-    units = [
-        (steps * size, flops_per_token(model_config, part, round(T * cut)))
-        for (part, cut, size), steps in stages(config).items()
-    ]
-    return round(sum(n * flops for n, flops in units) / sum(n for n, _ in units))
+    T, flops, batches = model_config.sequence_length, 0, 0
+    for (part, cut, size), steps in stages(config).items():
+        flops += steps * size * flops_per_token(model_config, part, round(T * cut))
+        batches += steps * size
+    return round(flops / batches)
 
 
 def shared_steps(config: Config, steps: int) -> int:
-    """The first steps that a run of `steps` steps, with these settings otherwise, has in common with this one.
-
-    Raises:
-        UsageError: settings of the optimizer are fractions of the run's length.
-    """
-    lengths, optimizer = (config.steps, steps), optimizers.find(config.optimizer)
-    this, other = [(optimizer.of_length(n), optimizers.build_average(config.average, n)) for n in lengths]
+    """The first steps that a run of `steps` steps, with these settings otherwise, has in common with this one. Raises
+    UsageError: settings of the optimizer are fractions of the run's length."""
+    optimizer = optimizers.find(config.optimizer)
+    this, other = [(optimizer.of_length(n), optimizers.build_average(config.average, n)) for n in (config.steps, steps)]
     if this != other:
         raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
     this, other, both = Course(config), Course(config, steps), min(config.steps, steps)

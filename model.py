@@ -42,11 +42,9 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so.
-
-    What is divided by before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in
-    modded-nanogpt since record 19; a gradient of the mean over N tokens is at most 1 / N.
-    """
+    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so. What is divided by
+    before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in modded-nanogpt since
+    record 19; a gradient of the mean over N tokens is at most 1 / N."""
 
     fp8 = False  # set by the trainer
 
@@ -100,10 +98,8 @@ def rotary_tables(config: ModelConfig, parts: Sequence[float] = ()) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D] by the angle of their position.
-
-    cos, sin: broadcastable to [B, T, ..., D/2].
-    """
+    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D] by the angle of their position. cos, sin: broadcastable
+    to [B, T, ..., D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
@@ -178,13 +174,9 @@ class Block(nn.Module):
 def future_loss(logits: Tensor, targets: Tensor, future: Tensor) -> Tensor:
     """Multi-token prediction without further parameters: the same logits are also scored on the tokens after the next.
 
-    The mean cross-entropy on the target, plus future[k - 1] times that on the target k positions later, over the positions
-    that have one (modded-nanogpt #53; with heads of their own: arXiv 2404.19737).
-
-    Args:
-        logits: [B, T, V] fp32.
-        targets: [B, T] int64.
-        future: [n] fp32, n < T.
+    The mean cross-entropy of logits [B, T, V] fp32 on targets [B, T] int64, plus future[k - 1] ([n] fp32, n < T) times that on
+    the target k positions later, over the positions that have one (modded-nanogpt #53; with heads of their own: arXiv
+    2404.19737).
     """
     T = targets.size(1)
     later = torch.arange(T, device=targets.device)[:, None] + torch.arange(len(future) + 1, device=targets.device)  # [T, n + 1]
@@ -243,15 +235,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, future: Tensor | None = None) -> Tensor:
-        """Next-token prediction.
-
-        Args:
-            tokens: [B, T] int64, T at most sequence_length.
-            targets: [B, T] int64, the tokens one position later.
-            future: [n] fp32, weights of the losses on the n tokens after those (`future_loss`), for training alone.
-        Returns:
-            logits [B, T, vocab_size] fp32, or the mean cross-entropy in nats when targets are given.
-        """
+        """Logits [B, T, vocab_size] fp32 of tokens [B, T] int64, T at most sequence_length; or, when targets are given (int64,
+        the tokens one position later), the mean cross-entropy in nats. future: [n] fp32, weights of the losses on the n tokens
+        after those (`future_loss`), for training alone."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.size(1)]
@@ -277,9 +263,8 @@ class GPT(nn.Module):
         if targets is None or future is not None:
             logits = softcap(logits[..., : config.vocab_size].float(), config.logit_softcap, config.softcap_form)
             return logits if targets is None else future_loss(logits, targets, future)
-        return cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), config.vocab_size, config.logit_softcap, config.softcap_form
-        )
+        cap, form = config.logit_softcap, config.softcap_form
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), config.vocab_size, cap, form)
 
     def free_windows(self) -> None:
         """Make the windows inputs of the graph, for FlexAttention alone: one tensor for all blocks with the same window, which
@@ -291,10 +276,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def see(self, parts: tuple[float, ...]) -> None:
-        """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far.
-
-        A window is a constant of the graph, so that under torch.compile each stage is compiled, once; unless `free_windows`.
-        """
+        """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far. A window is
+        a constant of the graph: under torch.compile each stage is compiled, once; unless `free_windows`."""
         if parts == self.seen:
             return
         self.seen = parts
@@ -326,39 +309,30 @@ class GPT(nn.Module):
 
 
 def roles(gpt: nn.Module) -> dict[str, str]:
-    """Parameter name -> what it is for: the only thing optimizers may route by.
+    """Parameter name -> what it is for: the only thing optimizers may route by. matrix: hidden weights inside blocks;
+    embedding: token, position, value and n-gram tables (and a head tied to one); head: an untied output matrix; vector: gains,
+    biases, gates and weights of residual paths; scalar: single numbers."""
 
-    matrix: hidden weights inside blocks; embedding: token, position, value and n-gram tables (and a head tied to one);
-    head: an untied output matrix; vector: gains, biases, gates and weights of residual paths; scalar: single numbers.
-    """
-    found = {}
-    for name, p in gpt.named_parameters():
+    def role(name: str, p: nn.Parameter) -> str:
         if p.dim() == 0 or p.numel() == 1:
-            found[name] = "scalar"
-        elif p.dim() == 1 or name.endswith("gate.weight"):
-            found[name] = "vector"
-        elif name.startswith(("embedding.", "positions.", "ngrams.", "paths.values.")):
-            found[name] = "embedding"
-        elif name == "head.weight":
-            found[name] = "head"
-        else:
-            found[name] = "matrix"
-    return found
+            return "scalar"
+        if p.dim() == 1 or name.endswith("gate.weight"):
+            return "vector"
+        if name.startswith(("embedding.", "positions.", "ngrams.", "paths.values.")):
+            return "embedding"
+        return "head" if name == "head.weight" else "matrix"
+
+    return {name: role(name, p) for name, p in gpt.named_parameters()}
 
 
 def splits(gpt: nn.Module) -> dict[str, int]:
-    """Parameter name -> number of matrices fused in it along its first dimension (queries, keys and values: 3).
-
-    Matrix optimizers take them apart first, or their scale is wrong (microsoft/dion #111).
-    """
+    """Parameter name -> number of matrices fused in it along its first dimension (queries, keys and values: 3). Matrix
+    optimizers take them apart first, or their scale is wrong (microsoft/dion #111)."""
     return {name: 3 for name, _ in gpt.named_parameters() if name.endswith("qkv.weight")}
 
 
 def parameter_counts(gpt: nn.Module) -> dict[str, int]:
     """`total`, and `non_embedding` = total without embedding tables and head (the N of scaling laws)."""
-    sizes = {name: p.numel() for name, p in gpt.named_parameters()}
-    kinds = roles(gpt)
-    return {
-        "total": sum(sizes.values()),
-        "non_embedding": sum(size for name, size in sizes.items() if kinds[name] not in ("embedding", "head")),
-    }
+    sizes, role = {name: p.numel() for name, p in gpt.named_parameters()}, roles(gpt)
+    tables = sum(size for name, size in sizes.items() if role[name] in ("embedding", "head"))
+    return {"total": sum(sizes.values()), "non_embedding": sum(sizes.values()) - tables}

@@ -38,7 +38,7 @@ from engine import display, hardware
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, set_generators
 from engine.command import Interrupt, command
 from engine.ranks import Traffic, World, leave, reduce_in_bf16
-from engine.run_folder import Run, all_settings, code_version, default_folder, now_utc, settings_hash, source_hash
+from engine.run_folder import Run, all_settings, code_version, default_folder, lock, now_utc, settings_hash, source_hash
 from engine.schedules import Course, Moment
 from engine.spec import UsageError
 from layers import attention, kernels
@@ -68,14 +68,14 @@ class Progress:
 class Clock:
     """Training time: everything between start() and stop(), nothing else. Seconds.
 
-    The loop starts it before a step's data is fetched and stops it after the optimizer's update; set-up, compilation
-    and its warm-up, validation, checkpoints and logging are outside. Machines stall, so three figures are kept: the
-    sum, the robust time = steps x median step per stage (steps of equal work: of one batch size and, where a method does
-    something every few steps, of one place in that round), and the CPU time of the process.
+    The loop starts it before a step's data is fetched and stops it after the optimizer's update; set-up, compilation and its
+    warm-up, validation, checkpoints and logging are outside. Machines stall, so three figures are kept: the sum, the robust
+    time = steps x median step per stage (steps of equal work: of one batch size and, where a method does something every few
+    steps, of one place in that round), and the CPU time of the process.
 
-    A GPU is still at work when stop() is called. To wait for it in each step would have it idle until the first kernels of
-    the next one come; so there the clock runs on, through logging too, and a step lasts from one stop() to the next. Before
-    what is off the clock, pause() waits for the device. The sum is wall-clock time, then, whatever is done when.
+    A GPU is still at work when stop() is called, and to wait for it in each step would leave it idle. So there the clock runs
+    on, through logging too, and a step lasts from one stop() to the next; pause() waits for the device before what is off the
+    clock. The sum is wall-clock time all the same.
     """
 
     def __init__(self, device: torch.device, progress: Progress):
@@ -248,12 +248,11 @@ class Training:
     def take(self) -> Path | None:
         """On rank 0: lock the run folder and choose the checkpoint to continue from. Raises UsageError where it cannot."""
         config, run = self.config, self.run_folder
-        run.take()
+        run.lock = lock(run.folder)
         branches = [Path(folder) for folder in config.branch.split(",") if folder]
+        branch = partial(branching_point, branches, run.config, partial(shared_steps, config))
         try:
-            return self.checkpoints.first(
-                config.resume, lambda: branching_point(branches, run.config, partial(shared_steps, config))
-            )
+            return self.checkpoints.first(config.resume, branch)
         except UsageError:
             run.release()
             raise
@@ -311,9 +310,8 @@ class Training:
         self.tied.after_backward(self.progress.step)
         norm = torch.nn.utils.get_total_norm(self.gradients())
         self.loss_here = loss
-        # The one place where a step waits for the device: what is not finite must be seen before the update. So the device
-        # idles until the update's first kernel: 0.8 ms for GPT-2's 148 weights on a slow core, 1 % of an 80 ms step. To let it
-        # decide by itself would cost more: for AdamW 1.5 GB of weights and state kept and put back, over 2 ms on an H100.
+        # The one place where a step waits for the device: what is not finite must be seen before the update. It then idles for
+        # 0.8 ms of GPT-2's 80 (148 weights, a slow core); to keep and put back AdamW's 1.5 GB would take an H100 over 2 ms.
         everyone = torch.cat([torch.stack([loss, norm]), hardware.upload(self.wishes, world.device)])
         loss_sum, norm_sum, *self.wishes = world.sum(everyone).tolist()
         return loss_sum / world.size, norm_sum / world.size
@@ -332,10 +330,8 @@ class Training:
         return hardware.upload(now.future, self.world.device) if now.future else None
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result.
-
-        A signal ends the run earlier, with a checkpoint and without a result: None.
-        """
+        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result. A signal
+        ends the run earlier, with a checkpoint and without a result: None."""
         self.begin()
         config, progress = self.config, self.progress
         every, self.saved_at = config.val_every or math.ceil(config.steps / 5), time.monotonic()
@@ -358,7 +354,10 @@ class Training:
                     if not math.isfinite(progress.last_val):  # the last update: its gradient was finite, the weights are not
                         return self.finish("diverged")
                 if stop and progress.step < config.steps:
-                    return self.stop(interrupt.name)
+                    self.save()
+                    self.log_checkpoints(wait=True)
+                    self.run_folder.event("stopped", step=progress.step, signal=interrupt.name, utc=now_utc())
+                    return None
                 if overdue or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
                     self.save()
             if self.saved != progress.step:
@@ -388,10 +387,8 @@ class Training:
         self.tied.after_update(first)
 
     def warm_up(self) -> None:
-        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update.
-
-        Leaves weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data.
-        """
+        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
+        weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data."""
         first, device = self.progress.step, self.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for step in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):
@@ -452,9 +449,9 @@ class Training:
         graph of its own would take longer to compile than it saves."""
         self.clock.pause()
         self.world.beat(f"step {self.progress.step}: validation")
+        config, progress, seconds = self.config, self.progress, self.clock.train_time
         with self.evaluated():
             loss = validate(self.gpt, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
-        config, progress, seconds = self.config, self.progress, self.clock.train_time
         progress.last_val = loss
         note = f"step {progress.step}: validation loss {loss:.4f}"
         self.run_folder.event("val", note, step=progress.step, tokens=self.tokens, loss=loss, train_time=seconds)
@@ -473,14 +470,10 @@ class Training:
         self.clock.pause()
         self.check_data()
         self.world.beat(f"step {self.progress.step}: checkpoint")
-        extra = {
-            "progress": asdict(self.progress) | {"process_time": sum(self.world.gather(self.progress.process_time))},
-            "log_bytes": self.run_folder.logged(),
-        }
+        progress = asdict(self.progress) | {"process_time": sum(self.world.gather(self.progress.process_time))}
+        extra, rng = dict(progress=progress, log_bytes=self.run_folder.logged()), generators(self.world.device)
         with self.evaluated():
-            self.checkpoints.save(
-                self.progress.step, self.gpt, self.optimizer.state_dict(), generators(self.world.device), extra
-            )
+            self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra)
         self.saved_at, self.saved = time.monotonic(), self.progress.step
 
     def restore(self) -> int:
@@ -505,15 +498,9 @@ class Training:
             raise UsageError(everyones[0])
 
     def log_checkpoints(self, wait: bool = False) -> None:
-        """Log those that are complete by now, or the one being written too. Raises what went wrong in writing it."""
+        """Log those complete by now, or the one being written too. Raises what went wrong in writing it."""
         for facts in self.checkpoints.finished(wait):
             self.run_folder.event("checkpoint", **facts)
-
-    def stop(self, signal_name: str | None) -> None:
-        """End early, as a signal asked: a checkpoint and no result."""
-        self.save()
-        self.log_checkpoints(wait=True)
-        self.run_folder.event("stopped", step=self.progress.step, signal=signal_name, utc=now_utc())
 
     def finish(self, status: str) -> dict[str, Any]:
         self.log_checkpoints(wait=True)

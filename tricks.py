@@ -12,6 +12,7 @@ To add a trick: one entry in TRICKS; one field in model.py or the trainer if it 
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,316 +47,261 @@ class Track:
     workload: bool = False  # optimizers are tuned and scored on it
 
 
-MODERN: Settings = dict(
-    norm="rmsnorm",
-    positions="half_rotary",
-    rotary_base=1024.0,
-    qk_norm=True,
-    attention_scale=0.12,
-    activation="relu2",
-    embed_norm=True,
-    zero_init_projections=True,
-    tied_head=False,
-    logit_softcap=15.0,
-)
+MODERN: Settings = dict(norm="rmsnorm", positions="half_rotary", rotary_base=1024.0, qk_norm=True, attention_scale=0.12)
+MODERN |= dict(activation="relu2", embed_norm=True, zero_init_projections=True, tied_head=False, logit_softcap=15.0)
+
+architecture, optimizer, schedule, systems = (partial(Trick, k) for k in ("architecture", "optimizer", "schedule", "systems"))
 
 TRICKS: dict[str, Trick] = {
-    "modern": Trick(
-        "architecture",
+    "modern": architecture(
         MODERN,
         "modded-nanogpt, train_gpt_simple.py (optimizer track); its heads are `wide_heads`",
         "with the Muon of record 3-4: 22.3 to 15.2 minutes (record 5), 12.0 to 10.8 (record 8), and more later",
         "carried over to 350M whole (track 2 #2)",
     ),
-    "rmsnorm": Trick("architecture", dict(norm="rmsnorm"), "arXiv 1910.07467; modded-nanogpt #2", "as good, cheaper"),
-    "no_bias": Trick("architecture", dict(bias=False), "nanoGPT; modded-nanogpt #2", "a bit better and faster"),
-    "rope": Trick(
-        "architecture", dict(positions="rotary"), "arXiv 2104.09864; modded-nanogpt #2", "45 to 31.4 min with a tuned lr"
-    ),
-    "half_rope": Trick(
-        "architecture",
+    "rmsnorm": architecture(dict(norm="rmsnorm"), "arXiv 1910.07467; modded-nanogpt #2", "as good, cheaper"),
+    "no_bias": architecture(dict(bias=False), "nanoGPT; modded-nanogpt #2", "a bit better and faster"),
+    "rope": architecture(dict(positions="rotary"), "arXiv 2104.09864; modded-nanogpt #2", "45 to 31.4 min with a tuned lr"),
+    "half_rope": architecture(
         dict(positions="half_rotary", rotary_base=1024.0),
         "modded-nanogpt #17 (@YouJiacheng)",
         "part of 3.80 to 3.57 min",
         "nanochat: no gain",
     ),
-    "qk_norm": Trick("architecture", dict(qk_norm=True), "arXiv 2010.04245; modded-nanogpt #5", "part of 22.3 to 15.2 min"),
-    "attention_scale": Trick(
-        "architecture", dict(attention_scale=0.12), "modded-nanogpt #20; meant for QK-normed heads", "part of 3.14 to 2.99 min"
+    "qk_norm": architecture(dict(qk_norm=True), "arXiv 2010.04245; modded-nanogpt #5", "part of 22.3 to 15.2 min"),
+    "attention_scale": architecture(
+        dict(attention_scale=0.12), "modded-nanogpt #20; meant for QK-normed heads", "part of 3.14 to 2.99 min"
     ),
-    "relu2": Trick(
-        "architecture",
+    "relu2": architecture(
         dict(activation="relu2"),
         "arXiv 2109.08668; modded-nanogpt #5",
         "1-2 % better than GELU",
         "nanochat keeps it over SwiGLU to 26 layers",
     ),
-    "zero_init_projections": Trick(
-        "architecture", dict(zero_init_projections=True), "muP, arXiv 2203.03466; modded-nanogpt #5", "part of 22.3 to 15.2 min"
+    "zero_init_projections": architecture(
+        dict(zero_init_projections=True), "muP, arXiv 2203.03466; modded-nanogpt #5", "part of 22.3 to 15.2 min"
     ),
-    "untied_head": Trick("architecture", dict(tied_head=False), "modded-nanogpt #8", "12.0 to 10.8 min"),
-    "embed_norm": Trick("architecture", dict(embed_norm=True), "modded-nanogpt #8", "part of 12.0 to 10.8 min"),
-    "logit_softcap": Trick(
-        "architecture",
+    "untied_head": architecture(dict(tied_head=False), "modded-nanogpt #8", "12.0 to 10.8 min"),
+    "embed_norm": architecture(dict(embed_norm=True), "modded-nanogpt #8", "part of 12.0 to 10.8 min"),
+    "logit_softcap": architecture(
         dict(logit_softcap=15.0, softcap_form="rational"),
         "Gemma 2, arXiv 2408.00118; modded-nanogpt #9, #18",
         "part of 10.8 to 8.2 min",
         "its README doubts that it scales; nanochat: helps to 26 layers, 20 best",
     ),
-    "tanh_softcap": Trick(
-        "architecture",
+    "tanh_softcap": architecture(
         dict(logit_softcap=30.0, softcap_form="tanh"),
         "Gemma 2, arXiv 2408.00118; modded-nanogpt #9",
         "3.2844 to 3.2791 loss at 3,200 steps, one run, for 2 % longer steps",
         "as `logit_softcap`",
     ),
-    "logit_rescale": Trick(
-        "architecture",
+    "logit_rescale": architecture(
         dict(logit_softcap=23.0, softcap_form="sigmoid"),
         "asymmetric logit rescale, modded-nanogpt #54",
         "1.988 to 1.940 min; 2.9 s on one machine",
         "nanochat: no gain",
     ),
-    "wide_heads": Trick(
-        "architecture",
+    "wide_heads": architecture(
         dict(heads=2),
         "modded-nanogpt since its first record: heads of 128 (6 on 768 channels) instead of GPT-2's 64",
         "not measured alone; fewer, larger matrix products",
     ),
-    "no_clip": Trick(
-        "optimizer", dict(clip=0.0), "modded-nanogpt #3: Muon's step has its size whatever the gradient's", "not measured alone"
+    "no_clip": optimizer(
+        dict(clip=0.0), "modded-nanogpt #3: Muon's step has its size whatever the gradient's", "not measured alone"
     ),
-    "padded_vocab": Trick(
-        "systems", dict(vocab_multiple=128), "nanoGPT (50,304 rows); modded-nanogpt #5", "faster head on tensor cores"
+    "padded_vocab": systems(
+        dict(vocab_multiple=128), "nanoGPT (50,304 rows); modded-nanogpt #5", "faster head on tensor cores"
     ),
-    "fp8_head": Trick(
-        "systems",
+    "fp8_head": systems(
         dict(head_dtype="auto", vocab_multiple=128),
         "modded-nanogpt #19: the head's products in 8-bit floats; on cards without them it is said and left out",
         "part of 3.4 to 3.142 min",
         "350M: no gain in time, taken out (track 2 #7, #18); nanochat, in all layers: 5 % at equal quality at 24 layers, none "
         "at 12",
     ),
-    "compile": Trick(
-        "systems",
+    "compile": systems(
         {"compile": True},
         "torch.compile; modded-nanogpt since its start. Fuses the element-wise passes between matrix products",
         "nanoGPT: 250 to 135 ms a step on an A100. Compilation (on CPU under a minute, once) is off the clock",
     ),
-    "ngram_embedding": Trick(
-        "architecture",
+    "ngram_embedding": architecture(
         dict(ngram_buckets=16384, ngram_orders="2,3"),
         "modded-nanogpt #62 (bigram hash embedding)",
         "1.75 to 1.66 min",
         "nanochat: adopted, then no gain from 25 layers on",
     ),
-    "value_embeddings": Trick(
-        "architecture",
+    "value_embeddings": architecture(
         dict(value_embeddings=3),
         "modded-nanogpt #14, #17; after value residual learning, arXiv 2410.17897",
         "4.66 to 4.41 min (#14); thinned from all blocks to six, part of 3.80 to 3.57 (#17)",
         "350M: two more saved 23 s of 24.5 min (track 2 #9); nanochat: helps a lot to 26 layers",
     ),
-    "value_gates": Trick(
-        "architecture",
+    "value_gates": architecture(
         dict(value_embeddings=3, value_gates=True),
         "gates on value embeddings, modded-nanogpt #55",
         "1.940 to 1.918 min, with a gate on the skip; about 0.003 of loss",
     ),
-    "input_shortcut": Trick(
-        "architecture",
+    "input_shortcut": architecture(
         dict(input_shortcut=True),
         "embedding shortcut with learned weights, modded-nanogpt #9",
         "3.3065 to 3.2972 loss at 3,200 steps, one run, for 4 % longer steps",
         "nanochat: gain shrinks with depth, 0.0103 bits a byte at 8 layers to 0.0039 at 20",
     ),
-    "unet_skips": Trick(
-        "architecture",
+    "unet_skips": architecture(
         dict(skips="unet"),
         "modded-nanogpt #11",
         "part of 7.8 to 7.2 min, with twice the learning rate; #45 dropped all but one",
         "nanochat: worse",
     ),
-    "single_skip": Trick(
-        "architecture",
+    "single_skip": architecture(
         dict(skips="single"),
         "modded-nanogpt #45, its gate #55",
         "part of 2.269 to 2.248 min; without it 0.0025 of loss",
         "nanochat: worse",
     ),
-    "smear": Trick(
-        "architecture",
-        dict(smear=True),
-        "modded-nanogpt #34",
-        "2.565 to 2.547 min",
-        "nanochat: no gain at first, adopted after retuning",
+    "smear": architecture(
+        dict(smear=True), "modded-nanogpt #34", "2.565 to 2.547 min", "nanochat: no gain at first, adopted after retuning"
     ),
-    "backout": Trick(
-        "architecture",
+    "backout": architecture(
         dict(backout=True),
         "modded-nanogpt #40; since #81 part of denser connections",
         "part of 2.447 to 2.358 min; 6.2 s on one machine, with other tuning",
         "350M: 3 s of 23.08 min (track 2 #15); nanochat: no gain at first, adopted after retuning",
     ),
-    "attention_gate": Trick(
-        "architecture",
+    "attention_gate": architecture(
         dict(attention_gate=True),
         "sparse attention gate, modded-nanogpt #28",
         "2.817 to 2.812 min, 55 of 1,750 steps",
         "nanochat: no gain",
     ),
-    "exclusive_attention": Trick(
-        "architecture",
+    "exclusive_attention": architecture(
         dict(exclusive_attention=True),
         "learnable XSA, modded-nanogpt #82, which has it in the upper blocks alone",
         "1.363 to 1.353 min; 0.7 s on one machine",
     ),
-    "key_offset": Trick(
-        "architecture",
+    "key_offset": architecture(
         dict(positions="half_rotary", rotary_base=1024.0, key_offset=True),
         "partial key offset, modded-nanogpt #49, which has it in the blocks with long windows alone",
         "2.170 to 2.146 min; 2.4 s on one machine. Lowest loss in every block, its README says",
     ),
-    "long_short_windows": Trick(
-        "architecture",
+    "long_short_windows": architecture(
         dict(window_pattern="LSSS"),
         "modded-nanogpt #20, after Gemma 2 (arXiv 2408.00118): in one block of four attention sees the whole window, in the "
         "others half of it",
         "part of 3.142 to 2.992 min; the windows themselves: #12, #13",
         "nanochat keeps sliding windows to 26 layers",
     ),
-    "window_warmup": Trick(
-        "schedule",
+    "window_warmup": schedule(
         dict(window_stages=(0.25, 0.5, 1.0)),
         "modded-nanogpt #13 (each block of 64 tokens), #29 (stages)",
         "5.03 to 4.66 min; 1,875 to 1,750 steps",
         "350M: a cubic course and twice the largest window, part of 25.29 to 24.50 min (track 2 #8)",
     ),
-    "yarn": Trick(
-        "schedule",
+    "yarn": schedule(
         dict(positions="half_rotary", rotary_base=1024.0, window_stages=(0.25, 0.5, 1.0), yarn=True),
         "YaRN, arXiv 2309.00071, at each change of the window: modded-nanogpt #31",
         "2.717 to 2.656 min; 1,705 to 1,670 steps",
     ),
-    "document_mask": Trick(
-        "architecture",
+    "document_mask": architecture(
         dict(document_mask=True),
         "modded-nanogpt #12, with FlexAttention; smear, key offset and n-grams still reach into the document before, as there",
         "with sequences of 64K tokens instead of 1,024: 7.2 to 5.03 min, 3,000 to 1,875 steps",
         "nanochat: no gain",
     ),
-    "align_documents": Trick(
-        "schedule",
-        dict(align_documents=True),
-        "modded-nanogpt #26",
-        "2.896 to 2.863 min, with a longer cool-down",
+    "align_documents": schedule(
+        dict(align_documents=True), "modded-nanogpt #26", "2.896 to 2.863 min, with a longer cool-down"
     ),
-    "muon": Trick(
-        "optimizer",
+    "muon": optimizer(
         dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
         "Jordan et al. 2024, kellerjordan.github.io/posts/muon; modded-nanogpt #3",
         "31.4 to 24.9 min",
         "1.4x fewer tokens than tuned AdamW at 130M, 1.1-1.2x at 1.2B (arXiv 2509.02046); modded-nanogpt at 1.5B: 1.32x less "
         "time or better",
     ),
-    "polar_express": Trick(
-        "optimizer",
+    "polar_express": optimizer(
         dict(optimizer="muon:coefficients=polar_express,steps=5", schedule="wsd:cooldown=0.7"),
         "arXiv 2505.16932; modded-nanogpt #38",
         "2.483 to 2.476 min; 1.1 s on one machine",
         "nanochat: no effect",
     ),
-    "normuon": Trick(
-        "optimizer",
+    "normuon": optimizer(
         dict(optimizer="muon:normuon=true", schedule="wsd:cooldown=0.7"),
         "arXiv 2510.05491; modded-nanogpt #41",
         "2.358 to 2.345 min, and 3.3 s more once its rate was fitted (#42); on the optimizer track as good as tuned Muon",
         "nanochat: small gain to 26 layers",
     ),
-    "cautious_decay": Trick(
-        "optimizer",
+    "cautious_decay": optimizer(
         dict(optimizer="muon:cautious=true", schedule="wsd:cooldown=0.7"),
         "cautious weight decay, arXiv 2510.12402; modded-nanogpt #43, whose decay too falls with the learning rate",
         "2.313 to 2.284 min; 2.2 s on one machine",
         "nanochat: helps to 26 layers, with a decay that falls as 1 / width^2",
     ),
-    "cautious_adamw": Trick(
-        "optimizer",
+    "cautious_adamw": optimizer(
         dict(optimizer="cautious_adamw"),
         "arXiv 2510.12402; for AdamW as the only optimizer",
         "lower final loss at every size, without further tuning",
         "its authors: up to a billion parameters and more",
     ),
-    "cautious_rest": Trick(
-        "optimizer",
+    "cautious_rest": optimizer(
         dict(optimizer="muon:adamw_cautious=true,adamw_weight_decay=0.005", schedule="wsd:cooldown=0.7"),
         "modded-nanogpt #50: cautious decay of what AdamW updates beside Muon",
         "2.146 to 2.128 min; 1.2 s on one machine",
     ),
-    "adam_every_other": Trick(
-        "optimizer",
+    "adam_every_other": optimizer(
         dict(optimizer="muon:adamw_every=2", schedule="wsd:cooldown=0.7"),
         "modded-nanogpt #39: AdamW moves in every second step, by the gradients of both",
         "part of 2.476 to 2.447 min, with a batch smaller by a third; 0.6 s on one machine",
         "nanochat: worse",
     ),
-    "rate_by_role": Trick(
-        "optimizer",
+    "rate_by_role": optimizer(
         dict(tied_head=False, rates="embedding=10"),
         "modded-nanogpt, factors by tensor from 0.01 (smear gate, #52) to 75 (embeddings); the 10 here is chosen",
         "not measured alone",
         "muP, arXiv 2203.03466: embeddings keep their rate where that of wider hidden matrices falls",
     ),
-    "bf16_weights": Trick(
-        "systems",
+    "bf16_weights": systems(
         dict(weights="bf16"),
         "modded-nanogpt #57: bf16 matrices, the other 16 bits of each weight kept for the update",
         "part of 1.894 to 1.878 min; 1.1 s on one machine",
     ),
-    "momentum_warmup": Trick(
-        "schedule", dict(momentum_schedule="ramp"), "modded-nanogpt #9", "3.2972 to 3.2844 loss at 3,200 steps, one run"
+    "momentum_warmup": schedule(
+        dict(momentum_schedule="ramp"), "modded-nanogpt #9", "3.2972 to 3.2844 loss at 3,200 steps, one run"
     ),
-    "momentum_cooldown": Trick(
-        "schedule",
+    "momentum_cooldown": schedule(
         dict(momentum_schedule="ramp:warmup=0.124,cooldown=0.021"),
         "modded-nanogpt #39: 50 of 2,420 steps, after the warm-up over 300 of them",
         "called a minor improvement; part of 2.476 to 2.447 min",
     ),
-    "batch_stages": Trick(
-        "schedule",
+    "batch_stages": schedule(
         dict(batch_stages=(1, 2, 3), batch_rates=(1.0, 1.52, 1.73)),
         "batch-size schedule, modded-nanogpt #46; batch_tokens is the smallest batch",
         "2.248 to 2.203 min; 1.8 s on one machine",
         "nanochat: too complex for its gain; Kimi K2 and GLM 4.5 grow their batches",
     ),
-    "short_sequences": Trick(
-        "schedule",
+    "short_sequences": schedule(
         dict(length_stages=(0.5, 1.0)),
         "modded-nanogpt #72, which cuts documents at 896 tokens before it does at 2,048; here sequences are cut in two",
         "1.516 to 1.496 min, with a higher last learning rate",
     ),
-    "small_batch": Trick(
-        "schedule",
+    "small_batch": schedule(
         dict(batch_tokens=512),
         "modded-nanogpt #21 (524,288 to 393,216 tokens), #39 (to 262,144); with `batch_stages` this is the first stage (#46)",
         "2.992 to 2.933 min (#21); part of 2.476 to 2.447 (#39)",
         "nanochat: the best batch grows, from 0.5M tokens at 12 layers to 1M at 26",
     ),
-    "multi_token": Trick(
-        "schedule",
+    "multi_token": schedule(
         dict(future_tokens=2),
         "multi-token prediction without heads of its own, modded-nanogpt #53",
         "part of 2.037 to 1.988 min, with the untied head; 3.1 s on one machine",
         "350M: with smear 2 s of 23.03 min (track 2 #16); nanochat: worse",
     ),
-    "retied_head": Trick(
-        "schedule",
+    "retied_head": schedule(
         dict(tied_head=False, tied_until=0.667),
         "modded-nanogpt #51 (tied), #53 (untied at two thirds)",
         "2.128 to 2.075 min (#51); part of 2.037 to 1.988 min (#53)",
     ),
-    "wsd": Trick("schedule", dict(schedule="wsd:cooldown=0.4"), "arXiv 2405.18392; modded-nanogpt", "equal to tuned cosine"),
-    "linear": Trick("schedule", dict(schedule="linear:warmup=0.05"), "arXiv 2502.15938", "better than cosine to 10 %"),
+    "wsd": schedule(dict(schedule="wsd:cooldown=0.4"), "arXiv 2405.18392; modded-nanogpt", "equal to tuned cosine"),
+    "linear": schedule(dict(schedule="linear:warmup=0.05"), "arXiv 2502.15938", "better than cosine to 10 %"),
 }
 
 # What is believed to pay on GPT-2's tracks beside `modern`, Muon: each is part of modded-nanogpt's record 51, or came with #54
@@ -371,24 +317,16 @@ GPT2_RECORD: tuple[str, ...] = (
 # left out: what its own field doubts (multi_token, attention_gate, skips: nanochat), n-gram tables (their gain goes with size),
 # and exclusive_attention, which came to another model (#82)
 
-GPT2_BASELINE: Settings = dict(
-    corpus="fineweb10B",
-    tokenizer="gpt2",
-    vocab_size=50257,
-    sequence_length=1024,
-    batch_tokens=524288,
-    val_tokens=10485760,
-    val_spread=False,
-    clip=1.0,
-)
+GPT2_BASELINE: Settings = dict(corpus="fineweb10B", tokenizer="gpt2", vocab_size=50257, sequence_length=1024)
+GPT2_BASELINE |= dict(batch_tokens=524288, val_tokens=10485760, val_spread=False, clip=1.0)
 
-BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, end_of_text=0, sequence_length=128)
+BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, end_of_text=0)
 
 
 def workload(summary: str, settings: Settings) -> Track:
     """A track for contests of optimizers: everything is fixed but the optimizer and its schedule. Its target comes of the
     tuning itself (`lab.tuned.target_of`)."""
-    common = dict(clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)
+    common = dict(sequence_length=128, clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)
     recipes = {"baseline": (), "record": ("muon",)}
     return Track(f"workload: {summary}", common | settings, 0.0, "set by `compare tune`", recipes, workload=True)
 
@@ -396,23 +334,9 @@ def workload(summary: str, settings: Settings) -> Track:
 TRACKS: dict[str, Track] = {
     "tiny": Track(
         summary="seconds: for tests and a first look",
-        settings=dict(
-            corpus="sotu",
-            tokenizer="bytes",
-            vocab_size=256,
-            end_of_text=0,
-            sequence_length=64,
-            layers=2,
-            heads=2,
-            width=64,
-            batch_tokens=1024,
-            val_tokens=8192,
-            val_spread=True,
-            steps=60,
-            optimizer="adamw:lr=3e-3",
-            clip=1.0,
-            schedule="linear:warmup=0.1",
-        ),
+        settings=BYTES
+        | dict(corpus="sotu", sequence_length=64, layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=8192, steps=60)
+        | dict(val_spread=True, optimizer="adamw:lr=3e-3", clip=1.0, schedule="linear:warmup=0.1"),
         target_loss=3.0,
         target_source="chosen: below the entropy of single bytes (3.1 nats), reached in seconds",
         recipes={"baseline": (), "record": ("modern", "muon")},
@@ -420,23 +344,9 @@ TRACKS: dict[str, Track] = {
     ),
     "cpu": Track(
         summary="bytes of State of the Union addresses on a laptop: baseline in about 10 minutes",
-        settings=dict(
-            corpus="sotu",
-            tokenizer="bytes",
-            vocab_size=256,
-            end_of_text=0,
-            sequence_length=256,
-            layers=4,
-            heads=4,
-            width=256,
-            batch_tokens=4096,
-            val_tokens=262144,
-            val_spread=True,
-            steps=2400,
-            clip=1.0,
-            optimizer="adamw:lr=2e-3",
-            schedule="cosine:warmup=100",
-        ),
+        settings=BYTES
+        | dict(corpus="sotu", sequence_length=256, layers=4, heads=4, width=256, batch_tokens=4096, val_tokens=262144)
+        | dict(val_spread=True, steps=2400, clip=1.0, optimizer="adamw:lr=2e-3", schedule="cosine:warmup=100"),
         target_loss=1.13,
         target_source="see records/README.md",
         recipes={"baseline": (), "record": ("modern", "muon", "compile")},
@@ -524,11 +434,7 @@ TRACKS: dict[str, Track] = {
 
 
 def track(name: str) -> Track:
-    """The track of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The track of that name. Raises UsageError: there is none."""
     if name not in TRACKS:
         raise UsageError(f"unknown track {name!r}: {nearest(name, TRACKS)}")
     return TRACKS[name]
@@ -538,13 +444,9 @@ TUNED = Path(__file__).parent / "records" / "tuning" / "tuned.json"  # written b
 
 
 def tuned(track_name: str, optimizer: str, schedule: str) -> tuple[str, str]:
-    """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any.
-
-    The schedule tuned with them takes the place of the track's own, not of another that was chosen.
-    """
-    if not TUNED.exists():
-        return optimizer, schedule
-    best = json.loads(TUNED.read_text()).get(track_name, {}).get(split(optimizer)[0])
+    """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any. The
+    schedule tuned with them takes the place of the track's own, not of another that was chosen."""
+    best = TUNED.exists() and json.loads(TUNED.read_text()).get(track_name, {}).get(split(optimizer)[0])
     if not best:
         return optimizer, schedule
     own = schedule == TRACKS[track_name].settings.get("schedule")
@@ -558,38 +460,34 @@ def merge_optimizer(old: str, new: str) -> str:
     return name + ":" * bool(merged) + ",".join(f"{key}={value}" for key, value in merged.items())
 
 
-def spelled_out(track_name: str, words: str) -> list[str]:
-    """The tricks of a comma-separated list, named recipes replaced by theirs.
-
-    Raises:
-        UsageError: unknown track or trick.
-    """
-    known = track(track_name).recipes
+def listed(track_name: str, words: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The words of a comma-separated list, each with its tricks: of a named recipe several. Raises UsageError: unknown track
+    or trick."""
+    recipes = track(track_name).recipes
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
-        if name not in TRICKS and name not in known:
-            raise UsageError(f"unknown trick {name!r}: {nearest(name, [*TRICKS, *known])}")
-    return [trick for name in names for trick in known.get(name, (name,))]
+        if name not in TRICKS and name not in recipes:
+            raise UsageError(f"unknown trick {name!r}: {nearest(name, [*TRICKS, *recipes])}")
+    return [(name, recipes.get(name, (name,))) for name in names]
+
+
+def spelled_out(track_name: str, words: str) -> list[str]:
+    """The tricks of a comma-separated list, named recipes replaced by theirs. Raises UsageError: unknown track or trick."""
+    return [trick for _, tricks in listed(track_name, words) for trick in tricks]
 
 
 def apply(track_name: str, words: str) -> tuple[Settings, str]:
-    """What a track and a comma-separated list of tricks (or one recipe name among them) set.
-
-    Returns:
-        the settings, and the recipe's name for the run folder.
-    Raises:
-        UsageError: unknown track or trick.
-    """
+    """What a track and a comma-separated list of tricks and recipes set, and the recipe's name for the run folder. Raises
+    UsageError: unknown track or trick."""
     chosen = track(track_name)
     settings = dict(chosen.settings, target_loss=chosen.target_loss)
-    spelled_out(track_name, words)  # every word is known
-    names = [word.strip() for word in words.split(",") if word.strip()] or ["baseline"]
-    for name in names:
-        for trick in chosen.recipes.get(name, (name,)):
+    named = listed(track_name, words) or [("baseline", ())]
+    for name, tricks in named:
+        for trick in tricks:
             changes = TRICKS[trick].settings | chosen.tuning.get(trick, {})
             if "optimizer" in changes:
                 changes["optimizer"] = merge_optimizer(settings["optimizer"], changes["optimizer"])
             settings |= changes
         if name in chosen.recipe_steps:
             settings["steps"] = chosen.recipe_steps[name]
-    return settings, "+".join(names)
+    return settings, "+".join(name for name, _ in named)

@@ -31,6 +31,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
@@ -204,7 +205,7 @@ def write_errors(total: int, dice: random.Random, folder: Path) -> Count:
     assert train_gpt.main([*flags, "--out", str(folder / "whole")]) == 0
     right = ended(folder / "whole")
     targets = [(checkpoint, "save_file"), (checkpoint, "atomic_write"), (checkpoint, "sync"), (run_folder.Run, "event")]
-    targets += [(run_folder.Run, "logged"), (run_folder, "atomic_write"), (checkpoint.dcp, "save")]
+    targets += [(run_folder.Run, "logged"), (run_folder, "atomic_write"), (dcp, "save")]
     for i in tqdm(range(total), desc="write errors"):
         target, name = targets[i % len(targets)]
         out, real, fatal, calls = folder / f"error-{i}", getattr(target, name), dice.randrange(1, 6), []

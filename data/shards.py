@@ -5,10 +5,8 @@ version 1, token count), then little-endian uint16 tokens; an end-of-text token 
 shards dataset.json: corpus, tokenizer, vocabulary size, source, and file, tokens and sha256 of every shard.
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.run_folder import file_hash
+from engine.run_folder import atomic_write, file_hash
 from engine.spec import UsageError
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
@@ -40,30 +38,6 @@ def repair(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------- writing
-
-
-def write_atomically(path: Path, parts: Iterable[bytes]) -> str:
-    """Write `parts` to a temporary name, sync, rename: nobody ever sees half a file. Returns its sha256.
-
-    Raises:
-        UsageError: the disk is full; the temporary file is removed.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    digest = hashlib.sha256()
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UsageError(f"no space left in {path.parent} while writing {path.name}; finished shards are kept") from None
-        raise
-    return digest.hexdigest()
 
 
 def header(tokens: int) -> bytes:
@@ -90,43 +64,32 @@ def chunks(documents: Iterable[np.ndarray], eot: int, size: int) -> Iterator[np.
 def write(
     folder: Path, corpus: str, split: str, documents: Iterable[np.ndarray], eot: int, shard_tokens: int = SHARD_TOKENS
 ) -> list[dict[str, Any]]:
-    """Write one split ("train" or "val") as shards `<corpus>_<split>_<index>.bin`.
-
-    Resumable: a shard that is there and equal is left alone, so an interrupted preparation repeats only the tokenizing.
-
-    Args:
-        documents: token arrays, each below 65,536, without end-of-text marks.
-    Returns:
-        the split's entries for dataset.json.
-    Raises:
-        UsageError: the disk is full.
-    """
+    """Write one split ("train" or "val") as shards `<corpus>_<split>_<index>.bin`; returns its entries for dataset.json.
+    documents: token arrays, each below 65,536, without end-of-text marks. A shard that is there and equal is left alone, so an
+    interrupted preparation repeats only the tokenizing."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = []
+    written = []
     for index, tokens in enumerate(chunks(documents, eot, shard_tokens)):
         path = folder / f"{corpus}_{split}_{index:06d}.bin"
-        parts = [header(len(tokens)), tokens.tobytes()]
-        digest = hashlib.sha256(b"".join(parts)).hexdigest()
-        if not (path.exists() and path.stat().st_size == sum(map(len, parts)) and file_hash(path) == digest):
-            write_atomically(path, parts)
-        entries.append({"file": path.name, "tokens": len(tokens), "sha256": digest})
-    return entries
+        content = header(len(tokens)) + tokens.tobytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if not (path.exists() and path.stat().st_size == len(content) and file_hash(path) == digest):
+            atomic_write(path, content)
+        written.append({"file": path.name, "tokens": len(tokens), "sha256": digest})
+    return written
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """dataset.json, written last: its presence says that the preparation ended."""
-    write_atomically(folder / "dataset.json", [json.dumps(manifest, indent=1).encode()])
+    atomic_write(folder / "dataset.json", json.dumps(manifest, indent=1))
 
 
 # ---------------------------------------------------------------- reading
 
 
 def read(path: Path) -> np.ndarray:
-    """Tokens of one shard, memory-mapped uint16.
-
-    Raises:
-        UsageError: missing, not a shard, or not as long as its header says; names the shard and the repair.
-    """
+    """Tokens of one shard, memory-mapped uint16. Raises UsageError: missing, not a shard, or not as long as its header says;
+    names the shard and the repair."""
     if not path.is_file():
         raise UsageError(f"shard {path} is missing; {repair(path.parent)}")
     size = path.stat().st_size
@@ -141,17 +104,13 @@ def read(path: Path) -> np.ndarray:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """dataset.json, or None when there is none (shards that somebody else made).
-
-    Raises:
-        UsageError: it is not what `write_manifest` wrote.
-    """
+    """dataset.json, or None when there is none (shards that somebody else made). Raises UsageError: it is not what
+    `write_manifest` wrote."""
     try:
         manifest = json.loads((folder / "dataset.json").read_text())
         for split in ("train", "val"):
             for entry in manifest["splits"][split]:
-                ok = SHARD_NAME.fullmatch(entry["file"]) and int(entry["tokens"]) >= 0 and len(entry["sha256"]) == 64
-                if not ok:
+                if not SHARD_NAME.fullmatch(entry["file"]) or int(entry["tokens"]) < 0 or len(entry["sha256"]) != 64:
                     raise ValueError(entry["file"])
         return manifest
     except FileNotFoundError:
@@ -160,12 +119,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UsageError(f"{folder / 'dataset.json'} is damaged; {repair(folder)}") from None
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, in order.
+def entries(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of all shards."""
+    return [entry for split in manifest["splits"].values() for entry in split] if manifest else []
 
-    Raises:
-        UsageError: there are none.
-    """
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in order. Raises UsageError: there are none."""
     manifest = read_manifest(folder)
     listed = manifest["splits"].get(split, []) if manifest else []
     paths = [folder / entry["file"] for entry in listed] or sorted(folder.glob(f"*_{split}_*.bin"))
@@ -174,34 +134,32 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return paths
 
 
+def damage(path: Path, entry: dict[str, Any]) -> str:
+    """What is wrong with the bytes of a shard; nothing where dataset.json has no hash of them."""
+    if "sha256" not in entry or file_hash(path) == entry["sha256"]:
+        return ""
+    return f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(path.parent)}"
+
+
 def verify(folder: Path) -> list[str]:
     """Problems found in a dataset folder, one line each; hashes are checked where dataset.json has them."""
     manifest = read_manifest(folder)
-    if manifest is None:
-        paths = sorted(folder.glob("*.bin"))
-        if not paths:
-            return [f"no shards in {folder}; {repair(folder)}"]
-        entries = [{"file": path.name} for path in paths]
-    else:
-        entries = [entry for split in manifest["splits"].values() for entry in split]
+    listed = entries(manifest) if manifest else [{"file": path.name} for path in sorted(folder.glob("*.bin"))]
+    if not manifest and not listed:
+        return [f"no shards in {folder}; {repair(folder)}"]
     problems = []
-    for entry in entries:
-        path = folder / entry["file"]
+    for entry in listed:
         try:
-            read(path)
+            read(folder / entry["file"])
+            problems.append(damage(folder / entry["file"], entry))
         except UsageError as error:
             problems.append(str(error))
-            continue
-        if "sha256" in entry and file_hash(path) != entry["sha256"]:
-            problems.append(f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(folder)}")
-    return problems
+    return list(filter(None, problems))
 
 
 class Dataset:
-    """All shards of one split as a single stream of `len(self)` tokens.
-
-    loss_tokens: of each sequence only the last so many targets count; the others are IGNORED. 0: all count.
-    """
+    """All shards of one split as a single stream of `len(self)` tokens. loss_tokens: of each sequence only the last so many
+    targets count; the others are IGNORED. 0: all count."""
 
     def __init__(self, folder: Path | str, split: str, loss_tokens: int = 0):
         self.folder, self.split, self.loss_tokens = Path(folder), split, loss_tokens
@@ -221,10 +179,10 @@ class Dataset:
     def stamp(path: Path) -> tuple[int, int, int] | None:
         """What changes when somebody writes to a file or puts another in its place."""
         try:
-            found = path.stat()
+            there = path.stat()
         except OSError:
             return None
-        return found.st_size, found.st_mtime_ns, found.st_ino
+        return there.st_size, there.st_mtime_ns, there.st_ino
 
     def prove(self, vocab_size: int) -> None:
         """Begin to read every shard in the background: are its bytes those of dataset.json, its tokens below `vocab_size`?"""
@@ -232,8 +190,8 @@ class Dataset:
 
     def _prove(self, vocab_size: int) -> str | None:
         for path, shard, entry in zip(self.paths, self.shards, self.entries, strict=True):
-            if "sha256" in entry and file_hash(path) != entry["sha256"]:
-                return f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(self.folder)}"
+            if problem := damage(path, entry):
+                return problem
             parts = range(0, len(shard), 1 << 22)
             largest = max((int(shard[i : i + (1 << 22)].max()) for i in parts), default=0)
             if largest >= vocab_size:
@@ -254,22 +212,15 @@ class Dataset:
         return int(self.ends[-1])
 
     def documents(self, end_of_text: int) -> np.ndarray:
-        """Where documents begin, with their end-of-text token: [n] int64. Reads the whole split.
-
-        Raises:
-            UsageError: nowhere, or dataset.json names another token.
-        """
-        if self.end_of_text not in (None, end_of_text):
-            raise UsageError(
-                f"documents in {self.folder} begin with token {self.end_of_text}: add --end-of-text {self.end_of_text}"
-            )
-        begins = [0, *map(int, self.ends[:-1])]
-        found = [
-            begin + at + np.flatnonzero(shard[at : at + (1 << 22)] == end_of_text)
-            for begin, shard in zip(begins, self.shards, strict=True)
-            for at in range(0, len(shard), 1 << 22)
-        ]
-        starts = np.concatenate([np.zeros(0, np.int64), *found])
+        """Where documents begin, with their end-of-text token: [n] int64. Reads the whole split. Raises UsageError: nowhere, or
+        dataset.json names another token."""
+        if (eot := self.end_of_text) not in (None, end_of_text):
+            raise UsageError(f"documents in {self.folder} begin with token {eot}: add --end-of-text {eot}")
+        places = [np.zeros(0, np.int64)]
+        for end, shard in zip(map(int, self.ends), self.shards, strict=True):
+            pieces = range(0, len(shard), 1 << 22)
+            places += [end - len(shard) + at + np.flatnonzero(shard[at : at + (1 << 22)] == end_of_text) for at in pieces]
+        starts = np.concatenate(places)
         if not len(starts):
             raise UsageError(f"{self.folder} has no token {end_of_text} before its documents: they cannot be told apart")
         return starts
@@ -296,21 +247,13 @@ class Dataset:
 
 
 def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, spread: bool) -> list[int]:
-    """Where the fixed validation sequences begin.
-
-    Args:
-        tokens: how many to predict.
-        spread: evenly over the whole split (a corpus in the order of its years would else be judged by its oldest);
-            otherwise its first `tokens` tokens, as the speedrun's rule for FineWeb.
-    Raises:
-        UsageError: the split has too few tokens, or not a single sequence is asked for.
-    """
+    """Where the fixed validation sequences begin, `tokens` to predict in all. spread: evenly over the whole split (a corpus in
+    the order of its years would else be judged by its oldest); otherwise at its beginning, as the speedrun's rule for FineWeb.
+    Raises UsageError: the split has too few tokens, or not a single sequence is asked for."""
     wanted, available = tokens // sequence_length, (len(dataset) - 1) // sequence_length
     if not 0 < wanted <= available:
-        raise UsageError(
-            f"--val-tokens {tokens} must give between 1 and {available} sequences of {sequence_length} from the "
-            f"{len(dataset)} validation tokens in {dataset.folder}"
-        )
+        there = f"the {len(dataset)} validation tokens in {dataset.folder}"
+        raise UsageError(f"--val-tokens {tokens} must give 1 to {available} sequences of {sequence_length} from {there}")
     return [sequence_length * (i * available // wanted if spread else i) for i in range(wanted)]
 
 
@@ -318,12 +261,9 @@ def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, sprea
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A pseudo-random permutation of range(size), evaluated at `indices` only: [n] int64 -> [n] int64.
-
-    A balanced Feistel network over the next even number of bits, walked until it lands below `size` (cycle walking,
-    Black and Rogaway 2002). A shuffled list of all sequences would cost memory and time at every start and epoch;
-    this gives any position of any epoch in O(1), so that a run can begin at any step.
-    """
+    """A pseudo-random permutation of range(size), evaluated at `indices` only: [n] int64 -> [n] int64. A balanced Feistel
+    network over the next even number of bits, walked until it lands below `size` (cycle walking, Black and Rogaway 2002): any
+    position of any epoch in O(1), where a shuffled list would cost memory and time at every start and epoch."""
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     keys = np.random.SeedSequence([key, size]).generate_state(4, np.uint64)
@@ -345,9 +285,7 @@ def aligned(documents: np.ndarray, tokens: int, length: int) -> np.ndarray:
 
     After a sequence the rest of the document that it ends in is left out, unless this document fills all of the sequence: then
     the next one goes on with it. (modded-nanogpt leaves that out too; of corpora with long documents little would stay.)
-
-    Args:
-        documents: where documents begin in a stream of `tokens`, ascending.
+    documents: where they begin in a stream of `tokens`, ascending.
     """
     ends = np.append(documents[1:], tokens)
     pieces = -(-(ends - documents) // length)  # sequences that hold a document which begins one
@@ -366,9 +304,9 @@ class Loader:
     """Batches of sequences whose content depends on (seed, position) alone, whatever the number of ranks.
 
     The stream of N x T + 1 tokens is N sequences of T inputs; or, with `align`, the token before each document, N that are
-    `aligned` to documents. Position p of a run is sequence p mod N of epoch p div N,
-    in an order shuffled anew each epoch. Step s takes positions s B ... (s + 1) B - 1, and each rank its own part.
-    B is `batch_sequences`; where steps grow, `before(s)` says how many batches of B come before step s.
+    `aligned` to documents. Position p of a run is sequence p mod N of epoch p div N, in an order shuffled anew each epoch. Step
+    s takes positions s B ... (s + 1) B - 1, each rank its own part. B is `batch_sequences`; where steps grow, `before(s)` says
+    how many batches of B come before step s.
     """
 
     def __init__(

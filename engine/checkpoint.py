@@ -6,11 +6,11 @@
         state.json                   everything that is not a tensor
         DONE                         written last: size and sha256 of every other file
 
-Anchors: llm.c's DONE files, torchtitan's rule that a resumed run has the same losses. The tensors go through
-torch.distributed.checkpoint in its safetensors form: its usual form keeps its index as a pickle, and a pickle from a
-stranger runs code. What is read here is safetensors and JSON, from files that DONE lists, inside the folder.
+After llm.c's DONE files and torchtitan's rule that a resumed run has the same losses. torch.distributed.checkpoint writes its
+safetensors form: its usual one has a pickle, and a stranger's pickle runs code. Read are files that DONE lists, in the folder.
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
+from engine.ranks import place
 from engine.run_folder import atomic_write, file_hash, settings_hash
 from engine.spec import UsageError
 
@@ -38,33 +37,28 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # pl
 
 WEIGHTS, STATE, DONE = "model.safetensors", "state.json", "DONE"
 NAME = re.compile(r"step-(\d{8,})")
+PLAIN = (bool, int, float, str)
 FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
 
 # ---------------------------------------------------------------- nested state as tensors and JSON
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path.
-
-    Raises:
-        TypeError: something that is none of these.
-    """
+    """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path. Raises
+    TypeError: something that is none of these."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, dict):
-        return {"dict": [[pack_key(k), pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        for key in value:
+            if not isinstance(key, PLAIN):
+                raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
+        return {"dict": [[k, pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return {type(value).__name__: [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, PLAIN):
         return {"value": value}
     raise TypeError(f"state {path} is a {type(value).__name__}: a checkpoint holds tensors and plain values alone")
-
-
-def pack_key(key: Any) -> Any:
-    if isinstance(key, (bool, int, float, str)):
-        return key
-    raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
@@ -83,36 +77,32 @@ def merged(ranks: list[Any]) -> Any:
     """Packed states of all ranks as one: dicts united key by key, everything else as the first rank has it."""
     if "dict" not in ranks[0]:
         return ranks[0]
-    found: dict[str, tuple[Any, list[Any]]] = {}
-    for packed in ranks:
-        for key, value in packed["dict"]:
-            found.setdefault(json.dumps(key), (key, []))[1].append(value)
-    return {"dict": [[key, merged(values)] for key, values in found.values()]}
+    united: dict[str, tuple[Any, list[Any]]] = {}
+    for key, value in itertools.chain.from_iterable(packed["dict"] for packed in ranks):
+        united.setdefault(json.dumps(key), (key, []))[1].append(value)
+    return {"dict": [[key, merged(values)] for key, values in united.values()]}
 
 
 def only(packed: Any, own: Any) -> Any:
     """`packed` without the blocks (optimizers.matrix) that the packed state `own` has no part in."""
     if "dict" not in packed:
         return packed
-    here = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}
-    kept = []
+    here, pairs = {json.dumps(k): v for k, v in own.get("dict", [])} if own else {}, []
     for key, value in packed["dict"]:
         inner = here.get(json.dumps(key))
         if key == "blocks" and inner is not None:
             mine = [k for k, _ in inner["dict"]]
             value = {"dict": [pair for pair in value["dict"] if pair[0] in mine]}
-        kept.append([key, only(value, inner)])
-    return {"dict": kept}
+        pairs.append([key, only(value, inner)])
+    return {"dict": pairs}
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
     """The tensors that a packed state speaks of: {"tensor": path, "shape", "dtype"}."""
     if "tensor" in packed:
         yield packed
-    for kind in ("list", "tuple"):
-        for value in packed.get(kind, ()):
-            yield from references(value)
-    for _, value in packed.get("dict", ()):
+    values = [value for _, value in packed.get("dict", ())]
+    for value in (*packed.get("list", ()), *packed.get("tuple", ()), *values):
         yield from references(value)
 
 
@@ -163,16 +153,14 @@ def step_of(path: Path) -> int:
 
 def listing(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, finished or not."""
-    found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of, reverse=True)
+    return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest complete and intact checkpoint, and what was passed over: a line each."""
     passed = []
     for path in listing(folder):
-        problem = damage(path)
-        if problem is None:
+        if not (problem := damage(path)):
             return path, passed
         passed.append(f"checkpoint {path} passed over: {problem}")
     return None, passed
@@ -182,12 +170,8 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
     """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: the settings are
     the same except for the length, and what is scheduled was the same at every step until then.
 
-    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been.
-
-    Args:
-        shared: length of the other run, steps -> the first steps that both have in common.
-    Raises:
-        UsageError: a run of other settings.
+    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been. shared:
+    length of the other run, steps -> the first steps that both have in common. Raises UsageError: a run of other settings.
     """
     usable: list[Path] = []
     for folder in folders:
@@ -214,11 +198,8 @@ def set_generators(states: list[Tensor], device: torch.device) -> None:
 
 
 def load_weights(gpt: nn.Module, path: Path) -> None:
-    """Copy the weights of a checkpoint into `gpt`, in place.
-
-    Raises:
-        UsageError: they are not a safetensors file, or those of another model.
-    """
+    """Copy the weights of a checkpoint into `gpt`, in place. Raises UsageError: they are not a safetensors file, or those of
+    another model."""
     try:
         saved = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -238,42 +219,33 @@ def load_weights(gpt: nn.Module, path: Path) -> None:
 class Checkpoints:
     """The checkpoints of one run. Every rank calls save, wait and load at the same steps.
 
-    save() copies the state and returns; a thread writes it, with collectives of its own (a gloo group). At most one
-    checkpoint is being written: the next save waits for it. All ranks must see the same folder.
-
-    Args:
-        origin: hashes of the run's config, data and source, kept in each checkpoint; `load` refuses others.
-        keep: how many to keep, newest first.
-        milestone: steps between checkpoints that are never deleted; 0: none.
+    save() copies the state and returns; a thread writes it, with collectives of its own (a gloo group); the next save waits for
+    it. All ranks must see the same folder. origin: hashes of the run's config, data and source; `load` refuses others. keep:
+    how many, the newest. milestone: steps between checkpoints that are never deleted; 0: none.
     """
 
     def __init__(self, folder: Path, origin: dict[str, str] | None = None, keep: int = 2, milestone: int = 0):
+        import torch.distributed.checkpoint as dcp  # here: two seconds that --help can do without
+
+        self.dcp = dcp
         self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, max(1, keep), milestone
-        self.facts: list[dict[str, float]] = []  # of checkpoints that the thread has finished; `finished` hands them out
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.group = dist.new_group(backend="gloo") if several else None
+        self.facts: list[dict[str, float]] = []  # of checkpoints that are finished; `finished` hands them out
+        self.rank, self.ranks = place()
+        self.group = dist.new_group(backend="gloo") if self.ranks > 1 else None
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
         self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
 
     def save(self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any]) -> None:
-        """Copy the state and begin to write it.
-
-        Args:
-            optimizer: state_dict of this rank, whose `blocks` (optimizers.matrix) other ranks may hold in part.
-            rng: states of this rank's generators, uint8.
-            extra: plain values of rank 0, which `load` returns.
-        Raises:
-            OSError: the checkpoint before could not be written, such as to a full disk.
-        """
+        """Copy the state and begin to write it. optimizer: this rank's state_dict, whose `blocks` (optimizers.matrix) other
+        ranks may hold in part. rng: states of this rank's generators, uint8. extra: plain values of rank 0, which `load`
+        returns. Raises OSError: the checkpoint before could not be written, such as to a full disk."""
         begin = time.perf_counter()
         self.wait()
         tensors: dict[str, Tensor] = {}
         packed = pack(optimizer, "optimizer", tensors)
-        shared = [packed]
+        shared = [packed] * self.ranks
         if self.group:
-            shared = [None] * self.ranks
             dist.all_gather_object(shared, packed, group=self.group)
         # what several ranks hold, all hold alike: each writes its part of that, which all count out in the same order
         holders: dict[str, list[int]] = {}
@@ -282,15 +254,12 @@ class Checkpoints:
                 holders.setdefault(reference["tensor"], []).append(rank)
         mine = {k: tensors[k] for i, (k, by) in enumerate(holders.items()) if by[i % len(by)] == self.rank}
         mine |= {f"rng/{self.rank}/{i}": state for i, state in enumerate(rng)}
-        weights = {f"model/{k}": v for k, v in gpt.named_parameters()} if self.rank == 0 else {}
-        copies = {k: self._copy(k, v) for k, v in (mine | weights).items()}
-        if any(v.device.type == "cuda" for v in (mine | weights).values()):
+        mine |= {f"model/{k}": v for k, v in gpt.named_parameters()} if self.rank == 0 else {}
+        self.copies = {k: self._copy(k, v) for k, v in mine.items()}
+        if any(v.device.type == "cuda" for v in mine.values()):
             torch.cuda.synchronize()
-        self.copies = copies
-        state = (
-            extra | self.origin | {"step": step, "ranks": self.ranks, "rng": [len(r) for r in rng], "optimizer": merged(shared)}
-        )
-        state = json.dumps(state)  # now: training goes on changing what it speaks of
+        about = dict(step=step, ranks=self.ranks, rng=[len(state) for state in rng], optimizer=merged(shared))
+        state = json.dumps(extra | self.origin | about)  # now: training goes on changing what it speaks of
         self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
@@ -304,8 +273,8 @@ class Checkpoints:
         name = f"step-{step:08}"
         temporary, final = self.folder / f".{name}.tmp", self.folder / name
         own = {k: v.reshape(1) if v.dim() == 0 else v for k, v in self.copies.items() if not k.startswith("model/")}
-        writer = dcp.HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True)
-        dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        writer = self.dcp.HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True)
+        self.dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         if self.rank:
             return
         weights = {k.removeprefix("model/"): v for k, v in self.copies.items() if k.startswith("model/")}
@@ -335,10 +304,7 @@ class Checkpoints:
 
     def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
         """The checkpoint to start from: the newest here, else that of another run. Clears away what is no use. For rank 0.
-
-        Raises:
-            UsageError: `resume` is "must" and there is none.
-        """
+        Raises UsageError: `resume` is "must" and there is none."""
         path, passed = newest(self.folder) if resume != "never" else (None, [])
         for line in passed:
             print(line, file=sys.stderr, flush=True)
@@ -371,7 +337,7 @@ class Checkpoints:
             return
         try:
             pending.result()
-        except CheckpointException as error:
+        except self.dcp.CheckpointException as error:
             raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from error
         except SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))
@@ -383,15 +349,10 @@ class Checkpoints:
     def load(
         self, path: Path, gpt: nn.Module, optimizer: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
-        """Copy the weights into `gpt`; returns the optimizer's state, the plain values, and the states of this rank's
-        generators: none where fewer ranks wrote the checkpoint.
-
-        Args:
-            path: an intact checkpoint (`newest`).
-            optimizer: state_dict of this rank's fresh optimizer: of blocks, those that it has are read.
-        Raises:
-            UsageError: another model's weights, or a run with other settings (unless this one branches off from it) or data.
-        """
+        """Copy the weights of an intact checkpoint into `gpt`; returns the optimizer's state, the plain values, and the states
+        of this rank's generators: none where fewer ranks wrote it. optimizer: state_dict of this rank's fresh optimizer, of
+        whose blocks the state is read. Raises UsageError: another model's weights, or a run with other settings (unless this
+        one branches off from it) or data."""
         load_weights(gpt, path)
         state = json.loads((path / STATE).read_text())
         self.check_origin(path, state)
@@ -399,8 +360,8 @@ class Checkpoints:
         tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
         rng = [f"rng/{self.rank}/{i}" for i in range(len(state["rng"]) if self.rank < state["ranks"] else 0)]
         tensors |= {name: torch.empty(size, dtype=torch.uint8) for name, size in zip(rng, state["rng"])}
-        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        reader = self.dcp.HuggingFaceStorageReader(str(path / "state"))
+        self.dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return unpack(wanted, tensors), state, [tensors[name] for name in rng]
 
     def check_origin(self, path: Path, state: dict[str, Any]) -> None:

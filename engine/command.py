@@ -22,10 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(name: str, work: Callable[[], int | str | None]) -> int:
-    """Run a verb and return its exit code: 0 or what `work` returns; a text that it returns is printed.
-
-    1 ranks died, hang or differ; 2 bad words, no memory or a full disk; 130 interrupted. Of several ranks one speaks.
-    """
+    """Run a verb and return its exit code: 0 or what `work` returns; a text that it returns is printed. 1 ranks died, hang or
+    differ; 2 bad words, no memory or a full disk; 130 interrupted. Of several ranks one speaks."""
     try:
         done = work()
         if isinstance(done, str):

@@ -1,23 +1,19 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the messages."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from engine import hardware
 
 
 class Display:
-    """Shows the events of a log as they are written, and passes them to the optional loggers.
-
-    Args:
-        config: the trainer's.
-        flops: that training needs per token.
-        peak: FLOP/s of all devices together; None: not known.
-        step, tokens: at which it begins.
-    """
+    """Shows the events of a log as they are written, and passes them to the optional loggers. flops: that training needs per
+    token. peak: FLOP/s of all devices together; None: not known. step, tokens: at which it begins."""
 
     def __init__(self, config: Any, folder: Path, flops: int, peak: float | None, step: int, tokens: int):
         self.config, self.flops, self.peak, self.tokens, self.val = config, flops, peak, tokens, None
@@ -80,12 +76,14 @@ def greeting(run: Any, cards: list[str]) -> str:
     device, dtype = world.device, str(run.dtype).removeprefix("torch.")
     fused = device.type == "cuda" and config.kernels == "auto" and dtype == "bfloat16"
     compiler = hardware.compiler_lacks(device)
+    slow_wire = device.type == "cuda" and world.size > 1 and not torch.distributed.is_nccl_available()
+    kinds = ", ".join(f"{count} x {name}" for name, count in Counter(cards).items())
     lacks = [
         run.compiled != config.compile and f"{compiler}: not compiled",
         fused and compiler and f"{compiler}: plain PyTorch instead of the fused kernels",
-        hardware.lacks_nccl(device, world.size),
+        slow_wire and "this PyTorch has no NCCL: ranks talk through gloo, which is slower",
         run.head_note,
-        len(set(cards)) > 1 and f"GPUs of different kinds, {hardware.counted(cards)}: the slowest sets the pace of all",
+        len(set(cards)) > 1 and f"GPUs of different kinds, {kinds}: the slowest sets the pace of all",
     ]
     parameters = sum(p.numel() for p in run.gpt.parameters())
     sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in config.batch_stages)

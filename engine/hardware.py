@@ -7,14 +7,13 @@ import os
 import platform
 import shutil
 import sysconfig
-import time
-from collections.abc import Iterable, Sequence
+import timeit
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tensors of 2 MB and more in large pages, where Linux gives them on request. glibc returns blocks above 32 MB to the kernel
-# when they are freed, such as logits of GPT-2's vocabulary: in pages of 4 kB the next step waits for as many page faults as
-# they have pages (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp). torch reads this once, when it first allocates.
+# Tensors of 2 MB and more in large pages, where Linux gives them on request: glibc returns freed blocks above 32 MB, such as
+# logits, to the kernel, and the next step waits for page faults (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -27,11 +26,10 @@ class Card:
     """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
 
     fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
-    Infinity Fabric, else PCIe). price: dollars an hour; 0: not known here, give --gpu-price. RunPod's list of March 2026 as
-    deploybase.ai has it (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); prices differ by 2.5 times
-    between providers. reached: the share of bf16 that the fastest large products get (MAMF table of
-    github.com/stas00/ml-engineering; 0.8, about that of H100, where it has no measurement). network: bytes/s to other
-    machines, one adapter a card as in the vendors' own systems.
+    Infinity Fabric, else PCIe). price: dollars an hour; 0: unknown, give --gpu-price. RunPod's of March 2026, after
+    deploybase.ai (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); others differ by 2.5 times. reached:
+    the share of bf16 that the fastest large products get (MAMF table of github.com/stas00/ml-engineering; 0.8, about H100's,
+    where it has none). network: bytes/s to other machines, one adapter a card as in the vendors' own systems.
     """
 
     bf16: float
@@ -79,11 +77,7 @@ def card_named(name: str) -> tuple[str, Card] | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when there is one, else the CPU.
-
-    Raises:
-        UsageError: the device asked for is not there.
-    """
+    """`auto` takes CUDA when there is one, else the CPU. Raises UsageError: the device asked for is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -107,37 +101,26 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32.
-
-    Raises:
-        UsageError: bf16 asked for where the device only emulates it.
-    """
+    """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32. Raises UsageError: bf16 asked for where
+    the device only emulates it."""
     native = has_native_bf16(device)
-    if name == "fp32":
-        return torch.float32, "asked for"
-    if name == "bf16":
-        if not native:
-            raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")
-        return torch.bfloat16, "asked for"
+    if name == "bf16" and not native:
+        raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
     return (torch.bfloat16, "native here") if native else (torch.float32, f"no native bf16 on this {device.type}")
 
 
 def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
-    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)?
-
-    name: same, auto or fp8 (ModelConfig.head_dtype).
-
-    Raises:
-        UsageError: fp8 asked for on a GPU that has none.
-    """
+    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)? name: same, auto or fp8
+    (ModelConfig.head_dtype). Raises UsageError: fp8 asked for on a GPU that has none."""
     if name == "same":
         return False, ""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
         return True, ""
     if name == "fp8" and device.type == "cpu":
         return True, "8-bit floats of the head are simulated on this cpu"
-    lacking = f"{card} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
+    lacking = f"{device_name(device)} has no 8-bit floats of the kind that NVIDIA's cards have from compute capability 8.9 on"
     if name == "fp8":
         raise UsageError(f"--head-dtype fp8: {lacking}: use auto or same")
     return False, f"{lacking}: the head's products stay in the type of the others"
@@ -165,15 +148,9 @@ def compiler_lacks(device: torch.device) -> str:
         return "" if importlib.util.find_spec("triton") else "no Triton here"
     if device.type != "cpu":
         return ""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    there = compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    compiler = os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))
+    there = compiler and Path(sysconfig.get_path("include"), "Python.h").exists()
     return "" if there else "no C++ compiler with Python headers here"
-
-
-def lacks_nccl(device: torch.device, ranks: int) -> str:
-    """What to say where several GPUs have no NCCL; else nothing."""
-    lacking = device.type == "cuda" and ranks > 1 and not torch.distributed.is_nccl_available()
-    return "this PyTorch has no NCCL: ranks talk through gloo, which is slower" if lacking else ""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -185,32 +162,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def counted(names: Iterable[str]) -> str:
-    """4 x NVIDIA H100 80GB HBM3, 4 x NVIDIA A100-SXM4-80GB."""
-    names = list(names)
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-
-
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """Peak of matrix products in FLOP/s, and where the figure is from; (None, ...) where it is unknown.
-
-    GPUs: data sheet (bf16 only). CPU: the fastest of a few 2048^3 products timed now, about 0.2 s.
-    """
+    """Peak of matrix products in FLOP/s, and where the figure is from; (None, ...) where it is unknown. GPUs: data sheet (bf16
+    only). CPU: the fastest of a few 2048^3 products timed now, about 0.2 s."""
     if device.type == "cuda":
-        found = card_named(torch.cuda.get_device_name(device))
-        if found and dtype == torch.bfloat16:
-            return found[1].bf16, "data sheet"
-        return None, "unknown GPU or dtype"
+        known = card_named(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
+        return (known[1].bf16, "data sheet") if known else (None, "unknown GPU or dtype")
     if device.type != "cpu":
         return None, "unknown device"
     n = 2048 if dtype == torch.bfloat16 else 1024
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    best = float("inf")
-    for _ in range(8):  # the first ones set up the primitive
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "measured at start"
+    return 2 * n**3 / min(
+        timeit.repeat(lambda: a @ b, number=1, repeat=8)
+    ), "measured at start"  # the first set up the primitive
 
 
 def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """This process among the ranks that torchrun started, or alone under plain python.
 
-A rank that dies or hangs is named: every rank leaves word of what it does in torchrun's store (`beat`), and when the others
-have waited too long, a thread reads these words and says whose are the oldest. torchrun then starts all ranks anew
-(--max-restarts), and they continue from the newest checkpoint.
+A rank that dies or hangs is named: every rank leaves word of what it does in torchrun's store (`beat`); when the others have
+waited too long, a thread says whose words are the oldest. torchrun then starts all ranks anew, from the newest checkpoint.
 """
 
 import itertools
@@ -26,12 +25,8 @@ from engine.spec import UsageError
 
 # What each of n ranks sends for a collective whose larger side has S bytes, over S: ring algorithms (nccl-tests,
 # PERFORMANCE.md). Of a reduce to one rank the mean over ranks, since that one sends nothing.
-WIRE = {
-    "allreduce": lambda n: 2 * (n - 1) / n,
-    "allgather": lambda n: (n - 1) / n,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "reduce": lambda n: (n - 1) / n,  # after those in whose names it is found, too
-}
+WIRE = {"allreduce": lambda n: 2 * (n - 1) / n}
+WIRE |= dict.fromkeys(("allgather", "reduce_scatter", "reduce"), lambda n: (n - 1) / n)  # in this order: by parts of names
 
 
 T = TypeVar("T")
@@ -42,14 +37,8 @@ class RankError(RuntimeError):
 
 
 class World:
-    """Rank, number of ranks and device of this process, and what ranks exchange.
-
-    Args:
-        device_name: auto, cpu, cuda or mps.
-        timeout: seconds that a rank waits for the others before it gives up.
-    Raises:
-        UsageError: no such device, or too few of it for the ranks of this machine.
-    """
+    """Rank, number of ranks and device (auto, cpu, cuda or mps) of this process, and what ranks exchange. timeout: seconds that
+    a rank waits for the others. Raises UsageError: no such device, or too few of it for the ranks of this machine."""
 
     def __init__(self, device_name: str, timeout: float = 600):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -78,8 +67,6 @@ class World:
             self.watch = threading.Thread(target=self._watch, daemon=True, name="watch")
             self.watch.start()
 
-    # what ranks do
-
     def beat(self, doing: str) -> None:
         """Leave word of what this rank begins to do now: all ranks do the same things in the same order."""
         self.beats, self.doing, self.since = self.beats + 1, doing, time.monotonic()
@@ -101,8 +88,8 @@ class World:
         """Who holds up the others: ranks whose word no longer changes, else those that have done least."""
 
         def words() -> list[tuple[int, int, str]]:
-            found = [self.store.get(f"beat/{rank}").decode().split(" ", 2) for rank in range(self.size)]
-            return [(int(beats), int(tick), doing) for beats, tick, doing in found]
+            said = (self.store.get(f"beat/{rank}").decode().split(" ", 2) for rank in range(self.size))
+            return [(int(beats), int(tick), doing) for beats, tick, doing in said]
 
         before = words()
         time.sleep(3)
@@ -113,8 +100,6 @@ class World:
         why = "does not run any more" if frozen else "is behind" if len(late) < self.size else "waits as all others do"
         names = "; ".join(f"rank {r} {why}, at {now[r][2]}" for r in late)
         return f"no progress for {self.timeout:g} s: {names}"
-
-    # what ranks exchange
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
@@ -131,11 +116,7 @@ class World:
         return values
 
     def main_does(self, work: Callable[[], T]) -> T:
-        """Rank 0 does it, all have the result.
-
-        Raises:
-            UsageError: rank 0's, on every rank.
-        """
+        """Rank 0 does it, all have the result. Raises UsageError: rank 0's, on every rank."""
         problem = value = None
         if self.main:
             try:
@@ -148,19 +129,16 @@ class World:
         return value
 
     def check_equal(self, tensors: list[torch.Tensor], what: str) -> None:
-        """All ranks hold the same bits of `tensors`, judged by a checksum of each.
-
-        Raises:
-            RankError: they do not; names the ranks that differ from most.
-        """
+        """All ranks hold the same bits of `tensors`, judged by a checksum of each. Raises RankError: they do not; names the
+        ranks that differ from most."""
         if self.size == 1:
             return
         sums = torch.stack([checksum(t) for t in tensors])
         everyone = [torch.empty_like(sums) for _ in range(self.size)]
         dist.all_gather(everyone, sums)
-        found = [tuple(s.tolist()) for s in everyone]
-        usual = max(found, key=found.count)
-        odd = [rank for rank, value in enumerate(found) if value != usual]
+        bits = [tuple(s.tolist()) for s in everyone]
+        usual = max(bits, key=bits.count)
+        odd = [rank for rank, value in enumerate(bits) if value != usual]
         if odd:
             raise RankError(f"{what} of rank {', '.join(map(str, odd))} differ from those of the other ranks")
 
@@ -176,12 +154,14 @@ class World:
             dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code; a rank without the interpreter's clean-up.
+def place() -> tuple[int, int]:
+    """This process's rank and the number of ranks in torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-    Threads of gloo's outlive destroy_process_group. One that lets go of a tensor while the interpreter is being taken down
-    aborts the process (pytorch issues 190489 and 38228), and torchrun then reports a finished run as a failed one.
-    """
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; a rank without the interpreter's clean-up, in which a thread of gloo's that lets go
+    of a tensor aborts the process (pytorch issues 190489 and 38228): torchrun would report a finished run as a failed one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -220,12 +200,9 @@ def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> 
 
 
 def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of torchrun's store that only these ranks of this start know.
-
-    torchrun (2.13) keeps one store through all restarts, in which the ranks of a new start would find the addresses of dead
-    ones. Numbers of restarts cannot tell starts apart, since two agents may count differently; so rank 0 draws a name, and
-    tells it to those who ask now: a question carries a random number, which no rank of an earlier start waits for.
-    """
+    """A part of torchrun's store that only these ranks of this start know. torchrun (2.13) keeps one store through all
+    restarts, with the addresses of dead ranks, and two agents may count restarts differently. So rank 0 draws a name, and tells
+    it to those who ask now: a question carries a random number, which no rank of an earlier start waits for."""
     if rank:
         nonce = uuid.uuid4().hex
         store.set(f"ask/{rank}", nonce)

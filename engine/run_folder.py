@@ -29,8 +29,7 @@ PRESENTATION = (
 
 
 def all_settings(config: Any, model_config: Any, recipe: str) -> dict[str, Any]:
-    """Everything that a run is told: what config.json has. Of an optimizer in a file of one's own the file's hash too: the
-    same command after a change of it is another run."""
+    """Everything that a run is told: what config.json has. An optimizer in a file of one's own brings the file's hash."""
     file = Path(config.optimizer.partition(":")[0])
     own = {"optimizer_code": hashlib.sha256(file.read_bytes()).hexdigest()} if file.suffix == ".py" else {}
     settings = vars(config) | vars(model_config) | {"recipe": recipe} | own
@@ -44,24 +43,26 @@ def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> st
 
 
 def default_folder(settings: dict[str, Any], recipe: str) -> str:
-    """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>. The words of a long recipe are cut
-    off: a file's name has 255 bytes at most."""
+    """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>. A file's name has 255 bytes at most."""
     return str(Path("runs") / settings["track"] / f"{recipe[:100]}-s{settings['seed']}-{settings_hash(settings)[:8]}")
 
 
 def now_utc() -> str:
-    """UTC, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """A reader sees the old file or the whole new one."""
+def atomic_write(path: Path, text: str | bytes) -> None:
+    """A reader sees the old file or the whole new one, and a full disk leaves nothing behind."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def file_hash(path: Path) -> str:
@@ -92,8 +93,8 @@ TRAINING = ("train_gpt.py", "config.py", "model.py", "tricks.py", "optimizers", 
 
 def sources() -> list[Path]:
     """The files that a run executes."""
-    found = [(ROOT / name, (ROOT / name).glob("*.py")) for name in TRAINING]
-    return sorted(path for place, inside in found for path in ([place] if place.is_file() else inside))
+    places = [ROOT / name for name in TRAINING]
+    return sorted(path for place in places for path in ([place] if place.is_file() else place.glob("*.py")))
 
 
 @functools.cache
@@ -106,11 +107,8 @@ def source_hash() -> str:
 
 
 def lock(folder: Path) -> FileLock:
-    """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held.
-
-    Raises:
-        UsageError: another process has it; says which.
-    """
+    """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held. Raises
+    UsageError: another process has it; says which."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     held = FileLock(path)
@@ -128,11 +126,8 @@ def lock(folder: Path) -> FileLock:
 
 
 class Run:
-    """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays.
-
-    Raises:
-        UsageError: the folder holds a run with other settings, or something else.
-    """
+    """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays. Raises
+    UsageError: the folder holds a run with other settings, or something else."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: str, main: bool = True):
         self.folder, self.config, self.main = folder, config, main
@@ -152,22 +147,10 @@ class Run:
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         self.finished = resume != "never" and (folder / "result.json").exists()
 
-    def take(self) -> None:
-        """Lock the folder for this process.
-
-        Raises:
-            UsageError: another process has it.
-        """
-        self.lock = lock(self.folder)
-
     def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
-        """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint.
-
-        stem: folder of the run that this one branches off from, whose log up to there is this run's too.
-
-        Raises:
-            UsageError: the log is shorter than that.
-        """
+        """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint. stem: folder
+        of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it is
+        shorter."""
         if not self.main:
             return
         log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"

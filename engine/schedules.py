@@ -4,11 +4,10 @@
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
     Course(config).at(step) -> Moment(lr, momentum, batch, windows, length, future, tied)
 
-Every schedule has `warmup` (linear from 0) and `final` (the multiplier approached at the end). Lengths are in steps
-when >= 1 and a fraction of the run when < 1. With t = step - W, T = steps - W, p = t / T, the last step still moves
-(p < 1), so `final` is approached, not reached: the step at p = 1 would be wasted at learning rate 0.
-Formulas and the settings others use: warm-up and cosine as in GPT-3 (arXiv 2005.14165), WSD and its 1-sqrt cool-down
-(arXiv 2405.18392), linear to zero (arXiv 2502.15938), inverse sqrt (arXiv 1706.03762), restarts (arXiv 1608.03983).
+Every schedule has `warmup` (linear from 0) and `final` (the multiplier approached at the end). Lengths are in steps when >= 1
+and a fraction of the run when < 1. With t = step - W, T = steps - W, p = t / T, the last step still moves (p < 1): `final` is
+approached, not reached. Sources: warm-up and cosine as in GPT-3 (arXiv 2005.14165), WSD and its 1-sqrt cool-down (arXiv
+2405.18392), linear to zero (arXiv 2502.15938), inverse sqrt (arXiv 1706.03762), restarts (arXiv 1608.03983).
 """
 
 import argparse
@@ -17,6 +16,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from engine.command import command
@@ -30,7 +30,7 @@ def length(value: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then `shape(progress)`; subclasses give the shape."""
+    """Warm-up, then `shape`: 1, unless a subclass gives another."""
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
 
@@ -38,7 +38,7 @@ class Schedule:
         if self.warmup < 0:
             raise UsageError(f"schedule key warmup must not be negative, got {self.warmup}")
 
-    def multiplier(self, step: int, steps: int) -> float:
+    def value(self, step: int, steps: int) -> float:
         """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
         warmup = length(self.warmup, steps)
         if step < warmup:
@@ -46,15 +46,12 @@ class Schedule:
         return self.shape(step - warmup, max(steps - warmup, 1))
 
     def shape(self, t: float, total: float) -> float:
-        raise NotImplementedError
+        return 1.0
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
     """1."""
-
-    def shape(self, t, total):
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -98,17 +95,12 @@ class Exponential(Decaying):
 @dataclass(frozen=True)
 class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
-    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down).
-    """
+    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down)."""
 
     cooldown: float = 0.4  # steps or fraction of the whole run
     form: str = "linear"
 
-    FORMS = {
-        "linear": lambda q: 1 - q,
-        "sqrt": lambda q: 1 - math.sqrt(q),
-        "exponential": lambda q: (0.01**q - 0.01) / 0.99,
-    }
+    FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,14 +109,11 @@ class WSD(Decaying):
         if self.cooldown <= 0:
             raise UsageError("schedule wsd needs cooldown > 0: use 'constant' for none")
 
-    def multiplier(self, step, steps):
+    def value(self, step, steps):
         decay = length(self.cooldown, steps) if self.cooldown != 1 else steps
         q = max(0.0, (step - (steps - decay)) / decay)
         down = self.final + (1 - self.final) * self.FORMS[self.form](q)
-        return min(down, super().multiplier(step, steps))
-
-    def shape(self, t, total):
-        return 1.0
+        return min(down, super().value(step, steps))
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ class InverseSqrt(Schedule):
 
     warmup: float = 0.05
 
-    def multiplier(self, step, steps):
+    def value(self, step, steps):
         warmup = max(length(self.warmup, steps), 1.0)
         return min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
 
@@ -154,7 +143,7 @@ class InverseSqrt(Schedule):
 class Keep:
     """Momentum stays as the optimizer has it."""
 
-    def value(self, step: int, steps: int) -> float | None:
+    def value(self, step, steps):
         return None
 
 
@@ -176,34 +165,22 @@ class Ramp:
         return self.start + (self.peak - self.start) * up + (self.end - self.peak) * down
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
-    "constant": Constant,
-    "linear": Linear,
-    "cosine": Cosine,
-    "wsd": WSD,
-    "exponential": Exponential,
-    "cyclic": Cyclic,
-    "inverse_sqrt": InverseSqrt,
-}
+SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "linear": Linear, "cosine": Cosine, "wsd": WSD}
+SCHEDULES |= {"exponential": Exponential, "cyclic": Cyclic, "inverse_sqrt": InverseSqrt}
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 
 
-def build(spec: str, steps: int) -> Callable[[int], float]:
-    """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate.
-
-    Raises:
-        UsageError: unknown schedule or key, or a value out of range.
-    """
-    cls, settings = parse(spec, SCHEDULES, "schedule")
+def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[int], Any]:
+    """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate. Raises UsageError: unknown schedule or
+    key, or a value out of range."""
+    cls, settings = parse(spec, registry, what)
     schedule = cls(**settings)
-    return lambda step: schedule.multiplier(step, steps)
+    return lambda step: schedule.value(step, steps)
 
 
 def build_momentum(spec: str, steps: int) -> Callable[[int], float | None]:
     """Momentum schedule: step (0-based) -> momentum, or None to leave the optimizer's own."""
-    cls, settings = parse(spec, MOMENTUM_SCHEDULES, "momentum schedule")
-    schedule = cls(**settings)
-    return lambda step: schedule.value(step, steps)
+    return build(spec, steps, MOMENTUM_SCHEDULES, "momentum schedule")
 
 
 # ---------------------------------------------------------------- the course of a run
@@ -226,14 +203,9 @@ class Course:
     """What a run does in each of its steps: `Course(config).at(step)`, a pure function of the step and the run's length.
 
     Stages of batches, windows and sequence lengths divide the run into equal parts. Speedrun record 46: batches of 131k, 262k
-    and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on.
-    Record 72: documents cut at 896 tokens first and then at 2,048.
-
-    Args:
-        config: the trainer's Config, of which the fields about steps are read.
-        steps: length of the run; None: the config's.
-    Raises:
-        UsageError: an unknown schedule or key, or stages that make no sense.
+    and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on. Record
+    72: documents cut at 896 tokens first and then at 2,048. config: the trainer's; steps: of the run, None: the config's.
+    Raises UsageError: an unknown schedule or key, or stages that make no sense.
     """
 
     def __init__(self, config: Any, steps: int | None = None):
@@ -243,9 +215,8 @@ class Course:
         self.windows, self.lengths = config.window_stages, config.length_stages
         self.future_tokens, self.tied_until = config.future_tokens, config.tied_until
         if len(self.batches) != len(self.batch_rates):
-            raise UsageError(
-                f"--batch-stages has {len(self.batches)} sizes, --batch-rates {len(self.batch_rates)} rates: one a stage"
-            )
+            counts = f"{len(self.batches)} sizes, --batch-rates {len(self.batch_rates)} rates"
+            raise UsageError(f"--batch-stages has {counts}: one a stage")
         if not all(size >= 1 and size == int(size) for size in self.batches):
             raise UsageError("--batch-stages takes whole multiples of --batch-tokens, such as 1/2/3")
         for flag, parts in (("--window-stages", self.windows), ("--length-stages", self.lengths)):
@@ -267,11 +238,8 @@ class Course:
 
     def units_before(self, step: int) -> int:
         """Batch units in all steps before `step`."""
-        starts = [*stage_starts(self.batches, self.steps), math.inf]
-        return sum(
-            int(size) * max(0, min(step, end) - start)
-            for size, start, end in zip(self.batches, starts, starts[1:], strict=False)
-        )
+        spans = zip(self.batches, pairwise([*stage_starts(self.batches, self.steps), math.inf]), strict=True)
+        return sum(int(size) * max(0, min(step, end) - start) for size, (start, end) in spans)
 
     def new_shapes(self) -> list[int]:
         """First steps of the stages with other windows or lengths than before: what torch.compile makes a graph for."""
@@ -291,9 +259,7 @@ def stage(stages: tuple[float, ...], step: int, steps: int) -> int:
 def future_weights(tokens: int, step: int, steps: int) -> tuple[float, ...]:
     """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
     after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
-
-    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1].
-    """
+    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
     done = (tokens + 1) * step / steps
     return tuple(0.5**k * min(1.0, max(0.0, tokens - k + 1 - done)) for k in range(1, tokens + 1))
 

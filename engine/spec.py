@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import math
 import sys
-import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,9 +23,7 @@ from typing import Any
 
 class UsageError(ValueError):
     """What the user can mend: bad words, too little memory. Verbs print it as one line and exit with code 2 (command.py).
-
-    speaks: does this rank print it? None: the first rank of each machine does.
-    """
+    speaks: does this rank print it? None: the first rank of each machine does."""
 
     def __init__(self, message: str, speaks: bool | None = None):
         super().__init__(message)
@@ -55,36 +52,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def plain_type(annotation: Any) -> type:
-    """The one scalar type behind an annotation: `float | None` -> float. Without an annotation: str."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation if annotation in (int, float, bool, str) else str
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def convert(text: str, annotation: Any, what: str) -> Any:
-    """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95.
-
-    Raises:
-        UsageError: the text is not of that type.
-    """
+    """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95. Raises
+    UsageError: the text is not of that type."""
     if tuple in (annotation, typing.get_origin(annotation)):
         return tuple(convert(part, float, what) for part in text.split("/"))
-    kind = plain_type(annotation)
-    if type(None) in typing.get_args(annotation) and text.lower() == "none":
+    kind = next((t for t in (annotation, *typing.get_args(annotation)) if t in (int, float, bool, str)), str)
+    word = text.lower()
+    if type(None) in typing.get_args(annotation) and word == "none":
         return None
     if kind is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise UsageError(f"{what} takes true or false, not {text!r}")
+        if word not in TRUTHS:
+            raise UsageError(f"{what} takes true or false, not {text!r}")
+        return TRUTHS[word]
     try:
-        if kind is int and "e" in text.lower():  # 1e6 tokens is how people write it
-            number = float(text)
-            if not number.is_integer():
-                raise ValueError
-            return int(number)
+        if kind is int and "e" in word and float(text).is_integer():  # 1e6 tokens is how people write it
+            return int(float(text))
         return kind(text)
     except ValueError:
         raise UsageError(f"{what} takes a value of type {kind.__name__}, not {text!r}") from None
@@ -105,10 +91,8 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def typed_keys(cls: type) -> dict[str, Any]:
-    """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor.
-
-    A parameter whose annotation is absent or no plain type takes the type of its default.
-    """
+    """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor. A parameter
+    whose annotation is absent or no plain type takes the type of its default."""
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -121,16 +105,8 @@ def typed_keys(cls: type) -> dict[str, Any]:
 
 
 def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[str, Any]]:
-    """Look `spec` up in `registry` (or import it) and convert its settings.
-
-    Args:
-        spec: a SPEC string, see the module's docstring.
-        registry: name -> class.
-        what: "optimizer" or "schedule", for messages.
-    Returns:
-        the class and its typed keyword arguments.
-    Raises:
-        UsageError: unknown name or key, wrong type, or a file that does not import.
+    """The class that a SPEC chooses, of `registry` (name -> class) or imported, and its typed keyword arguments. what:
+    "optimizer" or "schedule", for messages. Raises UsageError: unknown name or key, wrong type, or a file that does not import.
     """
     name, texts = split(spec)
     registered, colon, word = name.partition(":")
@@ -140,20 +116,14 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
     if cls is None:
         raise UsageError(f"unknown {what} {name!r}: {nearest(name, registry)}")
     keys = typed_keys(cls)
-    settings = {}
-    for key, text in texts.items():
+    for key in texts:
         if key not in keys:
             raise UsageError(f"{what} {name!r} has no key {key!r}: {nearest(key, keys)}")
-        settings[key] = convert(text, keys[key], f"{what} key {name}:{key}")
-    return cls, settings
+    return cls, {key: convert(text, keys[key], f"{what} key {name}:{key}") for key, text in texts.items()}
 
 
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`.
-
-    Raises:
-        UsageError: no such file, it does not import, or it has no such class.
-    """
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: it does not import, or has no such class."""
     place, _, attribute = name.partition(":")
     try:
         if place.endswith(".py"):
@@ -170,8 +140,7 @@ def load(name: str, what: str) -> type:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to read, on one line
         raise UsageError(f"{what} {name!r}: {place} does not import ({type(error).__name__}: {error})") from error
-    found = getattr(module, attribute, None)
-    if not isinstance(found, type):
-        classes = [k for k, v in vars(module).items() if isinstance(v, type)]
+    classes = {word: value for word, value in vars(module).items() if isinstance(value, type)}
+    if attribute not in classes:
         raise UsageError(f"{what} {name!r}: {place} has no class {attribute!r}: {nearest(attribute, classes)}")
-    return found
+    return classes[attribute]

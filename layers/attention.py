@@ -48,9 +48,8 @@ def chunked_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int = 0, documents: Tensor | None = None,
     chunk: int = 128,
 ) -> Tensor:  # fmt: skip
-    """Plain attention one block of queries at a time, each against the keys that any of them sees: skips the scores that
-    the mask would throw away. On CPUs with bf16 matrix units this beats PyTorch's flash attention, which spends its
-    time outside the matrix units (benchmarks/README.md)."""
+    """Plain attention one block of queries at a time, each against the keys that any of them sees. On CPUs with bf16 matrix
+    units this beats PyTorch's flash attention, which spends its time outside them (benchmarks/README.md)."""
     T = q.size(-2)
     hidden = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device)
     hidden = hidden.triu(1) + hidden.tril(-window) if window else hidden.triu(1)
@@ -97,11 +96,8 @@ fused_flex = lru_cache(lambda: torch.compile(flex_attention, dynamic=False))  # 
 def flexible_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | Tensor = 0, documents: Tensor | None = None
 ) -> Tensor:
-    """FlexAttention (arXiv 2412.05496): compiled on CUDA; on a CPU PyTorch's unfused form of it, forward only.
-
-    Raises:
-        UsageError: dropout, or gradients on a device where PyTorch has none for it.
-    """
+    """FlexAttention (arXiv 2412.05496): compiled on CUDA; on a CPU PyTorch's unfused form of it, forward only. Raises
+    UsageError: dropout, or gradients on a device where PyTorch has none for it."""
     if dropout:
         raise UsageError("--attention flex has no dropout: use --attention sdpa, or --dropout 0")
     if q.requires_grad or k.requires_grad or v.requires_grad:
@@ -113,20 +109,12 @@ def flexible_attention(
     return attend(q, k, v, block_mask=mask, scale=scale)
 
 
-ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "plain": plain_attention,
-    "chunked": chunked_attention,
-    "sdpa": sdpa_attention,
-    "flex": flexible_attention,
-}
+ATTENTION: dict[str, Callable[..., Tensor]] = {"plain": plain_attention, "chunked": chunked_attention}
+ATTENTION |= {"sdpa": sdpa_attention, "flex": flexible_attention}
 
 
 def check(backend: str, device: torch.device) -> None:
-    """Can it train there?
-
-    Raises:
-        UsageError: it has no backward pass on this device.
-    """
+    """Can it train there? Raises UsageError: it has no backward pass on this device."""
     if backend == "flex" and device.type != "cuda":
         raise UsageError(f"--attention flex trains on CUDA only, not on {device.type}: use --attention chunked or auto")
 
@@ -145,20 +133,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, window: int | Tensor = 0,
     documents: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """softmax(scale q k^T + causal mask) v.
-
-    Args:
-        q, k, v: [B, H, T, D].
-        scale: factor on q.k.
-        dropout: probability, on the attention weights.
-        window: tokens that a token sees, itself included; 0: all up to itself. A tensor: flex alone.
-        documents: [B, T] int, a number per document, within which a token sees; None: no limit.
-        backend: a key of ATTENTION or auto.
-    Returns:
-        [B, H, T, D].
-    Raises:
-        UsageError: the back-end cannot do this here.
-    """
+    """softmax(scale q k^T + causal mask) v, [B, H, T, D], by the back-end that `choose` gives; a window that is a tensor: by
+    flex alone. Raises UsageError: the back-end cannot do this here."""
     if isinstance(window, int) and window >= q.size(-2):
         window = 0
     masked = isinstance(window, Tensor) or bool(window) or documents is not None

@@ -72,36 +72,43 @@ class Plan:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def opaque(name: str) -> Callable[[Callable], Callable]:
-    """A function that torch.compile calls without looking into it. In eager mode it is called as it is: on one H100 PyTorch's
-    way to such an operation took 0.03 ms a call, as long again as Triton's launch."""
+def opaque(name: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """A function that torch.compile calls without looking into it; `fake` makes its results, unfilled. In eager mode it is
+    called as it is: on one H100 PyTorch's way to such an operation took 0.03 ms a call, as long again as Triton's launch."""
 
     def wrap(function: Callable) -> Callable:
         operation = torch.library.custom_op(name, function, mutates_args=())
+        operation.register_fake(fake)
 
         @wraps(function)
         def call(*arguments):
             return (operation if torch.compiler.is_compiling() or arguments[0].is_meta else function)(*arguments)
 
-        call.register_fake = operation.register_fake
         return call
 
     return wrap
 
 
+def empty(x: Tensor) -> Tensor:
+    """Contiguous."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def tiles(size: int, block: int) -> int:
+    """How many; triton.cdiv takes ten times as long, which a launch waits for."""
     return -(-size // block)
 
 
-@torch.compiler.assume_constant_result
 def roomy(device: torch.device) -> bool:
     """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
-    the units that move tiles by descriptors with it; A100, graphics cards and AMD's have not. Triton's interpreter has no
-    limit."""
-    # AMD's have no such property
-    return (
-        device.type != "cuda" or getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
-    )
+    the units that move tiles by descriptors; A100, graphics cards and AMD's (without such a property) have not. Triton's
+    interpreter has no limit."""
+    if device.type != "cuda":
+        return True
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
+
+
+roomy._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, without importing the compiler
 
 
 @lru_cache
@@ -135,11 +142,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class CPURMSNorm(torch.autograd.Function):
-    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n.
-
-    PyTorch composes F.rms_norm on CPUs from about ten element-wise passes over memory, which for small models costs more
-    than the matrix products; this one makes three forward and five backward.
-    """
+    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n. PyTorch composes F.rms_norm
+    on CPUs from about ten element-wise passes over memory, which for small models costs more than the matrix products; this one
+    makes three forward and five backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -165,10 +170,8 @@ class CPURMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """RMS normalisation over the last dimension of x; weight [C] in x's dtype or None.
-
-    The reference under torch.compile (which fuses it) and on GPUs (where PyTorch has a kernel).
-    """
+    """RMS normalisation over the last dimension of x; weight [C] in x's dtype or None. The reference under torch.compile (which
+    fuses it) and on GPUs (where PyTorch has a kernel)."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, eps)
     return CPURMSNorm.apply(x, weight, eps)
@@ -190,10 +193,8 @@ def symmetric_kernel(
     x, old, out, M, K, x_batch, x_row, x_column, alpha, beta,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_OLD: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha x x^T + beta old: a program computes one tile on or below the diagonal and writes it there and mirrored.
-
-    x [batch, M, K] of any strides; old, symmetric, and out [batch, M, M] are contiguous.
-    """
+    """out = alpha x x^T + beta old: a program computes one tile on or below the diagonal and writes it there and mirrored. x
+    [batch, M, K] of any strides; old, symmetric, and out [batch, M, M] are contiguous."""
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8.0 * tile + 1) - 1) / 2).to(tl.int32)  # tile = i (i + 1) / 2 + j, up to rounding
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
@@ -223,17 +224,12 @@ def plan_symmetric(x: Tensor, old: Tensor | None, out: Tensor, alpha: float, bet
     return Plan(symmetric_kernel, (n * (n + 1) // 2, batch), arguments | strides, num_warps=4, num_stages=3)
 
 
-@opaque("speedrun::symmetric")
+@opaque("speedrun::symmetric", lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 def symmetric(x: Tensor, old: Tensor | None, alpha: float, beta: float) -> Tensor:
     """alpha x x^T + beta old of x [batch, M, K] and symmetric old [batch, M, M]."""
     out = x.new_empty(x.size(0), x.size(1), x.size(1))
     plan_symmetric(x, None if old is None else old.contiguous(), out, alpha, beta).run()
     return out
-
-
-@symmetric.register_fake
-def _(x, old, alpha, beta):
-    return x.new_empty(x.size(0), x.size(1), x.size(1))
 
 
 def gram(X: Tensor) -> Tensor:
@@ -329,9 +325,8 @@ def plan_cross_entropy_forward(
     logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, vocab_size: int, cap: float, form: str
 ) -> Plan:
     # logits of at least -cap: exp(-2 cap) of them is to be a normal fp32 number, 1e-38, with room to add up
-    arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size,
-                     columns=logits.size(1), cap=cap, FORM=form if cap else "none", BOUNDED=0 < cap <= 40,
-                     BLOCK=2048)  # fmt: skip
+    arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size)
+    arguments |= dict(columns=logits.size(1), cap=cap, FORM=form if cap else "none", BOUNDED=0 < cap <= 40, BLOCK=2048)
     return Plan(cross_entropy_forward_kernel, (len(logits),), arguments, num_warps=8, num_stages=3)
 
 
@@ -339,41 +334,32 @@ def plan_cross_entropy_backward(
     logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, out: Tensor, vocab_size: int, cap: float, form: str
 ) -> Plan:
     rows, columns = logits.shape
-    arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size,
-                     columns=columns, cap=cap, FORM=form if cap else "none",
-                     BLOCK=1024)  # fmt: skip
+    arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size)
+    arguments |= dict(columns=columns, cap=cap, FORM=form if cap else "none", BLOCK=1024)
     return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 1024)), arguments, num_warps=4, num_stages=1)
 
 
-@opaque("speedrun::cross_entropy_forward")
-def cross_entropy_forward(
-    logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def row_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers a row, [N] fp32 each."""
+    return tuple(torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+
+
+@opaque("speedrun::cross_entropy_forward", lambda logits, *_: row_pair(logits))
+def cross_entropy_forward(logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> tuple[Tensor, Tensor]:
     """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
-    losses, normalisers = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    losses, normalisers = row_pair(logits)
     plan_cross_entropy_forward(logits.contiguous(), targets, losses, normalisers, vocab_size, cap, form).run()
     return losses, normalisers
 
 
-@cross_entropy_forward.register_fake
-def _(logits, targets, vocab_size, cap, form):
-    empty = lambda: torch.empty(len(logits), dtype=torch.float32, device=logits.device)  # noqa: E731
-    return empty(), empty()
-
-
-@opaque("speedrun::cross_entropy_backward")
+@opaque("speedrun::cross_entropy_backward", lambda logits, *_: empty(logits))
 def cross_entropy_backward(
     logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str
 ) -> Tensor:
     """Gradient of the summed loss times `upstream` (0-dim, fp32) at the logits, in their dtype."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits)
     plan_cross_entropy_backward(logits.contiguous(), targets, normalisers, upstream, out, vocab_size, cap, form).run()
     return out
-
-
-@cross_entropy_backward.register_fake
-def _(logits, targets, normalisers, upstream, vocab_size, cap, form):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -395,13 +381,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float = 0.0, form: str = "rational") -> Tensor:
-    """Mean cross-entropy of softcapped logits, nats, fp32.
-
-    Args:
-        logits: [N, columns], of which the first vocab_size count (the rest pads the head).
-        targets: [N] int64 below vocab_size; -100 where none counts.
-        cap, form: see `softcap`; cap 0 leaves the logits as they are.
-    """
+    """Mean cross-entropy, nats, fp32, of logits [N, columns] after `softcap`, of which the first vocab_size count (the rest
+    pads the head). targets: [N] int64 below vocab_size; -100 where none counts."""
     if fused_loss(logits) and form in ("rational", "tanh", "sigmoid"):
         return FusedCrossEntropy.apply(logits, targets.contiguous(), vocab_size, cap, form)
     return cross_entropy_reference(logits, targets, vocab_size, cap, form)
@@ -420,10 +401,8 @@ def linear_relu2_kernel(
     x, weight, bias, out, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor.
-
-    A program stays for all its tiles, and loads for the next one while it writes the last; tiles that share rows run together.
-    """
+    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor. A program stays for
+    all its tiles, and loads for the next one while it writes the last; tiles that share rows run together."""
     high, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), high * wide, PROGRAMS, flatten=True):
         i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
@@ -464,7 +443,7 @@ def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
     return Plan(relu2_backward_kernel, (tiles(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
 
 
-@opaque("speedrun::linear_relu2_forward")
+@opaque("speedrun::linear_relu2_forward", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
 def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """relu(x weight^T + bias)^2 of x [N, C], weight [H, C], bias [H]."""
     out = x.new_empty(len(x), len(weight))
@@ -472,22 +451,12 @@ def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return out
 
 
-@linear_relu2_forward.register_fake
-def _(x, weight, bias):
-    return x.new_empty(len(x), len(weight))
-
-
-@opaque("speedrun::relu2_backward")
+@opaque("speedrun::relu2_backward", lambda y, upstream: empty(y))
 def relu2_backward(y: Tensor, upstream: Tensor) -> Tensor:
     """2 sqrt(y) upstream."""
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = empty(y)
     plan_relu2_backward(y, upstream.contiguous(), out).run()
     return out
-
-
-@relu2_backward.register_fake
-def _(y, upstream):
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 class FusedLinearReLU2(torch.autograd.Function):
@@ -508,10 +477,8 @@ class FusedLinearReLU2(torch.autograd.Function):
 
 
 def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H].
-
-    The kernel loads and stores by tensor descriptors, whose rows have a multiple of 16 bytes.
-    """
+    """relu(x W^T + b)^2 (arXiv 2109.08668) of x [..., C], weight [H, C] and bias [H] of one dtype -> [..., H]. The kernel loads
+    and stores by tensor descriptors, whose rows have a multiple of 16 bytes."""
     if fused(x) and roomy(x.device) and not any(side * x.element_size() % 16 for side in weight.shape):
         return FusedLinearReLU2.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return linear_relu2_reference(x, weight, bias)
@@ -552,16 +519,16 @@ def plan_quantise(x: Tensor, out: Tensor, transposed: Tensor, scale: float) -> P
     return Plan(quantise_kernel, (tiles(M, 128), tiles(N, 128)), arguments, num_warps=4, num_stages=1)
 
 
-@opaque("speedrun::quantise")
+def quantised_pair(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[M, N] and [N, M]."""
+    return tuple(torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+
+
+@opaque("speedrun::quantise", lambda x, scale, dtype: quantised_pair(x, dtype))
 def fused_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, transposed = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+    out, transposed = quantised_pair(x, dtype)
     plan_quantise(x, out, transposed, scale).run()
     return out, transposed
-
-
-@fused_quantise.register_fake
-def _(x, scale, dtype):
-    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(x.shape[::-1], dtype=dtype, device=x.device)
 
 
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -605,14 +572,6 @@ class FP8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scales: tuple[float, float, float]) -> Tensor:
-    """x W^T with x and W in e4m3, and the gradient in e5m2 (modded-nanogpt #19, for the head).
-
-    Args:
-        x: [N, C].
-        weight: [V, C], of x's dtype.
-        scales: what is divided by before rounding, fixed: of x, the weight and the gradient. The gradient of a mean over N
-            tokens is at most 1 / N a logit.
-    Returns:
-        [N, V] in x's dtype.
-    """
+    """x W^T, [N, V] in x's dtype, of x [N, C] and W [V, C] in e4m3, and the gradient in e5m2 (modded-nanogpt #19, for the
+    head). scales: what x, the weight and the gradient are divided by before rounding, fixed."""
     return FP8Linear.apply(x, weight, scales)

@@ -27,64 +27,42 @@ class ModelConfig:
         ("learned", "rotary", "half_rotary"),
     )
     rotary_base: float = setting(10000.0, "slowest rotary wavelength over 2 pi, tokens (modded-nanogpt: 1024)")
-    yarn: bool = setting(
-        False, "rotary frequencies and the factor on q.k follow a window that grows (arXiv 2309.00071, modded-nanogpt #31)"
-    )
+    yarn: bool = setting(False, "rotary positions and q.k follow a growing window (arXiv 2309.00071, modded-nanogpt #31)")
     qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
     attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
     activation: str = setting("gelu", "MLP activation; relu2 = ReLU(x)^2, arXiv 2109.08668", ("gelu", "relu2"))
-    zero_init_projections: bool = setting(
-        False, "projections into the residual stream, and an untied head, start at zero (modded-nanogpt #5)"
-    )
+    zero_init_projections: bool = setting(False, "residual projections and an untied head start at zero (modded-nanogpt #5)")
     tied_head: bool = setting(True, "head shares its weight with the token embedding (untied: modded-nanogpt #8)")
     embed_norm: bool = setting(False, "normalise right after the embedding (modded-nanogpt #8)")
     logit_softcap: float = setting(0.0, "bound on the logits, nats; 0 is off (Gemma 2: 30, modded-nanogpt #18: 15)")
     softcap_form: str = setting(
         "rational",
-        "rational: c x / sqrt(x^2 + c^2) (modded-nanogpt); tanh: c tanh(x / c); sigmoid: c sigmoid((x + 5) / 7.5) "
-        "(modded-nanogpt #54, with c = 23)",
+        "c x / sqrt(x^2 + c^2), c tanh(x / c), or c sigmoid((x + 5) / 7.5) (modded-nanogpt #54, with c = 23)",
         ("rational", "tanh", "sigmoid"),
     )
-    vocab_multiple: int = setting(
-        1, "rows of embedding and head, a multiple of this; the logits of padding are cut off", least=1
-    )
+    vocab_multiple: int = setting(1, "of which embedding and head have rows; logits of padding are cut off", least=1)
     head_dtype: str = setting(
         "same",
-        "head's products in training; same: type of the activations; auto: 8-bit floats where the card has them "
-        "(modded-nanogpt #19); fp8: there alone, simulated on CPUs",
+        "head's products in training; same: as activations; auto: 8-bit floats where the card has them (modded-nanogpt #19)",
         ("same", "auto", "fp8"),
     )
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
-    value_embeddings: int = setting(
-        0, "tables of value embeddings, for so many first and last blocks; 0 is off (modded-nanogpt #14, #17)"
-    )
+    value_embeddings: int = setting(0, "value embeddings for so many first and last blocks; 0 is off (modded-nanogpt #14, #17)")
     value_gates: bool = setting(False, "gates on the value embeddings, one a head (modded-nanogpt #55)")
     input_shortcut: bool = setting(False, "what enters the first block is added before each (modded-nanogpt #9)")
-    skips: str = setting(
-        "none", "skips from the lower to the upper blocks (modded-nanogpt #11; single: #45)", ("none", "unet", "single")
-    )
+    skips: str = setting("none", "from lower to upper blocks (modded-nanogpt #11; single: #45)", ("none", "unet", "single"))
     smear: bool = setting(False, "a gated part of the token before is added to each embedding (modded-nanogpt #34)")
     backout: bool = setting(False, "the stream at two thirds of the depth is taken off at the end (modded-nanogpt #40)")
     attention_gate: bool = setting(False, "a gate on each head's output (sparse attention gate, modded-nanogpt #28)")
     exclusive_attention: bool = setting(False, "takes a token's own value out of its heads' outputs (modded-nanogpt #82)")
-    key_offset: bool = setting(
-        False, "keys of half-rotary attention: the channels without position from the token before (modded-nanogpt #49)"
-    )
+    key_offset: bool = setting(False, "half-rotary keys: still channels from the token before (modded-nanogpt #49)")
     window: int = setting(0, "long attention window, tokens that a token sees, itself included; 0: all before it")
-    window_pattern: str = setting(
-        "L", "windows of the blocks, repeated: L long, S half as long; the last block's is long (modded-nanogpt #20)"
-    )
-    document_mask: bool = setting(
-        False, "attention within a token's own document alone, in validation too (modded-nanogpt #12)"
-    )
+    window_pattern: str = setting("L", "of the blocks, repeated: L long, S half; the last block's is long (modded-nanogpt #20)")
+    document_mask: bool = setting(False, "attention within a token's document alone, in validation too (modded-nanogpt #12)")
     end_of_text: int = setting(50256, "the tokenizer's token before each document")
-    attention: str = setting(
-        "auto", "attention code; auto: sdpa on GPUs, chunked on CPU (less memory traffic)", ("auto", *ATTENTION)
-    )
-    checkpoint_activations: bool = setting(
-        False, "keep a block's input alone and compute the block again in the backward pass: less memory, a third more work"
-    )
+    attention: str = setting("auto", "attention code; auto: sdpa or flex on GPUs, chunked on CPU", ("auto", *ATTENTION))
+    checkpoint_activations: bool = setting(False, "compute blocks again in the backward pass: less memory, a third more work")
 
     def __post_init__(self):
         for f in fields(self):
@@ -109,10 +87,8 @@ class ModelConfig:
         if self.yarn and self.positions == "learned":
             raise ValueError("yarn needs positions rotary or half_rotary, got learned")
         if self.head_dtype != "same" and (self.padded_vocab % 16 or self.width % 16):
-            raise ValueError(
-                f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {self.width} and "
-                f"{self.padded_vocab}: such as vocab_multiple 128"
-            )
+            sides = f"{self.width} and {self.padded_vocab}: such as vocab_multiple 128"
+            raise ValueError(f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {sides}")
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
 
@@ -148,14 +124,11 @@ PRESETS: dict[str, dict[str, int]] = {
 def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> int:
     """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add.
 
-    6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys,
-    once for q.k and once for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer.
-    A window of w tokens meets w - w^2 / 2T keys instead of T/2. nanoGPT's and PaLM's formula counts 12 T C, the masked half
-    included; ours does not flatter MFU. Vectors, softmax, norms, gates, embeddings and the optimizer are left out.
-
-    Args:
-        part: of the model's long window, in a stage of a window schedule.
-        length: of the sequences, tokens, in a stage of a schedule of lengths; 0: the model's.
+    6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys, for q.k and
+    for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer. A window of w tokens meets
+    w - w^2 / 2T keys. nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors,
+    softmax, norms, gates, embeddings and the optimizer are left out. In a stage of a run, part: of the long window; length: of
+    the sequences, tokens (0: the model's).
     """
     C, T = config.width, length or config.sequence_length
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C

@@ -36,7 +36,7 @@ from optimizers import elementwise, schedule_free  # they fill the registry, in 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
 __all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes"]
@@ -99,29 +99,19 @@ class Choice:
 
 
 def find(spec: str) -> Choice:
-    """What `spec` chooses. Imports the file or package that it names: not for a SPEC that somebody else wrote.
-
-    Raises:
-        UsageError: unknown name or key, or a value of the wrong type.
-    """
+    """What `spec` chooses. Imports the file or package that it names: not for a SPEC that somebody else wrote. Raises
+    UsageError: unknown name or key, or a value of the wrong type."""
     return Choice(spec, *parse(of_collection(spec), OPTIMIZERS, "optimizer"))
 
 
 def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", rates: str = "") -> torch.optim.Optimizer:
-    """The optimizer that `spec` names, over all trainable parameters of `gpt`.
+    """The optimizer that `spec` names (see the top of this file), over all trainable parameters of `gpt`, which may be wrapped
+    in DistributedDataParallel or compiled. steps: of the run, for settings that are a fraction of it. average: SPEC of an
+    average of the weights to evaluate at (AVERAGES), or none. rates: factors on learning rates, see `multiply_rates`.
 
-    Args:
-        spec: see the top of this file.
-        gpt: the model; wrapped in DistributedDataParallel or compiled is fine.
-        steps: length of the run, for settings that are a fraction of it.
-        average: SPEC of an average of the weights to evaluate at (AVERAGES), or none.
-        rates: factors on learning rates, see `multiply_rates`.
-
-    Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label).
-    `train()` and `eval()` exist on the result: call eval() before validation and checkpoints, train() after.
-
-    Raises:
-        UsageError: unknown name or key, value out of range, a class that is no optimizer or misses parameters.
+    Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label). `train()` and
+    `eval()` exist on the result: call eval() before validation and checkpoints, train() after. Raises UsageError: unknown name
+    or key, value out of range, a class that is no optimizer or misses parameters.
     """
     gpt, choice = unwrapped(gpt), find(spec)
     try:
@@ -149,11 +139,8 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
 
 
 def of_collection(spec: str) -> str:
-    """`heavyball.soap:lr=1e-3` as `heavyball:SOAP:lr=1e-3`: the class of that name, letter case and underscores aside.
-
-    Raises:
-        UsageError: the package is not installed, or has no optimizer of that name.
-    """
+    """`heavyball.soap:lr=1e-3` as `heavyball:SOAP:lr=1e-3`: the class of that name, letter case and underscores aside. Raises
+    UsageError: the package is not installed, or has no optimizer of that name."""
     name, colon, keys = spec.partition(":")
     package, _, word = name.rpartition(".")
     if package not in COLLECTIONS:
@@ -177,13 +164,9 @@ def unwrapped(gpt: nn.Module) -> nn.Module:
 
 
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
-    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ.
-
-    A word is a role, a parameter's name, or what stands between dots in it; of several that fit a parameter the last counts.
-
-    Raises:
-        UsageError: a word that fits no parameter, or no number of 0 or more after it.
-    """
+    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ. A word is a role, a
+    parameter's name, or what stands between dots in it; of several that fit a parameter the last counts. Raises UsageError: a
+    word that fits no parameter, or no number of 0 or more after it."""
     if not rates:
         return
     role, factors = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True)), {}
@@ -204,8 +187,7 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
         for p in group["params"]:
             alike[factors.get(p, 1.0)].append(p)
         for factor, params in alike.items():
-            what = dict(params=params, lr=group["lr"] * factor, roles=label(role[p] for p in params))
-            divided.append(group | what)
+            divided.append(group | dict(params=params, lr=group["lr"] * factor, roles=label(role[p] for p in params)))
     optimizer.param_groups = divided
     if isinstance(optimizer, Chain):
         optimizer._link()
@@ -233,8 +215,7 @@ def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: n
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:
     """Fuse the update of the parts that have a compiled form (`base.Elementwise`) into one pass over memory."""
-    for part in parts(optimizer):
-        getattr(part, "compile", lambda: None)()
+    call(optimizer, "compile")
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -22,8 +22,8 @@ class LawaEMA:
     every: int = hyper(1, "steps between updates", least=1)
     start: float = hyper(0, "steps before the first; below 1: fraction of the run")
 
-    def weights(self, kept: list[Tensor]) -> Tensor:
-        return kept[0]
+    def weights(self, kept: list[Tensor]) -> Tensor | None:
+        return kept[0] if kept else None
 
     def keep(self, kept: list[Tensor], w: Tensor) -> None:
         if kept:
@@ -55,10 +55,8 @@ AVERAGES = {"lawa_ema": LawaEMA, "lawa_queue": LawaQueue}
 
 
 class Averaged(Chain):
-    """An optimizer whose eval() puts an average of the weights in place of the weights, and train() takes it away again.
-
-    What is kept stands in the state_dict under `average`, beside torch's own entries, weight by weight.
-    """
+    """An optimizer whose eval() puts an average of the weights in place of the weights, and train() takes it away again. What
+    is kept stands in the state_dict under `average`, beside torch's own entries, weight by weight."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, average: LawaEMA | LawaQueue):
         super().__init__(*parts(optimizer))
@@ -82,8 +80,7 @@ class Averaged(Chain):
     def eval(self) -> None:
         super().eval()
         for p, kept in self.kept.items():
-            average = self.average.weights(kept) if kept else None
-            if average is not None and p not in self.aside:
+            if p not in self.aside and (average := self.average.weights(kept)) is not None:
                 self.aside[p] = p.detach().clone()
                 p.copy_(average)
 
@@ -103,17 +100,13 @@ class Averaged(Chain):
         super().load_state_dict(state_dict)
         saved, params = state_dict["average"], [p for g in self.param_groups for p in g["params"]]
         self.t = saved["t"]
-        self.kept = {p: [moved(w, p.device) for w in kept] for p, kept in zip(params, saved["kept"], strict=True)}
-        aside = zip(params, saved["aside"], strict=True)
-        self.aside = {p: moved(w, p.device) for p, w in aside if w is not None}
+        self.kept = {p: moved(kept, p.device) for p, kept in zip(params, saved["kept"], strict=True)}
+        self.aside = {p: moved(w, p.device) for p, w in zip(params, saved["aside"], strict=True) if w is not None}
 
 
 def build_average(spec: str, steps: int) -> LawaEMA | LawaQueue | None:
-    """The average that `spec` names, for a run of `steps` steps; None: none.
-
-    Raises:
-        UsageError: unknown name or key, or a value out of range.
-    """
+    """The average that `spec` names, for a run of `steps` steps; None: none. Raises UsageError: unknown name or key, or a value
+    out of range."""
     if spec == "none":
         return None
     cls, settings = parse(spec, AVERAGES, "average")

@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, field
 from functools import lru_cache, partial, partialmethod
 from itertools import compress
@@ -35,12 +35,9 @@ OPTIMIZERS: dict[str, type["Method"]] = {}  # name -> class: every subclass of M
 def hyper(default, help: str, search: tuple | None = None, least: float = 0, choices=None, rest: bool = False) -> Field:
     """One hyperparameter. Its type is the default's (None: a float or None), unless the attribute is annotated.
 
-    Args:
-        search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
-            even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
-        least: the least value that makes sense.
-        choices: the words it takes.
-        rest: it belongs to the optimizer of what the method leaves.
+    search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
+    even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
+    choices: the words it takes. rest: it belongs to the optimizer of what the method leaves.
     """
     return field(default=default, metadata=dict(help=help, search=search, least=least, choices=choices, rest=rest))
 
@@ -69,20 +66,18 @@ WARMUP = common("steps of linear warm-up; below 1: fraction of the run", 0.0, 0.
 # ---------------------------------------------------------------- parameter groups
 
 
-def groups(gpt: nn.Module, wanted: tuple[str, ...], by_split: bool = False, **options) -> list[dict]:
+def groups(gpt: nn.Module, wanted: Collection[str], by_split: bool = False, **options) -> list[dict]:
     """gpt's trainable parameters of the `wanted` roles as one param group with `options`; an empty list if it has none.
-
-    by_split: one group per number of fused matrices instead, which the group states as `split`.
-    """
-    role, split = roles_of(gpt), splits_of(gpt)
-    chosen = defaultdict(list)
+    by_split: one group per number of fused matrices instead, which the group states as `split`."""
+    role, split, chosen = roles_of(gpt), splits_of(gpt), defaultdict(list)
     for name, p in gpt.named_parameters():
         if p.requires_grad and role[name] in wanted:
-            chosen[split.get(name, 1) if by_split else None].append((role[name], p))
-    return [
-        dict(params=[p for _, p in members], roles=label(r for r, _ in members), **options) | ({"split": n} if by_split else {})
-        for n, members in sorted(chosen.items())
-    ]
+            chosen[split.get(name, 1) if by_split else 0].append((role[name], p))
+    made = []
+    for n, members in sorted(chosen.items()):
+        roles, params = zip(*members, strict=True)
+        made.append(dict(params=list(params), roles=label(roles), **options) | ({"split": n} if by_split else {}))
+    return made
 
 
 def label(roles) -> str:
@@ -92,8 +87,7 @@ def label(roles) -> str:
 
 def decay_groups(gpt: nn.Module, weight_decay: float, wanted: tuple[str, ...] = ROLES, by_split=False) -> list[dict]:
     """Parameters of the `wanted` roles in two kinds of group: with weight decay, and without (vectors and scalars)."""
-    decayed = tuple(r for r in wanted if r in DECAYED)
-    never = tuple(r for r in wanted if r not in DECAYED)
+    decayed, never = set(wanted) & set(DECAYED), set(wanted) - set(DECAYED)
     return groups(gpt, decayed, by_split, weight_decay=weight_decay) + groups(gpt, never, by_split, weight_decay=0.0)
 
 
@@ -103,18 +97,17 @@ def decay_groups(gpt: nn.Module, weight_decay: float, wanted: tuple[str, ...] = 
 class Method:
     """An optimization method in one class: hyperparameters as class attributes, the rule, and what others need to know of it.
 
-    Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`, param groups, schedulers,
-    state_dict. A subclass in this package that has an `lr` is registered under its `name`, or its class's name in snake case.
-    Its docstring is the rule and "Source: ...". It is also a dataclass, so that `dataclasses.fields` lists its hyperparameters.
+    Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`. A subclass in this package
+    that has an `lr` is registered under its `name`, or its class's name in snake case. Its docstring is the rule and
+    "Source: ...". It is also a dataclass, so that `dataclasses.fields` lists its hyperparameters.
     """
 
     roles: tuple[str, ...] = ROLES  # what the method itself updates; AdamW takes the rest
     state_per_parameter = 8.0  # bytes of fp32 state for each parameter it updates; of a matrix method: at 1024 x 1024
     schedule_free = False  # does it bring its own schedule? Then it runs at a constant learning rate
     toy_lr = 0.1  # solves logistic regression in 400 steps (studies/toys.py): 0.1 where a step is about lr long
-    # Power of the width that `lr` goes with (lab/scaling), by muP's rule (arXiv 2203.03466, 2310.17813): an update's largest
-    # singular value should stay what it is. Updates whose entries all have one size let it grow with the width: -1. Plain
-    # gradients shrink by themselves, and methods that find their own rate have none to transfer: 0.
+    # Power of the width that `lr` goes with (lab/scaling), by muP's rule (arXiv 2203.03466, 2310.17813): the update's largest
+    # singular value stays. -1 for updates whose entries all have one size; 0 for plain gradients and rates found by the method.
     transfer = -1.0
 
     def __init_subclass__(cls, **kwargs) -> None:
@@ -158,9 +151,13 @@ class Method:
         optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
         if roles:
             return optimizer
+        return with_rest(optimizer, gpt, cls.roles, **cls.of_rest(given))
+
+    @classmethod
+    def of_rest(cls, given: dict) -> dict:
+        """Settings of the AdamW that takes the rest."""
         rest = [f for f in dataclasses.fields(cls) if f.metadata["rest"]]
-        settings = {f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in rest}
-        return with_rest(optimizer, gpt, cls.roles, **settings)
+        return {f.name.removeprefix("adamw_"): given.get(f.name, f.default) for f in rest}
 
     @classmethod
     def transfer_of(cls, settings: dict) -> float:
@@ -178,10 +175,9 @@ class Optimizer(Method, torch.optim.Optimizer):
             value, least, choices = group[f.name], f.metadata["least"], f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{name} has no {f.name} {value!r}: {nearest(str(value), choices)}")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                most = 1 if f.name.startswith(("beta", "momentum", "decay")) else math.inf
-                if not (least <= value < most):
-                    raise ValueError(f"{name} needs {least:g} <= {f.name} < {most:g}, got {value}")
+            most = 1 if f.name.startswith(("beta", "momentum", "decay")) else math.inf
+            if isinstance(value, (int, float)) and not least <= value < most:
+                raise ValueError(f"{name} needs {least:g} <= {f.name} < {most:g}, got {value}")
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -222,11 +218,9 @@ def moved(state, device: torch.device):
 
 
 class Chain(torch.optim.Optimizer):
-    """Several optimizers as one, in torch's usual state_dict format.
-
-    The parts' param groups (the same dicts, marked with the index `part`) and one state dict belong to the chain and
-    to its parts alike, so that schedulers, checkpoints and zero_grad see a single ordinary optimizer.
-    """
+    """Several optimizers as one, in torch's usual state_dict format. The parts' param groups (the same dicts, marked with the
+    index `part`) and one state dict belong to chain and parts alike: schedulers, checkpoints and zero_grad see a single
+    ordinary optimizer."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts: tuple[torch.optim.Optimizer, ...] = ()  # empty while the parts' own groups are being taken over
@@ -267,12 +261,16 @@ class Chain(torch.optim.Optimizer):
         return loss
 
     def train(self) -> None:
-        for part in self.parts:
-            getattr(part, "train", lambda: None)()
+        call(self, "train")
 
     def eval(self) -> None:
-        for part in self.parts:
-            getattr(part, "eval", lambda: None)()
+        call(self, "eval")
+
+
+def call(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Call the method of that name of all parts that have one."""
+    for part in parts(optimizer):
+        getattr(part, name, lambda: None)()
 
 
 def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
@@ -290,10 +288,8 @@ def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str
 
 
 class Many:
-    """Tensors computed with as if they were one: every operation is one torch._foreach call over the list.
-
-    Other operands are as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`.
-    """
+    """Tensors computed with as if they were one: every operation is one torch._foreach call over the list. Other operands are
+    as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`."""
 
     __slots__ = ("tensors",)
 
@@ -337,12 +333,10 @@ SCALARS: dict[str, Callable[[dict, int], float]] = {
 class Elementwise(Optimizer):
     """Base of methods in which a weight's update looks at that weight's own history alone.
 
-    A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic that works
-    in place. It gets weights, gradients and buffers, and by name the scalars it asks for: those of `numbers`, the usual ones
-    (SCALARS), hyperparameters. The rule then runs
-    - over lists of tensors, one torch._foreach call an operation: the default. On a CPU the lists are pieces that stay in its
-      cache while the rule passes over them;
-    - after `compile()`, on a CPU, over one large tensor at a time in one fused pass, as fast as memory.
+    A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic in place.
+    It gets weights, gradients and buffers, and by name the scalars it asks for: those of `numbers`, the usual ones (SCALARS),
+    hyperparameters. It runs over lists of tensors, one torch._foreach call an operation; on a CPU in pieces that stay in its
+    cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory.
     """
 
     buffers: tuple[str, ...] = ()
@@ -362,10 +356,8 @@ class Elementwise(Optimizer):
         return self.buffers
 
     def compile(self) -> None:
-        """Run the rule as one compiled pass from now on, where weights are on a CPU with a C++ compiler; else nothing.
-
-        Compiles at once, for a moment's dummy weights: nothing of this optimizer is touched.
-        """
+        """Run the rule as one compiled pass from now on, where weights are on a CPU with a C++ compiler. Compiles at once, with
+        dummy weights: nothing of this optimizer is touched."""
         devices = {p.device for g in self.param_groups for p in g["params"]}
         self.compiled = devices == {torch.device("cpu")} and can_compile(torch.device("cpu"))
         if self.compiled:
@@ -422,10 +414,8 @@ class Elementwise(Optimizer):
         return {name: values[name] for name in keywords(rule)}
 
     def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], scalars: dict, *extras: list[Tensor]) -> None:
-        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, which are of one type and device.
-
-        Weights that are not fp32 are updated in fp32.
-        """
+        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, which are of one type and device. Weights
+        that are not fp32 are updated in fp32."""
         rows = [
             (p.detach(), p.grad, *(self.buffer(p, name) for name in self.names(group)), *extra)
             for p, *extra in zip(params, *extras, strict=True)
@@ -490,27 +480,3 @@ def lerp_(start: Value, end: Value, weight: float) -> Value:
 def total(x: Value) -> Value:
     """The sum of all elements; by rows first, since one long sum costs compiled code more than reading memory does."""
     return x.sum(-1).sum()
-
-
-class Swapped:
-    """Mixin of optimizers that are evaluated at other weights than they train at: eval() puts those in place and sets
-    the training weights aside, exactly; train() puts them back. Both may be called again and again. A state_dict made
-    in eval mode continues as one made in train mode does: load it beside the model's weights, then call train()."""
-
-    def evaluation_weights(self, group: dict, params: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if self.state.get(p) and "aside" not in self.state[p]]
-            for p, w in zip(params, self.evaluation_weights(group, params), strict=True):
-                self.state[p]["aside"] = p.detach().clone()
-                p.copy_(w)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (aside := self.state.get(p, {}).pop("aside", None)) is not None:
-                    p.copy_(aside)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from engine.spec import UsageError
 from optimizers.average import Averaged
-from optimizers.base import Chain, Swapped, parts
+from optimizers.base import Chain, parts
+from optimizers.schedule_free import ScheduleFree
 
 
 def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +36,12 @@ def to_bf16(weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
 def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, Tensor]) -> Chain:
     """Have a fresh `optimizer` update bf16 weights as the fp32 weights that they are together with their `lower` halves.
 
-    In its groups an fp32 stand-in takes the place of each weight: without memory, but during a step. (The weight itself must
-    not change its type: DistributedDataParallel would lose its hooks.) The lower halves lie in the state, as `mantissa`.
-    Returned as a chain, whose load_state_dict keeps the types of saved state.
-
-    Raises:
-        UsageError: the optimizer evaluates other weights than it trains, which it would look for in the model.
+    In its groups an fp32 stand-in, without memory except in a step, takes the place of each weight (a weight that changed its
+    type would lose DistributedDataParallel's hooks). The lower halves lie in the state, as `mantissa`.
+    Returned as a chain, whose load_state_dict keeps the types of saved state. Raises UsageError: the optimizer evaluates other
+    weights than it trains, which it would look for in the model.
     """
-    if isinstance(optimizer, Averaged) or any(isinstance(part, Swapped) for part in parts(optimizer)):
+    if isinstance(optimizer, Averaged) or any(isinstance(part, ScheduleFree) for part in parts(optimizer)):
         raise UsageError("--weights bf16 knows no averages: use --weights fp32")
     optimizer = optimizer if isinstance(optimizer, Chain) else Chain(optimizer)
     for part in optimizer.parts:

@@ -1,24 +1,22 @@
-"""Methods that treat a weight as a matrix: Muon, Shampoo, CASPR, SOAP, Kron.
+"""Methods that treat a weight as a matrix: Muon, Shampoo, CASPR, SOAP, Kron; AdamW takes what is no hidden matrix.
 
-They own the hidden matrices; AdamW takes the rest. First what they share: blocks of weights in batches of one shape,
-each block owned by one rank.
+First what they share: blocks of weights in batches of one shape, each block owned by one rank.
 """
 
-import dataclasses
 import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
-from types import SimpleNamespace
+from itertools import compress, product
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.hardware import has_native_bf16
+from engine.ranks import place
 from layers.kernels import gram, polynomial
 from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, groups, hyper
 from optimizers.elementwise import AdamW, CautiousAdamW
@@ -74,22 +72,14 @@ def balance(costs: list[float], ranks: int) -> list[int]:
     return owner
 
 
-def world() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
 class MatrixMethod(Optimizer):
     """Base of methods that treat a weight as a matrix [rows, columns] (further dimensions are flattened into columns).
 
-    A weight is cut into blocks: its `split` fused matrices (a param group says how many), each in tiles of at most
-    `block` rows and columns. Blocks of one shape are one batch. Under torch.distributed each block has one owner, the
-    ranks share the cost evenly, state lives with the owner alone, and updates are gathered while the next batch is being
-    computed; one rank is the same path with everything as its share. Of gradients a rank reads those of its own blocks.
-    Checkpoints: checkpoint.py, which unites the blocks of all ranks.
-
-    A subclass says how a batch of blocks starts (`initial`), what it costs and how it is updated. What every matrix method has
-    to set besides is AdamW, which takes embeddings, head, vectors and scalars.
+    A weight is cut into blocks: its `split` fused matrices (a param group says how many), each in tiles of at most `block` rows
+    and columns. Blocks of one shape are one batch. Under torch.distributed each block has one owner, who alone holds its state;
+    the ranks share the cost evenly and gather updates while they compute the next batch. One rank takes the same path and owns
+    all. checkpoint.py unites the blocks of all ranks. A subclass says how a batch of blocks starts (`initial`), what it costs
+    and how it is updated. AdamW, set by the same keys, takes embeddings, head, vectors and scalars.
     """
 
     adamw_lr = hyper(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"), rest=True)
@@ -107,18 +97,15 @@ class MatrixMethod(Optimizer):
 
     @classmethod
     def build(cls, gpt, steps, /, **given):
-        method = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given))
-        settings = SimpleNamespace(**{f.name: f.default for f in dataclasses.fields(cls)} | given)
-        lr, decay = settings.adamw_lr, settings.adamw_weight_decay
-        others = groups(gpt, ("embedding",), lr=settings.embedding_lr or lr, weight_decay=decay)
-        others += groups(gpt, ("head",), lr=settings.head_lr or lr, weight_decay=decay)
+        method, rest = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given)), cls.of_rest(given)
+        lr, decay, cautious, every = (rest.pop(key) for key in ("lr", "weight_decay", "cautious", "every"))
+        rates = {role: rest.pop(f"{role}_lr") or lr for role in ("embedding", "head")}
+        others = [g for role, rate in rates.items() for g in groups(gpt, (role,), lr=rate, weight_decay=decay)]
         others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
         if not others:
             return method
-        how = dict(lr=lr, beta1=settings.adamw_beta1, beta2=settings.adamw_beta2, eps=settings.adamw_eps)
-        cautious, every = settings.adamw_cautious, settings.adamw_every
-        plain = not cautious and every == 1
-        return Chain(method, AdamW(others, **how) if plain else CautiousAdamW(others, **how, cautious=cautious, every=every))
+        how = dict(cautious=cautious, every=every) if cautious or every != 1 else {}
+        return Chain(method, (CautiousAdamW if how else AdamW)(others, lr=lr, **rest, **how))
 
     def add_param_group(self, param_group: dict) -> None:
         param_group.setdefault("split", 1)
@@ -133,8 +120,6 @@ class MatrixMethod(Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._linked = None
-
-    # what a subclass defines
 
     def initial(self, group: dict, count: int, m: int, n: int) -> dict[str, Tensor]:
         """State of `count` blocks [m, n]: fp32 tensors whose first dimension is the block."""
@@ -151,8 +136,6 @@ class MatrixMethod(Optimizer):
     def update_dtype(self, group: dict, device: torch.device) -> torch.dtype:
         return torch.float32
 
-    # the work
-
     def _cut(self) -> list[Bucket]:
         """All blocks with their owners, by shape; without state."""
         alike: dict[tuple, list[Block]] = defaultdict(list)
@@ -165,7 +148,7 @@ class MatrixMethod(Optimizer):
                     alike[i, piece.shape, p.device].append(piece)
                     count += 1
         batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
-        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], world()[1]))
+        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], place()[1]))
         buckets = []
         for (i, *_), blocks in batches:
             ranked = sorted(zip((next(owners) for _ in blocks), blocks, strict=True), key=lambda pair: pair[0])
@@ -179,7 +162,7 @@ class MatrixMethod(Optimizer):
         for p in loaded:
             self.state[p]["blocks"] = {}
         for bucket in self._buckets:
-            mine, first = bucket.of_rank(world()[0]), bucket.blocks[0]
+            mine, first = bucket.of_rank(place()[0]), bucket.blocks[0]
             with torch.device(first.p.device):
                 bucket.state = self.initial(self.param_groups[bucket.group], len(mine), *first.shape)
             for k, b in enumerate(mine):
@@ -200,7 +183,7 @@ class MatrixMethod(Optimizer):
 
     def _own(self, bucket: Bucket) -> Tensor:
         """Updates [own, m, n] of this rank's blocks; zeros where there is no gradient."""
-        group, mine = self.param_groups[bucket.group], bucket.of_rank(world()[0])
+        group, mine = self.param_groups[bucket.group], bucket.of_rank(place()[0])
         active = [k for k, b in enumerate(mine) if b.p.grad is not None]
         device = bucket.blocks[0].p.device
         if not active:
@@ -219,7 +202,7 @@ class MatrixMethod(Optimizer):
 
     def _share(self, bucket: Bucket, updates: Tensor) -> Callable[[], Tensor]:
         """Start gathering the updates of all ranks; the function returned waits and gives [blocks, m, n]."""
-        if (ranks := world()[1]) == 1:
+        if (ranks := place()[1]) == 1:
             return lambda: updates
         counts = [bucket.owners.count(r) for r in range(ranks)]
         most = max(counts)  # the gather wants equal shares
@@ -237,11 +220,10 @@ class MatrixMethod(Optimizer):
     def _apply(self, bucket: Bucket, updates: Tensor) -> None:
         """w <- (1 - lr wd) w - lr update, for the blocks of weights that have a gradient."""
         group = self.param_groups[bucket.group]
-        active = [k for k, b in enumerate(bucket.blocks) if b.p.grad is not None]
+        active = [(b, u) for b, u in zip(bucket.blocks, updates, strict=True) if b.p.grad is not None]
         if not active:
             return
-        weights = [bucket.blocks[k].of(bucket.blocks[k].p.detach()) for k in active]
-        directions = [updates[k].to(weights[0].dtype) for k in active]
+        weights, directions = [b.of(b.p.detach()) for b, _ in active], [u.to(b.p.dtype) for b, u in active]
         if group["weight_decay"] and group.get("cautious"):  # decay only what the update shrinks already
             for w, u in zip(weights, directions, strict=True):
                 w.mul_(1 - group["lr"] * group["weight_decay"] * (w * u >= 0))
@@ -291,16 +273,8 @@ def frobenius(X: Tensor) -> Tensor:
 
 
 def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtype: str = "auto") -> Tensor:
-    """U V^T, nearly, of G = U S V^T by Newton-Schulz iteration: every singular value is driven towards 1.
-
-    Args:
-        G: [..., m, n]; leading dimensions are a batch of independent matrices.
-        steps: iterations.
-        coefficients: a key of COEFFICIENTS.
-        dtype: of the iteration: "auto", "fp32" or "bf16".
-    Returns:
-        [..., m, n] in the iteration's dtype.
-    """
+    """U V^T, nearly, of G = U S V^T by Newton-Schulz iteration: every singular value is driven towards 1. G [..., m, n] is a
+    batch of independent matrices. dtype, of the iteration and the result: "auto", "fp32" or "bf16"."""
     if G.size(-2) > G.size(-1):  # the products below are the cheaper the fewer rows there are
         return orthogonalize(G.mT, steps, coefficients, dtype).mT
     X = (G / (frobenius(G) + 1e-7)).to(iteration_dtype(dtype, G.device)).reshape(-1, *G.shape[-2:])
@@ -315,9 +289,8 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str = "quintic", dtyp
 class Muon(MatrixMethod):
     """m <- mu m + (1 - mu) g;  u = (1 - mu) g + mu m (Nesterov) or m;  w <- (1 - lr wd) w - lr scale orthogonalize(u).
 
-    Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon`
-    (arXiv 2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the
-    norm of o.
+    Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon` (arXiv
+    2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the norm of o.
     """
 
     lr = LR(0.02, 3e-3, 1e-1, RATE)
@@ -366,13 +339,9 @@ class Muon(MatrixMethod):
 
 
 def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: bool = False) -> Tensor:
-    """(A + eps I)^-exponent of symmetric positive semi-definite [k, n, n], in fp64 inside; `old` where that fails.
-
-    relative: eps counts in largest eigenvalues.
-
-    The factors of a gradient with fewer columns than rows are singular: eigenvalues that rounding made negative are
-    lifted to 0 before eps is added, as in distributed_shampoo.
-    """
+    """(A + eps I)^-exponent of symmetric positive semi-definite [k, n, n], in fp64 inside; `old` where that fails. The factors
+    of a gradient with fewer columns than rows are singular: eigenvalues that rounding made negative are lifted to 0 before eps
+    (relative: times the largest) is added, as in distributed_shampoo."""
     A = A.double()
     try:
         values, vectors = torch.linalg.eigh(A)
@@ -427,8 +396,7 @@ class Shampoo(MatrixMethod):
         if group["grafting"] == "adam":
             state["squares"] = torch.zeros(count, m, n)
         for side, size in self.sides(group, m, n):
-            state[side] = torch.zeros(count, size, size)
-            state[side + "_root"] = torch.eye(size).repeat(count, 1, 1)
+            state |= {side: torch.zeros(count, size, size), f"{side}_root": torch.eye(size).repeat(count, 1, 1)}
         return state
 
     def sides(self, group, m, n) -> list[tuple[str, int]]:
@@ -521,11 +489,9 @@ class SOAP(MatrixMethod):
     u = Q_L (m^ / (sqrt(v^) + eps)) Q_R^T;  w <- (1 - lr wd) w - lr u;  then L, R as Shampoo's and, every `every` steps,
     Q <- QR(L Q).
 
-    Source: arXiv 2409.11321, github.com/nikhilvyas/SOAP. The first step only starts the factors and their bases. When a
-    basis turns, m turns with it and v stays, its rows sorted by eigenvalue.
-
-    A block starts at its first gradient that is not zero. The source starts at the first gradient of all: in a model whose head
-    and projections start at zero it is zero, and the bases start as the identity, from which QR steps lead away only slowly.
+    Source: arXiv 2409.11321, github.com/nikhilvyas/SOAP. The first step only starts the factors and their bases. When a basis
+    turns, m turns with it and v stays, its rows sorted by eigenvalue. A block starts at its first gradient other than zero. The
+    source starts at the first of all; where that is zero the bases start as the identity, which QR steps leave only slowly.
     """
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.95)
@@ -537,12 +503,9 @@ class SOAP(MatrixMethod):
     state_per_parameter = 24.0
 
     def initial(self, group, count, m, n):
-        state = {"average": torch.zeros(count, m, n), "squares": torch.zeros(count, m, n)}
-        state["steps"] = torch.zeros(count)  # since the block's bases were started, that one included
-        for side, size in (("left", m), ("right", n)):
-            state[side] = torch.zeros(count, size, size)
-            state[side + "_basis"] = torch.zeros(count, size, size)
-        return state
+        sizes = {"average": (m, n), "squares": (m, n), "steps": ()}  # steps: since the bases were started, that one included
+        sizes |= {"left": (m, m), "left_basis": (m, m), "right": (n, n), "right_basis": (n, n)}
+        return {name: torch.zeros(count, *size) for name, size in sizes.items()}
 
     def _link(self) -> None:
         super()._link()
@@ -553,16 +516,17 @@ class SOAP(MatrixMethod):
         unknown = [k for k, i in enumerate(ids) if i not in self._started]
         if not unknown or G.is_meta:
             return []
-        moves = (G[unknown].flatten(1).abs().amax(1) > 0) & (state["steps"][unknown] == 0)
-        known = torch.stack([moves, state["steps"][unknown] > 0]).tolist()
-        self._started |= {ids[k] for k, *either in zip(unknown, *known, strict=True) if any(either)}
-        return [k for k, now in zip(unknown, known[0], strict=True) if now]
+        stands = state["steps"][unknown] > 0
+        moves = (G[unknown].flatten(1).abs().amax(1) > 0) & ~stands
+        moves, stands = torch.stack([moves, stands]).tolist()
+        self._started |= {ids[k] for k, *either in zip(unknown, moves, stands, strict=True) if any(either)}
+        return list(compress(unknown, moves))
 
     def cost(self, m, n):
         return 4 * m * n * (m + n) + 4 * (m**3 + n**3) / self.defaults["every"]
 
     def update(self, group, state, G, ids):
-        t, beta1, beta2 = group["t"], group["beta1"], group["beta2"]
+        t, beta1, beta2, shampoo_beta = (group[key] for key in ("t", "beta1", "beta2", "shampoo_beta"))
         m, v, steps = state["average"], state["squares"], state["steps"]
         left, right = state["left_basis"], state["right_basis"]  # zero before they are started, and so is all that follows
         rotated = torch.bmm(torch.bmm(left.mT, G), right)
@@ -571,7 +535,8 @@ class SOAP(MatrixMethod):
         d = v.sqrt().add_(group["eps"])
         shares = [-torch.expm1(steps.clamp(min=1) * math.log(max(beta, 1e-38))) for beta in (beta1, beta2)]
         u = torch.bmm(torch.bmm(left, m / d), right.mT).mul_((shares[1].sqrt() / shares[0])[:, None, None])
-        self.factors(group, state, G)
+        state["left"].baddbmm_(G, G.mT, beta=shampoo_beta, alpha=1 - shampoo_beta)
+        state["right"].baddbmm_(G.mT, G, beta=shampoo_beta, alpha=1 - shampoo_beta)
         if t > 1 and (t - 1) % group["every"] == 0:  # the first step, which only starts the bases, does not count
             self.turn(state)
         steps.add_(steps > 0)
@@ -580,11 +545,6 @@ class SOAP(MatrixMethod):
                 state[side + "_basis"][starting] = torch.linalg.eigh(state[side][starting])[1].flip(-1)
             steps[starting] = 1
         return u
-
-    def factors(self, group, state, G):
-        beta = group["shampoo_beta"]
-        state["left"].baddbmm_(G, G.mT, beta=beta, alpha=1 - beta)
-        state["right"].baddbmm_(G.mT, G, beta=beta, alpha=1 - beta)
 
     def turn(self, state):
         """One step of orthogonal iteration on each basis, columns sorted by the eigenvalues that they estimate."""
@@ -640,10 +600,9 @@ class Kron(MatrixMethod):
                 right.mul_((sizes[0] / sizes[1]).sqrt())
             self.learn(group["rate"], left, right, m, self.probe(m, t, ids))
         u = torch.bmm(left.mT, torch.bmm(left, torch.bmm(torch.bmm(m, right.mT), right)))
-        if group["clip"]:
-            size = u.square().mean((-2, -1), keepdim=True).sqrt()
-            u = u * (group["clip"] / (size + 1e-30)).clamp(max=1)
-        return u
+        if not group["clip"]:
+            return u
+        return u * (group["clip"] / (u.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30)).clamp(max=1)
 
     @staticmethod
     def probe(m: Tensor, t: int, ids: list[int]) -> Tensor:

@@ -1,20 +1,34 @@
 """Methods that need no learning-rate schedule: Schedule-Free, and Prodigy, which finds the rate itself.
 
-Schedule-Free methods are evaluated at other weights than they train at: call `eval()` before validation and checkpoints
-and `train()` after.
+Schedule-Free methods are evaluated at other weights than they train at: call `eval()` before validation, `train()` after.
 """
 
 import math
 
 import torch
 
-from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, Swapped, hyper, lerp, lerp_, total
+from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, WARMUP, Elementwise, hyper, lerp, lerp_, total
 
 BETWEEN = "b: where between z and x the gradient is taken"
 
 
-class ScheduleFree(Swapped, Elementwise):
-    """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x."""
+def warm_rate(group: dict, t: int) -> float:
+    """lr in step t, after a warm-up of the group's own."""
+    return group["lr"] * (min(1.0, t / group["warmup"]) if group["warmup"] else 1.0)
+
+
+def take_share(group: dict, weight: float) -> None:
+    """c: the weight of this step in x, over the sum of those so far."""
+    group["weights"] = group.get("weights", 0.0) + weight
+    group["c"] = weight / group["weights"] if weight else 0.0
+
+
+class ScheduleFree(Elementwise):
+    """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x.
+
+    eval() puts x in place and the training weights y aside, train() puts them back, exactly; both as often as one likes. A
+    state_dict made in eval mode continues like another: load it beside the model's weights, then call train().
+    """
 
     schedule_free = True
 
@@ -23,26 +37,31 @@ class ScheduleFree(Swapped, Elementwise):
         state["z"].copy_(p)
 
     def update_group(self, group, params):
-        group["t"] = t = group.get("t", 0) + 1
-        group["now"] = group["lr"] * min(1.0, t / group["warmup"] if group["warmup"] else 1.0)
-        self.share(group, group["now"])
+        group["t"] = group.get("t", 0) + 1
+        group["now"] = warm_rate(group, group["t"])
+        group["largest"] = max(group.get("largest", 0.0), group["now"])  # the largest rate so far counts, as in the reference
+        take_share(group, group["largest"] ** 2)
         super().update_group(group, params)
-
-    def share(self, group, lr):
-        """c, from the sum of squared rates so far; the largest rate counts, as in the reference."""
-        group["largest"] = max(group.get("largest", 0.0), lr)
-        weight = group["largest"] ** 2
-        group["weights"] = group.get("weights", 0.0) + weight
-        group["c"] = weight / group["weights"] if weight else 0.0
 
     def numbers(self, group, t):
         """y of the new x and z is (1 - c) y + c z - lr (1 - b (1 - c)) u."""
         b, c, lr = group["beta1"], group["c"], group["now"]
         return dict(on_y=lr * (1 - b * (1 - c)), on_z=lr)
 
-    def evaluation_weights(self, group, params):
-        b = group["beta1"]
-        return [p.lerp(self.state[p]["z"].to(p.dtype), 1 - 1 / b) if b else p for p in params]
+    @torch.no_grad()
+    def eval(self) -> None:
+        for group in self.param_groups:
+            b, params = group["beta1"], [p for p in group["params"] if self.state.get(p) and "aside" not in self.state[p]]
+            for p in params:
+                self.state[p]["aside"] = p.detach().clone()
+                if b:
+                    p.lerp_(self.state[p]["z"].to(p.dtype), 1 - 1 / b)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if (aside := self.state.get(p, {}).pop("aside", None)) is not None:
+                p.copy_(aside)
 
 
 class ScheduleFreeAdamW(ScheduleFree):
@@ -84,10 +103,8 @@ class ScheduleFreeSGD(ScheduleFree):
 
 
 class Estimating(Elementwise):
-    """What Prodigy and its Schedule-Free form share: one estimate d of the rate, for all weights.
-
-    It stands in the first param group, as tensors, so that no step waits for the device.
-    """
+    """What Prodigy and its Schedule-Free form share: one estimate d of the rate, for all weights. It stands in the first param
+    group, as tensors, so that no step waits for the device."""
 
     state_per_parameter, transfer, toy_lr = 16.0, 0.0, 1.0
 
@@ -96,12 +113,8 @@ class Estimating(Elementwise):
         state["start"].copy_(p)
 
     def update_weights(self):
-        work = [
-            (group, t, members)
-            for group in self.param_groups
-            if group["lr"] > 0
-            for t, members in self.alike(group, [p for p in group["params"] if p.grad is not None])
-        ]
+        moving = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups if g["lr"] > 0]
+        work = [(group, t, members) for group, params in moving for t, members in self.alike(group, params)]
         if not work:
             return
         first, device = self.param_groups[0], work[0][2][0].device
@@ -192,8 +205,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
     warmup, weight_decay = WARMUP(0.075), DECAY(0.1)
     buffers = ("z", "squares", "s", "start")
 
-    def factor(self, group, t):
-        return group["lr"] * (min(1.0, t / group["warmup"]) if group["warmup"] else 1.0)
+    factor = staticmethod(warm_rate)
 
     @staticmethod
     def observe(y, g, z, v, s, start, along, size, *, keep_s, new_s):
@@ -203,9 +215,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
     def begin(self):
         for group in self.param_groups:
             group["t"] = group.get("t", 0) + 1
-            weight = group["t"] ** group["r"]
-            group["weights"] = group.get("weights", 0.0) + weight
-            group["c"] = weight / group["weights"]
+            take_share(group, group["t"] ** group["r"])
 
     def numbers(self, group, t):
         b = group["beta1"]

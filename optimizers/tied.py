@@ -9,11 +9,9 @@ from optimizers import copy_state
 
 
 class TiedHead:
-    """A head that shares the embedding's weight for the first part of a run, though both are there (`--tied-until`).
-
-    While tied, the head alone is updated, by the gradients of both, and the embedding copies it; then the embedding goes on
-    from the head's optimizer state (modded-nanogpt #51, #53). until: step of the first update with two weights; 0: never tied.
-    """
+    """A head that shares the embedding's weight for the first part of a run, though both are there (`--tied-until`). While
+    tied, the head alone is updated, by the gradients of both, and the embedding copies it; then the embedding goes on from the
+    head's optimizer state (modded-nanogpt #51, #53). until: step of the first update with two weights; 0: never tied."""
 
     def __init__(self, gpt: nn.Module, optimizer: torch.optim.Optimizer, until: float):
         self.head, self.embedding, self.optimizer = gpt.head.weight, gpt.embedding.weight, optimizer

@@ -25,7 +25,7 @@ from engine import hardware
 
 TESTS = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["forks", "train_gpt"])
+FORKS.set_forkserver_preload(["forks", "train_gpt", "torch._dynamo", "torch.distributed.checkpoint"])
 LOCK = threading.Lock()  # who starts a process also looks which others have ended, and an exit code can be read only once
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, Cut, events, launch, losses, result, same, stored, tiny, torchrun
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -617,7 +618,7 @@ def test_full_disk_inside_the_libraries(trained, train, monkeypatch, capsys):
         raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     for target, name, failing in (
-        (checkpoint.dcp.HuggingFaceStorageWriter, "write_data", full), (checkpoint, "save_file", refused),
+        (dcp.HuggingFaceStorageWriter, "write_data", full), (checkpoint, "save_file", refused),
     ):  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(target, name, failing)
