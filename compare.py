@@ -52,11 +52,8 @@ MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
 
 
 def make_arms(options: argparse.Namespace) -> list[Arm]:
-    """The arms, the base first.
-
-    Raises:
-        UsageError: unknown words, no arm or the same arm twice, or settings that the trainer refuses.
-    """
+    """The arms, the base first. Raises UsageError: unknown words, no arm or the same arm twice, or settings that the trainer
+    refuses."""
     common = ("--track", options.track, *options.flags, *(("--target-loss", str(options.target)) if options.target else ()))
     base = options.base or ("modern" if options.optimizers else "baseline")
     if options.optimizers:
@@ -78,11 +75,8 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
 
 
 def words_of_arms(options: argparse.Namespace, base: str) -> list[tuple[str, list[str]]]:
-    """Name and tricks of every arm whose optimizer is not given by a SPEC.
-
-    Raises:
-        UsageError: what is to be left out is not in the base.
-    """
+    """Name and tricks of every arm whose optimizer is not given by a SPEC. Raises UsageError: what is to be left out is not in
+    the base."""
     if options.again:
         return [(options.again, [options.again]), (f"{options.again} again", [options.again])]
     if options.recipes:
@@ -109,11 +103,8 @@ def optimizer_arm(options: argparse.Namespace, word: str, model: tuple[str, ...]
 
 
 def tuned_for(workload: str, word: str) -> tuple[str, str]:
-    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept.
-
-    Raises:
-        UsageError: nothing was tuned for the workload, or not this optimizer.
-    """
+    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept. Raises UsageError:
+    nothing was tuned for the workload, or not this optimizer."""
     name, known = split(word)[0], json.loads(tricks.TUNED.read_text())
     if workload not in known:
         raise UsageError(f"--tuned-on {workload}: nothing was tuned for it: {nearest(workload, known)}")
@@ -270,11 +261,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Command line -> options.
-
-    Raises:
-        UsageError: an unknown flag or a value out of range.
-    """
+    """Command line -> options. Raises UsageError: an unknown flag or a value out of range."""
     options = runner.read_options(parser(), argv)
     if not options.report and not any(getattr(options, mode) for mode in MODES):
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
@@ -289,11 +276,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[int]]:
-    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several where the example has several.
-
-    Raises:
-        UsageError: a word of another form.
-    """
+    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several where the example has several. Raises UsageError: a word of another
+    form."""
     steps = {}
     for word in words:
         name, equals, given = word.rpartition("=")

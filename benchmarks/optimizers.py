@@ -96,9 +96,7 @@ RIVALS: dict[str, dict[str, str]] = {
         "heavyball.SFAdamW": "heavyball.SFAdamW",
     },
     "muon": {name: name for name in ("torch.optim.Muon", "pytorch_optimizer.Muon", "heavyball.Muon")},
-    "shampoo": {
-        "pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}",
-    },
+    "shampoo": {"pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"},
     "soap": {
         "pytorch_optimizer.SOAP, whole matrices": "pytorch_optimizer.SOAP:precondition_frequency=10,max_precondition_dim=4096",
         "heavyball.SOAP, whole matrices": "heavyball.SOAP:precondition_frequency=10,max_precond_dim=4096",

@@ -41,11 +41,7 @@ class Machine:
 
 
 def machine(words: str) -> Machine:
-    """8xH100, H100 or here.
-
-    Raises:
-        UsageError: no such card, or a GPU here that the table lacks.
-    """
+    """8xH100, H100 or here. Raises UsageError: no such card, or a GPU here that the table lacks."""
     if words == "here":
         if not torch.cuda.is_available():
             return Machine(hardware.processor_name(), 1, None)
@@ -64,11 +60,7 @@ def machine(words: str) -> Machine:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of `plan` itself, and those that are left for the trainer.
-
-    Raises:
-        UsageError: a value of the wrong type.
-    """
+    """The flags of `plan` itself, and those that are left for the trainer. Raises UsageError: a value of the wrong type."""
     flags = Parser(
         prog="./run.sh plan",
         description="Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written.",
@@ -83,11 +75,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def ranks_on(where: Machine, asked: int) -> int:
-    """How many ranks run there; by default one a card of one machine.
-
-    Raises:
-        UsageError: so many do not fill whole machines, or would share this CPU.
-    """
+    """How many ranks run there; by default one a card of one machine. Raises UsageError: so many do not fill whole machines, or
+    would share this CPU."""
     ranks = asked or where.cards
     if where.card is None and ranks != 1:
         raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
@@ -130,11 +119,8 @@ class TooLittleMemory(UsageError):
 
 
 def predict(argv: list[str]) -> Prediction:
-    """What a run with these flags, of `plan` and of the trainer, would take.
-
-    Raises:
-        UsageError: bad flags, a batch that the ranks do not divide, too little memory.
-    """
+    """What a run with these flags, of `plan` and of the trainer, would take. Raises UsageError: bad flags, a batch that the
+    ranks do not divide, too little memory."""
     flags, rest = parse(argv)
     config, model_config, recipe = resolve(rest)
     where = machine(flags.hardware)
@@ -168,11 +154,8 @@ def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype
 def card_times(
     config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype, documents: Documents | None
 ) -> tuple[Step, dict[str, float]]:
-    """The step of whole sequences, and seconds by part, the mean over the run's stages.
-
-    Raises:
-        TooLittleMemory: the step does not fit.
-    """
+    """The step of whole sequences, and seconds by part, the mean over the run's stages. Raises TooLittleMemory: the step does
+    not fit."""
     T, counts = model_config.sequence_length, stages(config)
     # masked attention is fused: recorded without its masks, and counted by `in_window`
     unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
@@ -205,13 +188,11 @@ def fp8_head(step: Step, vocabulary: int) -> Step:
 
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
-    """Does the step fit on a card?
+    """Does the step fit on a card? Raises TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
 
     Args:
         micro, length: sequences of a micro-batch, and tokens of each.
         record: sequences of a micro-batch -> the step.
-    Raises:
-        TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
     """
     room, memory = HEADROOM * where.card.memory, step.memory
     if memory.total <= room:

@@ -130,11 +130,8 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
 
 
 def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
-    """The machines of the confirming runs.
-
-    Raises:
-        UsageError: there are several and `allow_mixed` is false; the same for several versions of the data, always.
-    """
+    """The machines of the confirming runs. Raises UsageError: there are several and `allow_mixed` is false; the same for
+    several versions of the data, always."""
     timed = [row for row in rows if row.phase == "confirm" and row.status != "crashed"]
     machines = sorted({row.machine for row in timed})
     if len(machines) > 1 and not allow_mixed:
@@ -146,11 +143,7 @@ def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
 
 def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool = False) -> dict[str, Any]:
     """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed,
-    runs left out) and all that the trials say.
-
-    Raises:
-        UsageError: see check_machines and compute_type.
-    """
+    runs left out) and all that the trials say. Raises UsageError: see check_machines and compute_type."""
     target, base = settings["target"], settings["base"]
     steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs
     # those of an earlier plan, of another length, confirm nothing; they say as much of the horizon as a run of the search
@@ -176,11 +169,7 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
 
 
 def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = False) -> dict[str, Any]:
-    """The summary of the same comparison, made anew from its trials.
-
-    Raises:
-        UsageError: see check_machines.
-    """
+    """The summary of the same comparison, made anew from its trials. Raises UsageError: see check_machines."""
     settings = {key: summary[key] for key in ("track", "target", "base", "mode", "command", "margin", "seeds")}
     settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
     settings |= {key: summary[key] for key in ("left_out",) if key in summary}  # comparisons from before have none

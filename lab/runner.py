@@ -102,11 +102,8 @@ class Runner(Scheduler):
         return [row for row, is_current in of_arms if is_current], [row.run for row, is_current in of_arms if not is_current]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there.
-
-        Raises:
-            UsageError: it is of another compute type than those that are there.
-        """
+        """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
+        there."""
         if not self.done(trial):
             if self.interrupted.is_set():
                 raise KeyboardInterrupt
@@ -192,21 +189,15 @@ def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.N
 
 
 def at_least(options: argparse.Namespace, **least: float) -> None:
-    """
-    Raises:
-        UsageError: an option is below its least value.
-    """
+    """Raises UsageError: an option is below its least value."""
     for name, value in least.items():
         if getattr(options, name) < value:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(options, name)}")
 
 
 def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
-    """May an experiment with these settings, whose report is `file`, be kept in this folder?
-
-    Raises:
-        UsageError: it holds another one, or something else.
-    """
+    """May an experiment with these settings, whose report is `file`, be kept in this folder? Raises UsageError: it holds
+    another one, or something else."""
     if (out / file).exists():
         there = json.loads((out / file).read_text())
         for key, value in settings.items():
@@ -225,11 +216,7 @@ def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> No
 
 
 def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
-    """Summary and trials of an experiment.
-
-    Raises:
-        UsageError: the folder holds none.
-    """
+    """Summary and trials of an experiment. Raises UsageError: the folder holds none."""
     try:
         return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
     except FileNotFoundError as error:

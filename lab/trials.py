@@ -51,11 +51,8 @@ class Trial:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the trainer puts this run.
-
-        Raises:
-            UsageError: what the trainer refuses: an unknown trick, a value out of range.
-        """
+        """Where the trainer puts this run. Raises UsageError: what the trainer refuses: an unknown trick, a value out of
+        range."""
         config, model_config, recipe = resolve(self.flags)
         return RUNS / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
 
@@ -156,10 +153,8 @@ def run_to_end(command: list[str], environment: dict[str, str], go_on: Callable[
 def on_ray(gpus: float, address: str = "auto") -> Launcher:
     """Trains on a Ray cluster, when `gpus` GPUs (or one CPU, if 0) are free somewhere on it.
 
-    The repository must stand at the same path on every machine, on a file system that they share.
-
-    Raises:
-        UsageError: Ray is not installed, or there is no cluster at `address`.
+    The repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
+    installed, or there is no cluster at `address`.
     """
     try:
         import ray

@@ -54,12 +54,11 @@ def parser() -> argparse.ArgumentParser:
 def add(
     folders: list[Path], name: str, why: str, category: str = "open", against: Sequence[Path] = (), kind: str = "record"
 ) -> Record:
-    """Keep finished runs as the track's next record, if they meet every rule.
+    """Keep finished runs as the track's next record, if they meet every rule. Raises UsageError: the rule that is not met;
+    nothing is kept then.
 
     Args:
         against: run folders of the previous record, interleaved with these; without them its own logs are what counts.
-    Raises:
-        UsageError: the rule that is not met; nothing is kept then.
     """
     runs, anew = (sorted(map(FinishedRun.read, group), key=lambda run: run.config["seed"]) for group in (folders, against))
     track = runs[0].config["track"]

@@ -58,11 +58,8 @@ class Times:
 
 
 def read_studies(path: Path) -> Studies:
-    """A table of studies, or of times, which are one study each.
-
-    Raises:
-        UsageError: missing file, no such table, a study that comes twice, a cell that is no time.
-    """
+    """A table of studies, or of times, which are one study each. Raises UsageError: missing file, no such table, a study that
+    comes twice, a cell that is no time."""
     try:
         with path.open(newline="") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
@@ -87,10 +84,7 @@ def read_studies(path: Path) -> Studies:
 
 
 def seconds(cell: str, where: str) -> float:
-    """
-    Raises:
-        UsageError: it is no time.
-    """
+    """Raises UsageError: it is no time."""
     try:
         value = float(cell or "inf")
     except ValueError:
@@ -101,11 +95,7 @@ def seconds(cell: str, where: str) -> float:
 
 
 def medians(studies: Studies) -> Times:
-    """The medians over studies; not run is missed.
-
-    Raises:
-        UsageError: fewer than two workloads, or no target met.
-    """
+    """The medians over studies; not run is missed. Raises UsageError: fewer than two workloads, or no target met."""
     submissions, workloads = (list(dict.fromkeys(names)) for names in zip(*studies)) if studies else ([], [])
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
@@ -117,11 +107,7 @@ def medians(studies: Studies) -> Times:
 
 
 def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
-    """`variant=base,...` -> base workload of each variant.
-
-    Raises:
-        UsageError: no such workload.
-    """
+    """`variant=base,...` -> base workload of each variant. Raises UsageError: no such workload."""
     bases = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         variant, equals, base = word.partition("=")
@@ -163,11 +149,8 @@ def scores(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> 
 
 
 def reference_scores(times: Times, held_out: dict[str, str], reference: str, tau_max: float = TAU_MAX) -> np.ndarray:
-    """Of every submission against one of them, whatever the others do. Workloads that the reference missed are left out.
-
-    Raises:
-        UsageError: no such submission, or it met no target.
-    """
+    """Of every submission against one of them, whatever the others do. Workloads that the reference missed are left out. Raises
+    UsageError: no such submission, or it met no target."""
     if reference not in times.submissions:
         raise UsageError(f"--reference {reference!r}: {nearest(reference, times.submissions)}")
     bases = [i for i, w in enumerate(times.workloads) if w not in held_out]
@@ -195,11 +178,7 @@ def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws:
 
 
 def summary(studies: Studies, held_out: dict[str, str], tau_max: float = TAU_MAX, reference: str = "") -> dict[str, Any]:
-    """All of it, as JSON: a list of submissions, best score first.
-
-    Raises:
-        UsageError: see medians and reference_scores.
-    """
+    """All of it, as JSON: a list of submissions, best score first. Raises UsageError: see medians and reference_scores."""
     times = medians(studies)
     value, (bases, r) = scores(times, held_out, tau_max), ratios(times, held_out, tau_max)
     ranked = defaultdict(list)  # submission -> its rank without each of the others

@@ -77,11 +77,7 @@ class Submission:
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """The space.
-
-        Raises:
-            UsageError: there is nothing to search.
-        """
+        """The space. Raises UsageError: there is nothing to search."""
         name, fixed = split(self.optimizer)
         known = hyperparameters(name)
         space = [
@@ -141,11 +137,8 @@ EXTRAS = {
 
 
 def submission(word: str) -> Submission:
-    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed. Raises
+    UsageError: there is none."""
     if word in EXTRAS:
         return EXTRAS[word]
     name, _ = split(word)

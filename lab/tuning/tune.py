@@ -95,10 +95,8 @@ class Contest(Scheduler):
     """Everybody's trials on every workload: which there are, which are wanted, and what these train for."""
 
     def __init__(self, options: argparse.Namespace):
-        """
-        Raises:
-            UsageError: a damaged table, trials of another version of a space, or of another compute type than asked for.
-        """
+        """Raises UsageError: a damaged table, trials of another version of a space, or of another compute type than asked
+        for."""
         super().__init__()
         self.options, self.dtypes = options, compute_types(options)
         self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
@@ -228,10 +226,7 @@ class Contest(Scheduler):
 
     def study(self, job: Job) -> optuna.Study:
         """The Optuna study of a job, holding the trials that the table has; and the table those that a shared storage has.
-
-        Raises:
-            UsageError: the storage cannot be read, or holds a study of another version of the space or compute type.
-        """
+        Raises UsageError: the storage cannot be read, or holds a study of another version of the space or compute type."""
         key = (*job.table, job.study)
         if key in self.studies:
             return self.studies[key]
@@ -273,11 +268,8 @@ class Contest(Scheduler):
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
-        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW.
-
-        Raises:
-            UsageError: that run crashed.
-        """
+        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW. Raises
+        UsageError: that run crashed."""
         walls = [row.wall for entry in self.options.submissions for row in self.tables[track, entry.name].of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
@@ -312,11 +304,8 @@ class Contest(Scheduler):
         return left if timed else left + 2 * TIMINGS * TIMED
 
     def plan(self) -> None:
-        """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all.
-
-        Raises:
-            UsageError: not even one trial for everyone fits.
-        """
+        """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all. Raises
+        UsageError: not even one trial for everyone fits."""
         options = self.options
         each = {track: self.seconds_of_a_trial(track) for track in options.tracks}
 
@@ -363,11 +352,8 @@ def targets(folder: Path) -> dict[str, float]:
 
 
 def compute_types(options: argparse.Namespace) -> dict[str, str]:
-    """Workload -> the compute type of its trials, those of all submissions that are there and those to come.
-
-    Raises:
-        UsageError: --dtype is not that of the trials that are there, or this machine lacks it.
-    """
+    """Workload -> the compute type of its trials, those of all submissions that are there and those to come. Raises UsageError:
+    --dtype is not that of the trials that are there, or this machine lacks it."""
     types, there, device = {}, tuned.read_tables(options.out), hardware.pick_device("auto")
     for track in options.tracks:
         kept = tuned.dtype_of(there.get(track, {}))
@@ -410,10 +396,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """
-    Raises:
-        UsageError: an unknown submission or workload, or a value out of range.
-    """
+    """Raises UsageError: an unknown submission or workload, or a value out of range."""
     options = parser().parse_args(argv)
     at_least(options, trials=1, studies=1, side_by_side=1, target_seeds=1)
     if options.machine_hours < 0:

@@ -331,11 +331,8 @@ def workload_table(track: str, tables: Tables) -> str:
 
 
 def report(folder: Path) -> str:
-    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them.
-
-    Raises:
-        UsageError: there is no table, or no trial that ended well, or a workload's trials are of two compute types.
-    """
+    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them. Raises
+    UsageError: there is no table, or no trial that ended well, or a workload's trials are of two compute types."""
     tables = read_tables(folder)
     every = [table for of in tables.values() for table in of.values()]
     if not every:
