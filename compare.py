@@ -315,7 +315,7 @@ def run(options: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
-        return score.main(argv[1:])
+        return command("compare.py score", lambda: score.run(argv[1:]))
     if argv[:1] == ["tune"]:
         return tune.main(argv[1:])
     return command("compare.py", lambda: "\n".join(run(parse(argv))))
