@@ -5,7 +5,7 @@
     python scaling.py --base baseline --tricks rope qk_norm relu2 --sizes 0.1M 0.3M 0.8M 1.5M
     python scaling.py --tricks muon --ladder gpt2 --processes 8 --plan --hardware 8xH100
     python scaling.py --report scaling/cpu-modern                       the report of a finished experiment
-    python scaling.py fit --losses wen2025_best.csv                     the same arithmetic on published losses: --help
+    python scaling.py fit --losses wen2025_best.csv --at 7B             the same arithmetic on published losses
 
 A trick is a name of tricks.py, or an optimizer SPEC. Speed-up = tokens that the base needs for the same loss / tokens that the
 trick used. Base and trick train with the same batch, their learning rates moved to each size by the same rule (--lr-transfer)
@@ -285,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tricks", nargs="+", default=[], metavar="TRICK", help="tricks or optimizer SPECs, each tried alone on the base")
     add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")
     add("--ladder", default="cpu", help=f"{' or '.join(LADDERS)} (default: cpu)")
-    add("--sizes", nargs="+", default=[], help="0.3M 0.8M, or a file of `name layers heads width` (default: the ladder's)")
+    add("--sizes", nargs="+", default=[], help="such as 0.3M 0.8M (default: the ladder's)")
     add("--tokens-per-parameter", type=float, default=0, help="of budget 1, non-embedding (default: the ladder's)")
     add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="of the base; a trick has budget 1 (default: 0.5 1 2)")
     add("--most-budget", type=float, default=4, help="up to which the base's double to meet a trick's loss (default: 4)")

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -93,17 +92,14 @@ LADDERS = {
 
 
 def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
-    """Sizes by the names of the ladder's own, by numbers of non-embedding parameters (the nearest on the dial), or from a file.
-
-    Raises UsageError: a word that is no size, a file that cannot be read, sizes that do not grow, or only one.
-    """
+    """Sizes by the names of the ladder's own, or by numbers of non-embedding parameters (the nearest on the dial). Raises
+    UsageError: a word that is no size, sizes that do not grow, or only one."""
     known = {size.name: size for size in of.sizes}
-    path = Path(words[0])
-    if len(words) == 1 and (path.is_file() or len(path.parts) > 1):
-        sizes = read_sizes(path)
-    else:
-        layers = [0 if word in known else round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3)) for word in words]
-        sizes = [known.get(word) or dial(max(1, d), of.head_width) for word, d in zip(words, layers, strict=True)]
+
+    def nearest(word: str) -> Size:
+        return dial(max(1, round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3))), of.head_width)
+
+    sizes = [known.get(word) or nearest(word) for word in words]
     if len(sizes) < 2:
         raise UsageError("one size is no ladder: name at least two, better five")
     for smaller, larger in pairwise(sizes):
@@ -111,21 +107,6 @@ def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
             shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in (smaller, larger))
             raise UsageError(f"sizes must grow, the smallest first: {shapes} do not")
     return tuple(sizes)
-
-
-def read_sizes(path: Path) -> list[Size]:
-    """The sizes in a file. Raises UsageError: there is no such file, or a line is no size."""
-    if not path.is_file():
-        raise UsageError(f"--sizes {path}: there is no such file")
-    sizes = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        name, *shape = text.split() or ["#"]
-        if name.startswith("#"):
-            continue
-        if len(shape) != 3 or not all(word.isdigit() for word in shape):
-            raise UsageError(f"{path} line {number}: a size is `name layers heads width`, such as `small 4 4 128`")
-        sizes.append(Size(name, *map(int, shape)))
-    return sizes
 
 
 # ---------------------------------------------------------------- learning rate
