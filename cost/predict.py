@@ -61,12 +61,9 @@ def machine(words: str) -> Machine:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of `plan` itself, and those that are left for the trainer. Raises UsageError: a value of the wrong type."""
-    flags = Parser(
-        prog="./run.sh plan",
-        description="Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written.",
-        epilog="All other flags are the trainer's: ./run.sh train --help.",
-        allow_abbrev=False,
-    )
+    what = "Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written."
+    others = "All other flags are the trainer's: ./run.sh train --help."
+    flags = Parser(prog="./run.sh plan", description=what, epilog=others, allow_abbrev=False)
     add = flags.add_argument
     add("--hardware", default="here", help="8xH100 and the like, or here, where a CPU makes three real steps (default: here)")
     add("--world-size", type=int, default=0, metavar="N", help="ranks, one a card (default: the cards of one machine)")
@@ -101,8 +98,8 @@ class Prediction:
     dtype: torch.dtype
     step: Step  # of one rank, with the smallest batch and whole sequences
     times: dict[str, float]  # seconds of a step by part, the mean over the run
-    price: float = 0.0  # dollars of a card and hour; 0: not known
-    documents: Documents | None = None  # that a mask keeps apart, where they are known
+    price: float  # dollars of a card and hour; 0: not known
+    documents: Documents | None  # that a mask keeps apart, where they are known
 
     @property
     def seconds(self) -> float:
@@ -130,16 +127,15 @@ def predict(argv: list[str]) -> Prediction:
         raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
     device = torch.device("cuda" if where.card else "cpu")
     _, micro = shares(config, model_config, ranks, device.type)
-    config = replace(config, micro_batch_tokens=micro * model_config.sequence_length)
+    config, price, documents = replace(config, micro_batch_tokens=micro * model_config.sequence_length), flags.gpu_price, None
     if where.card is None:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
         step = record_step(config, model_config, ranks, dtype, "cpu")
         times = measured_times(config, model_config, dtype, step.micro_batches)
-        return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, flags.gpu_price)
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
-    documents = documents_of(config, model_config) if model_config.document_mask else None
-    step, times = card_times(config, model_config, where, ranks, dtype, documents)
-    price = flags.gpu_price or where.card.price
+    else:
+        dtype, price = torch.float32 if config.dtype == "fp32" else torch.bfloat16, price or where.card.price
+        documents = documents_of(config, model_config) if model_config.document_mask else None
+        step, times = card_times(config, model_config, where, ranks, dtype, documents)
     return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price, documents)
 
 
@@ -204,11 +200,8 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
         possible = micro * step.micro_batches % n == 0 and fixed + memory.activations * n / micro <= room
         if possible and record(n).memory.total <= room:  # some activations are the same for any micro-batch
             raise TooLittleMemory(f"{needs}: it fits with --micro-batch-tokens {n * length}", n * length)
-    raise TooLittleMemory(
-        f"{needs}, and {fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
-        "take a card with more memory, or an optimizer with less state",
-        None,
-    )
+    why = f"{fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits"
+    raise TooLittleMemory(f"{needs}, and {why}; take a card with more memory, or an optimizer with less state", None)
 
 
 # ---------------------------------------------------------------- in words
