@@ -157,24 +157,21 @@ class Runner(Scheduler):
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
-        events, lines = trial.log(), []
+        events = trial.log()
         train = [e for e in events if e["event"] == "train"]
         span = max(1, math.ceil(len(train) / self.points))
-        for start in range(0, len(train), span):
-            piece = train[start : start + span]
-            mean = sum(e["loss"] for e in piece) / len(piece)
-            lines.append(("train", piece[-1] | {"loss": round(mean, 4)}))
-        lines += [("val", e | {"loss": round(e["loss"], 5)}) for e in events if e["event"] == "val" and e["loss"] is not None]
+        pieces = [train[start : start + span] for start in range(0, len(train), span)]
+        lines = [piece[-1] | {"loss": round(sum(e["loss"] for e in piece) / len(piece), 4)} for piece in pieces]
+        lines += [e | {"loss": round(e["loss"], 5)} for e in events if e["event"] == "val" and e["loss"] is not None]
         with self.lock:
             self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "curves.csv").open("a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if not file.tell():
                     writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-                for kind, e in lines:
-                    writer.writerow(
-                        (row.arm, row.seed, row.phase, kind, e["step"], e["tokens"], round(e["train_time"], 3), e["loss"])
-                    )
+                for e in lines:
+                    when = (e["step"], e["tokens"], round(e["train_time"], 3))
+                    writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
 
 
 # ---------------------------------------------------------------- an experiment's options and folder
