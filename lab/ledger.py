@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def cells(row: Any) -> dict[str, str]:
 
 
 def read(path: Path, kind: type) -> list[Any]:
-    """Raises UsageError: the file is no such ledger, or a line of it is damaged."""
+    """Its rows. Raises UsageError: the file is no such ledger, or a line of it is damaged."""
     rows = []
     with path.open(newline="") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
@@ -140,16 +141,14 @@ class Row:
         return cls(**about, commit=commit, ended=ended[-1] if ended else now_utc())
 
 
+read_rows = partial(read, kind=Row)  # the lines of a trials.csv
+
+
 def machine(env: dict[str, Any]) -> str:
     """What must be equal for times to be comparable, in one line."""
     unit = env["gpus"][0] if env["gpus"] else f"{env['threads']} threads"
     ranks = f"{env['world_size']}{'' if env['gpus'] else ' rank(s)'}"
     return f"{env['cpu']}, {env['cpu_count']} cores, {ranks} x {unit}, torch {env['torch']}"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a trials.csv. Raises UsageError: see `read`."""
-    return read(path, Row)
 
 
 def compute_type(rows: Iterable[Any]) -> str:
