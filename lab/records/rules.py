@@ -42,10 +42,8 @@ OPTIMIZER_SETTINGS = ("tricks", "recipe", "optimizer", "average", "schedule", "m
 # What no record may choose: it defines the track.
 FIXED_SETTINGS = ("corpus", "tokenizer", "vocab_size", "val_tokens", "val_spread", "target_loss")
 # Settings that older trainers had and today's has not, with the value at which they changed nothing.
-GONE = {
-    "batch_schedule": "constant", "window_schedule": "constant", "length_schedule": "constant", "shard_optimizer": False,
-    "table_optimizer": "sparse_adagrad", "ngram_sparse": False,
-}  # fmt: skip
+GONE = dict.fromkeys(("batch_schedule", "window_schedule", "length_schedule"), "constant")
+GONE |= {"shard_optimizer": False, "table_optimizer": "sparse_adagrad", "ngram_sparse": False}
 SPECS = ("optimizer", "average", "schedule", "momentum_schedule")  # settings that may name code
 
 
@@ -212,11 +210,9 @@ def rival(record: Record) -> str:
         made_with(log, first.path.name, config=first.start["config"])
         need((log.end.get("status"), log.end.get("step")) == ("ok", steps), f"{log.path.name} did not end well at step {steps}")
     need(steps <= full, f"the rival ran for {steps} steps, as a record for {full}: longer is slower")
-    settings = against["settings"]
-    alike = (
-        complete(settings) == complete(before.about["settings"]) and run_folder.settings_hash(settings) == first.start["config"]
-    )
-    need(alike, f"the runs that it was timed against have other settings than {name}")
+    alike = complete(against["settings"]) == complete(before.about["settings"])
+    ran_so = run_folder.settings_hash(against["settings"]) == first.start["config"]
+    need(alike and ran_so, f"the runs that it was timed against have other settings than {name}")
     return f"{name}, {steps:,} of its {full:,} steps"
 
 
@@ -225,10 +221,8 @@ def faster(record: Record) -> str:
     the ratio is above 1."""
     about, against = record.about, record.about["against"]
     if about["kind"] == "baseline":
-        need(
-            records.previous(about["track"], about["category"], about["number"]) is None,
-            "a baseline is a category's first record",
-        )
+        before = records.previous(about["track"], about["category"], about["number"])
+        need(before is None, "a baseline is a category's first record")
         return "baseline: nothing before it"
     need(against is not None, "timed against nothing")
     if not record.timed_anew:
@@ -332,13 +326,8 @@ def code(record: Record) -> str:
     return record.about["source_sha256"][:8]
 
 
-RULES: dict[str, Callable[[Record], str]] = {
-    rule.__name__: rule
-    for rule in (
-        schema, files, seeds, distinct, configuration, stopping, statistics, target, rival, faster, clock, track, data, overlap,
-        model, code,
-    )
-}  # fmt: skip
+ORDER = (schema, files, seeds, distinct, configuration, stopping, statistics, target, rival, faster, clock, track)
+RULES: dict[str, Callable[[Record], str]] = {rule.__name__: rule for rule in (*ORDER, data, overlap, model, code)}
 
 
 def rerun(record: Record) -> str:
@@ -348,9 +337,8 @@ def rerun(record: Record) -> str:
     for key in SPECS:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             raise NotCheckable(f"its {key} is code from outside the repository, which a record may not have run")
-    trial = trials.Trial(
-        trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["steps"], about["seeds"][0]
-    )
+    arm = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"]))))
+    trial = trials.Trial(arm, about["steps"], about["seeds"][0])
     try:
         outcome = trials.train(trial)
     except UsageError as error:
