@@ -185,11 +185,7 @@ def fp8_head(step: Step, vocabulary: int) -> Step:
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
     """Does the step fit on a card? Raises TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
-
-    Args:
-        micro, length: sequences of a micro-batch, and tokens of each.
-        record: sequences of a micro-batch -> the step.
-    """
+    micro, length: sequences of a micro-batch, and tokens of each. record: sequences of a micro-batch -> the step."""
     room, memory = HEADROOM * where.card.memory, step.memory
     if memory.total <= room:
         return
@@ -230,7 +226,7 @@ def report(p: Prediction) -> str:
     tokens = round(config.batch_tokens * sum(size * steps for (_, _, size), steps in counts.items()) / config.steps)
     mean = " in the mean" * (len({size for _, _, size in counts}) > 1)
     room = f" of {card.memory / 1e9:.0f}" if card else ""
-    utilisation = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
+    mfu = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
     hours = p.seconds * config.steps / 3600 * p.ranks
     sent = listed(communication(step, p.ranks), 1e6, ",.0f") + "   by each rank" if p.ranks > 1 else "nothing"
@@ -241,8 +237,7 @@ def report(p: Prediction) -> str:
         "memory a rank, GB": f"{listed(asdict(step.memory), 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
         "sent a step, MB": sent,
         "time, ms": listed(times, 1e-3, ",.1f"),
-        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s"
-        + (f"   MFU {utilisation:.1%}" if utilisation else ""),
+        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s" + (f"   MFU {mfu:.1%}" if mfu else ""),
         f"{config.steps:,} steps": f"{p.seconds * config.steps / 60:,.1f} min without compilation and validation{goal}",
     }
     if p.model_config.document_mask:
