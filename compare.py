@@ -34,7 +34,6 @@ import optimizers
 import tricks
 from config import resolve
 from engine.command import Parser, command
-from engine.run_folder import lock
 from engine.spec import UsageError, nearest, split
 from lab import comparison, plots, runner, stats
 from lab.horizon import Search, search, search_at
@@ -302,11 +301,7 @@ def run(options: argparse.Namespace) -> list[str]:
     out, target = options.out or Path("comparisons") / what, target_of(options)
     settings = {"track": options.track, "target": target, "base": names[0], "mode": options.mode}
     runner.check_folder(out, REPORT, settings)
-    held = lock(out)  # two comparisons in one folder would write over each other's trials
-    try:
-        return Comparison(arms, options, out).run(settings)
-    finally:
-        held.release()
+    return runner.alone_in(out, lambda: Comparison(arms, options, out).run(settings))
 
 
 def main(argv: list[str]) -> int:

@@ -33,7 +33,7 @@ import tricks
 from config import resolve
 from data.shards import Dataset, dataset_folder
 from engine.command import Parser, command
-from engine.run_folder import lock, settings_hash
+from engine.run_folder import settings_hash
 from engine.spec import UsageError, nearest, split
 from lab import plots, runner
 from lab.ledger import Row
@@ -168,11 +168,7 @@ def run(options: argparse.Namespace) -> str:
     settings = {"ladder": options.ladder, "base": experiment.base, "lr_transfer": options.lr_transfer}
     settings |= {"tokens_per_parameter": ratio, "flags": list(options.flags)}
     runner.check_folder(out, REPORT, settings)
-    held = lock(out)
-    try:
-        return measure(experiment, settings, out)
-    finally:
-        held.release()
+    return runner.alone_in(out, lambda: measure(experiment, settings, out))
 
 
 def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.run_folder import atomic_write, source_hash
+from engine.run_folder import atomic_write, lock, source_hash
 from engine.spec import UsageError
 from lab import trials
 from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
@@ -202,6 +202,15 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
                 raise UsageError(f"{out} holds a {file} with {key} {there.get(key)!r}, not {value!r}: choose another --out")
     elif out.exists() and any(p.name != "lock" for p in out.iterdir()) and not (out / "trials.csv").exists():
         raise UsageError(f"{out} is not empty and holds no {file}: choose another --out")
+
+
+def alone_in(out: Path, work: Callable[[], T]) -> T:
+    """Do the work while nobody else may use the folder: two experiments in one would write over each other's trials."""
+    held = lock(out)
+    try:
+        return work()
+    finally:
+        held.release()
 
 
 def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> None:

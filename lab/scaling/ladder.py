@@ -102,9 +102,9 @@ def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
     sizes = [known.get(word) or nearest(word) for word in words]
     if len(sizes) < 2:
         raise UsageError("one size is no ladder: name at least two, better five")
-    for smaller, larger in pairwise(sizes):
-        if smaller.layers * smaller.width**2 >= larger.layers * larger.width**2 or smaller.name == larger.name:
-            shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in (smaller, larger))
+    for pair in pairwise(sizes):
+        if pair[0].layers * pair[0].width ** 2 >= pair[1].layers * pair[1].width ** 2:
+            shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in pair)
             raise UsageError(f"sizes must grow, the smallest first: {shapes} do not")
     return tuple(sizes)
 
@@ -122,16 +122,14 @@ def transfer_exponent(rule: str, spec: str) -> float:
 
     Raises UsageError: it is no such rule.
     """
-    word, _, number = rule.partition(":")
     if rule == "mup":
         return optimizers.find(spec).transfer
-    if rule == "none":
-        return 0.0
     try:
-        if word == "power" and math.isfinite(exponent := float(number)):
-            return exponent
+        exponent = 0.0 if rule == "none" else float(rule.removeprefix("power:"))
     except ValueError:
-        pass
+        exponent = math.nan
+    if math.isfinite(exponent) and rule.startswith(("power:", "none")):
+        return exponent
     raise UsageError(f"--lr-transfer takes mup, power:EXPONENT (such as power:-0.5) or none; not {rule!r}")
 
 

@@ -38,10 +38,9 @@ import tricks
 from config import resolve
 from engine import hardware
 from engine.command import Parser, command
-from engine.run_folder import lock
 from engine.spec import UsageError, nearest
 from lab import ledger, trials
-from lab.runner import Scheduler, at_least
+from lab.runner import Scheduler, alone_in, at_least
 from lab.trials import Arm, Trial
 from lab.tuning import tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission, values
@@ -100,9 +99,8 @@ class Contest(Scheduler):
         self.options, self.dtypes = options, compute_types(options)
         self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
         self.tables: dict[tuple[str, str], Table] = {}
-        for track, entry in product(
-            options.tracks, (submission("adamw"), *options.submissions)
-        ):  # steps are compared with AdamW's
+        # AdamW's too, which steps are compared with
+        for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
             table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
             if any(row.space != entry.version for row in table.of("search")):
                 raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
@@ -137,14 +135,13 @@ class Contest(Scheduler):
     def timings(self) -> list[Job]:
         """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. A time to target
         is steps times the cost of a step, in which machines, or one machine on two days, differ more than many submissions."""
-        jobs, adamw = [], submission("adamw")
-        for track, tables in tuned.read_tables(self.options.out).items():
-            target, beside = tuned.target_of(tables), self.tables.get((track, adamw.name))
-            entries = self.options.submissions if target and beside else ()
-            of = {entry: self.tables[track, entry.name] for entry in entries}
+        jobs, adamw, there = [], submission("adamw"), tuned.read_tables(self.options.out)
+        for track in self.options.tracks:
+            target, beside = tuned.target_of(there.get(track, {})), self.tables[track, adamw.name]
+            of = {entry: self.tables[track, entry.name] for entry in self.options.submissions if target}
             untimed = {e: table for e, table in of.items() if table.meets(target["loss"]) and not tuned.timed(table, beside)}
             runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
-            turn = 1 + max((row.study for table in runs.values() if table for row in table.of("timing")), default=-1)
+            turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
             for number, (entry, table) in product(range(TIMINGS), runs.items() if untimed else ()):
                 settings = best.settings if (best := table.best()) else entry.defaults()
                 jobs.append(Job("timing", track, entry, turn, number, 1000 * turn + number, steps, settings))
@@ -237,14 +234,11 @@ class Contest(Scheduler):
         space = {d.name: d for d in entry.dimensions}
         for row in table.of("search", job.study):
             if row.number not in known and row.status != "crashed":
-                trial = optuna.trial.create_trial(
-                    params={name: d.searched(row.settings[name]) for name, d in space.items()},
-                    distributions={name: d.distribution for name, d in space.items()},
-                    value=row.val_loss,
-                    intermediate_values=dict(row.losses),
-                    user_attrs={"number": row.number, "row": ledger.cells(row)},
-                )
-                study.add_trial(trial)
+                params = {name: d.searched(row.settings[name]) for name, d in space.items()}
+                about = dict(params=params, distributions={name: d.distribution for name, d in space.items()})
+                about |= dict(value=row.val_loss, intermediate_values=dict(row.losses))
+                attributes = {"number": row.number, "row": ledger.cells(row)}
+                study.add_trial(optuna.trial.create_trial(**about, user_attrs=attributes))
         self.studies[key] = study
         return study
 
@@ -385,11 +379,7 @@ def run(argv: list[str]) -> str:
         Contest(options).plan()
         return ""
     if not options.report:
-        held = lock(options.out)
-        try:
-            Contest(options).run()
-        finally:
-            held.release()
+        alone_in(options.out, lambda: Contest(options).run())
     return tuned.report(options.out)
 
 
