@@ -73,8 +73,7 @@ def optimizer_tables() -> dict[str, str]:
     steps = read(BENCHMARKS / "optimizers.json")["step"]
     rows = []
     for name, cls in optimizers.OPTIMIZERS.items():
-        timed = next((row for row in steps.get(name, []) if row["what"] == "ours"), None)
-        ratio = f"{timed['ratio']:.2g}" if timed else "-"
+        ratio = next((f"{row['ratio']:.2g}" for row in steps.get(name, []) if row["what"] == "ours"), "-")
         rows.append((f"`{name}`", rule(cls), f"{cls.state_per_parameter:g}", ratio, source(cls)))
     return {
         "optimizers": table(("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"), rows),

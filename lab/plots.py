@@ -32,11 +32,9 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
     """All pictures for which there is something to draw; returns their names."""
     drawn = []
     steps = {arm["name"]: arm["steps"] for arm in summary["arms"]}  # of the confirming runs; earlier plans' are left out
-    shown = [c for c in curves if c["phase"] == "confirm" and c["arm"] in steps and c["steps"] == steps[c["arm"]]]
-    if shown:
+    if shown := [c for c in curves if c["phase"] == "confirm" and c["steps"] == steps.get(c["arm"])]:
         drawn.append(loss_curves(folder, list(steps), shown, summary["target"]))
-    judged = [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]
-    if judged:
+    if judged := [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]:
         drawn.append(forest(folder, judged))
     if summary["mode"] in ("chain", "leave_out") and len(times(summary["arms"])) > 1:
         drawn.append(waterfall(folder, summary))

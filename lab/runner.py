@@ -104,18 +104,19 @@ class Runner(Scheduler):
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
         """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
         there."""
-        if not self.done(trial):
-            if self.interrupted.is_set():
-                raise KeyboardInterrupt
-            outcome = launch(trial)
-            row = Row.of(phase, outcome)
-            compute_type([*(r for r in self.ledger.rows.values() if r.source == row.source), row])
-            if outcome.result is not None:
-                self.keep_curve(row, trial)
-                if "--branch" not in trial.extra:
-                    self.drop_checkpoints(trial)
-            self.ledger.add(row)
-        return self.ledger.rows[trial.folder.name]
+        if self.done(trial):
+            return self.ledger.rows[trial.folder.name]
+        if self.interrupted.is_set():
+            raise KeyboardInterrupt
+        outcome = launch(trial)
+        row = Row.of(phase, outcome)
+        compute_type([*(r for r in self.ledger.rows.values() if r.source == row.source), row])
+        if outcome.result is not None:
+            self.keep_curve(row, trial)
+            if "--branch" not in trial.extra:
+                self.drop_checkpoints(trial)
+        self.ledger.add(row)
+        return row
 
     def drop_checkpoints(self, trial: Trial) -> None:
         """They are large, and of use for sampling and resuming alone."""

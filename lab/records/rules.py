@@ -225,10 +225,9 @@ def faster(record: Record) -> str:
         need(before is None, "a baseline is a category's first record")
         return "baseline: nothing before it"
     need(against is not None, "timed against nothing")
-    if not record.timed_anew:
-        for key in ("machine", "versions", "source_sha256"):
-            same_key = record.rival.about[key] == about[key]
-            need(same_key, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
+    for key in ("machine", "versions", "source_sha256"):
+        comparable = record.timed_anew or record.rival.about[key] == about[key]
+        need(comparable, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
     ratio = records.rounded(record.speed_ratio)
     same(against, ratio, "against ")
     words = f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
@@ -425,11 +424,10 @@ def today(record: Record) -> tuple[Config, ModelConfig]:
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
     """Trainer flags that give exactly these settings."""
-    flags = []
-    for name in sorted(FIELDS.keys() & settings.keys()):
-        flag, value = flag_of(name), settings[name]
+
+    def words(name: str, value: Any) -> str:
         if FIELDS[name].type is bool:
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
-    return flags
+            return flag_of(name) if value else flag_of(name).replace("--", "--no-", 1)
+        return f"{flag_of(name)}={'/'.join(map(str, value)) if isinstance(value, list) else value}"
+
+    return [words(name, settings[name]) for name in sorted(FIELDS.keys() & settings.keys())]
