@@ -34,7 +34,6 @@ import optimizers
 import tricks
 from config import resolve
 from engine.command import Parser, command
-from engine.run_folder import lock
 from engine.spec import UsageError, nearest, split
 from lab import comparison, plots, runner, stats
 from lab.horizon import Search, search, search_at
@@ -52,15 +51,12 @@ MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
 
 
 def make_arms(options: argparse.Namespace) -> list[Arm]:
-    """The arms, the base first.
-
-    Raises:
-        UsageError: unknown words, no arm or the same arm twice, or settings that the trainer refuses.
-    """
+    """The arms, the base first. Raises UsageError: unknown words, no arm or the same arm twice, or settings that the trainer
+    refuses."""
     common = ("--track", options.track, *options.flags, *(("--target-loss", str(options.target)) if options.target else ()))
     base = options.base or ("modern" if options.optimizers else "baseline")
     if options.optimizers:
-        arms = [optimizer_arm(options, word, ("--tricks", base), common) for word in options.optimizers]
+        arms = [optimizer_arm(options, word, base, common) for word in options.optimizers]
     else:
         stacks = words_of_arms(options, base)
         arms = [Arm(name, ("--tricks", ",".join(words) or "baseline", *common)) for name, words in stacks]
@@ -78,11 +74,8 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
 
 
 def words_of_arms(options: argparse.Namespace, base: str) -> list[tuple[str, list[str]]]:
-    """Name and tricks of every arm whose optimizer is not given by a SPEC.
-
-    Raises:
-        UsageError: what is to be left out is not in the base.
-    """
+    """Name and tricks of every arm whose optimizer is not given by a SPEC. Raises UsageError: what is to be left out is not in
+    the base."""
     if options.again:
         return [(options.again, [options.again]), (f"{options.again} again", [options.again])]
     if options.recipes:
@@ -99,21 +92,18 @@ def words_of_arms(options: argparse.Namespace, base: str) -> list[tuple[str, lis
     return [(base, [base]), *((f"-{w}", [x for x in stack if x != w]) for w in options.leave_out)]
 
 
-def optimizer_arm(options: argparse.Namespace, word: str, model: tuple[str, ...], common: tuple[str, ...]) -> Arm:
+def optimizer_arm(options: argparse.Namespace, word: str, base: str, common: tuple[str, ...]) -> Arm:
     """An optimizer on the base's model. One that brings its own schedule runs at a constant rate, whatever the others do."""
     spec, schedule = tuned_for(options.tuned_on, word) if options.tuned_on else (word, "")
-    flags = (*model, "--optimizer", spec, *(("--schedule", schedule) if schedule else ()), *common)
+    flags = ("--tricks", base, "--optimizer", spec, *(("--schedule", schedule) if schedule else ()), *common)
     if optimizers.own_schedule(split(word)[0]) and resolve(list(flags))[0].schedule != "constant":
         flags += ("--schedule", "constant")
     return Arm(word, flags)
 
 
 def tuned_for(workload: str, word: str) -> tuple[str, str]:
-    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept.
-
-    Raises:
-        UsageError: nothing was tuned for the workload, or not this optimizer.
-    """
+    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept. Raises UsageError:
+    nothing was tuned for the workload, or not this optimizer."""
     name, known = split(word)[0], json.loads(tricks.TUNED.read_text())
     if workload not in known:
         raise UsageError(f"--tuned-on {workload}: nothing was tuned for it: {nearest(workload, known)}")
@@ -143,9 +133,8 @@ class Comparison:
         options = self.options
         searches = self.find_horizons([arm for arm in self.arms if arm.name not in options.given or arm.name in options.at])
         searches = {name: search for name, search in searches.items() if name not in options.given}
-        plan = options.given | {
-            name: math.ceil(search.found.steps * (1 + options.margin)) for name, search in searches.items() if search.found
-        }
+        horizons = {name: search.found.steps for name, search in searches.items() if search.found}
+        plan = options.given | {name: math.ceil(steps * (1 + options.margin)) for name, steps in horizons.items()}
         seeds = options.seeds or seeds_needed(searches, options.margin)
         why = {name: search.why for name, search in searches.items()}
         arms = [{"name": (n := a.name), "flags": list(a.flags), "steps": plan.get(n), "why": why.get(n, "")} for a in self.arms]
@@ -162,7 +151,7 @@ class Comparison:
 
     def find_horizons(self, arms: list[Arm]) -> dict[str, Search]:
         """The search of each arm."""
-        options, mode = self.options, mode_of(self.options)
+        options, mode = self.options, self.options.mode
         with tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty()) as bar:
             if mode != "chain":  # a stack less one trick has no length of its own: the whole stack's is where to begin
                 first = {a.name: options.first_steps or (self.base_steps if mode == "leave_out" else steps_of(a)) for a in arms}
@@ -270,11 +259,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Command line -> options.
-
-    Raises:
-        UsageError: an unknown flag or a value out of range.
-    """
+    """Command line -> options. Raises UsageError: an unknown flag or a value out of range."""
     options = runner.read_options(parser(), argv)
     if not options.report and not any(getattr(options, mode) for mode in MODES):
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
@@ -283,17 +268,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     runner.at_least(options, seeds=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
+    options.mode = next((mode for mode in MODES if getattr(options, mode)), "")
     options.given = {name: steps[0] for name, steps in steps_of_arms("--horizon", options.horizon, "2400").items()}
     options.at = steps_of_arms("--lengths", options.lengths, "2400,2000")
     return options
 
 
 def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[int]]:
-    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several where the example has several.
-
-    Raises:
-        UsageError: a word of another form.
-    """
+    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several where the example has several. Raises UsageError: a word of another
+    form."""
     steps = {}
     for word in words:
         name, equals, given = word.rpartition("=")
@@ -302,10 +285,6 @@ def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[i
             raise UsageError(f"{flag} takes ARM=STEPS, such as baseline={example}; not {word!r}")
         steps[name] = [int(n) for n in lengths]
     return steps
-
-
-def mode_of(options: argparse.Namespace) -> str:
-    return next(m for m in MODES if getattr(options, m))
 
 
 def run(options: argparse.Namespace) -> list[str]:
@@ -318,20 +297,16 @@ def run(options: argparse.Namespace) -> list[str]:
     for flag, given in (("--horizon", options.given), ("--lengths", options.at)):
         if unknown := set(given) - set(names):
             raise UsageError(f"{flag} {min(unknown)}: there is no such arm: {nearest(min(unknown), names)}")
-    mode = mode_of(options)
-    out = options.out or Path("comparisons") / f"{options.track}-{mode.replace('_', '-')}-{names[0].split(':')[0]}"
-    settings = {"track": options.track, "target": target_of(options), "base": names[0], "mode": mode}
+    what = f"{options.track}-{options.mode.replace('_', '-')}-{names[0].split(':')[0]}"
+    out, target = options.out or Path("comparisons") / what, target_of(options)
+    settings = {"track": options.track, "target": target, "base": names[0], "mode": options.mode}
     runner.check_folder(out, REPORT, settings)
-    held = lock(out)  # two comparisons in one folder would write over each other's trials
-    try:
-        return Comparison(arms, options, out).run(settings)
-    finally:
-        held.release()
+    return runner.alone_in(out, lambda: Comparison(arms, options, out).run(settings))
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
-        return score.main(argv[1:])
+        return command("compare.py score", lambda: score.run(argv[1:]))
     if argv[:1] == ["tune"]:
         return tune.main(argv[1:])
     return command("compare.py", lambda: "\n".join(run(parse(argv))))

@@ -22,11 +22,8 @@ from model import GPT
 
 
 def load_model(run: Path) -> tuple[GPT, dict]:
-    """The trained model of a run folder, in eval mode on the CPU, and the run's config.
-
-    Raises:
-        UsageError: no such run, or it has no checkpoint yet.
-    """
+    """The trained model of a run folder, in eval mode on the CPU, and the run's config. Raises UsageError: no such run, or it
+    has no checkpoint yet."""
     try:
         config = json.loads((run / "config.json").read_text())
     except FileNotFoundError:

@@ -5,7 +5,7 @@
     python scaling.py --base baseline --tricks rope qk_norm relu2 --sizes 0.1M 0.3M 0.8M 1.5M
     python scaling.py --tricks muon --ladder gpt2 --processes 8 --plan --hardware 8xH100
     python scaling.py --report scaling/cpu-modern                       the report of a finished experiment
-    python scaling.py fit --losses wen2025_best.csv                     the same arithmetic on published losses: --help
+    python scaling.py fit --losses wen2025_best.csv --at 7B             the same arithmetic on published losses
 
 A trick is a name of tricks.py, or an optimizer SPEC. Speed-up = tokens that the base needs for the same loss / tokens that the
 trick used. Base and trick train with the same batch, their learning rates moved to each size by the same rule (--lr-transfer)
@@ -33,7 +33,7 @@ import tricks
 from config import resolve
 from data.shards import Dataset, dataset_folder
 from engine.command import Parser, command
-from engine.run_folder import lock, settings_hash
+from engine.run_folder import settings_hash
 from engine.spec import UsageError, nearest, split
 from lab import plots, runner
 from lab.ledger import Row
@@ -77,8 +77,7 @@ class Experiment:
         return [self.cell("retune", name, rung, 1, f) for rung in self.rungs for f in factors for name in self.arms]
 
     def curves(self, factors: Factors) -> list[Cell]:
-        budgets = sorted(self.options.budgets)
-        wanted = [(rung, budget, name) for rung in self.rungs for budget in budgets for name in self.arms]
+        wanted = product(self.rungs, sorted(self.options.budgets), self.arms)
         return [self.cell("curve", name, r, b, factors[r, name]) for r, b, name in wanted if b == 1 or name == self.base]
 
     def timings(self, factors: Factors) -> list[Cell]:
@@ -104,8 +103,7 @@ def make_experiment(options: argparse.Namespace) -> Experiment:
     sizes = ladder.own_sizes(options.sizes, of) if options.sizes else of.sizes
     common = ("--track", of.track, *options.flags, *LAST_ONLY)
     arms = {options.base: ("--tricks", options.base, *common)}
-    for word in options.tricks:
-        arms[f"+{word}"] = (*trick_flags(options.base, word), *common)
+    arms |= {f"+{word}": (*trick_flags(options.base, word), *common) for word in options.tricks}
     if len(arms) <= len(options.tricks):
         raise UsageError("the same trick twice: name each once")
     ratio = options.tokens_per_parameter or of.tokens_per_parameter
@@ -144,18 +142,16 @@ def check_data(experiment: Experiment) -> None:
     """Raises UsageError: the longest run would see data twice; the corpus is not prepared, unless this is only a plan."""
     options, rung = experiment.options, experiment.rungs[-1]
     try:
-        there = experiment.train_tokens()
+        there, most = experiment.train_tokens(), max(options.budgets)
     except UsageError:
         if options.plan:
             return
         raise
-    most = max(options.budgets)
     if most * rung.tokens > there:
         ratio = math.floor(100 * there / (most * rung.parameters)) / 100
-        raise UsageError(
-            f"no data left: {size_words(rung.parameters)} parameters at budget {most:g} want {most * rung.tokens:,.0f} tokens, "
-            f"the corpus has {there:,}: --tokens-per-parameter {ratio:g}, smaller --budgets, or fewer sizes"
-        )
+        wanted = f"{size_words(rung.parameters)} parameters at budget {most:g} want {most * rung.tokens:,.0f} tokens"
+        instead = f"--tokens-per-parameter {ratio:g}, smaller --budgets, or fewer sizes"
+        raise UsageError(f"no data left: {wanted}, the corpus has {there:,}: {instead}")
 
 
 # ---------------------------------------------------------------- running
@@ -168,19 +164,11 @@ def run(options: argparse.Namespace) -> str:
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
         return plan(experiment.planned(), ["--hardware", options.hardware, "--gpu-price", str(options.price), *ranks])
     out = options.out or Path("scaling") / f"{options.ladder}-{options.base.replace(',', '+')}"
-    settings = {
-        "ladder": options.ladder,
-        "base": experiment.base,
-        "lr_transfer": options.lr_transfer,
-        "tokens_per_parameter": options.tokens_per_parameter or experiment.ladder.tokens_per_parameter,
-        "flags": list(options.flags),
-    }
+    ratio = options.tokens_per_parameter or experiment.ladder.tokens_per_parameter
+    settings = {"ladder": options.ladder, "base": experiment.base, "lr_transfer": options.lr_transfer}
+    settings |= {"tokens_per_parameter": ratio, "flags": list(options.flags)}
     runner.check_folder(out, REPORT, settings)
-    held = lock(out)
-    try:
-        return measure(experiment, settings, out)
-    finally:
-        held.release()
+    return runner.alone_in(out, lambda: measure(experiment, settings, out))
 
 
 def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> str:
@@ -204,40 +192,26 @@ def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> str:
         trained("curve", more, seeds)
         curves += more
     timed = experiment.timings(factors)
-    turns = [
-        [cell.trial(seed) for cell in timed if cell.rung == rung]
-        for rung in experiment.rungs
-        for seed in range(TIME_SEED, TIME_SEED + TIME_PAIRS)
-    ]
-    trainer.run_turns("time", turns, *alone)
+    turns = product(experiment.rungs, range(TIME_SEED, TIME_SEED + TIME_PAIRS))
+    trainer.run_turns("time", [[c.trial(seed) for c in timed if c.rung == rung] for rung, seed in turns], *alone)
     cells = [*retunes, *curves, *timed]
     used, left_out = trainer.rows(cell.arm for cell in cells)
-    settings |= {
-        "command": options.command,
-        "at": options.at_parameters or 10 * experiment.rungs[-1].parameters,
-        "seeds": options.seeds,
-        "hold_out": options.hold_out,
-        "sizes": [rung.described() for rung in experiment.rungs],
-        "arms": list(experiment.arms),
-        "left_out": left_out,
-        "cells": [cell.described() for cell in cells],
-    }
+    settings |= {"command": options.command, "at": options.at_parameters or 10 * experiment.rungs[-1].parameters}
+    settings |= {"seeds": options.seeds, "hold_out": options.hold_out}
+    settings |= {"sizes": [rung.described() for rung in experiment.rungs], "arms": list(experiment.arms)}
+    settings |= {"left_out": left_out, "cells": [cell.described() for cell in cells]}
     return report(out, survival.summarise(used, settings))
 
 
 def best_factors(experiment: Experiment, retunes: Sequence[Cell], rows: Sequence[Row]) -> Factors:
     """The best learning-rate factor of the re-tune; 1 without one. Raises UsageError: the base diverged at all of them."""
     factors = {}
-    for rung in experiment.rungs:
-        for name in experiment.arms:
-            tried = [cell.described() for cell in retunes if (cell.name, cell.rung) == (name, rung)]
-            tuned = survival.retuned(tried, rows)
-            factors[rung, name] = tuned["best"] if tuned else 1.0
-            if tuned and name == experiment.base and not math.isfinite(min(tuned["losses"].values())):
-                raise UsageError(
-                    f"all {len(tried)} runs of {name} diverged or crashed at {rung.size.name}: lower its learning rate "
-                    f"(--lr-transfer, -- --optimizer), or leave that size out"
-                )
+    for rung, name in product(experiment.rungs, experiment.arms):
+        tried = [cell.described() for cell in retunes if (cell.name, cell.rung) == (name, rung)]
+        tuned = survival.retuned(tried, rows)
+        factors[rung, name] = tuned["best"] if tuned else 1.0
+        if tuned and name == experiment.base and not math.isfinite(min(tuned["losses"].values())):
+            raise survival.all_failed(len(tried), name, rung.size.name)
     return factors
 
 
@@ -257,11 +231,8 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
         if not base or not others:
             continue
         up, down = 2 * max(cell.budget for cell in of_base), min(cell.budget for cell in of_base) / 2
-        wanted = []
-        if min(others) < min(base) and up <= experiment.options.most_budget and up * rung.tokens <= there:
-            wanted.append(up)
-        if max(others) > max(base) and down >= LEAST_BUDGET:
-            wanted.append(down)
+        may_double = up <= experiment.options.most_budget and up * rung.tokens <= there
+        wanted = [up] * (min(others) < min(base) and may_double) + [down] * (max(others) > max(base) and down >= LEAST_BUDGET)
         more += [experiment.cell("curve", experiment.base, rung, budget, of_base[0].factor) for budget in wanted]
     return more
 
@@ -285,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tricks", nargs="+", default=[], metavar="TRICK", help="tricks or optimizer SPECs, each tried alone on the base")
     add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")
     add("--ladder", default="cpu", help=f"{' or '.join(LADDERS)} (default: cpu)")
-    add("--sizes", nargs="+", default=[], help="0.3M 0.8M, or a file of `name layers heads width` (default: the ladder's)")
+    add("--sizes", nargs="+", default=[], help="such as 0.3M 0.8M (default: the ladder's)")
     add("--tokens-per-parameter", type=float, default=0, help="of budget 1, non-embedding (default: the ladder's)")
     add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="of the base; a trick has budget 1 (default: 0.5 1 2)")
     add("--most-budget", type=float, default=4, help="up to which the base's double to meet a trick's loss (default: 4)")

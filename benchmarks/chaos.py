@@ -229,10 +229,8 @@ def write_errors(total: int, dice: random.Random, folder: Path) -> Count:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--flips", type=int, default=200, help="bytes, of shards and of checkpoints each")
-    parser.add_argument("--errors", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
+    for flag, default in {"--kills": 100, "--flips": 200, "--errors": 40, "--seed": 0}.items():
+        parser.add_argument(flag, type=int, default=default)
     options = parser.parse_args()
     dice, work = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="chaos-"))
     corpus = shutil.copytree(corpora.prepare("sotu", "bytes", ROOT / "corpora"), work / "data" / "sotu-bytes")

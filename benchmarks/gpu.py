@@ -95,13 +95,9 @@ def kernel_times(computation: Computation) -> dict[str, float]:
     """Seconds of the kernel, of PyTorch, and of PyTorch compiled."""
     kernel, inputs, rival = computation
     torch._dynamo.reset()
-    times = {}
-    for name, mode, call in (
-        ("kernel", "triton", kernel),
-        ("torch", "off", rival),
-        ("compiled", "off", torch.compile(rival, dynamic=False)),
-    ):
-        kernels.use(mode)
+    times, calls = {}, {"kernel": kernel, "torch": rival, "compiled": torch.compile(rival, dynamic=False)}
+    for name, call in calls.items():
+        kernels.use("triton" if name == "kernel" else "off")
         try:
             times[name] = seconds_of(both_passes(call, inputs))
         finally:
@@ -160,15 +156,10 @@ def recipe_figures(track: str, recipe: str, root: Path, ranks: int, *more: str) 
     events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     step = statistics.median([event["step_time"] for event in events if event["event"] == "train"][WARM:])
     rate, card = said.config.batch_tokens / step, said.where.card
-    return {
-        "flags": flags,
-        "step": step,
-        "predicted": said.seconds,
-        "tokens_per_second": rate,
-        "mfu": rate * mean_flops(said.config, said.model_config) / (card.bf16 * ranks) if card else None,
-        "peak_memory": json.loads((out / "result.json").read_text())["peak_memory"],
-        "predicted_memory": said.step.memory.total,
-    }
+    mfu = rate * mean_flops(said.config, said.model_config) / (card.bf16 * ranks) if card else None
+    figures = {"flags": flags, "step": step, "predicted": said.seconds, "tokens_per_second": rate, "mfu": mfu}
+    figures["peak_memory"] = json.loads((out / "result.json").read_text())["peak_memory"]
+    return figures | {"predicted_memory": said.step.memory.total}
 
 
 def measure(path: Path) -> str:

@@ -122,16 +122,10 @@ def compiled(work: tuple[str, int]) -> dict[str, int | str]:
     with contextlib.redirect_stdout(log):
         binary = triton.compile(source(plan), target=GPUTarget("cuda", capability, 32), options=options)
     (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
-    return {
-        "kernel": name,
-        "chip": capability,
-        "warps": plan.num_warps,
-        "stages": plan.num_stages,
-        "registers": int(registers),
-        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue()))),
-        "shared": binary.metadata.shared,
-        "matrix_units": next((unit for unit in MATRIX_UNITS if unit in binary.asm["ptx"]), ""),
-    }
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())))
+    row = dict(kernel=name, chip=capability, warps=plan.num_warps, stages=plan.num_stages, registers=int(registers))
+    units = next((unit for unit in MATRIX_UNITS if unit in binary.asm["ptx"]), "")
+    return row | dict(spilled=spilled, shared=binary.metadata.shared, matrix_units=units)
 
 
 def measure(path: Path) -> str:

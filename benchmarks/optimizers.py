@@ -1,9 +1,6 @@
-"""Time and memory of every optimizer beside torch's and the public packages' own, and what each reaches in 300 steps.
+"""Time and memory of every optimizer beside torch's and the public packages' own.
 
-    python -m benchmarks.optimizers step [NAME...]     time of a step on the 124M model's shapes, about 10 minutes
-    python -m benchmarks.optimizers share              the same as a share of a whole training step of the 124M model
-    python -m benchmarks.optimizers cpu-track [NAME...]  300 steps of the `cpu` track with default settings, about 30
-                                                       minutes; runs that are already there are not repeated
+    python -m benchmarks.optimizers [NAME...]     time of a step on the 124M model's shapes, about 10 minutes
 
 Needs a quiet machine and `pip install -e .[test]`; writes optimizers.json. Ratios are medians over interleaved rounds (A B C
 A B C ...) with the smallest and largest beside them. Element-wise methods, ours compiled as under the trainer's --compile, step
@@ -19,7 +16,6 @@ import importlib
 import io
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,10 +31,8 @@ from engine.spec import UsageError, nearest
 from layers.shape import PRESETS, ModelConfig
 from model import GPT
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_suffix(".json")
 ROUNDS, EVERY, BLOCK = 7, 10, 1024
-CPU_STEPS, CPU_SCHEDULE = 300, "linear:warmup=0.1"
 
 MACHINE = f"{hardware.processor_name()}, {torch.get_num_threads()} threads"  # stated with every row: sessions differ
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -74,31 +68,30 @@ def rival(spec: str) -> Make:
     return make
 
 
+def itself(*specs: str) -> dict[str, str]:
+    """Rivals named by their SPECs."""
+    return dict(zip(specs, specs))
+
+
 PERIODIC = ("shampoo", "caspr", "soap")
 SHAMPOO = f"preconditioning_compute_steps={EVERY},start_preconditioning_step=1,block_size={BLOCK},use_svd=true"
 # The same method with the same numerics, as SPECs: what differs is said in the name.
 RIVALS: dict[str, dict[str, str]] = {
-    "adamw": {
-        "torch.optim.AdamW foreach": "torch.optim.AdamW:foreach=true",
-        "pytorch_optimizer.AdamW": "pytorch_optimizer.AdamW",
-        "heavyball.AdamW": "heavyball.AdamW",
-    },
+    "adamw": {"torch.optim.AdamW foreach": "torch.optim.AdamW:foreach=true"}
+    | itself("pytorch_optimizer.AdamW", "heavyball.AdamW"),
     "rmsprop": {"torch.optim.RMSprop": "torch.optim.RMSprop:momentum=0"},
-    "adadelta": {"torch.optim.Adadelta": "torch.optim.Adadelta"},
-    "lion": {"pytorch_optimizer.Lion": "pytorch_optimizer.Lion"},
-    "ademamix": {"pytorch_optimizer.AdEMAMix": "pytorch_optimizer.AdEMAMix"},
-    "adopt": {"pytorch_optimizer.ADOPT": "pytorch_optimizer.ADOPT"},
-    "mars": {"pytorch_optimizer.MARS": "pytorch_optimizer.MARS"},
+    "adadelta": itself("torch.optim.Adadelta"),
+    "lion": itself("pytorch_optimizer.Lion"),
+    "ademamix": itself("pytorch_optimizer.AdEMAMix"),
+    "adopt": itself("pytorch_optimizer.ADOPT"),
+    "mars": itself("pytorch_optimizer.MARS"),
     "prodigy": {"prodigyopt.Prodigy": "prodigyopt:Prodigy:use_bias_correction=true"},
     "schedule_free_adamw": {
         "schedulefree.AdamWScheduleFree": "schedulefree:AdamWScheduleFree",
-        "pytorch_optimizer.ScheduleFreeAdamW": "pytorch_optimizer.ScheduleFreeAdamW",
-        "heavyball.SFAdamW": "heavyball.SFAdamW",
+        **itself("pytorch_optimizer.ScheduleFreeAdamW", "heavyball.SFAdamW"),
     },
-    "muon": {name: name for name in ("torch.optim.Muon", "pytorch_optimizer.Muon", "heavyball.Muon")},
-    "shampoo": {
-        "pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}",
-    },
+    "muon": itself("torch.optim.Muon", "pytorch_optimizer.Muon", "heavyball.Muon"),
+    "shampoo": {"pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"},
     "soap": {
         "pytorch_optimizer.SOAP, whole matrices": "pytorch_optimizer.SOAP:precondition_frequency=10,max_precondition_dim=4096",
         "heavyball.SOAP, whole matrices": "heavyball.SOAP:precondition_frequency=10,max_precond_dim=4096",
@@ -134,13 +127,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     def walk(value: object) -> None:
         if isinstance(value, torch.Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            walk(list(value.values()))
-        elif isinstance(value, (list, tuple, set)):
-            for item in value:
-                walk(item)
-        elif hasattr(value, "__dict__"):
-            walk(vars(value))
+            return
+        value = getattr(value, "__dict__", value)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ():
+            walk(item)
 
     walk(dict(optimizer.state))
     return sum(storages.values())
@@ -173,66 +163,25 @@ def compare(name: str) -> list[dict]:
     for what, optimizer in made.items():
         ratios = sorted(a / b for a, b in zip(times[what], base, strict=True))
         middle, milliseconds = statistics.median(ratios), statistics.median(times[what]) * 1e3
-        row = dict(name=name, what=what, machine=MACHINE, milliseconds=milliseconds, ratio=middle)
-        row |= dict(
-            smallest=ratios[0], largest=ratios[-1], state_per_parameter=state_bytes(optimizer) / count, parameters=count
-        )
-        rows.append(row)
+        row = dict(name=name, what=what, machine=MACHINE, milliseconds=milliseconds, ratio=middle, smallest=ratios[0])
+        rows.append(row | dict(largest=ratios[-1], state_per_parameter=state_bytes(optimizer) / count, parameters=count))
         print(f"  {name:22s} {what:55s} {milliseconds:9.1f} ms  {middle:6.2f} x AdamW", flush=True)
     return rows
 
 
-def share() -> dict:
-    """Seconds of forward and backward of the 124M model, one sequence of 1,024 tokens."""
-    gpt = GPT(ModelConfig(**PRESETS["124M"]))
-    gpt.compute_dtype = hardware.pick_dtype("auto", torch.device("cpu"))[0]
-    tokens = torch.randint(50257, (1, 1024))
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        gpt(tokens, tokens).backward()
-        times.append(time.perf_counter() - start)
-        gpt.zero_grad(set_to_none=True)
-    print(f"  forward and backward of 124M, 1,024 tokens: {min(times[1:]):.2f} s", flush=True)
-    return {"seconds": statistics.median(times[1:]), "tokens": 1024, "dtype": str(gpt.compute_dtype)[6:], "machine": MACHINE}
-
-
-def cpu_track(name: str) -> dict:
-    """What `name` at its defaults reaches in 300 steps of the cpu track."""
-    folder = ROOT / "runs" / "benchmark" / name
-    schedule = "constant" if optimizers.own_schedule(name) else CPU_SCHEDULE
-    flags = ["--track", "cpu", "--optimizer", name, "--schedule", schedule, "--steps", str(CPU_STEPS), "--val-every", "1000"]
-    words = [sys.executable, "train_gpt.py", *flags, "--out", str(folder)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode not in (0, 3):
-        raise UsageError(done.stderr.strip().splitlines()[-1])
-    result, environment = (json.loads((folder / file).read_text()) for file in ("result.json", "env.json"))
-    row = {key: result[key] for key in ("status", "val_loss", "optimizer_state_bytes")}
-    row |= {"step_time": result["robust_train_time"] / result["steps"], "schedule": schedule, "machine": MACHINE}
-    print(f"  {name:22s} {row['status']:8s} {row['val_loss'] or float('nan'):.4f}  {row['step_time'] * 1e3:.0f} ms", flush=True)
-    return row | {"dtype": environment["dtype"]}
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("step", "share", "cpu-track"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="optimizers; all if none is given")
     chosen = parser.parse_args(argv)
     for name in chosen.names:
         if name not in optimizers.OPTIMIZERS:
             raise UsageError(f"unknown optimizer {name!r}: {nearest(name, optimizers.OPTIMIZERS)}")
     results = json.loads(RESULTS.read_text())
-    if chosen.part == "share":
-        results["share"] = share()
-    for name in [] if chosen.part == "share" else chosen.names or list(optimizers.OPTIMIZERS):
-        if chosen.part == "step":
-            elsewhere = [row for row in results["step"].get(name, []) if row["machine"] != MACHINE]
-            results["step"][name] = elsewhere + compare(name)
-            gc.collect()
-        else:
-            results["cpu_track"][name] = cpu_track(name)
+    for name in chosen.names or optimizers.OPTIMIZERS:
+        elsewhere = [row for row in results["step"].get(name, []) if row["machine"] != MACHINE]
+        results["step"][name] = elsewhere + compare(name)
+        gc.collect()
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

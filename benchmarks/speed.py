@@ -121,9 +121,8 @@ def ranks() -> None:
     print("\n| recipe on 2 cores | | tokens per second | relative | peak memory of a process |\n|---|---|---|---|---|")
     for recipe in ("baseline", "record"):
         results: dict[str, list[dict]] = {what: [] for what in launches}
-        for _ in range(3):
-            for what, (words, threads) in launches.items():
-                results[what].append(trained([*words, "--tricks", recipe, "--steps", "25"], OMP_NUM_THREADS=threads))
+        for what, (words, threads) in [*launches.items()] * 3:
+            results[what].append(trained([*words, "--tricks", recipe, "--steps", "25"], OMP_NUM_THREADS=threads))
         rates = {what: [r["tokens"] / r["robust_train_time"] for r in each] for what, each in results.items()}
         for what, rate in rates.items():
             relative, memory = ratio(rate, next(iter(rates.values()))), results[what][-1]["peak_memory"] / 1e6

@@ -42,31 +42,20 @@ VOCABULARY = 50304
 
 @dataclass(frozen=True)
 class Setup:
-    """What a published run did in a step, as far as its time can tell.
+    """What a published run did in a step, as far as its time can tell."""
 
-    Args:
-        tokens, keys: of a step, and the mean keys of a query, one a stage of the run; 0 keys: all before it, of 1,024 tokens.
-        model: fields of ModelConfig that differ from DENSE.
-        optimizer: SPEC of ours that does the same work.
-        optimizer_ranks: 1 where every rank did the whole update.
-        without_attention, without_mlp: blocks that lack it.
-        tables: embedding tables [50,304, width] beyond the token embedding, in bf16, with their own Adam.
-        sharded: the ranks share that Adam.
-        autocast: the residual stream is in fp32, as before record 10.
-    """
-
-    tokens: tuple[int, ...] = (524288,)
-    keys: tuple[float, ...] = (0.0,)
-    model: tuple[tuple[str, object], ...] = ()
-    optimizer: str = "muon"
-    optimizer_ranks: int = 8
-    without_attention: int = 0
+    tokens: tuple[int, ...] = (524288,)  # of a step, one number a stage of the run
+    keys: tuple[float, ...] = (0.0,)  # mean keys of a query in each stage; 0: all before it, of 1,024 tokens
+    model: tuple[tuple[str, object], ...] = ()  # fields of ModelConfig that differ from DENSE
+    optimizer: str = "muon"  # SPEC of ours that does the same work
+    optimizer_ranks: int = 8  # 1: every rank did the whole update
+    without_attention: int = 0  # blocks that lack it
     without_mlp: int = 0
     fp8_head: bool = False
-    tables: float = 0
-    sharded: bool = False
+    tables: float = 0  # embeddings [50,304, width] beyond the token embedding, in bf16, with their own Adam
+    sharded: bool = False  # the ranks share that Adam
     micro_batches: int = 1
-    autocast: bool = False
+    autocast: bool = False  # the residual stream is in fp32, as before record 10
     cards: int = 8
     card: str = "H100"
 
@@ -121,10 +110,8 @@ def with_tables(step: Step, setup: Setup, tokens: int) -> Step:
     size = 2 * setup.tables * VOCABULARY * width  # bytes in bf16
     rows = setup.tables * tokens / setup.cards * width * 2 * 4  # looked up, and back
     passes = [Operation("pass", moved / setup.micro_batches) for moved in (3 * size, rows)]  # 3: zeroed, then written
-    update = Operation("pass", 7 * size / (setup.cards if setup.sharded else 1))
-    return replace(
-        step, passes=step.passes + passes, gradients=step.gradients + int(size), update=[*step.update, (1.0, [update])]
-    )
+    update = [*step.update, (1.0, [Operation("pass", 7 * size / (setup.cards if setup.sharded else 1))])]
+    return replace(step, passes=step.passes + passes, gradients=step.gradients + int(size), update=update)
 
 
 @cache
@@ -290,20 +277,18 @@ def fit(chosen: list[Run]) -> Constants:
     return constants(least_squares(errors, start, bounds=bounds, x_scale=start, loss="soft_l1", f_scale=0.05).x)
 
 
-def error(run: Run, constants: Constants) -> float:
-    return predicted(run.setup, constants) / run.published - 1
-
-
 def judged(chosen: list[Run], constants: Constants) -> dict[str, float]:
-    return {"n": len(chosen), "median": float(np.median([abs(error(run, constants)) for run in chosen]))}
+    errors = [abs(predicted(run.setup, constants) / run.published - 1) for run in chosen]
+    return {"n": len(chosen), "median": float(np.median(errors))}
 
 
 def main() -> None:
     everything = runs()
     for run in tqdm(everything, "recording", disable=None):
         predicted(run.setup, START)
-    constants = fit([run for run in everything if run.fitted])
+    fitted, others = ([run for run in everything if run.fitted is used] for used in (True, False))
     early = [run for run in everything if run.name.startswith("X-") or run.name < "T1-21"]
+    constants = fit(fitted)
 
     def ms(setup: Setup) -> float:
         return round(predicted(setup, constants) * 1e3, 1)
@@ -311,19 +296,15 @@ def main() -> None:
     def rows(of: list[Row]) -> list[dict]:
         return [dict(what=what, published=given, predicted=ms(setup), source=source) for what, setup, given, source in of]
 
+    def row(r: Run) -> dict:
+        return dict(name=r.name, what=r.what, fitted=r.fitted, published=round(r.published * 1e3, 2), predicted=ms(r.setup))
+
+    later = judged([run for run in everything if run not in early], fit(early))
+    errors = {"fitted": judged(fitted, constants), "not fitted": judged(others, constants)}
     results = {
         "constants": dataclasses.asdict(constants),
-        "errors": {
-            "fitted": judged([run for run in everything if run.fitted], constants),
-            "not fitted": judged([run for run in everything if not run.fitted], constants),
-            "fitted to 2024-10 to 2025-01, predicted later and 350M": judged(
-                [run for run in everything if run not in early], fit(early)
-            ),
-        },
-        "runs": [
-            dict(name=r.name, what=r.what, fitted=r.fitted, published=round(r.published * 1e3, 2), predicted=ms(r.setup))
-            for r in everything
-        ],
+        "errors": errors | {"fitted to 2024-10 to 2025-01, predicted later and 350M": later},
+        "runs": [row(run) for run in everything],
         "optimizers": rows(OPTIMIZERS),
         "elsewhere": rows(ELSEWHERE),
     }
@@ -331,11 +312,6 @@ def main() -> None:
     print(f"wrote {RESULTS.relative_to(ROOT)}; the constants of cost.time.FITTED are to be:\n{constants}")
     for what, judgement in results["errors"].items():
         print(f"{what}: median error {judgement['median']:.1%} of {judgement['n']} step times")
-
-
-def stored() -> dict:
-    """benchmarks/cost.json."""
-    return json.loads(RESULTS.read_text())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ for all of them, which never writes a value that nobody else needs.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -136,13 +137,9 @@ class Recorder(TorchDispatchMode):
             if kind:
                 self.events.append(Event(Operation(kind, size), {}, touched(inputs)))
             return out
-        mutated = [
-            t
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-            for t in tree_leaves(value)
-            if isinstance(t, Tensor)
-        ]
+        written = zip(func._schema.arguments, args, strict=False)
+        written = [value for argument, value in written if argument.alias_info is not None and argument.alias_info.is_write]
+        mutated = [t for t in tree_leaves(written) if isinstance(t, Tensor)]
         reads = touched(inputs, sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf)
         writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated)
         if writes and name not in NO_WORK:
@@ -204,11 +201,11 @@ def grouped(events: list[Event], fused: bool) -> list[Group]:
 
 def readers_of(groups: list[Group]) -> dict[int, list[int]]:
     """Storage -> numbers of the groups that read it, ascending."""
-    readers: dict[int, list[int]] = {}
+    readers: dict[int, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         for storage in group.reads:
-            readers.setdefault(storage, []).append(i)
-    return readers
+            readers[storage].append(i)
+    return dict(readers)
 
 
 def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Group]:
@@ -220,40 +217,32 @@ def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Gro
     groups = grouped(events, fused)
     readers = readers_of(groups)
     for i, group in enumerate(groups):
-        group.writes = {
-            storage: size
-            for storage, size in group.writes.items()
-            if storage not in group.created or storage in keep or readers.get(storage, [-1])[-1] > i
-        }
+        read_later = {storage for storage in group.created & readers.keys() if readers[storage][-1] > i}
+        lasting = (group.writes.keys() - group.created) | set(keep) | read_later
+        group.writes = {storage: size for storage, size in group.writes.items() if storage in lasting}
         if not (fused and group.is_pass):
             continue
-        late = [
-            storage
-            for storage in (group.created - set(keep)) & group.writes.keys()
-            if all(groups[reader].is_pass for reader in readers[storage])
-        ]
-        if late and sum(group.writes[storage] for storage in late) > sum(group.reads.values()):
-            for storage in late:
-                del group.writes[storage]
-                for reader in readers[storage]:
-                    del groups[reader].reads[storage]
-                    groups[reader].reads.update(group.reads)
+        made = (group.created - set(keep)) & group.writes.keys()
+        late = [storage for storage in made if all(groups[reader].is_pass for reader in readers[storage])]
+        if sum(group.writes[storage] for storage in late) <= sum(group.reads.values()):
+            continue
+        for storage in late:
+            del group.writes[storage]
+            for reader in readers[storage]:
+                del groups[reader].reads[storage]
+                groups[reader].reads.update(group.reads)
     return groups
 
 
 def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[Operation]:
-    """What a device does for these events.
+    """What a device does for these events. fused: passes run as torch.compile has them; else one by one. keep: storages whose
+    content is needed afterwards."""
 
-    Args:
-        fused: passes run as torch.compile has them; else one by one.
-        keep: storages whose content is needed afterwards.
-    """
-    return [
-        group.work
-        if group.work.kind in WIRE
-        else replace(group.work, bytes=sum(group.reads.values()) + sum(group.writes.values()))
-        for group in settled(events, fused, keep)
-    ]
+    def done(group: Group) -> Operation:
+        moved = sum(group.reads.values()) + sum(group.writes.values())
+        return group.work if group.work.kind in WIRE else replace(group.work, bytes=moved)
+
+    return [done(group) for group in settled(events, fused, keep)]
 
 
 def peak(events: list[Event], fused: bool, keep: Collection[int]) -> int:

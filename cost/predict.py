@@ -41,11 +41,7 @@ class Machine:
 
 
 def machine(words: str) -> Machine:
-    """8xH100, H100 or here.
-
-    Raises:
-        UsageError: no such card, or a GPU here that the table lacks.
-    """
+    """8xH100, H100 or here. Raises UsageError: no such card, or a GPU here that the table lacks."""
     if words == "here":
         if not torch.cuda.is_available():
             return Machine(hardware.processor_name(), 1, None)
@@ -64,17 +60,10 @@ def machine(words: str) -> Machine:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of `plan` itself, and those that are left for the trainer.
-
-    Raises:
-        UsageError: a value of the wrong type.
-    """
-    flags = Parser(
-        prog="./run.sh plan",
-        description="Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written.",
-        epilog="All other flags are the trainer's: ./run.sh train --help.",
-        allow_abbrev=False,
-    )
+    """The flags of `plan` itself, and those that are left for the trainer. Raises UsageError: a value of the wrong type."""
+    what = "Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written."
+    others = "All other flags are the trainer's: ./run.sh train --help."
+    flags = Parser(prog="./run.sh plan", description=what, epilog=others, allow_abbrev=False)
     add = flags.add_argument
     add("--hardware", default="here", help="8xH100 and the like, or here, where a CPU makes three real steps (default: here)")
     add("--world-size", type=int, default=0, metavar="N", help="ranks, one a card (default: the cards of one machine)")
@@ -83,11 +72,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def ranks_on(where: Machine, asked: int) -> int:
-    """How many ranks run there; by default one a card of one machine.
-
-    Raises:
-        UsageError: so many do not fill whole machines, or would share this CPU.
-    """
+    """How many ranks run there; by default one a card of one machine. Raises UsageError: so many do not fill whole machines, or
+    would share this CPU."""
     ranks = asked or where.cards
     if where.card is None and ranks != 1:
         raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
@@ -112,8 +98,8 @@ class Prediction:
     dtype: torch.dtype
     step: Step  # of one rank, with the smallest batch and whole sequences
     times: dict[str, float]  # seconds of a step by part, the mean over the run
-    price: float = 0.0  # dollars of a card and hour; 0: not known
-    documents: Documents | None = None  # that a mask keeps apart, where they are known
+    price: float  # dollars of a card and hour; 0: not known
+    documents: Documents | None  # that a mask keeps apart, where they are known
 
     @property
     def seconds(self) -> float:
@@ -130,11 +116,8 @@ class TooLittleMemory(UsageError):
 
 
 def predict(argv: list[str]) -> Prediction:
-    """What a run with these flags, of `plan` and of the trainer, would take.
-
-    Raises:
-        UsageError: bad flags, a batch that the ranks do not divide, too little memory.
-    """
+    """What a run with these flags, of `plan` and of the trainer, would take. Raises UsageError: bad flags, a batch that the
+    ranks do not divide, too little memory."""
     flags, rest = parse(argv)
     config, model_config, recipe = resolve(rest)
     where = machine(flags.hardware)
@@ -144,16 +127,15 @@ def predict(argv: list[str]) -> Prediction:
         raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
     device = torch.device("cuda" if where.card else "cpu")
     _, micro = shares(config, model_config, ranks, device.type)
-    config = replace(config, micro_batch_tokens=micro * model_config.sequence_length)
+    config, price, documents = replace(config, micro_batch_tokens=micro * model_config.sequence_length), flags.gpu_price, None
     if where.card is None:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
         step = record_step(config, model_config, ranks, dtype, "cpu")
         times = measured_times(config, model_config, dtype, step.micro_batches)
-        return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, flags.gpu_price)
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
-    documents = documents_of(config, model_config) if model_config.document_mask else None
-    step, times = card_times(config, model_config, where, ranks, dtype, documents)
-    price = flags.gpu_price or where.card.price
+    else:
+        dtype, price = torch.float32 if config.dtype == "fp32" else torch.bfloat16, price or where.card.price
+        documents = documents_of(config, model_config) if model_config.document_mask else None
+        step, times = card_times(config, model_config, where, ranks, dtype, documents)
     return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price, documents)
 
 
@@ -168,11 +150,8 @@ def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype
 def card_times(
     config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype, documents: Documents | None
 ) -> tuple[Step, dict[str, float]]:
-    """The step of whole sequences, and seconds by part, the mean over the run's stages.
-
-    Raises:
-        TooLittleMemory: the step does not fit.
-    """
+    """The step of whole sequences, and seconds by part, the mean over the run's stages. Raises TooLittleMemory: the step does
+    not fit."""
     T, counts = model_config.sequence_length, stages(config)
     # masked attention is fused: recorded without its masks, and counted by `in_window`
     unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
@@ -205,14 +184,8 @@ def fp8_head(step: Step, vocabulary: int) -> Step:
 
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
-    """Does the step fit on a card?
-
-    Args:
-        micro, length: sequences of a micro-batch, and tokens of each.
-        record: sequences of a micro-batch -> the step.
-    Raises:
-        TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
-    """
+    """Does the step fit on a card? Raises TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
+    micro, length: sequences of a micro-batch, and tokens of each. record: sequences of a micro-batch -> the step."""
     room, memory = HEADROOM * where.card.memory, step.memory
     if memory.total <= room:
         return
@@ -223,11 +196,8 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
         possible = micro * step.micro_batches % n == 0 and fixed + memory.activations * n / micro <= room
         if possible and record(n).memory.total <= room:  # some activations are the same for any micro-batch
             raise TooLittleMemory(f"{needs}: it fits with --micro-batch-tokens {n * length}", n * length)
-    raise TooLittleMemory(
-        f"{needs}, and {fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits; "
-        "take a card with more memory, or an optimizer with less state",
-        None,
-    )
+    why = f"{fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits"
+    raise TooLittleMemory(f"{needs}, and {why}; take a card with more memory, or an optimizer with less state", None)
 
 
 # ---------------------------------------------------------------- in words
@@ -256,7 +226,7 @@ def report(p: Prediction) -> str:
     tokens = round(config.batch_tokens * sum(size * steps for (_, _, size), steps in counts.items()) / config.steps)
     mean = " in the mean" * (len({size for _, _, size in counts}) > 1)
     room = f" of {card.memory / 1e9:.0f}" if card else ""
-    utilisation = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
+    mfu = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
     hours = p.seconds * config.steps / 3600 * p.ranks
     sent = listed(communication(step, p.ranks), 1e6, ",.0f") + "   by each rank" if p.ranks > 1 else "nothing"
@@ -267,8 +237,7 @@ def report(p: Prediction) -> str:
         "memory a rank, GB": f"{listed(asdict(step.memory), 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
         "sent a step, MB": sent,
         "time, ms": listed(times, 1e-3, ",.1f"),
-        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s"
-        + (f"   MFU {utilisation:.1%}" if utilisation else ""),
+        "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s" + (f"   MFU {mfu:.1%}" if mfu else ""),
         f"{config.steps:,} steps": f"{p.seconds * config.steps / 60:,.1f} min without compilation and validation{goal}",
     }
     if p.model_config.document_mask:

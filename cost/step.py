@@ -72,10 +72,8 @@ def communication(step: Step, ranks: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def pretended(ranks: int, fused_loss: bool):
-    """A process group of so many ranks whose collectives do nothing; this process is rank 0.
-
-    fused_loss: the loss takes the passes of a GPU's kernels.
-    """
+    """A process group of so many ranks whose collectives do nothing; this process is rank 0. fused_loss: the loss takes the
+    passes of a GPU's kernels."""
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     kernels.use("meta" if fused_loss else "auto")
@@ -107,19 +105,12 @@ def record_step(
     config: Config,
     model_config: ModelConfig,
     ranks: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-    autocast: bool = False,
+    dtype: torch.dtype = torch.bfloat16,  # of activations and products
+    device: str = "cuda",  # or cpu: whose attention and loss
+    autocast: bool = False,  # bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not
     model: Callable[[ModelConfig], GPT] = GPT,
 ) -> Step:
-    """Go through one step without computing it.
-
-    Args:
-        dtype: of activations and products.
-        device: cuda or cpu: whose attention and loss.
-        autocast: bf16 products of activations that stay in `dtype`, as torch.autocast has it; the trainer does not.
-        model: makes the model.
-    """
+    """Go through one step without computing it."""
     sequences, micro = shares(config, model_config, ranks, device)
     if device == "cpu":
         chosen = attention.choose(torch.device("cpu"), model_config.dropout, False, model_config.attention)

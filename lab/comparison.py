@@ -41,10 +41,8 @@ def near(rows: Iterable[Row]) -> list[Row]:
     """The runs that a line of loss against log steps may be drawn through: within a doubling of the confirmed length, or of
     the middle of the search where nothing is confirmed."""
     ended = [row for row in rows if math.isfinite(row.val_loss)]
-    if not ended:
-        return []
-    confirmed = [row.steps for row in ended if row.phase == "confirm"]
-    middle = confirmed[0] if confirmed else statistics.median(row.steps for row in ended)
+    confirmed = (row.steps for row in ended if row.phase == "confirm")
+    middle = next(confirmed, None) or statistics.median([row.steps for row in ended] or [1])
     return [row for row in ended if 0.5 <= row.steps / middle <= 2]
 
 
@@ -91,12 +89,12 @@ def pairs(base: Sequence[Row], arm: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 def ratios(matched: Sequence[tuple[Row, Row]], per_step: bool) -> dict[str, stats.Ratio]:
     """Base over arm of each cost that is known, of whole runs or of a step."""
-    found = {}
+    by_cost = {}
     for cost in COSTS:
         base, arm = ([getattr(row, cost) / (row.steps if per_step else 1) for row in runs] for runs in zip(*matched))
         if min(*base, *arm) > 0 and not (per_step and cost == "peak_memory"):
-            found[cost] = stats.paired_ratio(base, arm, LEVEL)
-    return found
+            by_cost[cost] = stats.paired_ratio(base, arm, LEVEL)
+    return by_cost
 
 
 def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_target: bool = False) -> dict[str, Any]:
@@ -130,11 +128,8 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
 
 
 def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
-    """The machines of the confirming runs.
-
-    Raises:
-        UsageError: there are several and `allow_mixed` is false; the same for several versions of the data, always.
-    """
+    """The machines of the confirming runs. Raises UsageError: there are several and `allow_mixed` is false; the same for
+    several versions of the data, always."""
     timed = [row for row in rows if row.phase == "confirm" and row.status != "crashed"]
     machines = sorted({row.machine for row in timed})
     if len(machines) > 1 and not allow_mixed:
@@ -146,11 +141,7 @@ def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
 
 def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool = False) -> dict[str, Any]:
     """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed,
-    runs left out) and all that the trials say.
-
-    Raises:
-        UsageError: see check_machines and compute_type.
-    """
+    runs left out) and all that the trials say. Raises UsageError: see check_machines and compute_type."""
     target, base = settings["target"], settings["base"]
     steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs
     # those of an earlier plan, of another length, confirm nothing; they say as much of the horizon as a run of the search
@@ -162,9 +153,9 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
     sets = {n: n == "baseline" and (target, s) == (track.target_loss, track.settings["steps"]) for n, s in steps.items()}
     arms = []
     for arm in settings["arms"]:
-        own = of[arm["name"]]
-        at, claim = horizon(own, target), confirmed(own, target, sets[arm["name"]])
-        arms.append(arm | {"horizon": at and dataclasses.asdict(at), "confirmed": claim, "runs": len(own)})
+        runs = of[arm["name"]]
+        at, claim = horizon(runs, target), confirmed(runs, target, sets[arm["name"]])
+        arms.append(arm | {"horizon": at and dataclasses.asdict(at), "confirmed": claim, "runs": len(runs)})
     wanted = [(base, name) for name in steps if name != base]
     if settings["mode"] == "chain":
         wanted += pairwise(name for name in steps if name != base)
@@ -176,11 +167,7 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
 
 
 def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = False) -> dict[str, Any]:
-    """The summary of the same comparison, made anew from its trials.
-
-    Raises:
-        UsageError: see check_machines.
-    """
+    """The summary of the same comparison, made anew from its trials. Raises UsageError: see check_machines."""
     settings = {key: summary[key] for key in ("track", "target", "base", "mode", "command", "margin", "seeds")}
     settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
     settings |= {key: summary[key] for key in ("left_out",) if key in summary}  # comparisons from before have none
@@ -209,11 +196,9 @@ def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
         return f"{ratio['arm']}: {arm['why'] or f'{verdict}: ' + ratio['why']}"
     measured, claim = ratio["equal_loss"] or ratio["confirmed"], arm["confirmed"]
     no_difference = verdict == "no difference shown"
-    line = (
-        f"{ratio['arm']}: {verdict} {'to' if no_difference else 'than'} {ratio['base']}, {ratio_words(measured['train_time'])} "
-        f"in wall-clock at {ratio['basis']}, {ratio_words(measured['steps'])} in steps, p = {measured['train_time']['p']:.2g}, "
-        f"n = {ratio['n']} pairs"
-    )
+    time, steps = measured["train_time"], ratio_words(measured["steps"])
+    line = f"{ratio['arm']}: {verdict} {'to' if no_difference else 'than'} {ratio['base']}, {ratio_words(time)} in wall-clock "
+    line += f"at {ratio['basis']}, {steps} in steps, p = {time['p']:.2g}, n = {ratio['n']} pairs"
     if no_difference:
         line += f"; a difference of {ratio['smallest_difference']:.1%} would have been shown"
     if not claim["met"]:

@@ -58,12 +58,9 @@ def settable(head: str, registry: dict[str, type]) -> str:
 
 def trick_tables() -> dict[str, str]:
     tracks = [(f"`{n}`", t.summary, f"{t.target_loss or '-'}", t.target_source) for n, t in tricks.TRACKS.items()]
-    recipes = [
-        (f"`{track}`", f"`{name}`", ", ".join(f"`{word}`" for word in words) or "none: GPT-2 as published + AdamW")
-        for track, t in tricks.TRACKS.items()
-        if not t.workload
-        for name, words in t.recipes.items()
-    ]
+    raced = {name: t.recipes for name, t in tricks.TRACKS.items() if not t.workload}
+    named = [(track, name, ", ".join(f"`{w}`" for w in words)) for track, of in raced.items() for name, words in of.items()]
+    recipes = [(f"`{track}`", f"`{name}`", words or "none: GPT-2 as published + AdamW") for track, name, words in named]
     rows = [(f"`{n}`", t.kind, t.source, t.claim, t.scale or "-") for n, t in tricks.TRICKS.items()]
     return {
         "tracks": table(("track", "what", "target, nats per token", "where the target is from"), tracks),
@@ -76,8 +73,7 @@ def optimizer_tables() -> dict[str, str]:
     steps = read(BENCHMARKS / "optimizers.json")["step"]
     rows = []
     for name, cls in optimizers.OPTIMIZERS.items():
-        timed = next((row for row in steps.get(name, []) if row["what"] == "ours"), None)
-        ratio = f"{timed['ratio']:.2g}" if timed else "-"
+        ratio = next((f"{row['ratio']:.2g}" for row in steps.get(name, []) if row["what"] == "ours"), "-")
         rows.append((f"`{name}`", rule(cls), f"{cls.state_per_parameter:g}", ratio, source(cls)))
     return {
         "optimizers": table(("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"), rows),
@@ -86,10 +82,8 @@ def optimizer_tables() -> dict[str, str]:
 
 
 def schedule_tables() -> dict[str, str]:
-    return {
-        "schedules": settable("schedule", schedules.SCHEDULES),
-        "momentum schedules": settable("momentum schedule", schedules.MOMENTUM_SCHEDULES),
-    }
+    kinds = {"schedule": schedules.SCHEDULES, "momentum schedule": schedules.MOMENTUM_SCHEDULES}
+    return {f"{head}s": settable(head, registry) for head, registry in kinds.items()}
 
 
 # ---------------------------------------------------------------- findings
@@ -114,30 +108,19 @@ def findings() -> list[tuple[str, str, str]]:
     off = read(BENCHMARKS / "cost.json")["errors"]["not fitted"]
     faults, lost = (sum(row[key] for row in read(BENCHMARKS / "chaos.json")) for key in ("faults", "lost"))
     plain, fair = "records/comparisons/cpu-optimizers-defaults", "records/comparisons/cpu-optimizers"
+    best, larger = f"{first['score']:.2f}: `{first['submission']}`", f"{len(alive)} of {len(tried)}: {', '.join(alive)}"
     rows = [
         ("Muon instead of AdamW, default settings", times(plain, "muon"), plain),
         ("Muon instead of AdamW, both tuned", times(fair, "muon"), fair),
         ("Schedule-Free AdamW instead of AdamW, both tuned", times(fair, "schedule_free_adamw"), fair),
         ("SOAP instead of AdamW, both tuned", times(fair, "soap"), fair),
-        (
-            f"Best AlgoPerf score of {entries} tuned optimizers",
-            f"{first['score']:.2f}: `{first['submission']}`",
-            "records/tuning",
-        ),
-        (
-            "Tricks expected to help at ten times the largest size tried",
-            f"{len(alive)} of {len(tried)}: {', '.join(alive)}",
-            "docs/scaling.md",
-        ),
+        (f"Best AlgoPerf score of {entries} tuned optimizers", best, "records/tuning"),
+        ("Tricks expected to help at ten times the largest size tried", larger, "docs/scaling.md"),
         ("Error of `./run.sh plan` on published GPU runs", f"{off['median']:.1%} (median of {off['n']})", "benchmarks"),
         (f"Runs lost to {faults} kills, full disks and damaged files", f"{lost}", "benchmarks"),
     ]
     pages = {link: link if link.endswith(".md") else f"{link}/README.md" for *_, link in rows}
     return [(question, answer, f"[{Path(link).stem}]({pages[link]})") for question, answer, link in rows]
-
-
-def readme_tables() -> dict[str, str]:
-    return {"findings": table(("question", "answer", "evidence"), findings())}
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -180,8 +163,8 @@ def cost_tables() -> dict[str, str]:
 
 def h100_tables() -> dict[str, str]:
     """Times on one H100."""
-    findings = read(BENCHMARKS / "h100" / "h100.json")["findings"]
-    timed = {f["what"].removeprefix("time of "): f["figures"] for f in findings if f["what"].startswith("time of")}
+    measured = read(BENCHMARKS / "h100" / "h100.json")["findings"]
+    timed = {f["what"].removeprefix("time of "): f["figures"] for f in measured if f["what"].startswith("time of")}
 
     def rows(*columns: str) -> list[tuple[str, ...]]:
         shown = {what: figures for what, figures in timed.items() if columns[0] in figures}
@@ -224,7 +207,7 @@ def draw_first_run() -> None:
 
 
 DOCUMENTS = {
-    ROOT / "README.md": readme_tables,
+    ROOT / "README.md": lambda: {"findings": table(("question", "answer", "evidence"), findings())},
     ROOT / "docs" / "tricks.md": trick_tables,
     ROOT / "docs" / "optimizers.md": optimizer_tables,
     ROOT / "docs" / "schedules.md": schedule_tables,

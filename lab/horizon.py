@@ -26,20 +26,15 @@ class Search:
 def search(
     run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4, by_trunk: bool = False
 ) -> Search:
-    """Find the horizon of an arm.
+    """Find the horizon of an arm by `run`: (steps, seed) -> final validation loss; inf for a run that diverged.
 
     Gallops from `first` (by STRIDE, then 2, then 2 STRIDE) until one length misses the target and another meets it,
     halves the gap until it is no wider than STRIDE; then runs both, and the length between, once more, and draws a line through
     the runs within a doubling of the target. Runs of one seed have most of their scatter in common, whatever their length, and
     the line's interval takes runs for independent: so each has a seed of its own.
 
-    Args:
-        run: (steps, seed) -> final validation loss; inf for a run that diverged.
-        first: steps to begin at.
-        most: steps beyond which the target counts as out of reach.
-        least: steps below which nothing is tried.
-        by_trunk: one seed for all runs up to the gap, one for each further set: for runs that share what they have in common.
-            The interval is too narrow then.
+    The target counts as out of reach beyond `most` steps; below `least` nothing is tried. by_trunk: one seed for all runs up to
+    the gap, one for each further set: for runs that share what they have in common. The interval is too narrow then.
     """
     runs: list[tuple[int, int, float]] = []
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,8 @@ def from_text(text: str, kind: type) -> Any:
 
 
 def from_cells(line: dict[str, str], kind: type) -> Any:
-    """A row; a column with a default may be missing, as in files from before the column.
-
-    Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is no such line.
-    """
+    """A row; a column with a default may be missing, as in files from before the column. Raises AttributeError, KeyError,
+    TypeError, ValueError: it is no such line."""
     wanted = [f.name for f in dataclasses.fields(kind) if f.name in line or f.default is dataclasses.MISSING]
     hints = typing.get_type_hints(kind)
     return kind(**{name: from_text(line[name], typing.get_origin(hints[name]) or hints[name]) for name in wanted})
@@ -57,10 +55,7 @@ def cells(row: Any) -> dict[str, str]:
 
 
 def read(path: Path, kind: type) -> list[Any]:
-    """
-    Raises:
-        UsageError: the file is no such ledger, or a line of it is damaged.
-    """
+    """Its rows. Raises UsageError: the file is no such ledger, or a line of it is damaged."""
     rows = []
     with path.open(newline="") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
@@ -146,6 +141,9 @@ class Row:
         return cls(**about, commit=commit, ended=ended[-1] if ended else now_utc())
 
 
+read_rows = partial(read, kind=Row)  # the lines of a trials.csv
+
+
 def machine(env: dict[str, Any]) -> str:
     """What must be equal for times to be comparable, in one line."""
     unit = env["gpus"][0] if env["gpus"] else f"{env['threads']} threads"
@@ -153,22 +151,10 @@ def machine(env: dict[str, Any]) -> str:
     return f"{env['cpu']}, {env['cpu_count']} cores, {ranks} x {unit}, torch {env['torch']}"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a trials.csv.
-
-    Raises:
-        UsageError: see `read`.
-    """
-    return read(path, Row)
-
-
 def compute_type(rows: Iterable[Any]) -> str:
     """The one compute type of trials; empty where no row says it. The same settings end at other losses in another: of 356
-    pairs, one in fp32 and one in bf16, half ended 0.008 nats apart or more and a tenth over 0.1.
-
-    Raises:
-        UsageError: there are several.
-    """
+    pairs, one in fp32 and one in bf16, half ended 0.008 nats apart or more and a tenth over 0.1. Raises UsageError: there are
+    several."""
     types = sorted({row.dtype for row in rows} - {""})
     if len(types) > 1:
         raise UsageError(

@@ -12,11 +12,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], aligned: bool = Fa
 
 
 def filled(text: str, content: Mapping[str, str], where: str) -> str:
-    """`text` with everything between `<!-- name -->` and `<!-- /name -->` replaced by content[name].
-
-    Raises:
-        ValueError: `where` has no markers for a name.
-    """
+    """`text` with everything between `<!-- name -->` and `<!-- /name -->` replaced by content[name]. Raises ValueError: `where`
+    has no markers for a name."""
     for name, new in content.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):

@@ -32,11 +32,9 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
     """All pictures for which there is something to draw; returns their names."""
     drawn = []
     steps = {arm["name"]: arm["steps"] for arm in summary["arms"]}  # of the confirming runs; earlier plans' are left out
-    shown = [c for c in curves if c["phase"] == "confirm" and c["arm"] in steps and c["steps"] == steps[c["arm"]]]
-    if shown:
+    if shown := [c for c in curves if c["phase"] == "confirm" and c["steps"] == steps.get(c["arm"])]:
         drawn.append(loss_curves(folder, list(steps), shown, summary["target"]))
-    judged = [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]
-    if judged:
+    if judged := [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]:
         drawn.append(forest(folder, judged))
     if summary["mode"] in ("chain", "leave_out") and len(times(summary["arms"])) > 1:
         drawn.append(waterfall(folder, summary))
@@ -86,8 +84,7 @@ def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]]
         if not by_step:
             continue
         points = [by_step[step] for step in sorted(by_step)]
-        loss = [[c["loss"] for c in p] for p in points]
-        mean, low, high = (np.array([f(x) for x in loss]) for f in (np.mean, min, max))
+        mean, low, high = (np.array([f([c["loss"] for c in p]) for p in points]) for f in (np.mean, min, max))
         ends = [c for c in curves if c["arm"] == name and c["kind"] == "val" and c["step"] == max(by_step)]
         for axis, key in zip(axes, ("train_time", "tokens"), strict=True):
             x = np.array([np.mean([c[key] for c in p]) for p in points])
@@ -100,9 +97,8 @@ def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]]
         axis.axhline(target, color="0.4", linestyle=":", linewidth=1)
         axis.set(xlabel=words, xscale="log")
         axis.grid(alpha=0.3)
-    axes[0].set(
-        ylabel="loss, nats per token (lines: training; dots: final validation)", ylim=(lowest - 0.05 * (top - lowest), top)
-    )
+    axes[0].set(ylim=(lowest - 0.05 * (top - lowest), top))
+    axes[0].set_ylabel("loss, nats per token (lines: training; dots: final validation)")
     axes[1].legend(fontsize=8)
     return save(figure, folder, "loss")
 
@@ -133,14 +129,11 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
 def times(arms: list[dict[str, Any]]) -> list[tuple[str, float, bool]]:
     """Name, seconds to the target and whether that was confirmed of every arm that ran to its end: at the horizons if all have
     one, else all as confirmed, since a bar of one kind beside one of the other is no ratio."""
-    ran = [arm for arm in arms if arm["confirmed"] and "costs" in arm["confirmed"]]
-    at_horizon = all(arm["horizon"] for arm in ran)
-    found = []
-    for arm in ran:
-        claim = arm["confirmed"]
-        steps = arm["horizon"]["steps"] if at_horizon else claim["steps"]
-        found.append((arm["name"], claim["costs"]["train_time"] / claim["steps"] * steps, claim["met"]))
-    return found
+    ran = [(arm, arm["confirmed"]) for arm in arms if "costs" in (arm["confirmed"] or {})]
+    part = {arm["name"]: 1.0 for arm, _ in ran}  # of a confirming run
+    if all(arm["horizon"] for arm, _ in ran):
+        part = {arm["name"]: arm["horizon"]["steps"] / claim["steps"] for arm, claim in ran}
+    return [(arm["name"], claim["costs"]["train_time"] * part[arm["name"]], claim["met"]) for arm, claim in ran]
 
 
 COLOURS = {"faster": "C2", "slower": "C3"}
@@ -193,9 +186,8 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
     colours = ["0.6" if a["kind"] == "baseline" else "C0" for a in about]
     axis.bar(range(len(about)), [g.ratio for g in gained], yerr=errors, color=colours, capsize=3)
     for i, (a, g) in enumerate(zip(about, gained, strict=True)):
-        axis.annotate(
-            f"{g.ratio:.3g}x\n{a['statistics']['train_time']:,.3g} s", (i, g.high * 1.03), ha="center", va="bottom", fontsize=8
-        )
+        words = f"{g.ratio:.3g}x\n{a['statistics']['train_time']:,.3g} s"
+        axis.annotate(words, (i, g.high * 1.03), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(about)), [f"{a['number']:03d} {a['name']}" for a in about], rotation=35, ha="right", fontsize=8)
     top = 2 * max(g.high for g in gained)
     axis.set(yscale="log", ylabel="baseline / record, time to the target", title=f"{track} track", ylim=(0.7, top))
@@ -209,12 +201,10 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
 
 def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
     """All pictures of a scaling experiment for which there is something to draw; returns their names."""
-    drawn = []
-    if any("words" in s for trick in summary["tricks"] for s in trick["sizes"]):
-        drawn.append(survival(folder, summary))
-    if any(of["points"] for of in summary["curves"][summary["base"]].values()):
-        drawn.append(size_curves(folder, summary))
-    return drawn
+    measured = any("words" in s for trick in summary["tricks"] for s in trick["sizes"])
+    drawn = [survival(folder, summary)] if measured else []
+    trained = any(of["points"] for of in summary["curves"][summary["base"]].values())
+    return [*drawn, size_curves(folder, summary)] if trained else drawn
 
 
 def survival(folder: Path, summary: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.run_folder import atomic_write, source_hash
+from engine.run_folder import atomic_write, lock, source_hash
 from engine.spec import UsageError
 from lab import trials
 from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
@@ -102,23 +102,21 @@ class Runner(Scheduler):
         return [row for row, is_current in of_arms if is_current], [row.run for row, is_current in of_arms if not is_current]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there.
-
-        Raises:
-            UsageError: it is of another compute type than those that are there.
-        """
-        if not self.done(trial):
-            if self.interrupted.is_set():
-                raise KeyboardInterrupt
-            outcome = launch(trial)
-            row = Row.of(phase, outcome)
-            compute_type([*(r for r in self.ledger.rows.values() if r.source == row.source), row])
-            if outcome.result is not None:
-                self.keep_curve(row, trial)
-                if "--branch" not in trial.extra:
-                    self.drop_checkpoints(trial)
-            self.ledger.add(row)
-        return self.ledger.rows[trial.folder.name]
+        """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
+        there."""
+        if self.done(trial):
+            return self.ledger.rows[trial.folder.name]
+        if self.interrupted.is_set():
+            raise KeyboardInterrupt
+        outcome = launch(trial)
+        row = Row.of(phase, outcome)
+        compute_type([*(r for r in self.ledger.rows.values() if r.source == row.source), row])
+        if outcome.result is not None:
+            self.keep_curve(row, trial)
+            if "--branch" not in trial.extra:
+                self.drop_checkpoints(trial)
+        self.ledger.add(row)
+        return row
 
     def drop_checkpoints(self, trial: Trial) -> None:
         """They are large, and of use for sampling and resuming alone."""
@@ -160,24 +158,21 @@ class Runner(Scheduler):
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
-        events, lines = trial.log(), []
+        events = trial.log()
         train = [e for e in events if e["event"] == "train"]
         span = max(1, math.ceil(len(train) / self.points))
-        for start in range(0, len(train), span):
-            piece = train[start : start + span]
-            mean = sum(e["loss"] for e in piece) / len(piece)
-            lines.append(("train", piece[-1] | {"loss": round(mean, 4)}))
-        lines += [("val", e | {"loss": round(e["loss"], 5)}) for e in events if e["event"] == "val" and e["loss"] is not None]
+        pieces = [train[start : start + span] for start in range(0, len(train), span)]
+        lines = [piece[-1] | {"loss": round(sum(e["loss"] for e in piece) / len(piece), 4)} for piece in pieces]
+        lines += [e | {"loss": round(e["loss"], 5)} for e in events if e["event"] == "val" and e["loss"] is not None]
         with self.lock:
             self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "curves.csv").open("a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if not file.tell():
                     writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-                for kind, e in lines:
-                    writer.writerow(
-                        (row.arm, row.seed, row.phase, kind, e["step"], e["tokens"], round(e["train_time"], 3), e["loss"])
-                    )
+                for e in lines:
+                    when = (e["step"], e["tokens"], round(e["train_time"], 3))
+                    writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
 
 
 # ---------------------------------------------------------------- an experiment's options and folder
@@ -192,21 +187,15 @@ def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.N
 
 
 def at_least(options: argparse.Namespace, **least: float) -> None:
-    """
-    Raises:
-        UsageError: an option is below its least value.
-    """
+    """Raises UsageError: an option is below its least value."""
     for name, value in least.items():
         if getattr(options, name) < value:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(options, name)}")
 
 
 def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
-    """May an experiment with these settings, whose report is `file`, be kept in this folder?
-
-    Raises:
-        UsageError: it holds another one, or something else.
-    """
+    """May an experiment with these settings, whose report is `file`, be kept in this folder? Raises UsageError: it holds
+    another one, or something else."""
     if (out / file).exists():
         there = json.loads((out / file).read_text())
         for key, value in settings.items():
@@ -214,6 +203,15 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
                 raise UsageError(f"{out} holds a {file} with {key} {there.get(key)!r}, not {value!r}: choose another --out")
     elif out.exists() and any(p.name != "lock" for p in out.iterdir()) and not (out / "trials.csv").exists():
         raise UsageError(f"{out} is not empty and holds no {file}: choose another --out")
+
+
+def alone_in(out: Path, work: Callable[[], T]) -> T:
+    """Do the work while nobody else may use the folder: two experiments in one would write over each other's trials."""
+    held = lock(out)
+    try:
+        return work()
+    finally:
+        held.release()
 
 
 def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> None:
@@ -225,11 +223,7 @@ def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> No
 
 
 def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
-    """Summary and trials of an experiment.
-
-    Raises:
-        UsageError: the folder holds none.
-    """
+    """Summary and trials of an experiment. Raises UsageError: the folder holds none."""
     try:
         return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
     except FileNotFoundError as error:

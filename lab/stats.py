@@ -62,16 +62,11 @@ class Ratio:
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Ratio:
-    """a / b from pairs (same seed, run side by side): paired t on the log ratios.
-
-    Raises:
-        ValueError: unequal lengths, fewer than two pairs, or a value that is not positive.
-    """
+    """a / b from pairs (same seed, run side by side): paired t on the log ratios. Raises ValueError: unequal lengths, fewer
+    than two pairs, or a value that is not positive."""
     x, y = np.asarray(a, float), np.asarray(b, float)
-    if x.shape != y.shape or len(x) < 2:
-        raise ValueError(f"pairs wanted, at least two: got {len(x)} and {len(y)} values")
-    if not (x > 0).all() or not (y > 0).all():
-        raise ValueError("a ratio of costs wants positive values")
+    if x.shape != y.shape or len(x) < 2 or not (np.concatenate([x, y]) > 0).all():
+        raise ValueError(f"pairs of positive values wanted, at least two: got {list(a)} and {list(b)}")
     sample = Sample.of(np.log(x / y))
     paired = product([(sample.mean, sample.sd / math.sqrt(sample.n), sample.n - 1)], level)
     return dataclasses.replace(paired, n=sample.n, sd=sample.sd)
@@ -149,9 +144,8 @@ def horizon(steps: Sequence[float], losses: Sequence[float], target: float, leve
     Each loss is that of a whole run of so many steps, its schedule ending there. The variance is that about the line,
     so repeated runs at one length and runs at several lengths both serve. None where the loss does not fall with steps.
 
-    Source: Draper and Smith, Applied Regression Analysis, section 3.2 (inverse regression).
-    Raises:
-        ValueError: fewer than three runs, or all of one length.
+    Source: Draper and Smith, Applied Regression Analysis, section 3.2 (inverse regression). Raises ValueError: fewer than three
+    runs, or all of one length.
     """
     x, y = np.log2(np.asarray(steps, float)), np.asarray(losses, float)
     n = len(x)

@@ -51,11 +51,8 @@ class Trial:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the trainer puts this run.
-
-        Raises:
-            UsageError: what the trainer refuses: an unknown trick, a value out of range.
-        """
+        """Where the trainer puts this run. Raises UsageError: what the trainer refuses: an unknown trick, a value out of
+        range."""
         config, model_config, recipe = resolve(self.flags)
         return RUNS / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
 
@@ -109,10 +106,8 @@ def train(trial: Trial, processes: int = 1, threads: int = 0, watch: Callable[[T
     """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
     checkpoint if there is one; a diverged run is a result.
 
-    Args:
-        processes: ranks, started by torchrun where there are several.
-        threads: CPU threads of each rank; 0: what torch takes.
-        watch: asked every second whether to go on; where it says no, the trainer is killed and the error is PRUNED.
+    processes: ranks, started by torchrun where there are several. threads: of each rank; 0: what torch takes. watch: asked
+    every second whether to go on; where it says no, the trainer is killed and the error is PRUNED.
     """
     if trial.extra == ANEW:  # a trainer that crashes at once must not leave the old one
         (trial.folder / "result.json").unlink(missing_ok=True)
@@ -136,9 +131,8 @@ def train(trial: Trial, processes: int = 1, threads: int = 0, watch: Callable[[T
 
 def run_to_end(command: list[str], environment: dict[str, str], go_on: Callable[[], bool] | None) -> tuple[int, str]:
     """Exit code of a process and the last line of what it says on stderr; PRUNED where it was killed since not to `go_on`."""
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
             while True:
                 try:
@@ -156,10 +150,8 @@ def run_to_end(command: list[str], environment: dict[str, str], go_on: Callable[
 def on_ray(gpus: float, address: str = "auto") -> Launcher:
     """Trains on a Ray cluster, when `gpus` GPUs (or one CPU, if 0) are free somewhere on it.
 
-    The repository must stand at the same path on every machine, on a file system that they share.
-
-    Raises:
-        UsageError: Ray is not installed, or there is no cluster at `address`.
+    The repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
+    installed, or there is no cluster at `address`.
     """
     try:
         import ray

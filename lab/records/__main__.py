@@ -30,16 +30,17 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = made.add_subparsers(dest="verb", required=True)
     adder = verbs.add_parser("add", help="keep finished runs as the track's next record")
-    adder.add_argument("runs", type=Path, nargs="*", help="run folders, one a seed")
-    adder.add_argument("--comparison", type=Path, metavar="FOLDER", help="take the runs from a comparison: needs --arm")
-    adder.add_argument("--arm", help="arm of the comparison whose confirming runs become the record")
-    adder.add_argument("--against-arm", metavar="ARM", help="arm of the comparison that is the previous record")
-    adder.add_argument("--name", required=True, help="short name in lower case")
-    adder.add_argument("--why", required=True, help="what is new and why it pays, a sentence or two")
-    adder.add_argument("--category", choices=CATEGORIES, default="open", help="optimizer: on the fixed `modern` model")
-    adder.add_argument("--against", type=Path, nargs="+", metavar="RUN", default=[],
-                       help="runs of the previous record, interleaved with these (default: its own logs)")  # fmt: skip
-    adder.add_argument("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
+    add = adder.add_argument
+    add("runs", type=Path, nargs="*", help="run folders, one a seed")
+    add("--comparison", type=Path, metavar="FOLDER", help="take the runs from a comparison: needs --arm")
+    add("--arm", help="arm of the comparison whose confirming runs become the record")
+    add("--against-arm", metavar="ARM", help="arm of the comparison that is the previous record")
+    add("--name", required=True, help="short name in lower case")
+    add("--why", required=True, help="what is new and why it pays, a sentence or two")
+    add("--category", choices=CATEGORIES, default="open", help="optimizer: on the fixed `modern` model")
+    rival = "runs of the previous record, interleaved with these (default: its own logs)"
+    add("--against", type=Path, nargs="+", metavar="RUN", default=[], help=rival)
+    add("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
     checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
     checker.add_argument("names", nargs="*", metavar="TRACK/NNN-NAME", help="or comparisons/NAME, scaling/NAME (default: all)")
     checker.add_argument("--rerun", action="store_true", help="also train one seed again and compare")
@@ -54,13 +55,8 @@ def parser() -> argparse.ArgumentParser:
 def add(
     folders: list[Path], name: str, why: str, category: str = "open", against: Sequence[Path] = (), kind: str = "record"
 ) -> Record:
-    """Keep finished runs as the track's next record, if they meet every rule.
-
-    Args:
-        against: run folders of the previous record, interleaved with these; without them its own logs are what counts.
-    Raises:
-        UsageError: the rule that is not met; nothing is kept then.
-    """
+    """Keep finished runs as the track's next record, if they meet every rule. Raises UsageError: the rule that is not met;
+    nothing is kept then. against: run folders of the previous record, interleaved with these; else its own logs count."""
     runs, anew = (sorted(map(FinishedRun.read, group), key=lambda run: run.config["seed"]) for group in (folders, against))
     track = runs[0].config["track"]
     if len(runs) < 2:
@@ -137,17 +133,15 @@ def verify(names: list[str], rerun: bool) -> int:
         verdicts = reports.verdicts(one) if isinstance(one, Report) else rules.verdicts(one, rerun)
         count = {word: sum(v.verdict == word for v in verdicts) for word in ("fail", "not checkable")}
         broken += count["fail"] > 0
-        print(f"{one.label}: {'FAIL' if count['fail'] else 'pass'}, {len(verdicts)} rules, {count['fail']} broken, "
-              f"{count['not checkable']} not checkable")  # fmt: skip
+        counted = f"{count['fail']} broken, {count['not checkable']} not checkable"
+        print(f"{one.label}: {'FAIL' if count['fail'] else 'pass'}, {len(verdicts)} rules, {counted}")
         for v in verdicts:
             print(f"  {v.verdict:13s} {v.rule:13s} {v.words}")
             if (v.rule, v.verdict) == ("code", "not checkable"):
                 older[rules.commit(one)].append(one.label)
-    if older:
-        made = "; ".join(f"{commit} ({', '.join(labels)})" for commit, labels in older.items())
-        print(
-            f"made by other sources than these, at commits {made}: verified as text; to train one again, check out its commit"
-        )
+    if made := "; ".join(f"{commit} ({', '.join(labels)})" for commit, labels in older.items()):
+        instead = "verified as text; to train one again, check out its commit"
+        print(f"made by other sources than these, at commits {made}: {instead}")
     report_count = sum(isinstance(one, Report) for one in kept)
     print(f"{len(kept) - report_count} records, {report_count} reports, {broken} with a broken rule")
     return 2 if broken else 0

@@ -31,17 +31,11 @@ def history(track: str, category: str, root: str = "") -> str:
     chain, rows = records.of_track(track, category), []
     for record, total in zip(chain, gains(chain), strict=True):
         about, s, against = record.about, record.about["statistics"], record.about["against"]
-        rows.append((
-            f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md) {about['name']}",
-            f"{about['steps']:,}",
-            f"{s['train_time']:,.1f}",
-            DTYPES[about["numerics"]["dtype"]],
-            f"{against['record'][:3]}: {interval(against)}" if against else "-",
-            interval(vars(total)) if against else "1x",
-            f"{s['mean']:.4f} ({s['sd']:.4f})",
-            f"{s['n']}, {s['p']:.1g}",
-            about["date"],
-        ))  # fmt: skip
+        link = f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md) {about['name']}"
+        gained = (f"{against['record'][:3]}: {interval(against)}", interval(vars(total))) if against else ("-", "1x")
+        loss = (f"{s['mean']:.4f} ({s['sd']:.4f})", f"{s['n']}, {s['p']:.1g}")
+        dtype = DTYPES[about["numerics"]["dtype"]]
+        rows.append((link, f"{about['steps']:,}", f"{s['train_time']:,.1f}", dtype, *gained, *loss, about["date"]))
     head = ("record", "steps", "time, s", "dtype", "previous / this", "baseline / this", "loss, mean (sd)", "n, p", "date")
     return markdown.table(head, rows)
 
@@ -53,11 +47,10 @@ def interval(ratio: dict[str, Any]) -> str:
 def tables() -> dict[str, str]:
     """Marker name -> generated part of records/README.md."""
     chains = [(track, category) for track in tricks.TRACKS for category in CATEGORIES if records.of_track(track, category)]
+    asked = [(f"`{name}`", " ".join(rule.__doc__.split())) for name, rule in rules.RULES.items()]
     return {
         "history": "\n\n".join(f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in chains),
-        "rules": markdown.table(
-            ("rule", "what it asks"), [(f"`{name}`", " ".join(rule.__doc__.split())) for name, rule in rules.RULES.items()]
-        ),
+        "rules": markdown.table(("rule", "what it asks"), asked),
     }
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +200,10 @@ class FinishedRun:
     def log(self, span: int) -> str:
         """The log as a record keeps it. UsageError: it does not end."""
         path, facts = self.folder / "log.jsonl", self.facts
-        hashes = {
-            "config": settings_hash(facts["settings"]),
-            "source": facts["source_sha256"],
-            "data": facts["data"]["fingerprint"],
-        }
+        about = {"seed": self.config["seed"], "config": settings_hash(facts["settings"])}
+        about |= {"source": facts["source_sha256"], "data": facts["data"]["fingerprint"]}
         lines = path.read_text().splitlines() if path.exists() else ()
-        events = compact(map(json.loads, lines), {"seed": self.config["seed"], **hashes}, span)
+        events = compact(map(json.loads, lines), about, span)
         if not events or events[-1]["event"] != "end":
             raise UsageError(f"{path} does not end with an end event: the run was cut off")
         events[-1] |= {key: round(self.result[key], 4) for key in ("robust_train_time", "process_time", "peak_memory")}
@@ -214,27 +212,19 @@ class FinishedRun:
 
 def compact(events: Iterable[dict[str, Any]], about: dict[str, Any], span: int) -> list[dict[str, Any]]:
     """A run's log with its training steps as lists: per span of so many steps the mean loss and the sum of seconds. A line of
-    steps ends where another event stands.
-
-    about: what the `start` line says of the run: seed, hashes.
-    """
+    steps ends where another event stands. about: what the `start` line says of the run: seed, hashes."""
     lines: list[dict[str, Any]] = []
-    steps: list[dict[str, Any]] = []
-    for e in events:
-        if e["event"] == "train":
-            steps.append(e)
-            continue
-        if steps:
+    for kind, group in groupby(events, lambda e: e["event"]):
+        steps = list(group)
+        if kind == "train":
             spans = [steps[i : i + span] for i in range(0, len(steps), span)]
-            lines.append({
-                "event": "train", "first": steps[0]["step"], "last": steps[-1]["step"], "span": span,
-                "loss": [round(statistics.mean(s["loss"] for s in some), 4) for some in spans],
-                "step_time": [float(f"{sum(s['step_time'] for s in some):.5g}") for some in spans],
-            })  # fmt: skip
-            steps = []
-        if e["event"] == "start":
-            e = {"event": "start", **about, "utc": e.get("utc")}
-        lines.append({key: value for key, value in e.items() if key != "tokens"})
+            losses = [round(statistics.mean(s["loss"] for s in some), 4) for some in spans]
+            seconds = [float(f"{sum(s['step_time'] for s in some):.5g}") for some in spans]
+            steps = [{"event": "train", "first": steps[0]["step"], "last": steps[-1]["step"], "span": span}]
+            steps[0] |= {"loss": losses, "step_time": seconds}
+        if kind == "start":
+            steps = [{"event": "start", **about, "utc": e.get("utc")} for e in steps]
+        lines += [{key: value for key, value in e.items() if key != "tokens"} for e in steps]
     return lines
 
 
@@ -255,17 +245,11 @@ def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival:
     seeds = [run.config["seed"] for run in runs]
     logs = [Log(folder / f"seed{seed}.log.jsonl") for seed in seeds]
     about = {"format": 1, "track": config["track"], **said, "date": (logs[-1].ended or "unknown")[:10]}
-    about |= {
-        "recipe": ",".join(tricks.spelled_out(config["track"], config["tricks"])) or "baseline",
-        **facts,
-        "config_sha256": settings_hash(settings),
-        "steps": config["steps"],
-        "seeds": seeds,
-        "target_loss": goal,
-        "statistics": outcome(logs, goal) | work(settings, runs[0].result["flops_per_token"]),
-        "commit": runs[0].env["commit"],
-        "against": rival and {"record": rival.folder.name, "logs": "here" if anew else "there"},
-    }
+    about |= {"recipe": ",".join(tricks.spelled_out(config["track"], config["tricks"])) or "baseline", **facts}
+    about |= {"config_sha256": settings_hash(settings), "steps": config["steps"], "seeds": seeds, "target_loss": goal}
+    about |= {"statistics": outcome(logs, goal) | work(settings, runs[0].result["flops_per_token"])}
+    about |= {"commit": runs[0].env["commit"]}
+    about |= {"against": rival and {"record": rival.folder.name, "logs": "here" if anew else "there"}}
     about["data"] |= {split: shards(manifest, split) for split in ("train", "val")}
     sequences = config["val_tokens"] // config["sequence_length"]
     about["data"]["overlap"] = {"sequences": sequences, "in_train": len(repeats(corpus, settings))}
@@ -283,19 +267,12 @@ def outcome(logs: list[Log], target: float) -> dict[str, Any]:
     """Losses and times in record.json, from the logs alone. Rounded: every figure is compared to the printed digit."""
     losses, times = stats.Sample.of([log.loss for log in logs]), stats.Sample.of([log.train_time for log in logs])
     ends = {key: statistics.mean(log.end[key] for log in logs) for key in ("robust_train_time", "process_time", "peak_memory")}
-    return {
-        "n": losses.n,
-        "mean": round(losses.mean, 5),
-        "sd": round(losses.sd, 5),
-        "interval": [round(x, 5) for x in losses.interval()],
-        "p": float(f"{losses.p_above(target):.3g}"),
-        "train_time": round(times.mean, 3),
-        "train_time_sd": round(times.sd, 3),
-        "robust_train_time": round(ends["robust_train_time"], 3),
-        "process_time": round(ends["process_time"], 3),
-        "peak_memory": round(ends["peak_memory"]),
-        "stalled": sum(log.train_time > 1.1 * log.end["robust_train_time"] for log in logs),
-    }
+    made = {"n": losses.n, "mean": round(losses.mean, 5), "sd": round(losses.sd, 5)}
+    made |= {"interval": [round(x, 5) for x in losses.interval()], "p": float(f"{losses.p_above(target):.3g}")}
+    made |= {"train_time": round(times.mean, 3), "train_time_sd": round(times.sd, 3)}
+    made |= {key: round(ends[key], 3) for key in ("robust_train_time", "process_time")}
+    made["peak_memory"] = round(ends["peak_memory"])
+    return made | {"stalled": sum(log.train_time > 1.1 * log.end["robust_train_time"] for log in logs)}
 
 
 def work(settings: dict[str, Any], flops_per_token: float) -> dict[str, Any]:
@@ -338,8 +315,7 @@ def readme(about: dict[str, Any]) -> str:
         f"commit {(about['commit'] or 'unknown')[:12]}",
     ]  # fmt: skip
     if against:
-        lines.append(
-            f"- {against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g}) as fast as {against['record']}, "
-            f"interleaved on the same machine, n = {against['n']} pairs"
-        )
+        ratio = f"{against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g})"
+        where = f"interleaved on the same machine, n = {against['n']} pairs"
+        lines.append(f"- {ratio} as fast as {against['record']}, {where}")
     return "\n".join([*lines, "", "Checked by `./run.sh records verify`. Generated from record.json.", ""])

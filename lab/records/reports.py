@@ -143,7 +143,8 @@ def difference(there: Any, again: Any) -> str:
     stated, followed = dict(leaves(there)), dict(leaves(again))
     if missing := stated.keys() ^ followed.keys():
         return f"{min(missing)} is not in both"
-    for place, (a, b) in {place: (stated[place], followed[place]) for place in stated}.items():
+    for place, a in stated.items():
+        b = followed[place]
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (a, b))
         if not (math.isclose(a, b, rel_tol=1e-4) if numbers else a == b):
             return f"{place} is {a}, by the trials {b}"
@@ -152,11 +153,9 @@ def difference(there: Any, again: Any) -> str:
 
 def leaves(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """(where, value) of all that JSON holds: ("arms[0].steps", 740)."""
-    if isinstance(content, dict) and content:
-        for key, value in content.items():
-            yield from leaves(value, f"{place}.{key}".lstrip("."))
-    elif isinstance(content, list) and content:
-        for i, value in enumerate(content):
-            yield from leaves(value, f"{place}[{i}]")
-    else:
+    parts = {f"{place}.{key}".lstrip("."): value for key, value in content.items()} if isinstance(content, dict) else {}
+    parts |= {f"{place}[{i}]": value for i, value in enumerate(content)} if isinstance(content, list) else {}
+    for where, value in parts.items():
+        yield from leaves(value, where)
+    if not parts:
         yield place, content

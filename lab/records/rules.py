@@ -42,10 +42,8 @@ OPTIMIZER_SETTINGS = ("tricks", "recipe", "optimizer", "average", "schedule", "m
 # What no record may choose: it defines the track.
 FIXED_SETTINGS = ("corpus", "tokenizer", "vocab_size", "val_tokens", "val_spread", "target_loss")
 # Settings that older trainers had and today's has not, with the value at which they changed nothing.
-GONE = {
-    "batch_schedule": "constant", "window_schedule": "constant", "length_schedule": "constant", "shard_optimizer": False,
-    "table_optimizer": "sparse_adagrad", "ngram_sparse": False,
-}  # fmt: skip
+GONE = dict.fromkeys(("batch_schedule", "window_schedule", "length_schedule"), "constant")
+GONE |= {"shard_optimizer": False, "table_optimizer": "sparse_adagrad", "ngram_sparse": False}
 SPECS = ("optimizer", "average", "schedule", "momentum_schedule")  # settings that may name code
 
 
@@ -212,11 +210,9 @@ def rival(record: Record) -> str:
         made_with(log, first.path.name, config=first.start["config"])
         need((log.end.get("status"), log.end.get("step")) == ("ok", steps), f"{log.path.name} did not end well at step {steps}")
     need(steps <= full, f"the rival ran for {steps} steps, as a record for {full}: longer is slower")
-    settings = against["settings"]
-    alike = (
-        complete(settings) == complete(before.about["settings"]) and run_folder.settings_hash(settings) == first.start["config"]
-    )
-    need(alike, f"the runs that it was timed against have other settings than {name}")
+    alike = complete(against["settings"]) == complete(before.about["settings"])
+    ran_so = run_folder.settings_hash(against["settings"]) == first.start["config"]
+    need(alike and ran_so, f"the runs that it was timed against have other settings than {name}")
     return f"{name}, {steps:,} of its {full:,} steps"
 
 
@@ -225,16 +221,13 @@ def faster(record: Record) -> str:
     the ratio is above 1."""
     about, against = record.about, record.about["against"]
     if about["kind"] == "baseline":
-        need(
-            records.previous(about["track"], about["category"], about["number"]) is None,
-            "a baseline is a category's first record",
-        )
+        before = records.previous(about["track"], about["category"], about["number"])
+        need(before is None, "a baseline is a category's first record")
         return "baseline: nothing before it"
     need(against is not None, "timed against nothing")
-    if not record.timed_anew:
-        for key in ("machine", "versions", "source_sha256"):
-            same_key = record.rival.about[key] == about[key]
-            need(same_key, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
+    for key in ("machine", "versions", "source_sha256"):
+        comparable = record.timed_anew or record.rival.about[key] == about[key]
+        need(comparable, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
     ratio = records.rounded(record.speed_ratio)
     same(against, ratio, "against ")
     words = f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
@@ -332,13 +325,8 @@ def code(record: Record) -> str:
     return record.about["source_sha256"][:8]
 
 
-RULES: dict[str, Callable[[Record], str]] = {
-    rule.__name__: rule
-    for rule in (
-        schema, files, seeds, distinct, configuration, stopping, statistics, target, rival, faster, clock, track, data, overlap,
-        model, code,
-    )
-}  # fmt: skip
+ORDER = (schema, files, seeds, distinct, configuration, stopping, statistics, target, rival, faster, clock, track)
+RULES: dict[str, Callable[[Record], str]] = {rule.__name__: rule for rule in (*ORDER, data, overlap, model, code)}
 
 
 def rerun(record: Record) -> str:
@@ -348,9 +336,8 @@ def rerun(record: Record) -> str:
     for key in SPECS:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             raise NotCheckable(f"its {key} is code from outside the repository, which a record may not have run")
-    trial = trials.Trial(
-        trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["steps"], about["seeds"][0]
-    )
+    arm = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"]))))
+    trial = trials.Trial(arm, about["steps"], about["seeds"][0])
     try:
         outcome = trials.train(trial)
     except UsageError as error:
@@ -437,11 +424,10 @@ def today(record: Record) -> tuple[Config, ModelConfig]:
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
     """Trainer flags that give exactly these settings."""
-    flags = []
-    for name in sorted(FIELDS.keys() & settings.keys()):
-        flag, value = flag_of(name), settings[name]
+
+    def words(name: str, value: Any) -> str:
         if FIELDS[name].type is bool:
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
-    return flags
+            return flag_of(name) if value else flag_of(name).replace("--", "--no-", 1)
+        return f"{flag_of(name)}={'/'.join(map(str, value)) if isinstance(value, list) else value}"
+
+    return [words(name, settings[name]) for name in sorted(FIELDS.keys() & settings.keys())]

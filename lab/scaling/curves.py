@@ -135,8 +135,7 @@ def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
     exponent = at(tried)[1][0]
     if len(tried) > 1:
         i = int(np.searchsorted(tried, exponent))
-        bounds = tried[max(0, i - 1)], tried[min(len(tried) - 1, i + 1)]
-        search = dict(bounds=bounds, method="bounded", options={"xatol": 1e-9})
+        search = dict(bounds=tried[[max(0, i - 1), min(len(tried) - 1, i + 1)]], method="bounded", options={"xatol": 1e-9})
         exponent = optimize.minimize_scalar(lambda e: float(at(e)[3][0]), **search).x
     (alpha,), _, (floor,), (squares,) = at(exponent)
     if not math.isfinite(alpha):

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -93,39 +92,21 @@ LADDERS = {
 
 
 def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
-    """Sizes by the names of the ladder's own, by numbers of non-embedding parameters (the nearest on the dial), or from a file.
-
-    Raises UsageError: a word that is no size, a file that cannot be read, sizes that do not grow, or only one.
-    """
+    """Sizes by the names of the ladder's own, or by numbers of non-embedding parameters (the nearest on the dial). Raises
+    UsageError: a word that is no size, sizes that do not grow, or only one."""
     known = {size.name: size for size in of.sizes}
-    path = Path(words[0])
-    if len(words) == 1 and (path.is_file() or len(path.parts) > 1):
-        sizes = read_sizes(path)
-    else:
-        layers = [0 if word in known else round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3)) for word in words]
-        sizes = [known.get(word) or dial(max(1, d), of.head_width) for word, d in zip(words, layers, strict=True)]
+
+    def nearest(word: str) -> Size:
+        return dial(max(1, round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3))), of.head_width)
+
+    sizes = [known.get(word) or nearest(word) for word in words]
     if len(sizes) < 2:
         raise UsageError("one size is no ladder: name at least two, better five")
-    for smaller, larger in pairwise(sizes):
-        if smaller.layers * smaller.width**2 >= larger.layers * larger.width**2 or smaller.name == larger.name:
-            shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in (smaller, larger))
+    for pair in pairwise(sizes):
+        if pair[0].layers * pair[0].width ** 2 >= pair[1].layers * pair[1].width ** 2:
+            shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in pair)
             raise UsageError(f"sizes must grow, the smallest first: {shapes} do not")
     return tuple(sizes)
-
-
-def read_sizes(path: Path) -> list[Size]:
-    """The sizes in a file. Raises UsageError: there is no such file, or a line is no size."""
-    if not path.is_file():
-        raise UsageError(f"--sizes {path}: there is no such file")
-    sizes = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        name, *shape = text.split() or ["#"]
-        if name.startswith("#"):
-            continue
-        if len(shape) != 3 or not all(word.isdigit() for word in shape):
-            raise UsageError(f"{path} line {number}: a size is `name layers heads width`, such as `small 4 4 128`")
-        sizes.append(Size(name, *map(int, shape)))
-    return sizes
 
 
 # ---------------------------------------------------------------- learning rate
@@ -141,16 +122,14 @@ def transfer_exponent(rule: str, spec: str) -> float:
 
     Raises UsageError: it is no such rule.
     """
-    word, _, number = rule.partition(":")
     if rule == "mup":
         return optimizers.find(spec).transfer
-    if rule == "none":
-        return 0.0
     try:
-        if word == "power" and math.isfinite(exponent := float(number)):
-            return exponent
+        exponent = 0.0 if rule == "none" else float(rule.removeprefix("power:"))
     except ValueError:
-        pass
+        exponent = math.nan
+    if math.isfinite(exponent) and rule.startswith(("power:", "none")):
+        return exponent
     raise UsageError(f"--lr-transfer takes mup, power:EXPONENT (such as power:-0.5) or none; not {rule!r}")
 
 

@@ -13,10 +13,8 @@ from lab.scaling.ladder import Cell, size_words
 from lab.trials import Arm
 from layers.shape import flops_per_token
 
-HEAD = (
-    "size", "non-embedding", "layers x width", "batch", "tokens at budget 1", "runs", "tokens of all", "FLOPs",
-    "memory a rank", "micro-batch", "hours",
-)  # fmt: skip
+HEAD = ["size", "non-embedding", "layers x width", "batch", "tokens at budget 1", "runs", "tokens of all", "FLOPs"]
+HEAD += ["memory a rank", "micro-batch", "hours"]
 
 
 def predicted(arm: Arm, machine: Sequence[str]) -> Prediction:
@@ -51,20 +49,12 @@ def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> str:
         micro_batch = rung.batch_tokens // (most.ranks * most.step.micro_batches)
         sums = sum((totals(cell, runs, predictions[rung, cell.name]) for cell, runs in cells), Counter())
         total += sums
-        rows.append(
-            (
-                rung.size.name, size_words(rung.parameters), f"{rung.size.layers} x {rung.size.width}",
-                f"{rung.batch_tokens:,}", size_words(rung.tokens), f"{sums['runs']:,}", size_words(sums["tokens"]),
-                f"{sums['flops']:.2g}", f"{most.step.memory.total / 1e9:.2f} GB", f"{micro_batch:,}", f"{sums['hours']:.2f}",
-            )
-        )  # fmt: skip
+        shape = (rung.size.name, size_words(rung.parameters), f"{rung.size.layers} x {rung.size.width}")
+        of_all = (f"{sums['runs']:,}", size_words(sums["tokens"]), f"{sums['flops']:.2g}")
+        memory = (f"{most.step.memory.total / 1e9:.2f} GB", f"{micro_batch:,}", f"{sums['hours']:.2f}")
+        rows.append((*shape, f"{rung.batch_tokens:,}", size_words(rung.tokens), *of_all, *memory))
     cost = total["hours"] * most.ranks * most.price
-    return "\n".join(
-        [
-            table(HEAD, rows),
-            "",
-            f"{total['runs']:,} runs, {size_words(total['tokens'])} tokens, {total['flops']:.2g} FLOPs, {total['hours']:.1f} "
-            f"hours{f', {cost:,.0f} $' if cost else ''} on {most.ranks} x {most.where.name}, one run at a time. "
-            "Starting processes is not counted. Memory: of the arm that takes most.",
-        ]
-    )
+    work = f"{total['runs']:,} runs, {size_words(total['tokens'])} tokens, {total['flops']:.2g} FLOPs"
+    price = f"{total['hours']:.1f} hours{f', {cost:,.0f} $' if cost else ''} on {most.ranks} x {most.where.name}"
+    left_out = "Starting processes is not counted. Memory: of the arm that takes most."
+    return f"{table(HEAD, rows)}\n\n{work}, {price}, one run at a time. {left_out}"

@@ -65,13 +65,15 @@ def survival_table(summary: Summary, cost: str) -> str:
     return table(head, rows) if rows else ""
 
 
+def measurements(summary: Summary) -> list[tuple[str, str, Summary]]:
+    """(arm, size, what was measured there), in the order of the tables."""
+    return [(f"`{arm}`", size, of) for arm, by_size in summary["curves"].items() for size, of in by_size.items()]
+
+
 def losses_table(summary: Summary) -> str:
-    budgets = sorted({p["budget"] for by_size in summary["curves"].values() for of in by_size.values() for p in of["points"]})
-    rows = []
-    for arm, by_size in summary["curves"].items():
-        for size, of in by_size.items():
-            cells = {p["budget"]: losses_cell(p) for p in of["points"]}
-            rows.append((f"`{arm}`", size, *(cells.get(budget, "") for budget in budgets)))
+    cells = [(arm, size, {p["budget"]: losses_cell(p) for p in of["points"]}) for arm, size, of in measurements(summary)]
+    budgets = sorted({budget for *_, of in cells for budget in of})
+    rows = [(arm, size, *(of.get(budget, "") for budget in budgets)) for arm, size, of in cells]
     return table(("arm", "size", *(f"budget {b:g}" for b in budgets)), rows)
 
 
@@ -86,11 +88,10 @@ def losses_cell(point: dict[str, Any]) -> str:
 
 def retune_table(summary: Summary) -> str:
     rows = []
-    for arm, by_size in summary["curves"].items():
-        for size, of in by_size.items():
-            if r := of["retune"]:
-                cost = "it diverged" if r["cost"] is None else f"{r['cost']:.4f}"
-                rows.append((f"`{arm}`", size, f"{r['best']:.3g}" + (", the edge of the grid" if r["edge"] else ""), cost))
+    for arm, size, of in measurements(summary):
+        if r := of["retune"]:
+            cost = "it diverged" if r["cost"] is None else f"{r['cost']:.4f}"
+            rows.append((arm, size, f"{r['best']:.3g}" + (", the edge of the grid" if r["edge"] else ""), cost))
     return table(("arm", "size", "best factor", "cost of not re-tuning, nats"), rows) if rows else ""
 
 
@@ -144,21 +145,11 @@ def markdown(summary: Summary) -> str:
         ),
         "Sizes": (sizes_table(summary), f"Learning rates go with the width by `{summary['lr_transfer']}`."),
     }
-    lines = [
-        f"# Do the tricks survive? Ladder `{summary['ladder']}`, base `{summary['base']}`",
-        "",
-        f"`./run.sh scaling {summary['command']}`",
-        "",
-        survival_table(summary, "tokens"),
-        "",
-        EXPLAINED.format(at=size_words(summary["at"])),
-        *caution(summary),
-        "",
-        *(f"- {line}" for line in verdict_lines(summary)),
-        "",
-        *(f"![{name}]({name}.png)" for name in summary["plots"]),
-        "",
-    ]
+    lines = [f"# Do the tricks survive? Ladder `{summary['ladder']}`, base `{summary['base']}`", ""]
+    lines += [f"`./run.sh scaling {summary['command']}`", "", survival_table(summary, "tokens"), ""]
+    lines += [EXPLAINED.format(at=size_words(summary["at"])), *caution(summary), ""]
+    lines += [*(f"- {line}" for line in verdict_lines(summary)), ""]
+    lines += [*(f"![{name}]({name}.png)" for name in summary["plots"]), ""]
     for title, (body, note) in sections.items():
         if body:
             lines += [f"## {title}", "", body, "", *([note, ""] if note else [])]

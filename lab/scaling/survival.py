@@ -139,12 +139,9 @@ def held_out(sizes: Sequence[Found], count: int, seeds: int) -> list[Found]:
         low, centre, high = (math.log(v) for v in (predicted.low, predicted.ratio, predicted.high))
         below, above = (math.log(v / ratio) if v > 0 else -math.inf for v in size["intervals"]["tokens"])
         low, high = centre - math.hypot(centre - low, above), centre + math.hypot(high - centre, below)
-        checks.append(
-            {
-                "size": size["size"], "ratio": predicted.ratio, "low": math.exp(low), "high": math.exp(high),
-                "measured": ratio, "hit": low <= math.log(ratio) <= high, "verdict": predicted.verdict,
-            }
-        )  # fmt: skip
+        check = {"size": size["size"], "ratio": predicted.ratio, "low": math.exp(low), "high": math.exp(high)}
+        check |= {"measured": ratio, "hit": low <= math.log(ratio) <= high, "verdict": predicted.verdict}
+        checks.append(check)
     return checks
 
 
@@ -176,15 +173,9 @@ def timings_apart(cells: Sequence[Found], rows: Sequence[Row]) -> list[Found]:
     return apart
 
 
-def check_base(arms: dict[str, dict[str, Found]], base: str) -> None:
-    """Raises UsageError: all runs of the base failed at a size."""
-    for size, of in arms[base].items():
-        failed = sum(p["failed"] for p in of["points"])
-        if failed and not any(p["losses"] for p in of["points"]):
-            raise UsageError(
-                f"all {failed} runs of {base} diverged or crashed at {size}: lower its learning rate (--lr-transfer, "
-                f"--retune, -- --optimizer), or leave that size out"
-            )
+def all_failed(runs: int, base: str, size: str) -> UsageError:
+    instead = "lower its learning rate (--lr-transfer, --retune, -- --optimizer), or leave that size out"
+    return UsageError(f"all {runs} runs of {base} diverged or crashed at {size}: {instead}")
 
 
 def summarise(rows: Sequence[Row], settings: Found) -> Found:
@@ -198,14 +189,13 @@ def summarise(rows: Sequence[Row], settings: Found) -> Found:
     dtype, apart = compute_type(rows), timings_apart(cells, rows)
     not_timed = {(trial, turn["pair"]) for turn in apart for trial in turn["trials"]}
     rows = [row for row in rows if row.phase != "time" or (row.arm, row.pair) not in not_timed]
-    arms = {
-        name: {
-            size["size"]: measured([c for c in cells if (c["arm"], c["size"]) == (name, size["size"])], rows)
-            for size in settings["sizes"]
-        }
-        for name in settings["arms"]
-    }
-    check_base(arms, settings["base"])
+    sizes = [size["size"] for size in settings["sizes"]]
+    of = {(name, at): [c for c in cells if (c["arm"], c["size"]) == (name, at)] for name in settings["arms"] for at in sizes}
+    arms = {name: {at: measured(of[name, at], rows) for at in sizes} for name in settings["arms"]}
+    for size, of in arms[settings["base"]].items():
+        failed = sum(p["failed"] for p in of["points"])
+        if failed and not any(p["losses"] for p in of["points"]):
+            raise all_failed(failed, settings["base"], size)
     made = {
         "format": 1,
         "tricks": [judged(name, arms, settings) for name in settings["arms"] if name != settings["base"]],

@@ -33,7 +33,7 @@ import numpy as np
 from scipy import stats
 from scipy.integrate import trapezoid
 
-from engine.command import Parser, command
+from engine.command import Parser
 from engine.spec import UsageError, nearest
 from lab import plots
 from lab.markdown import table
@@ -58,11 +58,8 @@ class Times:
 
 
 def read_studies(path: Path) -> Studies:
-    """A table of studies, or of times, which are one study each.
-
-    Raises:
-        UsageError: missing file, no such table, a study that comes twice, a cell that is no time.
-    """
+    """A table of studies, or of times, which are one study each. Raises UsageError: missing file, no such table, a study that
+    comes twice, a cell that is no time."""
     try:
         with path.open(newline="") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
@@ -73,39 +70,27 @@ def read_studies(path: Path) -> Studies:
     if not rows or rows[0][0] != "submission":
         raise UsageError(f"{path}: the first column must be `submission`")
     head, studies, seen = rows[0], defaultdict(list), set()
+    by_study = head[1:] == ["workload", "study", "seconds"]
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(head):
             raise UsageError(f"{path} line {number}: {len(row)} cells instead of {len(head)}")
-        by_study = head[1:] == ["workload", "study", "seconds"]
         for submission, workload, study, cell in [row] if by_study else [(row[0], w, "", c) for w, c in zip(head[1:], row[1:])]:
-            where = f"{path} line {number}: {submission!r} on {workload!r}"
-            if not submission or not workload or (submission, workload, study) in seen:
-                raise UsageError(f"{where} comes twice" if submission and workload else f"{where}: a name is missing")
-            seen.add((submission, workload, study))
-            studies[submission, workload].append(seconds(cell, where))
+            where, key = f"{path} line {number}: {submission!r} on {workload!r}", (submission, workload, study)
+            if not submission or not workload or key in seen:
+                raise UsageError(f"{where} comes twice" if key in seen else f"{where}: a name is missing")
+            seen.add(key)
+            try:
+                seconds = float(cell or "inf")
+            except ValueError:
+                raise UsageError(f"{where}: {cell!r} is no time: seconds, inf (missed) or nothing (not run)") from None
+            if not seconds > 0:
+                raise UsageError(f"{where}: {cell!r} is no time: it must be above 0")
+            studies[submission, workload].append(seconds)
     return studies
 
 
-def seconds(cell: str, where: str) -> float:
-    """
-    Raises:
-        UsageError: it is no time.
-    """
-    try:
-        value = float(cell or "inf")
-    except ValueError:
-        raise UsageError(f"{where}: {cell!r} is no time: seconds, inf (missed) or nothing (not run)") from None
-    if not value > 0:
-        raise UsageError(f"{where}: {cell!r} is no time: it must be above 0")
-    return value
-
-
 def medians(studies: Studies) -> Times:
-    """The medians over studies; not run is missed.
-
-    Raises:
-        UsageError: fewer than two workloads, or no target met.
-    """
+    """The medians over studies; not run is missed. Raises UsageError: fewer than two workloads, or no target met."""
     submissions, workloads = (list(dict.fromkeys(names)) for names in zip(*studies)) if studies else ([], [])
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
@@ -117,11 +102,7 @@ def medians(studies: Studies) -> Times:
 
 
 def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
-    """`variant=base,...` -> base workload of each variant.
-
-    Raises:
-        UsageError: no such workload.
-    """
+    """`variant=base,...` -> base workload of each variant. Raises UsageError: no such workload."""
     bases = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         variant, equals, base = word.partition("=")
@@ -137,18 +118,17 @@ def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
 def ratios(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> tuple[list[str], np.ndarray]:
     """Base workloads, and r [submissions, base workloads]: time over the best time; inf where missed."""
     column = {w: i for i, w in enumerate(times.workloads)}
+    pairs = [(column[variant], column[base]) for variant, base in held_out.items()]
     t = times.seconds.copy()
-    for variant, base in held_out.items():
-        t[np.isinf(t[:, column[base]]), column[variant]] = np.inf
-    best = t.min(0)
-    t[t > tau_max * best] = np.inf
-    for variant, base in held_out.items():
-        t[np.isinf(t[:, column[variant]]), column[base]] = np.inf
+    for variant, base in pairs:
+        t[np.isinf(t[:, base]), variant] = np.inf
+    t[t > tau_max * t.min(0)] = np.inf
+    for variant, base in pairs:
+        t[np.isinf(t[:, variant]), base] = np.inf
     bases = [w for w in times.workloads if w not in held_out]
     t = t[:, [column[w] for w in bases]]
-    best = t.min(0)
     with np.errstate(invalid="ignore"):
-        return bases, np.where(np.isinf(t), np.inf, t / best)
+        return bases, np.where(np.isinf(t), np.inf, t / t.min(0))
 
 
 def profile(r: np.ndarray, tau: np.ndarray) -> np.ndarray:
@@ -163,20 +143,15 @@ def scores(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> 
 
 
 def reference_scores(times: Times, held_out: dict[str, str], reference: str, tau_max: float = TAU_MAX) -> np.ndarray:
-    """Of every submission against one of them, whatever the others do. Workloads that the reference missed are left out.
-
-    Raises:
-        UsageError: no such submission, or it met no target.
-    """
+    """Of every submission against one of them, whatever the others do. Workloads that the reference missed are left out. Raises
+    UsageError: no such submission, or it met no target."""
     if reference not in times.submissions:
         raise UsageError(f"--reference {reference!r}: {nearest(reference, times.submissions)}")
-    bases = [i for i, w in enumerate(times.workloads) if w not in held_out]
-    t = times.seconds[:, bases]
-    own = t[times.submissions.index(reference)]
-    met = np.isfinite(own)
-    if not met.any():
+    t = times.seconds[:, [w not in held_out for w in times.workloads]]
+    t = t[:, np.isfinite(t[times.submissions.index(reference)])]
+    if not t.size:
         raise UsageError(f"--reference {reference}: it met no target")
-    gain = np.log(own[met]) - np.log(t[:, met])
+    gain = np.log(t[times.submissions.index(reference)]) - np.log(t)
     return np.clip(0.5 + gain / (2 * math.log(tau_max)), 0, 1).mean(1)
 
 
@@ -195,11 +170,7 @@ def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws:
 
 
 def summary(studies: Studies, held_out: dict[str, str], tau_max: float = TAU_MAX, reference: str = "") -> dict[str, Any]:
-    """All of it, as JSON: a list of submissions, best score first.
-
-    Raises:
-        UsageError: see medians and reference_scores.
-    """
+    """All of it, as JSON: a list of submissions, best score first. Raises UsageError: see medians and reference_scores."""
     times = medians(studies)
     value, (bases, r) = scores(times, held_out, tau_max), ratios(times, held_out, tau_max)
     ranked = defaultdict(list)  # submission -> its rank without each of the others
@@ -249,8 +220,8 @@ def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> 
     for n, i in enumerate(rest):
         label = f"{len(rest)} more  {value[rest[0]]:.3f} - {value[rest[-1]]:.3f}" if n == 0 else None
         axes.step(tau, rho[i], where="post", color="0.75", linewidth=0.8, zorder=1, label=label)
-    axes.set(xlabel="tau: time / best time of the field", ylabel="share of workloads within tau")
-    axes.set(xlim=(1, tau_max), ylim=(0, 1.02))
+    words = dict(xlabel="tau: time / best time of the field", ylabel="share of workloads within tau")
+    axes.set(**words, xlim=(1, tau_max), ylim=(0, 1.02))
     axes.legend(title="submission, score", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plots.save(figure, stem.parent, stem.name)
 
@@ -271,11 +242,7 @@ def run(argv: list[str]) -> str:
     studies = read_studies(options.studies or options.times)
     times = medians(studies)
     held_out = read_held_out(options.held_out, times.workloads)
-    found = summary(studies, held_out, options.tau_max, options.reference)
+    result = summary(studies, held_out, options.tau_max, options.reference)
     if options.plot:
         draw(times, held_out, options.tau_max, options.plot)
-    return json.dumps(found, indent=1) if options.json else score_table(found, digits=4, aligned=True)
-
-
-def main(argv: list[str]) -> int:
-    return command("compare.py score", lambda: run(argv))
+    return json.dumps(result, indent=1) if options.json else score_table(result, digits=4, aligned=True)

@@ -77,19 +77,12 @@ class Submission:
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """The space.
-
-        Raises:
-            UsageError: there is nothing to search.
-        """
+        """The space. Raises UsageError: there is nothing to search."""
         name, fixed = split(self.optimizer)
         known = hyperparameters(name)
-        space = [
-            Dimension("optimizer", key, *search)
-            for key, (default, search) in known.items()
-            # a default of None follows another setting: the method has its full strength without
-            if search and key not in fixed and default is not None
-        ]
+        # a default of None follows another setting: the method has its full strength without
+        free = {key: search for key, (default, search) in known.items() if key not in fixed and default is not None}
+        space = [Dimension("optimizer", key, *search) for key, search in free.items() if search]
         if not known and "lr" not in fixed:
             space.append(Dimension("optimizer", "lr", 1e-4, 1e-1, "log"))
         if not optimizers.own_schedule(name):
@@ -126,26 +119,20 @@ class Submission:
         return {d.name: default(d) for d in self.dimensions}
 
 
+DECAY, EVERY = Dimension("average", "decay", 0.9, 0.999, "complement"), Dimension("average", "every", 1, 20, "log")
 EXTRAS = {
     # the classic two that AlgoPerf's targets are set by, beside AdamW and NAdamW; `sgd` is Nesterov's form
     "heavy_ball": Submission("heavy_ball", "sgd:nesterov=false"),
     # entries of AlgoPerf's first round: a schedule or an average on its baseline, NAdamW
     "cyclic": Submission("cyclic", "nadamw", "cyclic:cycles=2"),
-    "lawa_ema": Submission(
-        "lawa_ema", "nadamw", average="lawa_ema", extra=(Dimension("average", "decay", 0.9, 0.999, "complement"),)
-    ),
-    "lawa_queue": Submission(
-        "lawa_queue", "nadamw", average="lawa_queue", extra=(Dimension("average", "every", 1, 20, "log"),)
-    ),
+    "lawa_ema": Submission("lawa_ema", "nadamw", average="lawa_ema", extra=(DECAY,)),
+    "lawa_queue": Submission("lawa_queue", "nadamw", average="lawa_queue", extra=(EVERY,)),
 }
 
 
 def submission(word: str) -> Submission:
-    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed. Raises
+    UsageError: there is none."""
     if word in EXTRAS:
         return EXTRAS[word]
     name, _ = split(word)

@@ -6,13 +6,12 @@
     ./run.sh compare tune --optimizers my_optimizer.py:Mine                       one's own, into the same tables
     ./run.sh compare tune --report                                                tables, plots and tuned.json anew
 
-External ruleset, as AlgoPerf has it (Dahl et al. 2023, arXiv 2306.07179): a study is so many quasi-random trials of the space
-of a submission, the same points on every workload; --studies repeats that with other points. After the search, for the best
+As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is so many quasi-random trials of a submission's
+space, the same points on every workload; --studies repeats that with other points. After the search, for the best
 settings, come their neighbours (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
 set a workload's target are rerun at three quarters of its length: the target is the best median of these reruns. A submission
 that met a target on a machine or with code that AdamW was not trained on is timed beside AdamW, in a few short interleaved
 runs: only such steps compare.
-Self-tuning ruleset (--ruleset self): the registry's defaults, nothing searched, three times the length.
 
 A trial that diverged counts as the worst; one that was pruned keeps the loss it was pruned at. Every trial is a line of
 --out/<workload>/<optimizer>.csv and is never trained again. With --storage, an Optuna storage URL, several machines work on one
@@ -30,6 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import optuna
@@ -38,10 +38,9 @@ import tricks
 from config import resolve
 from engine import hardware
 from engine.command import Parser, command
-from engine.run_folder import lock
 from engine.spec import UsageError, nearest
 from lab import ledger, trials
-from lab.runner import Scheduler, at_least
+from lab.runner import Scheduler, alone_in, at_least
 from lab.trials import Arm, Trial
 from lab.tuning import tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission, values
@@ -50,7 +49,6 @@ from optimizers import OPTIMIZERS
 
 WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
 VALIDATIONS = 20  # of a run: how finely the time to a target is known
-SELF_LENGTH = 3  # budget of the self-tuning ruleset, times that of the external one
 TIMINGS, TIMED = 3, 0.25  # runs that time a step beside AdamW's, and their share of a workload's length
 SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
 CALIBRATED = 0.1  # of a workload's length: the run by which a plan knows what a trial takes
@@ -95,36 +93,30 @@ class Contest(Scheduler):
     """Everybody's trials on every workload: which there are, which are wanted, and what these train for."""
 
     def __init__(self, options: argparse.Namespace):
-        """
-        Raises:
-            UsageError: a damaged table, trials of another version of a space, or of another compute type than asked for.
-        """
+        """Raises UsageError: a damaged table, trials of another version of a space, or of another compute type than asked
+        for."""
         super().__init__()
         self.options, self.dtypes = options, compute_types(options)
         self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
         self.tables: dict[tuple[str, str], Table] = {}
-        for track in options.tracks:  # AdamW's too, which steps are compared with
-            for entry in {e.name: e for e in (submission("adamw"), *options.submissions)}.values():
-                table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
-                if any(row.space != entry.version for row in table.of("search")):
-                    raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
+        # AdamW's too, which steps are compared with
+        for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
+            table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
+            if any(row.space != entry.version for row in table.of("search")):
+                raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
         self.storage: optuna.storages.BaseStorage | None = None
         self.studies: dict[tuple[str, str, int], optuna.Study] = {}
         self.study_lock, self.not_begun = threading.Lock(), Counter()
-        self.targets = targets(options.out)
 
     # ---------------------------------------------------------------- what is to be trained
 
     def wanted(self, kind: str, track: str, entry: Submission) -> list[Job]:
-        """The trials of a submission on a workload: `search`, `self`, `target` (the best settings of the first study of those
-        that set targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs)."""
+        """The trials of a submission on a workload: `search`, `target` (the best settings of the first study of those that set
+        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs)."""
         options, table, steps = self.options, self.tables[track, entry.name], length(track)
         if kind == "search":
-            numbers = [(study, number) for study in range(options.studies) for number in range(options.trials)]
+            numbers = product(range(options.studies), range(options.trials))
             return [Job(kind, track, entry, study, number, 1000 * study + number, steps) for study, number in numbers]
-        if kind == "self":
-            steps, defaults = SELF_LENGTH * steps, entry.defaults()
-            return [Job(kind, track, entry, study, 0, study, steps, defaults) for study in range(options.studies)]
         if kind == "target":
             best = table.best(tuned.FIRST_STUDY) if entry.name in SETTERS else None
             study, steps = best and tuned.target_study(best), round(SHORT * steps)
@@ -136,33 +128,26 @@ class Contest(Scheduler):
 
     def all_wanted(self, kind: str) -> list[Job]:
         """Round by round, so that whoever stops early has given everyone the same number of trials."""
-        pairs = [(track, entry) for track in self.options.tracks for entry in self.options.submissions]
+        pairs = product(self.options.tracks, self.options.submissions)
         jobs = [job for track, entry in pairs for job in self.wanted(kind, track, entry)]
-        return sorted(jobs, key=lambda job: (job.study, job.number)) if kind in ("search", "self") else jobs
+        return sorted(jobs, key=lambda job: (job.study, job.number)) if kind == "search" else jobs
 
     def timings(self) -> list[Job]:
         """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. A time to target
         is steps times the cost of a step, in which machines, or one machine on two days, differ more than many submissions."""
-        jobs, adamw = [], submission("adamw")
-        for track, target in self.targets.items():
-            entries = self.options.submissions if track in self.options.tracks else ()
-            tables = {entry: self.tables[track, entry.name] for entry in entries}
-            beside = self.tables.get((track, adamw.name))
-            untimed = {e: table for e, table in tables.items() if table.meets(target) and not tuned.timed(table, beside)}
-            if not untimed:
-                continue
+        jobs, adamw, there = [], submission("adamw"), tuned.read_tables(self.options.out)
+        for track in self.options.tracks:
+            target, beside = tuned.target_of(there.get(track, {})), self.tables[track, adamw.name]
+            of = {entry: self.tables[track, entry.name] for entry in self.options.submissions if target}
+            untimed = {e: table for e, table in of.items() if table.meets(target["loss"]) and not tuned.timed(table, beside)}
             runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
             turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
-            for number in range(TIMINGS):
-                for entry, table in runs.items():
-                    settings = best.settings if (best := table.best()) else entry.defaults()
-                    jobs.append(Job("timing", track, entry, turn, number, 1000 * turn + number, steps, settings))
+            for number, (entry, table) in product(range(TIMINGS), runs.items() if untimed else ()):
+                settings = best.settings if (best := table.best()) else entry.defaults()
+                jobs.append(Job("timing", track, entry, turn, number, 1000 * turn + number, steps, settings))
         return jobs
 
     # ---------------------------------------------------------------- training
-
-    def train(self, jobs: list[Job], what: str) -> None:
-        self.run_through(what, jobs, self.ended, self.one, self.options.side_by_side)
 
     def ended(self, job: Job) -> bool:
         return self.tables[job.table].has(job.kind, job.study, job.number, job.steps)
@@ -189,7 +174,7 @@ class Contest(Scheduler):
             asked.study.tell(asked, state=FAILED)
         elif asked:
             asked.set_user_attr("row", ledger.cells(row))
-            asked.study.tell(asked, self.objective(job, row))
+            asked.study.tell(asked, row.val_loss)
         loss = f"{row.val_loss:.4f}" if row.status in ("ok", "pruned") else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
 
@@ -212,26 +197,17 @@ class Contest(Scheduler):
         told: set[int] = set()
 
         def go_on(trial: Trial) -> bool:
-            for step, loss in tuned.validations(trial.log()):
-                if step not in told:
-                    asked.report(loss, step)
-                    told.add(step)
+            new = [(step, loss) for step, loss in tuned.validations(trial.log()) if step not in told]
+            for step, loss in new:
+                asked.report(loss, step)
+            told.update(step for step, _ in new)
             return not (told and asked.should_prune())
 
         return go_on
 
-    def objective(self, job: Job, row: Row) -> float:
-        """What the search makes small: the final loss, or the time to the target (CPU seconds of training)."""
-        if self.options.objective == "loss" or row.status != "ok":
-            return row.val_loss
-        return tuned.steps_to(row, self.targets[job.track]) * row.seconds / row.steps
-
     def study(self, job: Job) -> optuna.Study:
         """The Optuna study of a job, holding the trials that the table has; and the table those that a shared storage has.
-
-        Raises:
-            UsageError: the storage cannot be read, or holds a study of another version of the space or compute type.
-        """
+        Raises UsageError: the storage cannot be read, or holds a study of another version of the space or compute type."""
         key = (*job.table, job.study)
         if key in self.studies:
             return self.studies[key]
@@ -239,16 +215,15 @@ class Contest(Scheduler):
         about = {"space": entry.version, "dtype": self.dtypes[job.track]}
         try:
             self.storage = self.storage or optuna.storages.get_storage(self.options.storage or None)
-            sampler = optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True)
-            pruner = PRUNERS[self.options.prune]()
-            study = optuna.create_study(
-                storage=self.storage, study_name=name, load_if_exists=True, sampler=sampler, pruner=pruner
-            )
+            tpe = optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True)
+            how = dict(sampler=tpe, pruner=PRUNERS[self.options.prune](), load_if_exists=True)
+            study = optuna.create_study(storage=self.storage, study_name=name, **how)
             differs = {what: value for what, value in study.user_attrs.items() if about.get(what, value) != value}
             there = study.get_trials(deepcopy=False)
         except Exception as error:  # a data base's own errors share no class
             raise UsageError(f"study {name} cannot be read from {self.options.storage}: {str(error).splitlines()[0]}") from None
-        for what, value in differs.items():
+        if differs:
+            what, value = differs.popitem()
             raise UsageError(f"study {name} is of {what} {value}, not {about[what]}: choose another --storage and --out")
         for what, value in about.items():
             study.set_user_attr(what, value)
@@ -259,31 +234,25 @@ class Contest(Scheduler):
         space = {d.name: d for d in entry.dimensions}
         for row in table.of("search", job.study):
             if row.number not in known and row.status != "crashed":
-                trial = optuna.trial.create_trial(
-                    params={name: d.searched(row.settings[name]) for name, d in space.items()},
-                    distributions={name: d.distribution for name, d in space.items()},
-                    value=self.objective(job, row),
-                    intermediate_values=dict(row.losses),
-                    user_attrs={"number": row.number, "row": ledger.cells(row)},
-                )
-                study.add_trial(trial)
+                params = {name: d.searched(row.settings[name]) for name, d in space.items()}
+                about = dict(params=params, distributions={name: d.distribution for name, d in space.items()})
+                about |= dict(value=row.val_loss, intermediate_values=dict(row.losses))
+                attributes = {"number": row.number, "row": ledger.cells(row)}
+                study.add_trial(optuna.trial.create_trial(**about, user_attrs=attributes))
         self.studies[key] = study
         return study
 
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
-        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW.
-
-        Raises:
-            UsageError: that run crashed.
-        """
+        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW. Raises
+        UsageError: that run crashed."""
         walls = [row.wall for entry in self.options.submissions for row in self.tables[track, entry.name].of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
-        adamw, steps, seed = submission("adamw"), length(track), time.time_ns()  # that no run has had: it must be trained
-        part = max(2, round(CALIBRATED * steps))
-        trial = Job("plan", track, adamw, 0, 0, seed, part).trial(adamw.defaults(), self.dtypes[track])
+        adamw, steps = submission("adamw"), length(track)
+        part, new_seed = max(2, round(CALIBRATED * steps)), time.time_ns()  # which no run has had, so that this one trains
+        trial = Job("plan", track, adamw, 0, 0, new_seed, part).trial(adamw.defaults(), self.dtypes[track])
         print(f"plan: timing {track}", flush=True)
         begun = time.monotonic()
         outcome = trials.train(trial, threads=self.options.threads)
@@ -301,8 +270,6 @@ class Contest(Scheduler):
         def count(kind: str) -> int:
             return sum(not self.ended(job) for job in self.wanted(kind, track, entry))
 
-        if options.ruleset == "self":
-            return SELF_LENGTH * count("self")
         if searching := count("search"):
             left = searching + 4 * options.neighbours + SHORT * options.target_seeds * (entry.name in SETTERS)
         else:
@@ -312,11 +279,8 @@ class Contest(Scheduler):
         return left if timed else left + 2 * TIMINGS * TIMED
 
     def plan(self) -> None:
-        """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all.
-
-        Raises:
-            UsageError: not even one trial for everyone fits.
-        """
+        """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all. Raises
+        UsageError: not even one trial for everyone fits."""
         options = self.options
         each = {track: self.seconds_of_a_trial(track) for track in options.tracks}
 
@@ -328,52 +292,33 @@ class Contest(Scheduler):
             if options.trials == 1:
                 raise UsageError(f"--machine-hours {options.machine_hours:g}: one trial for everyone takes {needed:.1f} hours")
             options.trials -= 1
-        kind = (
-            "runs of the defaults" if options.ruleset == "self" else f"studies of {options.trials} trials ({options.sampler})"
-        )
-        print(f"plan: {len(options.submissions)} submissions, {options.studies} {kind} each, {options.side_by_side} at a time")
+        kind = f"studies of {options.trials} trials ({options.sampler}) each"
+        print(f"plan: {len(options.submissions)} submissions, {options.studies} {kind}, {options.side_by_side} at a time")
         for track, spent in hours().items():
             print(f"  {track:14} {length(track):6,} steps  about {each[track]:4.0f} s a trial  {spent:5.2f} hours")
         print(f"  together about {sum(hours().values()):.1f} hours of this machine, beside what is there", flush=True)
 
     def run(self) -> None:
         """Plan, then train all that is wanted and not there."""
-        options = self.options
         self.plan()
-        missing = [track for track in options.tracks if track not in self.targets]
-        if options.objective == "time" and missing:
-            raise UsageError(
-                f"--objective time: {missing[0]} has no target yet: tune {', '.join(SETTERS)} on it with --objective loss first"
-            )
-        for kind in ("self",) if options.ruleset == "self" else ("search", "target", "neighbour"):
-            self.train(self.all_wanted(kind), kind)
-        if options.ruleset != "self":
-            self.targets = targets(options.out)
-            self.train(self.timings(), "timing")
+        for kind in ("search", "target", "neighbour"):
+            self.run_through(kind, self.all_wanted(kind), self.ended, self.one, self.options.side_by_side)
+        self.run_through("timing", self.timings(), self.ended, self.one, self.options.side_by_side)
         if late := self.not_begun["late"]:
             print(f"the hours are over: {late} trials were not begun; the same command continues", flush=True)
         if elsewhere := self.not_begun["elsewhere"]:
             print(f"{elsewhere} trials are on other machines: the same command takes them over once they have ended")
 
 
-def targets(folder: Path) -> dict[str, float]:
-    """workload -> target, where it is set."""
-    found = {track: tuned.target_of(tables) for track, tables in tuned.read_tables(folder).items()}
-    return {track: target["loss"] for track, target in found.items() if target}
-
-
 def compute_types(options: argparse.Namespace) -> dict[str, str]:
-    """Workload -> the compute type of its trials, those of all submissions that are there and those to come.
-
-    Raises:
-        UsageError: --dtype is not that of the trials that are there, or this machine lacks it.
-    """
+    """Workload -> the compute type of its trials, those of all submissions that are there and those to come. Raises UsageError:
+    --dtype is not that of the trials that are there, or this machine lacks it."""
     types, there, device = {}, tuned.read_tables(options.out), hardware.pick_device("auto")
     for track in options.tracks:
         kept = tuned.dtype_of(there.get(track, {}))
         if kept and options.dtype not in ("auto", kept):
-            where = f"the trials of {track} in {options.out}"
-            raise UsageError(f"--dtype {options.dtype}: {where} are in {kept}: choose another --out")
+            where = f"the trials of {track} in {options.out} are in {kept}"
+            raise UsageError(f"--dtype {options.dtype}: {where}: choose another --out")
         dtype, _ = hardware.pick_dtype(kept or options.dtype, device)
         types[track] = trials.DTYPES[str(dtype).removeprefix("torch.")]
     return types
@@ -383,9 +328,8 @@ def compute_types(options: argparse.Namespace) -> dict[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(
-        prog="compare.py tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(prog="compare.py tune", description=__doc__, **how)
     add, cores = made.add_argument, os.cpu_count() or 1
     entries = f"registered optimizers, {', '.join(EXTRAS)}, one's own path.py:Class, or all; keys given stay fixed"
     add("--optimizers", nargs="+", default=[], metavar="SPEC", help=entries)
@@ -393,9 +337,7 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=5, help="of each study (default: 5)")
     add("--studies", type=int, default=1, help="of each submission and workload (default: 1; AlgoPerf: 3)")
     add("--sampler", choices=("halton", "tpe"), default="halton", help="default: halton, quasi-random")
-    add("--objective", choices=("loss", "time"), default="loss", help="final validation loss, or time to the target")
     add("--prune", choices=PRUNERS, default="none", help="end hopeless trials early (default: none)")
-    add("--ruleset", choices=("external", "self"), default="external", help="self: defaults, nothing tuned, 3 x the length")
     add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
     dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"
@@ -410,10 +352,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """
-    Raises:
-        UsageError: an unknown submission or workload, or a value out of range.
-    """
+    """Raises UsageError: an unknown submission or workload, or a value out of range."""
     options = parser().parse_args(argv)
     at_least(options, trials=1, studies=1, side_by_side=1, target_seeds=1)
     if options.machine_hours < 0:
@@ -440,11 +379,7 @@ def run(argv: list[str]) -> str:
         Contest(options).plan()
         return ""
     if not options.report:
-        held = lock(options.out)
-        try:
-            Contest(options).run()
-        finally:
-            held.release()
+        alone_in(options.out, lambda: Contest(options).run())
     return tuned.report(options.out)
 
 

@@ -32,8 +32,7 @@ from optimizers import OPTIMIZERS
 
 FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
-# Not in the tables: tuned when its two switches were not searched, it made the other's trials, loss for loss.
-SAME_TRIALS = {"generalized_adam": "nadamw"}
+CHANGES = ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")  # of the best settings, one at a time
 
 
 def plain(name: str) -> str:
@@ -45,7 +44,7 @@ def plain(name: str) -> str:
 class Row:
     """One trial that has ended, a line of a workload's table of a submission."""
 
-    kind: str  # search, neighbour, target, timing or self
+    kind: str  # search, neighbour, target or timing
     study: int
     number: int
     seed: int
@@ -76,12 +75,9 @@ class Row:
             wall = max(wall, result["train_time"])
         elif outcome.error == PRUNED:
             status, loss = PRUNED, losses[-1][1] if losses else math.inf
-        return cls(
-            **about,
-            **dict(seed=trial.seed, steps=trial.steps, status=status, val_loss=float(f"{loss:.6g}"), losses=losses),
-            **dict(seconds=round(seconds, 2), wall=round(wall, 1), machine=env.get("cpu", "")),
-            **dict(dtype=DTYPES.get(env.get("dtype"), ""), source=env.get("source_sha256", "")[:12]),
-        )
+        about |= dict(seed=trial.seed, steps=trial.steps, status=status, val_loss=float(f"{loss:.6g}"), losses=losses)
+        about |= dict(seconds=round(seconds, 2), wall=round(wall, 1), machine=env.get("cpu", ""))
+        return cls(**about, dtype=DTYPES.get(env.get("dtype"), ""), source=env.get("source_sha256", "")[:12])
 
 
 def validations(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -123,10 +119,10 @@ class Table(Ledger):
 
     def neighbours(self) -> dict[str, Row]:
         """What was changed -> the run of the best settings with that off, same seed; a diverged one has the loss inf."""
-        best = self.best()
-        runs = [row for row in self.of("neighbour") if best and row.seed == best.seed]
-        off = neighbours(best.settings) if best else {}
-        return {name: row for name, settings in off.items() for row in runs if row.settings == settings}
+        if (best := self.best()) is None:
+            return {}
+        runs = [row for row in self.of("neighbour") if row.seed == best.seed]
+        return {name: row for name, off in neighbours(best.settings).items() for row in runs if row.settings == off}
 
     def sensitivity(self) -> dict[str, float]:
         """What was changed -> how much the final loss rose above the best."""
@@ -163,27 +159,17 @@ def dtype_of(tables: Tables) -> str:
 def neighbours(settings: dict[str, float]) -> dict[str, dict[str, float]]:
     """What is changed -> the settings with that one off."""
     warmup = next((key for key in ("warmup", "schedule_warmup") if key in settings), "")
-    changes = {"lr / 2": ("lr", 0.5), "lr x 2": ("lr", 2.0), "no weight decay": ("weight_decay", 0.0)}
-    changes |= {"half the warm-up": (warmup, 0.5)}
-    return {
-        name: settings | {key: float(f"{settings[key] * factor:g}")}
-        for name, (key, factor) in changes.items()
-        if settings.get(key)
-    }
+    changes = zip(CHANGES, ("lr", "lr", "weight_decay", warmup), (0.5, 2.0, 0.0, 0.5), strict=True)
+    return {name: settings | {key: float(f"{settings[key] * by:g}")} for name, key, by in changes if settings.get(key)}
 
 
 def beaten(tables: Iterable[Table]) -> list[str]:
     """How many of the best settings have a neighbour that ends lower, and by how much: what a study has left to be found."""
     rises = [list(rise.values()) for table in tables if (rise := table.sensitivity())]
-    if not rises:
-        return []
     lower = [max(0.0, -min(rise)) for rise in rises]
     counts = ", ".join(f"{sum(gain > least for gain in lower)} by more than {least:g}" for least in (0.001, 0.01, 0.04))
-    return [
-        "",
-        f"Of {len(rises)} best settings with neighbours ({sum(map(len, rises))} trials) so many have one that ends lower, in "
-        f"nats: {counts}, at most by {max(lower):.2f}.",
-    ]
+    there = f"Of {len(rises)} best settings with neighbours ({sum(map(len, rises))} trials) so many have one"
+    return ["", f"{there} that ends lower, in nats: {counts}, at most by {max(lower):.2f}."] if rises else []
 
 
 def steps_to(row: Row, target: float) -> float:
@@ -220,15 +206,12 @@ def step_seconds(tables: Tables) -> dict[str, float]:
             if row.status == "ok" and row.seconds:
                 turn = row.study if row.kind == "timing" else None
                 seconds[row.machine, row.source, turn][name].append(row.seconds / row.steps)
-    typical = {
-        session: {name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()}
-        for session, of in seconds.items()
-    }
-    sessions = {session: len(of["adamw"]) for session, of in seconds.items() if "adamw" in of}
+    sessions = [of for of in seconds.values() if "adamw" in of]
     if not sessions:
         return {}
-    adamw = typical[max(sessions, key=sessions.get)]["adamw"]
-    ratios = {name: [typical[s][name] / typical[s]["adamw"] for s in sessions if name in typical[s]] for name in tables}
+    low = [{name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()} for of in sessions]
+    adamw = low[max(range(len(sessions)), key=lambda i: len(sessions[i]["adamw"]))]["adamw"]
+    ratios = {name: [of[name] / of["adamw"] for of in low if name in of] for name in tables}
     return {name: adamw * statistics.geometric_mean(each) for name, each in ratios.items() if each}
 
 
@@ -265,14 +248,13 @@ def scored(times: score.Studies) -> tuple[score.Studies, dict[str, Any]] | None:
 def winners(tables: dict[str, Tables]) -> dict[str, dict[str, dict[str, Any]]]:
     """workload -> registered optimizer -> its best settings, as words of the command line, and how good they were: what the
     trainer takes as the optimizer's defaults on that track (tricks.tuned)."""
-    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for track, of in tables.items():
         for name, table in of.items():
             if name in OPTIMIZERS and (best := table.best()):
                 flags = submission(name).flags(best.settings)
                 words = {flag.removeprefix("--"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
-                about = {"val_loss": best.val_loss, "trials": len(table.of("search"))}
-                chosen.setdefault(track, {})[name] = words | about
+                chosen[track][name] = words | {"val_loss": best.val_loss, "trials": len(table.of("search"))}
     return chosen
 
 
@@ -289,7 +271,6 @@ tried, say how much the final loss rises with that setting changed, one seed eac
 half and twice their rate.
 """
 HEAD = ["submission", "trials", "diverged", "best loss", "median loss", "steps to target", "step, x AdamW", "CPU s of training"]
-CHANGES = ["lr / 2", "lr x 2", "no weight decay", "half the warm-up"]
 
 
 def words(value: float) -> str:
@@ -297,7 +278,7 @@ def words(value: float) -> str:
 
 
 def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] | None, cost: dict[str, float]) -> list[str]:
-    search, best, untuned, rise = table.of("search"), table.best(), table.of("self"), table.sensitivity()
+    search, best, rise = table.of("search"), table.best(), table.sensitivity()
     steps = statistics.median(table.steps_of_studies(target["loss"])) if search and target else math.inf
     return [
         *(f"[`{name}`]({track}/{name}.csv)", str(len(search)), str(sum(r.status == "diverged" for r in search))),
@@ -306,7 +287,6 @@ def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] |
         f"{steps:,g}" if math.isfinite(steps) else "missed" if target else "-",
         f"{cost[name] / cost['adamw']:.2f}" if name in cost else "-",
         f"{sum(r.seconds for r in search):,.0f}",
-        words(statistics.median(r.val_loss for r in untuned)) if untuned else "-",
         *(f"{rise[change]:+.4f}" if change in rise else "-" for change in CHANGES),
         "`" + " ".join(f"{k}={v:g}" for k, v in best.settings.items()) + "`" if best else "-",
     ]
@@ -317,25 +297,21 @@ def workload_table(track: str, tables: Tables) -> str:
     target, cost = target_of(tables), step_seconds(tables)
     about = "No target yet: none of those that set it has been rerun."
     if target:
-        about = (
-            f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {target['runs']} reruns of the best settings "
-            f"of its first study, at {target['steps']} steps."
-        )
+        reruns = f"{target['runs']} reruns of the best settings of its first study, at {target['steps']} steps"
+        about = f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {reruns}."
     if dtype := dtype_of(tables):  # none where every trial crashed at once
         about += f" All trials in {dtype}."
-    shown = sorted((table.typical(), name) for name, table in tables.items() if table.of("search") or table.of("self"))
+    shown = sorted((table.typical(), name) for name, table in tables.items() if table.of("search"))
     rows = [workload_cells(track, name, tables[name], target, cost) for _, name in shown]
-    head = [*HEAD, "defaults, 3 x the steps", *CHANGES, "best settings"]
-    kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]  # a column that nobody has says nothing
-    return f"## `{track}`\n\n{about}\n\n" + markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    columns = zip([*HEAD, *CHANGES, "best settings"], *rows)
+    columns = [column for column in columns if set(column[1:]) != {"-"}]  # a column that nobody has says nothing
+    head, *rows = zip(*columns)
+    return f"## `{track}`\n\n{about}\n\n" + markdown_table(head, rows)
 
 
 def report(folder: Path) -> str:
-    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them.
-
-    Raises:
-        UsageError: there is no table, or no trial that ended well, or a workload's trials are of two compute types.
-    """
+    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them. Raises
+    UsageError: there is no table, or no trial that ended well, or a workload's trials are of two compute types."""
     tables = read_tables(folder)
     every = [table for of in tables.values() for table in of.values()]
     if not every:
@@ -368,20 +344,10 @@ def score_section(folder: Path, tables: dict[str, Tables], times: score.Studies)
         command += f" --reference {summary['reference']}" if summary["reference"] else ""
         lines = ["## Score", "", f"Over {', '.join(summary['workloads'])}: `{command}`", "", score.score_table(summary)]
         lines += ["", "![profiles](profile.png)"]
-    there = {name for of in tables.values() for name in of}
-    for name, other in SAME_TRIALS.items():
-        if other in there and name not in there:
-            why = f"its two switches were not searched, and its trials were `{other}`'s, loss for loss"
-            lines += ["", f"`{name}` is not counted: {why}."]
-    untimed = [
-        f"`{name}` on {track}"
-        for track, of in tables.items()
-        for name, table in of.items()
-        if target_of(of) and table.studies() and (name, track) not in times
-    ]
-    if untimed:
-        lines += ["", "Not scored, since their steps were not timed beside AdamW's (`compare tune` of them does so): "]
-        lines[-1] += f"{', '.join(untimed)}."
+    every = ((track, name) for track, of in tables.items() if target_of(of) for name, table in of.items() if table.studies())
+    if untimed := ", ".join(f"`{name}` on {track}" for track, name in every if (name, track) not in times):
+        why = "since their steps were not timed beside AdamW's (`compare tune` of them does so)"
+        lines += ["", f"Not scored, {why}: {untimed}."]
     return lines
 
 

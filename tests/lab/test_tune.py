@@ -265,29 +265,6 @@ def test_pruned_and_diverged_trials_are_kept_and_never_win(fake, tmp_path, capsy
     assert len(lion) == 2 and all("| diverged |" in line for line in lion)
 
 
-def test_the_self_tuning_ruleset_runs_the_defaults_three_times_as_long(fake, tmp_path):
-    assert call(tmp_path, "--optimizers", "adamw", "adam", "--ruleset", "self", "--studies", "2") == 0
-    assert [t[1] for t in fake.trained] == [120] * 8
-    rows = table(tmp_path, "adam").of("self")
-    assert len(rows) == 2 and rows[0].settings["lr"] == optimizers.OPTIMIZERS["adam"].lr
-    (line,) = [x for x in (tmp_path / "out" / "README.md").read_text().splitlines() if "(wiki/adam.csv)" in x]
-    assert f"| {statistics.median(r.val_loss for r in rows):.4f} |" in line
-
-
-def test_time_to_the_target_as_the_objective(fake, tmp_path, capsys):
-    words = ("--optimizers", "adamw", "--trials", "2", "--no-neighbours", "--target-seeds", "1")
-    assert call(tmp_path, *words, "--objective", "time") == 2
-    assert "has no target yet" in capsys.readouterr().err
-    assert call(tmp_path, *words) == 0
-    url = f"sqlite:///{tmp_path / 'studies.db'}"
-    assert call(tmp_path, *words, "--objective", "time", "--trials", "3", "--storage", url) == 0
-    study = optuna.load_study(study_name="wiki/adamw/0", storage=url)
-    target = tune.targets(tmp_path / "out")["wiki"]
-    row = table(tmp_path, "adamw").of("search")[2]
-    steps = tuned.steps_to(row, target)
-    assert study.trials[-1].value == pytest.approx(steps * 0.02)
-
-
 def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
     words = ("--optimizers", "adamw", "muon", "--no-neighbours", "--target-seeds", "1")
     assert call(tmp_path, *words, "--plan", "--trials", "7") == 0
@@ -319,7 +296,6 @@ def test_the_plan_counts_only_what_is_not_there(fake, tmp_path, capsys):
     assert hours("--trials", "3") == [2 * 4 * 1.5] * 2
     assert hours("--trials", "5", "--no-neighbours") == near(1.5 * (2 * 2 + 0.75))  # targets may be others then
     assert hours("--trials", "3", "--studies", "2", "--no-neighbours", "--machine-hours", "30") == near(1.5 * (2 * 3 + 0.75))
-    assert hours("--ruleset", "self") == [1.5 * 2 * 3] * 2
 
 
 def test_bad_words_are_one_line(fake, tmp_path, capsys):
@@ -470,7 +446,7 @@ def test_a_step_is_not_cheaper_for_who_has_more_trials(tmp_path):
 def test_columns_that_nobody_has_are_left_out(tmp_path):
     found = made(tmp_path, "adamw", row())
     head = tuned.workload_table("wiki", {"adamw": found}).splitlines()[4]
-    assert "best loss" in head and "lr / 2" not in head and "defaults" not in head
+    assert "best loss" in head and "lr / 2" not in head
     found = made(tmp_path, "adamw", row("neighbour", settings=tuned.neighbours(row().settings)["lr / 2"]))
     head = tuned.workload_table("wiki", {"adamw": found, "sgd": made(tmp_path, "sgd", row())}).splitlines()[4]
     assert "lr / 2" in head and "lr x 2" not in head
