@@ -126,7 +126,7 @@ CUDA_SAYS = (
 @pytest.mark.parametrize(
     ("flags", "way"),
     [
-        ([], "micro-batches have 1024 tokens; try --micro-batch-tokens 512 or --checkpoint-activations"),
+        ([], "micro-batches have 256 tokens; try --micro-batch-tokens 128 or --checkpoint-activations"),
         (["--micro-batch-tokens", "64"], "micro-batches have 64 tokens; try --checkpoint-activations"),
         (["--micro-batch-tokens", "64", "--checkpoint-activations"], "try more GPUs, or an optimizer with less state"),
     ],
@@ -136,7 +136,7 @@ def test_out_of_memory_is_a_line_with_a_way_out(flags, way, train, monkeypatch, 
 
     def full(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) > 3 * (1024 // (64 if flags else 1024)):
+        if len(calls) > 3 * (256 // (64 if flags else 256)):
             raise torch.OutOfMemoryError(CUDA_SAYS)
         return forward(self, *args, **kwargs)
 
