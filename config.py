@@ -52,6 +52,7 @@ class Config:
     val_tokens: int = setting(262144, "validation tokens, fixed per track", least=1)
     val_spread: bool = setting(True, "validate on sequences spread over the whole split; otherwise on its beginning")
     loss_tokens: int = setting(0, "loss on the last so many targets of each sequence alone; 0: on all")
+    val_also: str = setting("", "also validate once, at the end: tail (the last fourth of each sequence), other corpora")
     val_every: int = setting(0, "steps between validations; 0: five times a run. The last step is always validated")
     target_loss: float = setting(0.0, "validation loss to reach, nats per token; 0: none")
     stop_at_target: bool = setting(False, "stop at the first validation that meets the target")

@@ -459,6 +459,22 @@ class Training:
             progress.reached = {"steps": progress.step, "time": seconds}
             self.run_folder.event("target", step=progress.step, loss=loss, target_loss=config.target_loss, train_time=seconds)
 
+    def validate_also(self) -> dict[str, float]:
+        """Losses in nats per token by the words of --val-also, on a fourth as many tokens as --val-tokens; a corpus that is not
+        prepared here is left out."""
+        config, T, losses = self.config, self.model_config.sequence_length, {}
+        for word in filter(None, config.val_also.split(",")):
+            corpus, last = (config.corpus, T // 4) if word == "tail" else (word, 0)
+            try:
+                dataset = Dataset(dataset_folder(config.data_root, corpus, config.tokenizer), "val", last)
+                starts = validation_starts(dataset, T, max(T, config.val_tokens // 4), True)
+            except UsageError as error:
+                self.run_folder.event("note", f"--val-also {word} is left out: {error}")
+                continue
+            with self.evaluated():
+                losses[word] = validate(self.gpt, dataset, starts, T, self.micro, self.world)
+        return losses
+
     def log_step(self, loss: float, norm: float, step_time: float) -> None:
         step, lr, seconds = self.progress.step, self.optimizer.param_groups[0]["lr"], self.clock.train_time
         about = dict(step=step, tokens=self.tokens, loss=loss, lr=lr, grad_norm=norm, step_time=step_time)
@@ -516,6 +532,7 @@ class Training:
             "steps": progress.step,
             "tokens": tokens,
             "val_loss": progress.last_val if status != "diverged" else None,
+            "val_also": self.validate_also() if status != "diverged" else {},
             "target_loss": config.target_loss or None,
             "target_reached": bool(progress.reached) and status != "diverged",
             "time_to_target": reached["time"],

@@ -346,7 +346,8 @@ TRACKS: dict[str, Track] = {
         summary="bytes of State of the Union addresses on a laptop: baseline in about 10 minutes",
         settings=BYTES
         | dict(corpus="sotu", sequence_length=256, layers=4, heads=4, width=256, batch_tokens=4096, val_tokens=262144)
-        | dict(val_spread=True, steps=2400, clip=1.0, optimizer="adamw:lr=2e-3", schedule="cosine:warmup=100"),
+        | dict(val_spread=True, val_also="tail,wiki")
+        | dict(steps=2400, clip=1.0, optimizer="adamw:lr=2e-3", schedule="cosine:warmup=100"),
         target_loss=1.13,
         target_source="see records/README.md",
         recipes={"baseline": (), "record": ("modern", "muon", "compile")},

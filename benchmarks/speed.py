@@ -139,6 +139,35 @@ def large_pages() -> None:
         print(f"| `{track}` | {' | '.join(ratio(small, large) for small, large in columns)} |", flush=True)
 
 
+WAITING = {  # how the threads of a parallel region wait for the next one: environment of libgomp
+    "libgomp's own": {},
+    "30,000 spins": {"GOMP_SPINCOUNT": "30000"},
+    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
+    "3,000 spins": {"GOMP_SPINCOUNT": "3000"},
+    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
+    "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+
+
+def waiting_threads() -> None:
+    """Training on a quiet machine and beside one process that computes, by how threads wait; interleaved."""
+    words = [*FLAGS, "--tricks", "modern,muon", "--steps", "12"]
+    times: dict[tuple[str, bool], list[float]] = {(what, busy): [] for what in WAITING for busy in (False, True)}
+    for _ in range(3):
+        for what, busy in times:
+            beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+            try:
+                times[what, busy].append(trained(words, **WAITING[what])["train_time"])
+            finally:
+                if beside:
+                    beside.kill()
+    print("\n| threads wait | quiet, s | x libgomp's own | beside a busy process, s | x libgomp's own |\n|---|---|---|---|---|")
+    usual = next(iter(WAITING))
+    for what in WAITING:
+        cells = [f"{statistics.median(t := times[what, busy]):.1f} | {ratio(t, times[usual, busy])}" for busy in (False, True)]
+        print(f"| {what} | {' | '.join(cells)} |", flush=True)
+
+
 def start_up() -> None:
     """Seconds from the command to the first validation, after one step: what a user waits for."""
     print("\n| command to the end of its first step, data ready | seconds: median (smallest-largest) |\n|---|---|")
@@ -157,7 +186,10 @@ def start_up() -> None:
         print(f"| `record`, {what} | {seconds[1]:.1f} ({seconds[0]:.1f}-{seconds[2]:.1f}) |", flush=True)
 
 
-PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_transformers, record_mfu, ranks, large_pages, start_up)}
+PARTS = {
+    f.__name__.replace("_", "-"): f
+    for f in (ours_against_transformers, record_mfu, ranks, large_pages, waiting_threads, start_up)
+}
 
 
 def main(names: list[str]) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 # Settings that do not change what is computed: left out of the run's hash.
 PRESENTATION = (
     "out", "resume", "branch", "data_root", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "check_ranks",
-    "timeout", "wandb", "tensorboard",
+    "timeout", "wandb", "tensorboard", "val_also",
 )  # fmt: skip
 
 

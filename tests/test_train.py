@@ -330,6 +330,26 @@ def test_validation_is_the_mean_over_sequences(sotu):
     assert train_gpt.validate(gpt, val, starts, 64, 4, world) == pytest.approx(sum(each) / 9, rel=1e-6)
 
 
+def test_other_text_and_the_ends_of_sequences_are_validated_once(train, tmp_path, capsys):
+    """Each by itself is what validation on that text, or on the last targets alone, says."""
+    root, generator = tmp_path / "data", torch.Generator().manual_seed(0)
+    for name in ("mine", "other"):
+        document = torch.randint(65, 91, (4096,), generator=generator).numpy().astype("uint16")
+        splits = {s: write(root / f"{name}-bytes", name, s, [document], 0) for s in ("train", "val")}
+        write_manifest(root / f"{name}-bytes", {"corpus": name, "tokenizer": "bytes", "splits": splits})
+    flags = ("--corpus", "mine", "--data-root", str(root), "--steps", "3", "--val-tokens", "1024")
+    folder = train(*flags, "--val-also", "tail,other,nowhere")
+    assert "--val-also nowhere is left out" in capsys.readouterr().out
+    also, gpt = result(folder)["val_also"], train_gpt.GPT(resolve(["--track", "tiny"])[1])
+    gpt.load_state_dict(stored(folder)[0])
+    for word, corpus, last in (("tail", "mine", 16), ("other", "other", 0)):
+        tokens, targets = (dataset := Dataset(root / f"{corpus}-bytes", "val", last)).batch(
+            validation_starts(dataset, 64, 256, True), 64
+        )
+        assert also[word] == pytest.approx(gpt(tokens, targets).item(), rel=1e-5)
+    assert also.keys() == {"tail", "other"} and also["tail"] != result(folder)["val_loss"]
+
+
 def test_log_and_result_agree(train):
     folder = train("--steps", "10", "--target-loss", "4.6", "--val-every", "2")
     steps, vals, end = events(folder, "train"), events(folder, "val"), result(folder)
@@ -484,7 +504,9 @@ def test_repeating_data_is_said(train, capsys, tmp_path):
     document = torch.randint(1, 256, (40 * 64,)).numpy().astype("uint16")
     splits = {s: write(root / "mine-bytes", "mine", s, [document], 0) for s in ("train", "val")}
     write_manifest(root / "mine-bytes", {"corpus": "mine", "tokenizer": "bytes", "splits": splits})
-    folder = train("--corpus", "mine", "--data-root", str(root), "--val-tokens", "640", "--batch-tokens", "1024", "--steps", "6")
+    folder = train(
+        "--corpus", "mine", "--data-root", str(root), "--val-tokens", "640", "--batch-tokens", "1024", "--steps", "6"
+    )
     assert [(e["step"], e["epoch"]) for e in events(folder, "epoch")] == [(3, 1), (5, 2)]
     assert "all data seen 1 times" in capsys.readouterr().out
 

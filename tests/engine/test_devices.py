@@ -77,7 +77,9 @@ def test_without_nccl_ranks_take_gloo(there, backend, gpus, monkeypatch):
 
 def lacks(cards: list[str], **given) -> list[str]:
     """What the greeting of two CUDA ranks in bf16 says that they lack."""
-    settings = dict(compile=True, kernels="auto", batch_tokens=1024, batch_stages=(1,), steps=1, corpus="sotu", optimizer="muon")
+    settings = dict(
+        compile=True, kernels="auto", batch_tokens=1024, batch_stages=(1,), steps=1, corpus="sotu", optimizer="muon"
+    )
     own = dict(
         world=SimpleNamespace(device=torch.device("cuda", 0), size=2), config=SimpleNamespace(**settings), compiled=True,
         dtype=torch.bfloat16, dtype_reason="native here", gpt=torch.nn.Linear(1, 1), head_note="",

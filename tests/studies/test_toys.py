@@ -41,7 +41,9 @@ def test_the_valley_is_descended(name):
 
 @pytest.mark.slow
 def test_a_constant_step_stalls_at_its_noise_floor_and_a_falling_one_does_not():
-    ends = [toys.noise_gaps(rate, falls, seed=0, steps=1500)[-375:] for rate, falls in ((0.1, False), (0.01, False), (0.1, True))]
+    ends = [
+        toys.noise_gaps(rate, falls, seed=0, steps=1500)[-375:] for rate, falls in ((0.1, False), (0.01, False), (0.1, True))
+    ]
     large, small, falling = (sum(gaps) / 375 for gaps in ends)
     assert 0.02 < large < 0.1
     assert 5 < large / small < 20  # the floor is proportional to the step
