@@ -31,8 +31,7 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     path, passed = checkpoint.newest(run / "checkpoints")
     if path is None:
         raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
-    fields = {f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}
-    gpt = GPT(ModelConfig(**fields))
+    gpt = GPT(ModelConfig(**{f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}))
     checkpoint.load_weights(gpt, path)
     gpt.see(Course(SimpleNamespace(**config)).at(max(0, checkpoint.step_of(path) - 1)).windows)
     return gpt.eval(), config
@@ -40,12 +39,8 @@ def load_model(run: Path) -> tuple[GPT, dict]:
 
 @torch.no_grad()
 def generate(gpt: GPT, tokens: list[int], count: int, temperature: float, top_k: int, seed: int) -> list[int]:
-    """`tokens` continued by `count` sampled ones; the context is the last `sequence_length` of them.
-
-    Args:
-        temperature: 0 takes the likeliest token.
-        top_k: sample among this many likeliest; 0: all.
-    """
+    """`tokens` continued by `count` sampled ones; the context is the last `sequence_length` of them. At temperature 0 the
+    likeliest token is taken. top_k: sample among so many likeliest; 0: all."""
     generator = torch.Generator().manual_seed(seed)
     tokens = list(tokens)
     for _ in range(count):

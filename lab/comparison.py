@@ -24,15 +24,9 @@ from lab import stats
 from lab.ledger import Row, compute_type, turns_apart
 from lab.markdown import table
 
-COSTS = {  # column of trials.csv -> words; peak memory is no cost of a step
-    "train_time": "wall-clock",
-    "robust_train_time": "robust time",
-    "process_time": "CPU time",
-    "steps": "steps",
-    "tokens": "tokens",
-    "flops": "FLOPs",
-    "peak_memory": "peak memory",
-}
+# Column of trials.csv -> words; peak memory is no cost of a step.
+COSTS = {"train_time": "wall-clock", "robust_train_time": "robust time", "process_time": "CPU time"}
+COSTS |= {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "peak_memory": "peak memory"}
 ALPHA = 0.01  # of a claim: the speedrun's rule
 LEVEL = 0.95  # of every interval
 
@@ -210,10 +204,9 @@ def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
 def verdict_lines(summary: dict[str, Any]) -> list[str]:
     """One of each ratio, then one of each turn whose times are not to be compared."""
     by_name = {arm["name"]: arm for arm in summary["arms"]}
-    return [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]] + [
-        f"pair {turn['pair']} lies {turn['hours']:.1f} hours apart, too far for its times: the same command trains it again"
-        for turn in summary.get("apart", ())
-    ]
+    lines = [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]]
+    why = "too far for its times: the same command trains it again"
+    return lines + [f"pair {t['pair']} lies {t['hours']:.1f} hours apart, {why}" for t in summary.get("apart", ())]
 
 
 ARM_HEAD = ["arm", "horizon, steps", "confirmed at", "loss, mean (sd)", "p against the target", "time, s"]

@@ -75,10 +75,8 @@ def optimizer_tables() -> dict[str, str]:
     for name, cls in optimizers.OPTIMIZERS.items():
         ratio = next((f"{row['ratio']:.2g}" for row in steps.get(name, []) if row["what"] == "ours"), "-")
         rows.append((f"`{name}`", rule(cls), f"{cls.state_per_parameter:g}", ratio, source(cls)))
-    return {
-        "optimizers": table(("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source"), rows),
-        "averages": settable("average", optimizers.AVERAGES),
-    }
+    head = ("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source")
+    return {"optimizers": table(head, rows), "averages": settable("average", optimizers.AVERAGES)}
 
 
 def schedule_tables() -> dict[str, str]:

@@ -157,10 +157,9 @@ def compute_type(rows: Iterable[Any]) -> str:
     several."""
     types = sorted({row.dtype for row in rows} - {""})
     if len(types) > 1:
-        raise UsageError(
-            f"trials are in {' and in '.join(types)}, and their losses do not compare: go on on a machine like the one before, "
-            "or give the trainer --dtype fp32, which every machine has, and choose another --out"
-        )
+        instead = "or give the trainer --dtype fp32, which every machine has, and choose another --out"
+        why = f"trials are in {' and in '.join(types)}, and their losses do not compare"
+        raise UsageError(f"{why}: go on on a machine like the one before, {instead}")
     return "".join(types)
 
 

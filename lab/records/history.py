@@ -73,19 +73,17 @@ def summary(folder: Path) -> str:
     for record in chain[:1] + chain[1:][-1:]:
         about = record.about
         shown[f"{record.folder.name} (n = {about['statistics']['n']})"] = about["statistics"] | {"steps": about["steps"]}
-    columns = (
-        ("validation loss", "mean", ".4f"), ("steps", "steps", ","), ("tokens", "tokens", ","),
-        ("time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f"), ("memory, bytes", "peak_memory", ","),
-    )  # fmt: skip
+    columns = [("validation loss", "mean", ".4f"), ("steps", "steps", ","), ("tokens", "tokens", ",")]
+    columns += [("time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f")]
+    columns += [("memory, bytes", "peak_memory", ",")]
     rows = [("", *(head for head, _, _ in columns))]
     for name, s in shown.items():
         rows.append((name, *("-" if s[key] is None else format(s[key], form) for _, key, form in columns)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reached = f"target {result['target_loss']:g} {'reached' if result['target_reached'] else 'NOT reached'}"
     speed = f"{result['tokens_per_second']:,.0f} tokens per second" + (f", MFU {result['mfu']:.0%}" if result["mfu"] else "")
-    return "\n".join([
-        f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}: "
-        f"{reached if result['target_loss'] else 'no target'}, {speed}",
-        *("  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows),
-        *["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain),
-    ])  # fmt: skip
+    what = f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}"
+    lines = [f"{what}: {reached if result['target_loss'] else 'no target'}, {speed}"]
+    lines += ["  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows]
+    lines += ["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain)
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ from lab.scaling.ladder import size_words
 from lab.scaling.trend import with_interval
 
 Summary = dict[str, Any]
+OF_FEW = "The best of a few single runs: the cost is too high by about the noise of a run."
 SHORT = 1000  # steps: runs at budget 1 that are shorter show the beginning of training alone
 
 EXPLAINED = """\
@@ -35,11 +36,8 @@ def verdict_lines(summary: Summary) -> list[str]:
             words += f"; in seconds {seconds['verdict']}, {predicted(seconds)}"
         left = [f"{s['size']} ({s['why']})" for s in trick["sizes"] if s["why"]]
         lines.append(words + (f"; left out: {', '.join(left)}" if left else ""))
-    return lines + [
-        f"short runs of seed {turn['pair']} at {turn['size']} lie {turn['hours']:.1f} hours apart and are left out: the same "
-        "command times them again"
-        for turn in summary["apart"]
-    ]
+    why = "hours apart and are left out: the same command times them again"
+    return lines + [f"short runs of seed {t['pair']} at {t['size']} lie {t['hours']:.1f} {why}" for t in summary["apart"]]
 
 
 def predicted(trend: dict[str, Any] | None) -> str:
@@ -96,11 +94,8 @@ def retune_table(summary: Summary) -> str:
 
 
 def held_out_table(summary: Summary) -> str:
-    rows = [
-        (f"`{trick['trick']}`", h["size"], predicted(h), f"{h['measured']:.2f}x", "yes" if h["hit"] else "no")
-        for trick in summary["tricks"]
-        for h in trick["held_out"]
-    ]
+    checks = [(f"`{trick['trick']}`", h) for trick in summary["tricks"] for h in trick["held_out"]]
+    rows = [(name, h["size"], predicted(h), f"{h['measured']:.2f}x", "yes" if h["hit"] else "no") for name, h in checks]
     return table(("trick", "size", "predicted", "measured", "within the interval"), rows) if rows else ""
 
 
@@ -116,10 +111,8 @@ def straight(summary: Summary) -> str:
     """At which sizes the base's curve is straight lines, and why."""
     bent = {s["size"] for trick in summary["tricks"] for s in trick["sizes"] if "amounts" in s.get("curve", ())}
     names = ", ".join(s["size"] for s in summary["sizes"] if s["size"] in bent)
-    return names and (
-        f"No power law fits the base at {names}: its mean losses scatter about the best one by more than seeds do\n"
-        "(F test of lack of fit, 5 %), so straight lines in log tokens join them."
-    )
+    why = f"No power law fits the base at {names}: its mean losses scatter about the best one by more than seeds do\n"
+    return names and why + "(F test of lack of fit, 5 %), so straight lines in log tokens join them."
 
 
 def caution(summary: Summary) -> list[str]:
@@ -139,10 +132,7 @@ def markdown(summary: Summary) -> str:
         "In FLOPs": (survival_table(summary, "flops") if dearer else "", ""),
         "The largest sizes, predicted from the smaller ones": (held_out_table(summary), ""),
         "Final losses, nats per token: mean (sd), n": (losses_table(summary), straight(summary)),
-        "Learning rate, re-tuned at each size": (
-            retune_table(summary),
-            "The best of a few single runs: the cost is too high by about the noise of a run.",
-        ),
+        "Learning rate, re-tuned at each size": (retune_table(summary), OF_FEW),
         "Sizes": (sizes_table(summary), f"Learning rates go with the width by `{summary['lr_transfer']}`."),
     }
     lines = [f"# Do the tricks survive? Ladder `{summary['ladder']}`, base `{summary['base']}`", ""]

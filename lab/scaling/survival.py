@@ -58,12 +58,9 @@ def retuned(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
 
 def measured(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
     """All that is measured of one arm at one size."""
-    curve = [cell for cell in cells if cell["phase"] == "curve"]
-    return {
-        "points": losses_by_budget(curve, rows),
-        "cost": token_cost(rows, curve[0]["trial"] if curve else ""),
-        "retune": retuned([cell for cell in cells if cell["phase"] == "retune"], rows),
-    }
+    curve, tried = ([cell for cell in cells if cell["phase"] == phase] for phase in ("curve", "retune"))
+    cost = token_cost(rows, curve[0]["trial"] if curve else "")
+    return {"points": losses_by_budget(curve, rows), "cost": cost, "retune": retuned(tried, rows)}
 
 
 # ---------------------------------------------------------------- a trick against the base
@@ -196,14 +193,10 @@ def summarise(rows: Sequence[Row], settings: Found) -> Found:
         failed = sum(p["failed"] for p in of["points"])
         if failed and not any(p["losses"] for p in of["points"]):
             raise all_failed(failed, settings["base"], size)
-    made = {
-        "format": 1,
-        "tricks": [judged(name, arms, settings) for name in settings["arms"] if name != settings["base"]],
-        "curves": arms,
-        "machines": sorted({row.machine for row in rows if row.machine}),
-        "sources": sorted({row.source for row in rows if row.source}),
-        "apart": [{key: turn[key] for key in ("size", "pair", "hours")} for turn in apart],
-    }
+    tricks = [judged(name, arms, settings) for name in settings["arms"] if name != settings["base"]]
+    made = {"format": 1, "tricks": tricks, "curves": arms}
+    made |= {f"{key}s": sorted({getattr(row, key) for row in rows} - {""}) for key in ("machine", "source")}
+    made |= {"apart": [{key: turn[key] for key in ("size", "pair", "hours")} for turn in apart]}
     return finite(settings | made | ({"dtype": dtype} if dtype else {}))
 
 
