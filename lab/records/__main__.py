@@ -37,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
     add("--against-arm", metavar="ARM", help="arm of the comparison that is the previous record")
     add("--name", required=True, help="short name in lower case")
     add("--why", required=True, help="what is new and why it pays, a sentence or two")
-    add("--category", choices=CATEGORIES, default="open", help="optimizer: on the fixed `modern` model")
+    add(
+        "--category",
+        choices=CATEGORIES,
+        default="gpt",
+        help="gpt: any transformer of that size; optimizer: the fixed `modern` model",
+    )
     rival = "runs of the previous record, interleaved with these (default: its own logs)"
     add("--against", type=Path, nargs="+", metavar="RUN", default=[], help=rival)
     add("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
@@ -53,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add(
-    folders: list[Path], name: str, why: str, category: str = "open", against: Sequence[Path] = (), kind: str = "record"
+    folders: list[Path], name: str, why: str, category: str = "gpt", against: Sequence[Path] = (), kind: str = "record"
 ) -> Record:
     """Keep finished runs as the track's next record, if they meet every rule. Raises UsageError: the rule that is not met;
     nothing is kept then. against: run folders of the previous record, interleaved with these; else its own logs count."""

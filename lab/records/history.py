@@ -46,7 +46,9 @@ def interval(ratio: dict[str, Any]) -> str:
 
 def tables() -> dict[str, str]:
     """Marker name -> generated part of records/README.md."""
-    chains = [(track, category) for track in tricks.TRACKS for category in CATEGORIES if records.of_track(track, category)]
+    chains = [
+        (track, category) for track in tricks.TRACKS for category in (*CATEGORIES, "open") if records.of_track(track, category)
+    ]
     asked = [(f"`{name}`", " ".join(rule.__doc__.split())) for name, rule in rules.RULES.items()]
     return {
         "history": "\n\n".join(f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in chains),
@@ -60,7 +62,7 @@ def render() -> str:
     atomic_write(path, markdown.filled(path.read_text(), tables(), str(path)))
     written = [path.name]
     for track in tricks.TRACKS:
-        if chain := [r for category in CATEGORIES for r in records.of_track(track, category)]:
+        if chain := list(dict.fromkeys(r for category in ("open", *CATEGORIES) for r in records.of_track(track, category))):
             written.append(plots.history(records.RECORDS, track, [r.about for r in chain], gains(chain)) + ".png")
     return "\n".join(f"wrote records/{name}" for name in written)
 

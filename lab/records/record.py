@@ -8,13 +8,15 @@ import json
 import math
 import shlex
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import optimizers
 import tricks
@@ -26,11 +28,13 @@ from engine.spec import UsageError
 from lab import stats
 from lab.records.overlap import repeats
 from lab.trials import DTYPES
+from layers.shape import ModelConfig
+from model import GPT, roles
 
 RECORDS = Path(__file__).parents[2] / "records"
 HIGHEST = {"cpu": 11}  # number of a track's newest record, where that record has left: records/lessons.md
 LOGGED_STEPS = 18_000  # in a record's logs; longer ones keep spans of steps
-CATEGORIES = ("open", "optimizer")
+CATEGORIES = ("gpt", "optimizer")  # and `open`, which takes no new record: any model, tables without a transformer too
 FACTS = {  # what a record keeps of its runs' env.json
     "machine": ("device", "platform", "cpu", "cpu_count", "threads", "gpus", "world_size"),
     "versions": ("python", "torch", "cuda"),
@@ -151,7 +155,13 @@ class Record:
 def of_track(track: str, category: str | None = None) -> list[Record]:
     """The records of a track, oldest first."""
     records = [Record(path.parent) for path in sorted((RECORDS / track).glob("*/record.json"))]
-    return [r for r in records if category is None or r.about.get("category") == category]
+    return [r for r in records if category is None or belongs(r.about, category)]
+
+
+def belongs(about: dict[str, Any], category: str) -> bool:
+    """`gpt` begins with the baseline with which `open` began."""
+    began = (category, about.get("category"), about.get("kind")) == ("gpt", "open", "baseline")
+    return began or about.get("category") == category
 
 
 def previous(track: str, category: str, number: float = math.inf) -> Record | None:
@@ -167,6 +177,16 @@ def next_number(track: str) -> int:
 def config_of(settings: dict[str, Any]) -> Config:
     """A run's settings, without the schedules of rates: these may name code, and a record may be a stranger's."""
     return Config(**only(Config, settings) | {"schedule": "constant", "momentum_schedule": "keep"})
+
+
+def parameters(settings: dict[str, Any]) -> dict[str, int]:
+    """Number of a model's parameters by role (model.roles)."""
+    with torch.device("meta"):
+        gpt = GPT(ModelConfig(**only(ModelConfig, settings)))
+    role, counts = roles(gpt), Counter()
+    for name, p in gpt.named_parameters():
+        counts[role[name]] += p.numel()
+    return dict(counts)
 
 
 # ---------------------------------------------------------------- writing one
@@ -207,6 +227,7 @@ class FinishedRun:
         if not events or events[-1]["event"] != "end":
             raise UsageError(f"{path} does not end with an end event: the run was cut off")
         events[-1] |= {key: round(self.result[key], 4) for key in ("robust_train_time", "process_time", "peak_memory")}
+        events[-1]["val_also"] = {word: round(loss, 5) for word, loss in self.result.get("val_also", {}).items()}
         return "".join(json.dumps(e, separators=(",", ":")) + "\n" for e in events)
 
 
@@ -248,7 +269,7 @@ def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival:
     about |= {"recipe": ",".join(tricks.spelled_out(config["track"], config["tricks"])) or "baseline", **facts}
     about |= {"config_sha256": settings_hash(settings), "steps": config["steps"], "seeds": seeds, "target_loss": goal}
     about |= {"statistics": outcome(logs, goal) | work(settings, runs[0].result["flops_per_token"])}
-    about |= {"commit": runs[0].env["commit"]}
+    about |= {"commit": runs[0].env["commit"], "parameters": parameters(settings)}
     about |= {"against": rival and {"record": rival.folder.name, "logs": "here" if anew else "there"}}
     about["data"] |= {split: shards(manifest, split) for split in ("train", "val")}
     sequences = config["val_tokens"] // config["sequence_length"]
@@ -272,6 +293,9 @@ def outcome(logs: list[Log], target: float) -> dict[str, Any]:
     made |= {"train_time": round(times.mean, 3), "train_time_sd": round(times.sd, 3)}
     made |= {key: round(ends[key], 3) for key in ("robust_train_time", "process_time")}
     made["peak_memory"] = round(ends["peak_memory"])
+    also = [log.end.get("val_also", {}) for log in logs]
+    if words := set.intersection(*map(set, also)):
+        made["also"] = {word: round(statistics.mean(losses[word] for losses in also), 5) for word in sorted(words)}
     return made | {"stalled": sum(log.train_time > 1.1 * log.end["robust_train_time"] for log in logs)}
 
 
@@ -314,6 +338,11 @@ def readme(about: dict[str, Any]) -> str:
         f"- machine: {where}, {DTYPES[about['numerics']['dtype']]}, torch {about['versions']['torch']}, "
         f"commit {(about['commit'] or 'unknown')[:12]}",
     ]  # fmt: skip
+    if counts := about.get("parameters"):
+        by_role = ", ".join(f"{role} {count:,}" for role, count in counts.items())
+        lines.append(f"- model: {sum(counts.values()) / 1e6:.2f}M parameters: {by_role}")
+    if also := s.get("also"):
+        lines.append("- loss elsewhere: " + ", ".join(f"`{word}` {loss:.4f}" for word, loss in also.items()))
     if against:
         ratio = f"{against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g})"
         where = f"interleaved on the same machine, n = {against['n']} pairs"

@@ -270,6 +270,23 @@ def track(record: Record) -> str:
     return f"category {about['category']}, {about['settings']['val_tokens']:,} validation tokens"
 
 
+def transformer(record: Record) -> str:
+    """Category gpt: the blocks hold at least the baseline's hidden matrices, all parameters are at most twice the baseline's;
+    these are stated by role, and so is the loss on the ends of sequences and on other text, which tables do not lower."""
+    about = record.about
+    if about["category"] != "gpt":
+        return f"category {about['category']}"
+    base, here = records.parameters(tricks.apply(about["track"], "baseline")[0]), records.parameters(about["settings"])
+    need(about.get("parameters") == here, f"parameters by role are {here}")
+    matrices, least, most = here.get("matrix", 0), base["matrix"], 2 * sum(base.values())
+    need(matrices >= least, f"its blocks hold {matrices:,} parameters in matrices, fewer than the baseline's {least:,}")
+    need(sum(here.values()) <= most, f"{sum(here.values()):,} parameters are more than twice the baseline's, {most:,}")
+    wanted = tricks.track(about["track"]).settings.get("val_also", "").split(",")
+    missing = set(filter(None, wanted)) - about["statistics"].get("also", {}).keys()
+    need(not missing, f"no loss on {', '.join(sorted(missing))}: prepare that corpus (./run.sh data prepare) and train again")
+    return f"{sum(here.values()) / 1e6:.1f}M parameters, {matrices / 1e6:.1f}M of them in the matrices of blocks"
+
+
 def data(record: Record) -> str:
     """The shards here are the record's, by sha256."""
     stated, folder = record.about["data"], corpus(record)
@@ -325,7 +342,7 @@ def code(record: Record) -> str:
     return record.about["source_sha256"][:8]
 
 
-ORDER = (schema, files, seeds, distinct, configuration, stopping, statistics, target, rival, faster, clock, track)
+ORDER = (schema, files, seeds, distinct, configuration, stopping, statistics, target, rival, faster, clock, track, transformer)
 RULES: dict[str, Callable[[Record], str]] = {rule.__name__: rule for rule in (*ORDER, data, overlap, model, code)}
 
 
@@ -384,7 +401,7 @@ def category_problem(settings: dict[str, Any], category: str) -> str:
     sets = {name: json.loads(json.dumps(tricks.apply(settings["track"], name)[0])) for name in ("baseline", "modern")}
     fixed = [("the track's", key, value) for key, value in sets["baseline"].items() if key in FIXED_SETTINGS]
     if category == "optimizer":
-        free = (*OPTIMIZER_SETTINGS, *FIXED_SETTINGS)
+        free = (*OPTIMIZER_SETTINGS, *FIXED_SETTINGS, *run_folder.PRESENTATION)
         fixed += [("the `modern` model's", key, value) for key, value in sets["modern"].items() if key not in free]
     wrong = (f"{key} is {settings[key]!r}, {whose} is {value!r}" for whose, key, value in fixed if settings[key] != value)
     return next(wrong, "")

@@ -13,6 +13,7 @@ import pytest
 from conftest import DATA_ROOT
 
 import train_gpt
+import tricks
 from config import resolve
 from data.shards import Dataset, validation_starts
 from engine import run_folder
@@ -132,7 +133,7 @@ def test_a_record_passes_every_rule_and_is_small(made, name, place, capsys):
     shutil.copytree(made[name], place / "records")
     assert command.main(["verify"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count(": pass, 16 rules, 0 broken, 0 not checkable") == 2
+    assert shown.count(": pass, 17 rules, 0 broken, 0 not checkable") == 2
     assert "2 records, 0 reports, 0 with a broken rule" in shown and "other sources" not in shown
     quick = Record(place / "records" / "tiny" / "002-quick")
     assert sum(p.stat().st_size for p in quick.folder.iterdir()) < 40_000
@@ -140,6 +141,36 @@ def test_a_record_passes_every_rule_and_is_small(made, name, place, capsys):
     assert against["record"] == "001-baseline" and against["ratio"] > 2
     assert against["logs"] == ("here" if name == "beside" else "there")
     assert len(list(quick.folder.glob("against-seed*.log.jsonl"))) == (3 if name == "beside" else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 1}, "fewer than the baseline's 98,304"),
+        ({"ngram_buckets": 4096}, "are more than twice the baseline's"),
+        ({}, "parameters by role are"),
+    ],
+)
+def test_a_gpt_has_the_baselines_blocks_and_no_large_tables(kept, change, message):
+    def smaller(about):
+        about["settings"] |= change
+        about["parameters"] = records.parameters(about["settings"]) if change else {"matrix": 1}
+
+    assert verdict(kept[1], "transformer") == ("pass", "0.1M parameters, 0.1M of them in the matrices of blocks")
+    edit(kept[1].folder / "record.json", smaller)
+    assert verdict(kept[1], "transformer")[0] == "fail" and message in verdict(kept[1], "transformer")[1]
+
+
+def test_a_gpt_states_its_loss_on_other_text(kept, monkeypatch):
+    settings = tricks.track("tiny").settings
+    monkeypatch.setitem(settings, "val_also", "tail,wiki")
+    assert verdict(kept[1], "transformer")[1].startswith("no loss on tail, wiki: prepare that corpus")
+
+
+def test_gpt_begins_with_the_baseline_of_the_category_that_is_closed(kept):
+    edit(kept[0].folder / "record.json", lambda about: about.update(category="open"))
+    assert [r.about["number"] for r in records.of_track("tiny", "gpt")] == [1, 2]
+    assert [r.about["number"] for r in records.of_track("tiny", "open")] == [1]
 
 
 def test_printed_numbers_are_those_of_the_runs(kept, runs):
@@ -354,7 +385,7 @@ def test_verify_prints_what_is_broken(kept, capsys):
     assert command.main(["verify", "tiny/002-quick"]) == 2
     shown = capsys.readouterr().out
     assert (
-        "tiny/002-quick: FAIL, 16 rules, 2 broken" in shown and "  fail          statistics    mean is 2.0, the logs" in shown
+        "tiny/002-quick: FAIL, 17 rules, 2 broken" in shown and "  fail          statistics    mean is 2.0, the logs" in shown
     )
     edit(kept[1].folder / "record.json", lambda about: about.clear())  # no record at all: the other rules have nothing to read
     assert list(failures(kept[1])) == ["schema"] and len(rules.verdicts(Record(kept[1].folder))) == 1
