@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import optimizers
 import tricks
 from engine import schedules
@@ -185,23 +183,11 @@ def benchmark_tables() -> dict[str, str]:
 
 
 def draw_first_run() -> None:
-    """Loss against time of the `cpu` track's records: the mean of their seeds, twenty steps a point."""
+    """Loss against time of the `cpu` track's records."""
     labels = {"001-baseline": "GPT-2 + AdamW", "009-adamw": "modern GPT + AdamW", "010-muon": "modern GPT + Muon (the record)"}
-    figure, axis = plots.pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
-    for name, label in labels.items():
-        record = Record(KEPT / "cpu" / name)
-        loss = np.mean([[x for e in log.of("train") for x in e["loss"]] for log in record.logs], axis=0)
-        minutes = np.mean([np.cumsum(log.step_times) for log in record.logs], axis=0) / 60
-        points = len(loss) // 20 * 20
-        (line,) = axis.plot(minutes[19:points:20], loss[:points].reshape(-1, 20).mean(1), label=label, linewidth=1.2)
-        axis.plot(minutes[-1], np.mean([log.loss for log in record.logs]), "o", color=line.get_color(), markersize=5)
-    target = record.about["target_loss"]
-    axis.axhline(target, color="0.4", linestyle=":", linewidth=1, label=f"target {target:g} (dots: validation at the end)")
-    axis.set(xlabel="training time, minutes on 2 cores", ylabel="loss, nats per byte", ylim=(1, 2.6), xlim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(PICTURE, dpi=110)
-    plots.pyplot().close(figure)
+    drawn = {label: Record(KEPT / "cpu" / name) for name, label in labels.items()}
+    target = next(iter(drawn.values())).about["target_loss"]
+    plots.losses(PICTURE, {label: history.curve(record) for label, record in drawn.items()}, target)
 
 
 DOCUMENTS = {

@@ -28,6 +28,31 @@ def save(figure, folder: Path, name: str) -> str:
     return name
 
 
+Curve = tuple[np.ndarray, np.ndarray, float]  # minutes, training loss, last validation loss
+
+
+def curve(loss: Sequence[Sequence[float]], step_times: Sequence[Sequence[float]], ends: Sequence[float]) -> Curve:
+    """The mean over runs of one recipe: training losses and seconds [runs, steps], twenty steps a point; last validations."""
+    size = min(20, len(loss[0]))
+    steps = len(loss[0]) // size * size
+    minutes = np.mean(np.cumsum(step_times, axis=1), axis=0)[size - 1 : steps : size] / 60
+    return minutes, np.mean(loss, axis=0)[:steps].reshape(-1, size).mean(1), float(np.mean(ends))
+
+
+def losses(path: Path, curves: dict[str, Curve], target: float) -> None:
+    """Loss against minutes of training, by label."""
+    figure, axis = pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
+    for label, (minutes, loss, end) in curves.items():
+        (line,) = axis.plot(minutes, loss, label=label, linewidth=1.2)
+        axis.plot(minutes[-1], end, "o", color=line.get_color(), markersize=5)
+    axis.axhline(target, color="0.4", linestyle=":", linewidth=1, label=f"target {target:g} (dots: validation at the end)")
+    lowest = min(target, *(end for *_, end in curves.values()))
+    axis.set(xlabel="training time, minutes", ylabel="loss, nats per token", ylim=(lowest - 0.13, 2.3 * lowest), xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path.parent, path.stem)
+
+
 def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str, Any]]) -> list[str]:
     """All pictures for which there is something to draw; returns their names."""
     drawn = []

@@ -50,7 +50,7 @@ def additions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(OPTIMIZER)
     monkeypatch.setattr(tricks, "TRICKS", dict(tricks.TRICKS))
-    exec(TRICK, {"TRICKS": tricks.TRICKS, "Trick": tricks.Trick})
+    exec(TRICK, vars(tricks))
 
 
 # ---------------------------------------------------------------- tables and links

@@ -1,5 +1,6 @@
 """What people read of the records: the history of each track, as a table and a picture, and one run beside its track's."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,36 @@ def render() -> str:
     return "\n".join(f"wrote records/{name}" for name in written)
 
 
+def curve(record: Record) -> plots.Curve:
+    losses = [[loss for e in log.of("train") for loss in e["loss"]] for log in record.logs]
+    return plots.curve(losses, [log.step_times for log in record.logs], [log.loss for log in record.logs])
+
+
+def draw_run(run: FinishedRun, beside: list[Record]) -> Path:
+    """The run's loss against time before the records' curves, as loss.png in its folder."""
+    events = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "train"]
+    mine = plots.curve([[e["loss"] for e in steps]], [[e["step_time"] for e in steps]], [run.result["val_loss"]])
+    curves = {f"record {record.folder.name}, on its machine": curve(record) for record in beside}
+    path = run.folder / "loss.png"
+    plots.losses(path, {**curves, "this run": mine}, run.result["target_loss"])
+    return path
+
+
 def summary(folder: Path) -> str:
-    """What a person wants to know of a finished run, beside the first and the newest record of its track."""
+    """What a person wants to know of a finished run, beside the first and the newest record of its track; draws loss.png."""
     run = FinishedRun.read(folder)
     config, result, chain = run.config, run.result, records.of_track(run.config["track"])
-    shown = {"this run": result | {"mean": result["val_loss"]}}
-    for record in chain[:1] + chain[1:][-1:]:
+    shown, beside = {"this run": result | {"mean": result["val_loss"]}}, chain[:1] + chain[1:][-1:]
+    for record in beside:
         about = record.about
         shown[f"{record.folder.name} (n = {about['statistics']['n']})"] = about["statistics"] | {"steps": about["steps"]}
     columns = [("validation loss", "mean", ".4f"), ("steps", "steps", ","), ("tokens", "tokens", ",")]
     columns += [("time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f")]
-    columns += [("memory, bytes", "peak_memory", ",")]
+    columns += [("memory, GB", "peak_memory", ",.1f")]
     rows = [("", *(head for head, _, _ in columns))]
     for name, s in shown.items():
+        s = s | {"peak_memory": s["peak_memory"] / 1e9}
         rows.append((name, *("-" if s[key] is None else format(s[key], form) for _, key, form in columns)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reached = f"target {result['target_loss']:g} {'reached' if result['target_reached'] else 'NOT reached'}"
@@ -88,4 +106,6 @@ def summary(folder: Path) -> str:
     lines = [f"{what}: {reached if result['target_loss'] else 'no target'}, {speed}"]
     lines += ["  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows]
     lines += ["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain)
+    if result["val_loss"] is not None and result["target_loss"]:
+        lines.append(f"picture: {draw_run(run, beside)}")
     return "\n".join(lines)

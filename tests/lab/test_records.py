@@ -13,7 +13,6 @@ import pytest
 from conftest import DATA_ROOT
 
 import train_gpt
-import tricks
 from config import resolve
 from data.shards import Dataset, validation_starts
 from engine import run_folder
@@ -26,6 +25,7 @@ from lab.records import record as records
 from lab.records.record import Record
 from lab.records.reports import Report, difference
 from layers.attention import ATTENTION
+from tricks import TRACKS
 
 SEEDS = (0, 1, 2)
 
@@ -162,8 +162,7 @@ def test_a_gpt_has_the_baselines_blocks_and_no_large_tables(kept, change, messag
 
 
 def test_a_gpt_states_its_loss_on_other_text(kept, monkeypatch):
-    settings = tricks.track("tiny").settings
-    monkeypatch.setitem(settings, "val_also", "tail,wiki")
+    monkeypatch.setitem(TRACKS["tiny"].settings, "val_also", "tail,wiki")
     assert verdict(kept[1], "transformer")[1].startswith("no loss on tail, wiki: prepare that corpus")
 
 
@@ -548,6 +547,7 @@ def test_rerun_is_within_the_records_noise(kept, tmp_path, monkeypatch):
 def test_summary_sets_a_run_beside_the_records(kept, runs, capsys):
     assert command.main(["summary", str(runs["quick"][0])]) == 0
     shown = capsys.readouterr().out
+    assert (runs["quick"][0] / "loss.png").stat().st_size > 10_000 and "loss.png" in shown
     assert "target 3 reached" in shown and "001-baseline (n = 3)" in shown and "002-quick (n = 3)" in shown
     assert command.main(["summary", "nowhere"]) == 2
 
