@@ -457,14 +457,14 @@ def test_a_killed_node_is_replaced(sotu, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_hung_rank_is_named(sotu, tmp_path):
-    flags = ("--steps", "100000", "--timeout", "4", "--val-every", "100000")
+    flags = ("--steps", "100000", "--timeout", "6", "--val-every", "100000")
     process = launch(2, tmp_path / "run", *flags)
     wait_for_step(tmp_path / "run", 0, process)
     time.sleep(1)
     process[1].send_signal(signal.SIGSTOP)
     code, _, errors = process.finish(patience=0.5)
     assert code != 0
-    assert "no progress for 4 s: rank 1 does not run any more, at step " in errors
+    assert "no progress for 6 s: rank 1 does not run any more, at step " in errors
 
 
 # ---------------------------------------------------------------- 6. numbers
