@@ -9,6 +9,7 @@ exists for a chip and fits it; how fast it is, benchmarks/gpu.py measures.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -128,6 +129,11 @@ def compiled(work: tuple[str, int]) -> dict[str, int | str]:
     return row | dict(spilled=spilled, shared=binary.metadata.shared, matrix_units=units)
 
 
+def source_hash() -> str:
+    """Of layers/kernels.py: a table made from other kernels is stale."""
+    return hashlib.sha256(Path(kernels.__file__).read_bytes()).hexdigest()[:12]
+
+
 def measure(path: Path) -> str:
     """A row per kernel and chip."""
     if triton.knobs.runtime.interpret:
@@ -138,7 +144,8 @@ def measure(path: Path) -> str:
         triton.knobs.cache.dir = folder
         rows = list(tqdm(pool.map(compiled, work), total=len(work), unit="kernel", disable=None))
     chips = {capability: dataclasses.asdict(chip) for capability, chip in CHIPS.items()}
-    path.write_text(json.dumps({"triton": triton.__version__, "chips": chips, "kernels": rows}, indent=1) + "\n")
+    about = {"triton": triton.__version__, "source": source_hash()}
+    path.write_text(json.dumps({**about, "chips": chips, "kernels": rows}, indent=1) + "\n")
     return f"wrote {path}"
 
 
