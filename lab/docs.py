@@ -26,6 +26,7 @@ KEPT = ROOT / "records"
 BENCHMARKS = ROOT / "benchmarks"
 LADDER = KEPT / "scaling" / "h100-modern"
 PICTURE = ROOT / "docs" / "first-run.png"
+SCHEDULES = {"schedule": schedules.SCHEDULES, "momentum schedule": schedules.MOMENTUM_SCHEDULES}
 
 
 def read(path: Path) -> Any:
@@ -76,11 +77,6 @@ def optimizer_tables() -> dict[str, str]:
         rows.append((f"`{name}`", rule(cls), f"{cls.state_per_parameter:g}", ratio, source(cls)))
     head = ("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source")
     return {"optimizers": table(head, rows), "averages": settable("average", optimizers.AVERAGES)}
-
-
-def schedule_tables() -> dict[str, str]:
-    kinds = {"schedule": schedules.SCHEDULES, "momentum schedule": schedules.MOMENTUM_SCHEDULES}
-    return {f"{head}s": settable(head, registry) for head, registry in kinds.items()}
 
 
 # ---------------------------------------------------------------- findings
@@ -197,7 +193,7 @@ DOCUMENTS = {
     ROOT / "README.md": lambda: {"findings": table(("question", "answer", "evidence"), findings())},
     ROOT / "docs" / "tricks.md": trick_tables,
     ROOT / "docs" / "optimizers.md": optimizer_tables,
-    ROOT / "docs" / "schedules.md": schedule_tables,
+    ROOT / "docs" / "schedules.md": lambda: {f"{head}s": settable(head, registry) for head, registry in SCHEDULES.items()},
     ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER / "scaling.json"), "tokens")},
     BENCHMARKS / "README.md": benchmark_tables,
     KEPT / "README.md": history.tables,

@@ -160,16 +160,6 @@ def judged(name: str, arms: dict[str, dict[str, Found]], settings: Found) -> Fou
 # ---------------------------------------------------------------- the experiment
 
 
-def timings_apart(cells: Sequence[Found], rows: Sequence[Row]) -> list[Found]:
-    """The turns of short runs, all arms at one size on one seed, that do not lie within the hour."""
-    apart = []
-    for size in dict.fromkeys(cell["size"] for cell in cells):
-        trials = {cell["trial"] for cell in cells if cell["size"] == size}
-        turns = turns_apart((row for row in rows if row.arm in trials), "time")
-        apart += [{"size": size, "trials": trials} | turn for turn in turns]
-    return apart
-
-
 def all_failed(runs: int, base: str, size: str) -> UsageError:
     instead = "lower its learning rate (--lr-transfer, --retune, -- --optimizer), or leave that size out"
     return UsageError(f"all {runs} runs of {base} diverged or crashed at {size}: {instead}")
@@ -183,20 +173,25 @@ def summarise(rows: Sequence[Row], settings: Found) -> Found:
     rows = [row for row in rows if row.arm in planned and row.run not in left_out]
     if len({row.data for row in rows if row.data}) > 1:
         raise UsageError("trials on different data in one experiment: prepare one corpus, and start in a new --out")
-    dtype, apart = compute_type(rows), timings_apart(cells, rows)
-    not_timed = {(trial, turn["pair"]) for turn in apart for trial in turn["trials"]}
-    rows = [row for row in rows if row.phase != "time" or (row.arm, row.pair) not in not_timed]
+    dtype, apart = compute_type(rows), []
+    for size in dict.fromkeys(cell["size"] for cell in cells):  # turns: short runs of all arms at one size, on one seed
+        trials = {cell["trial"] for cell in cells if cell["size"] == size}
+        turns = {t["pair"]: t["hours"] for t in turns_apart((row for row in rows if row.arm in trials), "time")}
+        apart += [{"size": size, "pair": pair, "hours": hours} for pair, hours in turns.items()]
+        rows = [row for row in rows if not (row.phase == "time" and row.arm in trials and row.pair in turns)]
     sizes = [size["size"] for size in settings["sizes"]]
-    of = {(name, at): [c for c in cells if (c["arm"], c["size"]) == (name, at)] for name in settings["arms"] for at in sizes}
-    arms = {name: {at: measured(of[name, at], rows) for at in sizes} for name in settings["arms"]}
+
+    def planned_for(name: str, at: str) -> list[Found]:
+        return [cell for cell in cells if (cell["arm"], cell["size"]) == (name, at)]
+
+    arms = {name: {at: measured(planned_for(name, at), rows) for at in sizes} for name in settings["arms"]}
     for size, of in arms[settings["base"]].items():
         failed = sum(p["failed"] for p in of["points"])
         if failed and not any(p["losses"] for p in of["points"]):
             raise all_failed(failed, settings["base"], size)
     tricks = [judged(name, arms, settings) for name in settings["arms"] if name != settings["base"]]
-    made = {"format": 1, "tricks": tricks, "curves": arms}
-    made |= {f"{key}s": sorted({getattr(row, key) for row in rows} - {""}) for key in ("machine", "source")}
-    made |= {"apart": [{key: turn[key] for key in ("size", "pair", "hours")} for turn in apart]}
+    from_rows = {f"{key}s": sorted({getattr(row, key) for row in rows} - {""}) for key in ("machine", "source")}
+    made = {"format": 1, "tricks": tricks, "curves": arms, **from_rows, "apart": apart}
     return finite(settings | made | ({"dtype": dtype} if dtype else {}))
 
 
