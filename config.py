@@ -175,9 +175,6 @@ def allowed_skips(nonfinite: str) -> int:
     return int(count or 0)
 
 
-# ---------------------------------------------------------------- what follows from the settings
-
-
 def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> tuple[int, int]:
     """Sequences per rank and step, and per micro-batch. Raises UsageError: the batch does not divide evenly."""
     T = model_config.sequence_length

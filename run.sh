@@ -5,6 +5,7 @@
 #   ./run.sh test            the tests (--fast leaves out the slow ones, --device cuda runs them on a GPU)
 #   ./run.sh train           train one model; the main job without summary and sample
 #   ./run.sh sample          text from a trained model
+#   ./run.sh plot            draw loss against time of runs
 #   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, compare score)
 #   ./run.sh scaling         does a trick still help at larger sizes?
 #   ./run.sh plan            memory, time and cost of a run on hardware that you do not have yet
@@ -150,6 +151,7 @@ case "$verb" in
   test) tests "$@" ;;
   train) run "" train_gpt.py "$@" ;;
   sample) run "" sample.py "$@" ;;
+  plot) run lab -m lab.plots "$@" ;;
   compare) run lab compare.py "$@" ;;
   scaling) run lab scaling.py "$@" ;;
   plan) run lab -m cost "$@" ;;

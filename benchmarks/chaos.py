@@ -86,9 +86,6 @@ def same(a: tuple, b: tuple) -> bool:
     return shape == other and all(equal)
 
 
-# ---------------------------------------------------------------- kills
-
-
 def start(folder: Path, ranks: int, flags: list[str]) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     words = [sys.executable, *launcher, "train_gpt.py", *flags, "--out", str(folder)]
@@ -145,9 +142,6 @@ def kills(total: int, dice: random.Random, folder: Path) -> list[Count]:
     for count, each in zip(counts, seconds, strict=True):
         count.seconds_per_fault = round(statistics.median(each), 2) if each else None
     return counts
-
-
-# ---------------------------------------------------------------- damage
 
 
 @contextlib.contextmanager

@@ -57,9 +57,6 @@ def both_passes(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Ca
     return lambda: torch.autograd.grad(forward(), inputs, upstream)
 
 
-# ---------------------------------------------------------------- kernels and attention
-
-
 Computation = tuple[Callable[[], Tensor], tuple[Tensor, ...], Callable[[], Tensor]]  # kernel, inputs, what it has to beat
 
 
@@ -120,9 +117,6 @@ def attention_times(window: int, has_documents: bool, device: torch.device) -> d
         call = both_passes(lambda attend=attend: attend(q, k, v, 0.12, 0.0, window, documents), (q, k, v))
         times[name] = seconds_of(call)
     return times
-
-
-# ---------------------------------------------------------------- recipes
 
 
 def make_data(folder: Path, vocabulary: int) -> None:

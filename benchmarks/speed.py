@@ -1,7 +1,7 @@
 """Speed and memory on this machine, side by side with transformers, interleaved in one run. Prints Markdown.
 
     python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs pip install -e .[test])
-    python -m benchmarks.speed ours-against-transformers record-mfu ranks large-pages start-up        some of it
+    python -m benchmarks.speed ours-against-transformers record-mfu ranks large-pages waiting-threads        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
 """
@@ -168,28 +168,7 @@ def waiting_threads() -> None:
         print(f"| {what} | {' | '.join(cells)} |", flush=True)
 
 
-def start_up() -> None:
-    """Seconds from the command to the first validation, after one step: what a user waits for."""
-    print("\n| command to the end of its first step, data ready | seconds: median (smallest-largest) |\n|---|---|")
-    for what, flag in (("not compiled", "--no-compile"), ("compiled before", "--compile")):
-        seconds = []
-        for _ in range(4):
-            with tempfile.TemporaryDirectory() as folder:
-                start, log = time.perf_counter(), Path(folder, "run", "log.jsonl")
-                words = [*FLAGS, "--tricks", "record", "--steps", "1", flag, "--out", folder + "/run"]
-                process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-                while not (log.exists() and '"val"' in log.read_text()):
-                    time.sleep(0.02)
-                seconds.append(time.perf_counter() - start)
-                process.wait()
-        seconds = sorted(seconds[1:])
-        print(f"| `record`, {what} | {seconds[1]:.1f} ({seconds[0]:.1f}-{seconds[2]:.1f}) |", flush=True)
-
-
-PARTS = {
-    f.__name__.replace("_", "-"): f
-    for f in (ours_against_transformers, record_mfu, ranks, large_pages, waiting_threads, start_up)
-}
+PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_transformers, record_mfu, ranks, large_pages, waiting_threads)}
 
 
 def main(names: list[str]) -> None:

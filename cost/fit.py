@@ -37,8 +37,6 @@ START = Constants(products=0.81, attention=0.50, bandwidth=0.80, overhead=3e-3) 
 PULL = 0.3
 VOCABULARY = 50304
 
-# ---------------------------------------------------------------- a published step
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -125,9 +123,6 @@ def predicted(setup: Setup, constants: Constants) -> float:
             step = with_tables(step, setup, tokens)
         times.append(sum(step_time(step, card, setup.cards, card.link, constants).values()))
     return sum(times) / len(times)
-
-
-# ---------------------------------------------------------------- what each published run did
 
 
 @cache
@@ -253,9 +248,6 @@ def runs() -> list[Run]:
         name, seconds = f"T1-{row['record']}, stage {row['stage']}", float(row["ms_per_step"]) / 1e3
         everything.append(Run(name, "", setup, seconds, records.index(row["record"]) % 2 == 0))
     return everything
-
-
-# ---------------------------------------------------------------- fit
 
 
 def fit(chosen: list[Run]) -> Constants:

@@ -65,9 +65,6 @@ def touched(tensors: list[Tensor], most: float = math.inf) -> dict[int, int]:
     return sizes
 
 
-# ---------------------------------------------------------------- recording
-
-
 class _Attention(torch.autograd.Function):
     """Fused causal attention as two events; the scores are never stored (FlashAttention, arXiv 2205.14135)."""
 
@@ -161,9 +158,6 @@ def arithmetic(func, name: str, args: tuple, kwargs: dict, inputs: list[Tensor],
         last = rows if "solve" in name else n
         return Operation("factorisation", flops=FACTORISATIONS[name] * math.prod(inputs[-1].shape[:-1]) * n * last)
     return Operation("pass")
-
-
-# ---------------------------------------------------------------- what a device does
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from config import Config, mean_flops, resolve, shares, stages
-from cost.step import Documents, Step, attended, communication, documents_of, in_window, record_step
+from cost.step import Documents, Step, communication, documents_of, in_window, record_step
 from cost.time import real_step, step_time
 from engine import hardware
 from engine.command import Parser
@@ -20,9 +20,6 @@ from layers.shape import ModelConfig
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
 NAMES = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
-
-
-# ---------------------------------------------------------------- flags
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,6 @@ def ranks_on(where: Machine, asked: int) -> int:
     return ranks
 
 
-# ---------------------------------------------------------------- prediction
-
-
 @dataclass(frozen=True)
 class Prediction:
     """A run as it would be."""
@@ -99,7 +93,6 @@ class Prediction:
     step: Step  # of one rank, with the smallest batch and whole sequences
     times: dict[str, float]  # seconds of a step by part, the mean over the run
     price: float  # dollars of a card and hour; 0: not known
-    documents: Documents | None  # that a mask keeps apart, where they are known
 
     @property
     def seconds(self) -> float:
@@ -136,7 +129,7 @@ def predict(argv: list[str]) -> Prediction:
         dtype, price = torch.float32 if config.dtype == "fp32" else torch.bfloat16, price or where.card.price
         documents = documents_of(config, model_config) if model_config.document_mask else None
         step, times = card_times(config, model_config, where, ranks, dtype, documents)
-    return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price, documents)
+    return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price)
 
 
 def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
@@ -200,23 +193,8 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
     raise TooLittleMemory(f"{needs}, and {why}; take a card with more memory, or an optimizer with less state", None)
 
 
-# ---------------------------------------------------------------- in words
-
-
 def listed(values: dict[str, float], scale: float, form: str) -> str:
     return "   ".join(f"{name.replace('_', ' ')} {value / scale:{form}}" for name, value in values.items())
-
-
-def mask_saves(p: Prediction) -> str:
-    """What a mask of documents saves, in words."""
-    if p.documents is None:
-        return "saves nothing on a CPU" if p.where.card is None else "not counted: no documents here to know their lengths"
-    T = p.model_config.sequence_length
-    pieces = p.documents.pieces(T, T, p.config.align_documents)
-    whole, masked = (attended(p.model_config, 1.0, lengths) for lengths in (np.array([T]), pieces))
-    mean = p.documents.tokens / len(p.documents.starts)
-    keys = f"{masked:,.0f} keys a query instead of {whole:,.0f}: counted in the time, not in arithmetic and MFU"
-    return f"{keys}; documents of {mean:,.0f} tokens, {p.documents.source}"
 
 
 def report(p: Prediction) -> str:
@@ -240,8 +218,6 @@ def report(p: Prediction) -> str:
         "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s" + (f"   MFU {mfu:.1%}" if mfu else ""),
         f"{config.steps:,} steps": f"{p.seconds * config.steps / 60:,.1f} min without compilation and validation{goal}",
     }
-    if p.model_config.document_mask:
-        lines["document mask"] = mask_saves(p)
     if p.price:
         price = f"at ${p.price:g} (engine/hardware.py, or --gpu-price)"
         lines["cost"] = f"${hours * p.price:,.2f}: {hours:,.2f} card hours {price}"

@@ -67,9 +67,6 @@ def communication(step: Step, ranks: int) -> dict[str, float]:
     return sent | ({"updates, all-gather": updates} if updates else {})
 
 
-# ---------------------------------------------------------------- recording
-
-
 @contextlib.contextmanager
 def pretended(ranks: int, fused_loss: bool):
     """A process group of so many ranks whose collectives do nothing; this process is rank 0. fused_loss: the loss takes the
@@ -190,9 +187,6 @@ def record_updates(optimizer: torch.optim.Optimizer) -> list[tuple[float, list[O
     return updates
 
 
-# ---------------------------------------------------------------- what a token attends to
-
-
 # FineWeb documents in GPT-2 tokens: median about 400 (a comment in modded-nanogpt's loader, record 29), mean about 700 (15T
 # tokens in 23B documents, arXiv 2406.17557). A lognormal distribution with these has the sigma below.
 FINEWEB_MEDIAN, FINEWEB_MEAN = 400, 700
@@ -207,11 +201,10 @@ def fineweb_lengths(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents begin in a stream of so many tokens: [n], ascending. source: how that is known."""
+    """Where documents begin in a stream of so many tokens: [n], ascending."""
 
     starts: np.ndarray
     tokens: int
-    source: str
 
     def pieces(self, sequence: int, length: int, align: bool) -> np.ndarray:
         """Tokens [n] of each document in each sequence, where sequences are cut to `length`; attention stays inside them."""
@@ -232,11 +225,11 @@ def documents_of(config: Config, model_config: ModelConfig) -> Documents | None:
             return None
         lengths = fineweb_lengths(2**14).round().astype(int)
         ends = np.cumsum(np.random.default_rng(0).permutation(lengths))
-        return Documents(ends - np.diff(ends, prepend=0), int(ends[-1]), "assumed lognormal as FineWeb's (cost/step.py)")
+        return Documents(ends - np.diff(ends, prepend=0), int(ends[-1]))
     shard = dataset.shards[0]
     starts = np.flatnonzero(shard == model_config.end_of_text)
     enough = len(starts) and len(shard) > 2 * model_config.sequence_length
-    return Documents(starts, len(shard), f"as in {dataset.paths[0]}") if enough else None
+    return Documents(starts, len(shard)) if enough else None
 
 
 def attended(model_config: ModelConfig, part: float, pieces: np.ndarray) -> float:

@@ -93,9 +93,6 @@ def step_time(
     return dict(times)
 
 
-# ---------------------------------------------------------------- real steps on this CPU
-
-
 def clocked(work: Callable[[], object], times: int) -> list[float]:
     """Seconds of each of so many calls, after one that does not count."""
     seconds = []

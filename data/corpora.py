@@ -135,8 +135,6 @@ CORPORA: dict[str, Corpus] = {
     "fineweb": Corpus("FineWeb sample-10BT, tokenized here", "Hugging Face HuggingFaceFW/fineweb; ODC-By", fineweb_sample),
 }
 
-# ---------------------------------------------------------------- preparing
-
 
 def encode_all(texts: Texts, tokenizer: str, data_root: Path) -> Iterator[np.ndarray]:
     """Token arrays of `texts`, in order. BPE runs in one process per core; the others need none."""

@@ -37,9 +37,6 @@ def repair(folder: Path) -> str:
     return f"run: ./run.sh data prepare {corpus} --tokenizer {tokenizer}"
 
 
-# ---------------------------------------------------------------- writing
-
-
 def header(tokens: int) -> bytes:
     words = np.zeros(HEADER_WORDS, dtype="<i4")
     words[:3] = MAGIC, VERSION, tokens
@@ -82,9 +79,6 @@ def write(
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """dataset.json, written last: its presence says that the preparation ended."""
     atomic_write(folder / "dataset.json", json.dumps(manifest, indent=1))
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read(path: Path) -> np.ndarray:
@@ -255,9 +249,6 @@ def validation_starts(dataset: Dataset, sequence_length: int, tokens: int, sprea
         there = f"the {len(dataset)} validation tokens in {dataset.folder}"
         raise UsageError(f"--val-tokens {tokens} must give 1 to {available} sequences of {sequence_length} from {there}")
     return [sequence_length * (i * available // wanted if spread else i) for i in range(wanted)]
-
-
-# ---------------------------------------------------------------- order and loader
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:

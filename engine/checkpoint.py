@@ -40,8 +40,6 @@ NAME = re.compile(r"step-(\d{8,})")
 PLAIN = (bool, int, float, str)
 FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
 
-# ---------------------------------------------------------------- nested state as tensors and JSON
-
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path. Raises
@@ -104,9 +102,6 @@ def references(packed: Any) -> Iterator[dict[str, Any]]:
     values = [value for _, value in packed.get("dict", ())]
     for value in (*packed.get("list", ()), *packed.get("tuple", ()), *values):
         yield from references(value)
-
-
-# ---------------------------------------------------------------- files
 
 
 def sync(path: Path) -> None:
@@ -211,9 +206,6 @@ def load_weights(gpt: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(saved[name])
-
-
-# ---------------------------------------------------------------- saving and loading
 
 
 class Checkpoints:

@@ -183,9 +183,6 @@ def build_momentum(spec: str, steps: int) -> Callable[[int], float | None]:
     return build(spec, steps, MOMENTUM_SCHEDULES, "momentum schedule")
 
 
-# ---------------------------------------------------------------- the course of a run
-
-
 @dataclass(frozen=True)
 class Moment:
     """Everything in one step of a run that depends on the step."""

@@ -168,9 +168,6 @@ def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = Fals
     return summarise(rows, settings, allow_mixed)
 
 
-# ---------------------------------------------------------------- words
-
-
 def ratio_words(ratio: dict[str, Any]) -> str:
     """A ratio and its interval; alone where every pair has the same one, as the chosen lengths of runs have."""
     interval = "" if math.isclose(ratio["low"], ratio["high"]) else f" ({ratio['low']:.3g}-{ratio['high']:.3g})"

@@ -33,9 +33,6 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-# ---------------------------------------------------------------- registries
-
-
 def keys(cls: type) -> str:
     """`name=default` of every setting of a registered class: the one place that knows how they are stored."""
     return ", ".join(f"`{f.name}={f.default}`" for f in dataclasses.fields(cls))
@@ -79,9 +76,6 @@ def optimizer_tables() -> dict[str, str]:
     return {"optimizers": table(head, rows), "averages": settable("average", optimizers.AVERAGES)}
 
 
-# ---------------------------------------------------------------- findings
-
-
 def times(comparison: str, arm: str) -> str:
     """How many times as fast as AdamW an arm of a kept comparison is: at equal loss; as confirmed where it has no horizon."""
     ratios = read(ROOT / comparison / "comparison.json")["ratios"]
@@ -116,9 +110,6 @@ def findings() -> list[tuple[str, str, str]]:
     ]
     pages = {link: link if link.endswith(".md") else f"{link}/README.md" for *_, link in rows}
     return [(question, answer, f"[{Path(link).stem}]({pages[link]})") for question, answer, link in rows]
-
-
-# ---------------------------------------------------------------- benchmarks
 
 
 def optimizer_figures() -> dict[str, str]:
@@ -156,29 +147,11 @@ def cost_tables() -> dict[str, str]:
     }
 
 
-def h100_tables() -> dict[str, str]:
-    """Times on one H100."""
-    measured = read(BENCHMARKS / "h100" / "h100.json")["findings"]
-    timed = {f["what"].removeprefix("time of "): f["figures"] for f in measured if f["what"].startswith("time of")}
-
-    def rows(*columns: str) -> list[tuple[str, ...]]:
-        shown = {what: figures for what, figures in timed.items() if columns[0] in figures}
-        return [(what, *(f"{figures[c] * 1e3:.3g}" for c in columns)) for what, figures in shown.items()]
-
-    return {
-        "h100 kernels": table(("kernel", "Triton", "PyTorch", "compiled"), rows("kernel", "torch", "compiled")),
-        "h100 attention": table(("mask, B x H x T x D", "sdpa", "flex", "plain"), rows("sdpa", "flex", "plain")),
-    }
-
-
 def benchmark_tables() -> dict[str, str]:
     keys = ("what", "faults", "recovered", "lost", "seconds_per_fault")
     chaos = [tuple(str(c[key] if c[key] is not None else "-") for key in keys) for c in read(BENCHMARKS / "chaos.json")]
     head = ("what", "faults", "recovered or refused", "lost", "s lost a fault")
-    return optimizer_figures() | cost_tables() | h100_tables() | {"chaos": table(head, chaos)}
-
-
-# ---------------------------------------------------------------- picture
+    return optimizer_figures() | cost_tables() | {"chaos": table(head, chaos)}
 
 
 def draw_first_run() -> None:

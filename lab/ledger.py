@@ -88,9 +88,6 @@ class Ledger:
             atomic_write(self.path, text.getvalue())
 
 
-# ---------------------------------------------------------------- trials.csv
-
-
 @dataclass(frozen=True)
 class Row:
     """One trial, a line of trials.csv. SI units."""
@@ -161,9 +158,6 @@ def compute_type(rows: Iterable[Any]) -> str:
         why = f"trials are in {' and in '.join(types)}, and their losses do not compare"
         raise UsageError(f"{why}: go on on a machine like the one before, {instead}")
     return "".join(types)
-
-
-# ---------------------------------------------------------------- when trials ran
 
 
 def moment(text: str) -> datetime:

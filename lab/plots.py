@@ -1,6 +1,11 @@
-"""Pictures of comparisons, records and scaling experiments, as PNG, by matplotlib."""
+"""Pictures of runs, comparisons, records and scaling experiments, as PNG, by matplotlib.
 
+python -m lab.plots runs/tiny/*          loss against time of finished or running runs: loss.png (./run.sh plot)
+"""
+
+import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.command import Parser, command
+from engine.spec import UsageError
 from lab.stats import Ratio
 
 
@@ -39,15 +46,27 @@ def curve(loss: Sequence[Sequence[float]], step_times: Sequence[Sequence[float]]
     return minutes, np.mean(loss, axis=0)[:steps].reshape(-1, size).mean(1), float(np.mean(ends))
 
 
-def losses(path: Path, curves: dict[str, Curve], target: float) -> None:
+def of_run(folder: Path) -> Curve:
+    """Of a run that has ended or not. Raises UsageError: the folder holds no log of a step."""
+    log = folder / "log.jsonl"
+    events = [json.loads(line) for line in log.read_text().rpartition("\n")[0].splitlines()] if log.exists() else []
+    steps, vals = ([e for e in events if e["event"] == kind] for kind in ("train", "val"))
+    if not steps:
+        raise UsageError(f"{folder} holds no log of a step: name run folders, such as runs/tiny/*")
+    return curve([[e["loss"] for e in steps]], [[e["step_time"] for e in steps]], [vals[-1]["loss"] if vals else math.nan])
+
+
+def losses(path: Path, curves: dict[str, Curve], target: float | None) -> None:
     """Loss against minutes of training, by label."""
     figure, axis = pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
     for label, (minutes, loss, end) in curves.items():
         (line,) = axis.plot(minutes, loss, label=label, linewidth=1.2)
         axis.plot(minutes[-1], end, "o", color=line.get_color(), markersize=5)
-    axis.axhline(target, color="0.4", linestyle=":", linewidth=1, label=f"target {target:g} (dots: validation at the end)")
-    lowest = min(target, *(end for *_, end in curves.values()))
-    axis.set(xlabel="training time, minutes", ylabel="loss, nats per token", ylim=(lowest - 0.13, 2.3 * lowest), xlim=(0, None))
+    lowest = min(float(loss.min()) for _, loss, _ in curves.values())
+    if target:
+        axis.axhline(target, color="0.4", linestyle=":", linewidth=1, label=f"target {target:g} (dots: validation at the end)")
+        lowest = min(lowest, target)
+    axis.set(xlabel="training time, minutes", ylabel="loss, nats per token", ylim=(0.9 * lowest, 2.3 * lowest), xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save(figure, path.parent, path.stem)
@@ -221,9 +240,6 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
     return save(figure, folder, f"history-{track}")
 
 
-# ---------------------------------------------------------------- scaling
-
-
 def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
     """All pictures of a scaling experiment for which there is something to draw; returns their names."""
     measured = any("words" in s for trick in summary["tricks"] for s in trick["sizes"])
@@ -308,3 +324,16 @@ def size_curves(folder: Path, summary: dict[str, Any]) -> str:
     figure.supxlabel("tokens of the run (dots, line: base; crosses: trick)", fontsize=9)
     figure.supylabel("final validation loss, nats per token", fontsize=9)
     return save(figure, folder, "sizes")
+
+
+def draw(argv: list[str]) -> str:
+    parser = Parser(prog="./run.sh plot", description="Draw loss against training time of runs, finished or not.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, such as runs/tiny/*")
+    parser.add_argument("--out", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
+    options = parser.parse_args(argv)
+    losses(options.out, {folder.name: of_run(folder) for folder in options.runs}, None)
+    return f"wrote {options.out.with_suffix('.png')}"
+
+
+if __name__ == "__main__":
+    sys.exit(command("plot", lambda: draw(sys.argv[1:])))

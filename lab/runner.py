@@ -175,9 +175,6 @@ class Runner(Scheduler):
                     writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
 
 
-# ---------------------------------------------------------------- an experiment's options and folder
-
-
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole."""
     cut = argv.index("--") if "--" in argv else len(argv)

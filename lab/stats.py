@@ -90,9 +90,6 @@ def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> R
     return Ratio(math.floor(df) + 1, *(math.exp(x) for x in (log, log - half, log + half)), p, se)
 
 
-# ---------------------------------------------------------------- how many runs
-
-
 def power(n: int | np.ndarray, effect: float, alpha: float, two_sided: bool = False) -> float | np.ndarray:
     """The chance of a t-test on n values to find an effect of so many standard deviations (noncentral t)."""
     shift, critical = effect * np.sqrt(n), stats.t.isf(alpha / 2 if two_sided else alpha, n - 1)
@@ -120,9 +117,6 @@ def smallest_difference(n: int, sd: float, alpha: float = 0.01, chance: float = 
     while power(n, most, alpha, two_sided=True) < chance:
         most *= 2
     return sd * float(optimize.brentq(lambda effect: power(n, effect, alpha, two_sided=True) - chance, 1e-6, most))
-
-
-# ---------------------------------------------------------------- steps to a target
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,6 @@ class Smear(nn.Module):
         return torch.cat([x[:, :1], now + self.strength * self.gate(now) * before], dim=1)
 
 
-# ---------------------------------------------------------------- between the blocks
-
-
 class ResidualPaths(nn.Module):
     """The blocks, and the paths round them that the config asks for."""
 
@@ -135,9 +132,6 @@ class Backout(nn.Module):
 
     def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         return x - self.strength * outputs[self.source]
-
-
-# ---------------------------------------------------------------- inside attention
 
 
 def value_table(config: ModelConfig, layer: int) -> int | None:

@@ -32,7 +32,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
 }
 
 
-MOST_LINES = 16_850  # of product; only ever lowered: the aim is 15,500
+MOST_LINES = 15_500  # of product; only ever lowered
 
 
 def product() -> dict[str, str]:

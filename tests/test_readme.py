@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from config import resolve
 from cost import predict
 from data.__main__ import parser as data_parser
 from engine.spec import UsageError
-from lab import docs
+from lab import docs, plots
 from lab.records.__main__ import parser as records_parser
 from lab.tuning import tune
 from optimizers.__main__ import show
@@ -113,14 +112,17 @@ def test_trick_of_the_readme(additions, train):
     assert len(losses(folder)) == 2
 
 
-def test_plot_of_the_examples(tmp_path):
+def test_runs_are_drawn(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"optimizer": "muon"}))
-    logged = [{"event": kind, "train_time": i, "loss": 5 - i} for i in range(3) for kind in ("train", "val")]
-    (run / "log.jsonl").write_text("\n".join(map(json.dumps, logged)))
-    done = subprocess.run([sys.executable, ROOT / "examples" / "plot.py", run], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "wrote loss.png\n" and (tmp_path / "loss.png").exists(), done.stderr
+    steps = [{"event": "train", "step_time": 0.5, "loss": 5 - i / 30} for i in range(90)]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, [*steps, {"event": "val", "loss": 2.0}, {}])))
+    assert plots.draw([str(run), "--out", str(tmp_path / "picture.png")]) == f"wrote {tmp_path / 'picture.png'}"
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    minutes, loss, end = plots.of_run(run)
+    assert minutes.tolist() == pytest.approx([1 / 6, 1 / 3, 0.5, 2 / 3]) and loss[0] == pytest.approx(5 - 9.5 / 30) and end == 2
+    with pytest.raises(UsageError, match="holds no log of a step"):
+        plots.draw([str(tmp_path)])
 
 
 # ---------------------------------------------------------------- commands

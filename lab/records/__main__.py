@@ -54,9 +54,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-# ---------------------------------------------------------------- add
-
-
 def add(
     folders: list[Path], name: str, why: str, category: str = "gpt", against: Sequence[Path] = (), kind: str = "record"
 ) -> Record:
@@ -113,9 +110,6 @@ def runs_of(folder: Path, arm: str) -> list[Path]:
     if not names:
         raise UsageError(f"arm {arm!r} of {folder} has no confirming runs")
     return [trials.RUNS / "runs" / summary["track"] / name for name in names]
-
-
-# ---------------------------------------------------------------- verify
 
 
 def chosen(names: list[str]) -> list[Record | Report]:

@@ -1,6 +1,5 @@
 """What people read of the records: the history of each track, as a table and a picture, and one run beside its track's."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -73,17 +72,6 @@ def curve(record: Record) -> plots.Curve:
     return plots.curve(losses, [log.step_times for log in record.logs], [log.loss for log in record.logs])
 
 
-def draw_run(run: FinishedRun, beside: list[Record]) -> Path:
-    """The run's loss against time before the records' curves, as loss.png in its folder."""
-    events = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    steps = [e for e in events if e["event"] == "train"]
-    mine = plots.curve([[e["loss"] for e in steps]], [[e["step_time"] for e in steps]], [run.result["val_loss"]])
-    curves = {f"record {record.folder.name}, on its machine": curve(record) for record in beside}
-    path = run.folder / "loss.png"
-    plots.losses(path, {**curves, "this run": mine}, run.result["target_loss"])
-    return path
-
-
 def summary(folder: Path) -> str:
     """What a person wants to know of a finished run, beside the first and the newest record of its track; draws loss.png."""
     run = FinishedRun.read(folder)
@@ -107,5 +95,7 @@ def summary(folder: Path) -> str:
     lines += ["  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows]
     lines += ["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain)
     if result["val_loss"] is not None and result["target_loss"]:
-        lines.append(f"picture: {draw_run(run, beside)}")
+        curves = {f"record {record.folder.name}, on its machine": curve(record) for record in beside}
+        plots.losses(folder / "loss.png", curves | {"this run": plots.of_run(folder)}, result["target_loss"])
+        lines.append(f"picture: {folder / 'loss.png'}")
     return "\n".join(lines)

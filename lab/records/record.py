@@ -42,9 +42,6 @@ FACTS = {  # what a record keeps of its runs' env.json
 }
 
 
-# ---------------------------------------------------------------- what a record says
-
-
 @dataclass(frozen=True)
 class Log:
     """The log of one run as a record keeps it (`compact`)."""
@@ -187,9 +184,6 @@ def parameters(settings: dict[str, Any]) -> dict[str, int]:
     for name, p in gpt.named_parameters():
         counts[role[name]] += p.numel()
     return dict(counts)
-
-
-# ---------------------------------------------------------------- writing one
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,6 @@ def verdicts(report: Report) -> list[Verdict]:
     return judge(report, RULES)
 
 
-# ---------------------------------------------------------------- the rules; each returns what it saw
-
-
 def files(report: Report) -> str:
     """The expected files are there and no others; none names a path of a machine."""
     pictures = {f"{name}.png" for name in report.summary["plots"]}

@@ -20,9 +20,6 @@ LEVEL = 0.95  # of every interval
 MISFIT = 0.05  # level of the test that rejects a power law
 
 
-# ---------------------------------------------------------------- two forms of a curve
-
-
 @dataclass(frozen=True)
 class PowerLaw:
     """L(D) = alpha D^-exponent + floor, and between which amounts it was measured."""
@@ -88,9 +85,6 @@ def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray
     levels, which = np.unique(np.asarray(amounts, float), return_inverse=True)
     y = np.asarray(losses, float)
     return levels, np.stack([y[..., which == i].mean(-1) for i in range(len(levels))], -1), which
-
-
-# ---------------------------------------------------------------- fitting
 
 
 def centre(amounts: np.ndarray) -> float:
@@ -161,9 +155,6 @@ def curve_through(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw
         return law
     ratio = (about @ about / left) / (within @ within / runs)
     return Lines.through(amounts, losses) if stats.f.sf(ratio, left, runs) < MISFIT else law
-
-
-# ---------------------------------------------------------------- speed-up
 
 
 @dataclass(frozen=True)

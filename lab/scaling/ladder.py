@@ -50,9 +50,6 @@ def size_words(parameters: float) -> str:
     return f"{parameters:.3g}"
 
 
-# ---------------------------------------------------------------- sizes
-
-
 @dataclass(frozen=True)
 class Size:
     """A shape of the model."""
@@ -109,9 +106,6 @@ def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
-# ---------------------------------------------------------------- learning rate
-
-
 def transfer_exponent(rule: str, spec: str) -> float:
     """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`: mup, power:EXPONENT or none.
 
@@ -152,9 +146,6 @@ def joined(name: str, keys: dict[str, str]) -> str:
 def retune_factors(count: int, step: float) -> list[float]:
     """`count` factors round 1 on a log grid, outwards: 1, 1/step, step, 1/step^2, ..."""
     return [step ** (((i + 1) // 2) * (-1) ** i) for i in range(count)]
-
-
-# ---------------------------------------------------------------- what a size is given
 
 
 @dataclass(frozen=True)

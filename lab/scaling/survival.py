@@ -22,8 +22,6 @@ from lab.scaling.trend import Trend, trend
 COSTS = ("tokens", "seconds", "flops")  # that a speed-up is given in
 Found = dict[str, Any]  # a part of scaling.json
 
-# ---------------------------------------------------------------- one arm at one size
-
 
 def losses_by_budget(cells: Sequence[Found], rows: Sequence[Row]) -> list[Found]:
     """For each planned length of run of one arm at one size: tokens and the final losses of its seeds."""
@@ -61,9 +59,6 @@ def measured(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
     curve, tried = ([cell for cell in cells if cell["phase"] == phase] for phase in ("curve", "retune"))
     cost = token_cost(rows, curve[0]["trial"] if curve else "")
     return {"points": losses_by_budget(curve, rows), "cost": cost, "retune": retuned(tried, rows)}
-
-
-# ---------------------------------------------------------------- a trick against the base
 
 
 def outside(curve: PowerLaw | Lines, points: Sequence[Found], loss: float, amount: float, above: bool) -> tuple[str, bool]:
@@ -155,9 +150,6 @@ def judged(name: str, arms: dict[str, dict[str, Found]], settings: Found) -> Fou
     said = {cost: t and dataclasses.asdict(t) | {"words": t.words()} for cost, t in trends.items()}
     sizes = [{key: value for key, value in s.items() if key != "draws"} for s in sizes]
     return {"trick": name, "sizes": sizes, "trends": said, "held_out": checks, "why": why}
-
-
-# ---------------------------------------------------------------- the experiment
 
 
 def all_failed(runs: int, base: str, size: str) -> UsageError:

@@ -324,9 +324,6 @@ def compute_types(options: argparse.Namespace) -> dict[str, str]:
     return types
 
 
-# ---------------------------------------------------------------- command
-
-
 def parser() -> argparse.ArgumentParser:
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made = Parser(prog="compare.py tune", description=__doc__, **how)

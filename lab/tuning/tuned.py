@@ -153,9 +153,6 @@ def dtype_of(tables: Tables) -> str:
     return compute_type(row for table in tables.values() for row in table.rows.values())
 
 
-# ---------------------------------------------------------------- what they say
-
-
 def neighbours(settings: dict[str, float]) -> dict[str, dict[str, float]]:
     """What is changed -> the settings with that one off."""
     warmup = next((key for key in ("warmup", "schedule_warmup") if key in settings), "")
@@ -257,8 +254,6 @@ def winners(tables: dict[str, Tables]) -> dict[str, dict[str, dict[str, Any]]]:
                 chosen[track][name] = words | {"val_loss": best.val_loss, "trials": len(table.of("search"))}
     return chosen
 
-
-# ---------------------------------------------------------------- report
 
 ABOUT = """# Tuning
 

@@ -326,7 +326,7 @@ def test_keys_inside_documents_against_a_count(length, align):
     where the window shuts out another."""
     rng = np.random.default_rng(0)
     starts = np.unique(np.r_[0, rng.integers(0, 4000, 300)])
-    documents = Documents(starts, 4000, "")
+    documents = Documents(starts, 4000)
     config = ModelConfig(vocab_size=256, sequence_length=32, layers=2, heads=4, width=16, window=5, window_pattern="LS")
     begins = aligned(starts, 4000, 32) if align else range(0, 4000 - 32, 32)
     met = {window: [] for window in config.windows(1.0)}
@@ -350,7 +350,6 @@ def test_a_document_mask_saves_time_where_documents_are_known(capsys, tmp_path):
         text = report(found)
         said[corpus] = {line[:20].strip(): line[20:] for line in text.splitlines()}
         times[corpus] = found.times
-    assert "not counted" in said["nowhere"]["document mask"] and "FineWeb" in said["fineweb10B"]["document mask"]
     assert said["nowhere"]["arithmetic"] == said["fineweb10B"]["arithmetic"]
     assert {name for name, value in times["nowhere"].items() if value != times["fineweb10B"][name]} == {"attention"}
     assert times["fineweb10B"]["attention"] < 0.5 * times["nowhere"]["attention"]
