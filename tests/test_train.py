@@ -82,8 +82,8 @@ def test_accumulation_equals_one_big_batch(train, optimizer):
 @pytest.mark.parametrize("tricks", ["modern,muon", "ngram_embedding"])
 @pytest.mark.slow
 def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
-    flags = ("--steps", "8", "--tricks", tricks, "--batch-tokens", "1024", "--micro-batch-tokens", "128", "--clip", "0.5")
-    flags += ("--val-tokens", str(129 * 64))  # more for one rank than for the others
+    flags = ("--steps", "8", "--tricks", tricks, "--batch-tokens", "512", "--micro-batch-tokens", "64", "--clip", "0.5")
+    flags += ("--val-tokens", str(33 * 64))  # more for one rank than for the others
     one = train(*flags)
     for ranks in (2, 4):
         folder = tmp_path / f"ranks{ranks}"
@@ -93,7 +93,7 @@ def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
         assert [e["grad_norm"] for e in events(one, "train")] == pytest.approx(
             [e["grad_norm"] for e in events(folder, "train")], rel=1e-4
         )
-        assert result(folder)["tokens"] == result(one)["tokens"] == 8 * 1024
+        assert result(folder)["tokens"] == result(one)["tokens"] == 8 * 512
         assert json.loads((folder / "env.json").read_text())["world_size"] == ranks
 
 
@@ -450,11 +450,14 @@ def test_two_weights_go_on_with_one_history_though_a_step_is_left_out(sotu, tmp_
     assert steps == [7, 7]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_trains_tiny(train, optimizer):
-    """At its defaults, in 60 steps, to what single bytes can tell (their entropy is 3.1 nats) or further."""
-    longer = {"signum": "250", "lion": "250", "adagrad": "250", "prodigy": "250", "adopt": "70"}  # their rates suit longer runs
-    flags = ("--steps", longer.get(optimizer, "60"), "--val-tokens", "8192", "--layers", "1")
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adamw", "lion", "amos", "schedule_free_prodigy", "muon", "shampoo", "soap", "kron"]
+)
+def test_each_kind_of_optimizer_trains_tiny(train, optimizer):
+    """At its defaults, in 60 steps, to what single bytes can tell (their entropy is 3.1 nats) or further. Of each kind of state
+    one; test_toys.py has every method on a problem that is solved exactly."""
+    steps = "250" if optimizer == "lion" else "60"  # its rate suits longer runs
+    flags = ("--steps", steps, "--val-tokens", "8192", "--layers", "1")
     assert result(train(*with_optimizer(optimizer), *flags))["val_loss"] < 3.1
 
 
@@ -641,7 +644,7 @@ def test_every_recipe_and_trick_resolves(track):
         config, model_config, _ = resolve(["--track", track, "--tricks", with_needs(words)])
         assert Course(config).at(0).lr >= 0
         with torch.device("meta"):
-            gpt = train_gpt.GPT(dataclasses.replace(model_config, layers=min(6, model_config.layers)))
+            gpt = train_gpt.GPT(dataclasses.replace(model_config, layers=min(4, model_config.layers)))
             assert train_gpt.optimizers.build(config.optimizer, gpt).param_groups
 
 

@@ -210,6 +210,7 @@ def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
     shards.write_manifest(root / "mine-bytes", {"corpus": "mine", "eot": 0, "splits": splits})
     tricks = [t for t in TRACKS["gpt2-small"].recipes["record"] if t not in ("compile", "bf16_weights")]
     flags = ("--tricks", ",".join(tricks), "--corpus", "mine", "--data-root", str(root), "--steps", "6", "--clip", "0")
+    flags += ("--batch-tokens", "1024")
     one, eight = train(*flags), tmp_path / "eight"
     torchrun(8, eight, *flags, "--check-ranks", "2")
     # Muon lifts a gradient's rounding to full size in the directions that the gradient lacks (a projection's first has singular

@@ -49,7 +49,7 @@ def memory_of(flags: list[str], sequences: int, device: str):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("optimizer", "sequences", "flags"),
-    [("adamw", 24, ()), ("muon", 24, ("--tricks", "modern", "--checkpoint-activations"))],
+    [("adamw", 12, ()), ("muon", 12, ("--tricks", "modern", "--checkpoint-activations"))],
 )
 @pytest.mark.slow
 def test_predicted_peak_is_the_measured_one(optimizer, sequences, flags):
