@@ -309,7 +309,7 @@ def main(argv: list[str]) -> int:
         return command("compare.py score", lambda: score.run(argv[1:]))
     if argv[:1] == ["tune"]:
         return tune.main(argv[1:])
-    return command("compare.py", lambda: "\n".join(run(parse(argv))))
+    return command("compare.py", lambda: "\n".join(run(parse(argv))), argv)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ def load_model(run: Path) -> tuple[GPT, dict]:
         raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
     gpt = GPT(ModelConfig(**{f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}))
     checkpoint.load_weights(gpt, path)
-    gpt.see(Course(SimpleNamespace(**config)).at(max(0, checkpoint.step_of(path) - 1)).windows)
+    course = Course(
+        SimpleNamespace(**config | {"schedule": "constant", "momentum_schedule": "keep"})
+    )  # rates do not matter here
+    gpt.see(course.at(max(0, checkpoint.step_of(path) - 1)).windows)
     return gpt.eval(), config
 
 
@@ -64,13 +67,16 @@ def parser() -> Parser:
     flags.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     flags.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument(
+        "--data-root", type=Path, default=Path("corpora"), help="where the tokenizer's files are (default: corpora)"
+    )
     return flags
 
 
 def sample(argv: list[str]) -> str:
     options = parser().parse_args(argv)
     gpt, config = load_model(options.run)
-    tokenizer = tokenizers.get(config["tokenizer"], config["data_root"])
+    tokenizer = tokenizers.get(config["tokenizer"], options.data_root)  # not where the run folder says: it may be a stranger's
     start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
     tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed)
     return tokenizer.decode(tokens[1:])

@@ -305,7 +305,7 @@ def main(argv: list[str]) -> int:
             return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
         return run(options)
 
-    return command("scaling.py", work)
+    return command("scaling.py", work, argv)
 
 
 if __name__ == "__main__":

@@ -593,7 +593,7 @@ def train(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    return command("train_gpt.py", lambda: train(argv))
+    return command("train_gpt.py", lambda: train(argv), argv)
 
 
 if __name__ == "__main__":

@@ -185,4 +185,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command("optimizers", lambda: main(sys.argv[1:])))
+    sys.exit(command("optimizers", lambda: main(sys.argv[1:]), [spec for of in RIVALS.values() for spec in of.values()]))

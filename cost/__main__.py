@@ -9,4 +9,4 @@ from cost.predict import predict, report
 from engine.command import command
 
 if __name__ == "__main__":
-    sys.exit(command("plan", lambda: report(predict(sys.argv[1:]))))
+    sys.exit(command("plan", lambda: report(predict(sys.argv[1:])), sys.argv[1:]))

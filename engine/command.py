@@ -5,13 +5,13 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from engine.ranks import RankError
-from engine.spec import UsageError
+from engine.spec import UsageError, trust
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,9 +21,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def command(name: str, work: Callable[[], int | str | None]) -> int:
+def command(name: str, work: Callable[[], int | str | None], argv: Sequence[str] = ()) -> int:
     """Run a verb and return its exit code: 0 or what `work` returns; a text that it returns is printed. 1 ranks died, hang or
-    differ; 2 bad words, no memory or a full disk; 130 interrupted. Of several ranks one speaks."""
+    differ; 2 bad words, no memory or a full disk; 130 interrupted. Of several ranks one speaks. argv: what the user typed,
+    which alone may name code."""
+    trust(argv)
     try:
         done = work()
         if isinstance(done, str):

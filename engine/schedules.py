@@ -283,4 +283,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("schedules", draw))
+    sys.exit(command("schedules", draw, sys.argv[1:]))

@@ -122,8 +122,24 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
     return cls, {key: convert(text, keys[key], f"{what} key {name}:{key}") for key, text in texts.items()}
 
 
+TRUSTED: set[str] = set()  # words of the user's own command line: the only ones that may name code
+
+
+def trust(argv: Iterable[str]) -> None:
+    """Code may be imported where these words name it, as `name:key=value` or `--flag=name`. For what the user typed alone."""
+    TRUSTED.update(word.partition("=")[2] if word.startswith("--") else word for word in argv)
+
+
+def check_trusted(name: str, what: str) -> None:
+    """Raises UsageError: the user's command line does not name it; a file of settings may be somebody else's."""
+    if not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
+        raise UsageError(f"{what} {name!r} is code, which is loaded only where the command line names it, never from a file")
+
+
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: it does not import, or has no such class."""
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: the command line does not name it, it does
+    not import, or has no such class."""
+    check_trusted(name, what)
     place, _, attribute = name.partition(":")
     try:
         if place.endswith(".py"):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from engine.spec import UsageError, convert, nearest, parse, split
+from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust
 from model import roles as roles_of
 from optimizers import elementwise, schedule_free  # they fill the registry, in the order of these imports
 
@@ -145,6 +145,7 @@ def of_collection(spec: str) -> str:
     package, _, word = name.rpartition(".")
     if package not in COLLECTIONS:
         return spec
+    check_trusted(name, "optimizer")
     try:
         module = importlib.import_module(package)
     except ImportError:
@@ -153,7 +154,9 @@ def of_collection(spec: str) -> str:
     by_plain_name = {n.replace("_", "").lower(): n for n in classes}
     if (plain := word.replace("_", "").lower()) not in by_plain_name:
         raise UsageError(f"{package} has no optimizer {word!r}: {nearest(word, classes)}")
-    return f"{package}:{by_plain_name[plain]}{colon}{keys}"
+    chosen = f"{package}:{by_plain_name[plain]}"
+    trust([chosen])
+    return f"{chosen}{colon}{keys}"
 
 
 def unwrapped(gpt: nn.Module) -> nn.Module:

@@ -28,6 +28,7 @@ from cost.step import communication, record_step
 from data.shards import Dataset, validation_starts, write, write_manifest
 from engine import run_folder, spec
 from engine.schedules import Course
+from engine.spec import UsageError
 from optimizers import OPTIMIZERS
 from tricks import TRACKS, TRICKS
 
@@ -523,6 +524,7 @@ def test_own_optimizer(train, tmp_path):
 def test_an_own_optimizer_that_was_changed_is_another_run(train, tmp_path, capsys):
     mine = tmp_path / "mine.py"
     flags = ["--steps", "2", "--optimizer", f"{mine}:SignDescent:lr=0.002"]
+    spec.trust(flags)
     named = lambda: run_folder.default_folder(run_folder.all_settings(*resolve(flags)), "baseline")  # noqa: E731
     mine.write_text(OWN_OPTIMIZER)
     before = named()
@@ -531,6 +533,38 @@ def test_an_own_optimizer_that_was_changed_is_another_run(train, tmp_path, capsy
     assert named() != before
     train(*flags, code=2)
     assert "other settings (optimizer_code)" in capsys.readouterr().err
+
+
+MARKS = """
+from pathlib import Path
+Path({!r}).touch()
+
+class Mine:
+    def value(self, step, steps):
+        return 1.0
+"""
+
+
+def test_code_that_a_file_names_is_not_loaded(train, tmp_path, monkeypatch, capsys):
+    """A SPEC in somebody's config.json or tuned.json; the same words on the user's own command line are loaded."""
+    import sample
+
+    code, mark = tmp_path / "code.py", tmp_path / "ran"
+    code.write_text(MARKS.format(str(mark)))
+    folder = train("--steps", "2")
+    settings = json.loads((folder / "config.json").read_text())
+    for key in ("schedule", "momentum_schedule", "optimizer", "average"):
+        (folder / "config.json").write_text(json.dumps(settings | {key: f"{code}:Mine", "data_root": str(tmp_path / "else")}))
+        assert sample.main(["--run", str(folder), "--tokens", "2"]) == 0
+    tuned = {"tiny": {"adamw": {"optimizer": "adamw:lr=0.1", "schedule": f"{code}:Mine"}}}
+    monkeypatch.setattr(tricks, "TUNED", tmp_path / "tuned.json")
+    tricks.TUNED.write_text(json.dumps(tuned))
+    with pytest.raises(UsageError, match="loaded only where the command line names it"):
+        resolve(["--track", "tiny", "--optimizer", "adamw", "--schedule", f"{code}:Mine"])
+    train("--steps", "2", "--tricks", "modern", out="tuned", code=2)
+    assert not mark.exists() and not (tmp_path / "else").exists()
+    train("--steps", "2", "--schedule", f"{code}:Mine", out="own")
+    assert mark.exists()
 
 
 def test_sampling(train, capsys):

@@ -383,4 +383,4 @@ def run(argv: list[str]) -> str:
 def main(argv: list[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the sampler of given points
-    return command("compare.py tune", lambda: run(argv))
+    return command("compare.py tune", lambda: run(argv), argv)

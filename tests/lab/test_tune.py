@@ -18,7 +18,7 @@ import train_gpt
 import tricks
 from config import resolve
 from engine import hardware
-from engine.spec import UsageError, split
+from engine.spec import UsageError, split, trust
 from lab import plots, trials
 from lab.trials import PRUNED, Arm, Outcome, Trial
 from lab.tuning import tune, tuned
@@ -140,6 +140,7 @@ def test_own_optimizers_and_fixed_keys(tmp_path):
     assert fixed.flags({"lr": 0.1})[:2] == ("--optimizer", "sgd:nesterov=false,momentum=0.9,lr=0.1")
     own = tmp_path / "mine.py"
     own.write_text("import torch\nclass Mine(torch.optim.SGD):\n    pass\n")
+    trust([f"{own}:Mine"])
     entry = submission(f"{own}:Mine")
     assert [d.key for d in entry.dimensions] == ["lr", "warmup"]
     resolve(["--track", "wiki", *entry.flags({"lr": 0.1, "schedule_warmup": 0.1})])

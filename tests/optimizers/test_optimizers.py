@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import optimizers
-from engine.spec import UsageError, typed_keys
+from engine.spec import UsageError, trust, typed_keys
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
 from optimizers.base import ROLES, Chain, Elementwise
@@ -417,6 +417,7 @@ class Mine:
 def own(tmp_path):
     def write(text: str, name: str = "mine.py") -> str:
         (tmp_path / name).write_text(text)
+        trust([f"{tmp_path / name}:Mine"])
         return str(tmp_path / name)
 
     return write
@@ -526,6 +527,7 @@ def test_what_a_spec_can_be_asked(own):
     ],
 )
 def test_bad_words_get_one_line(spec, message):
+    trust([spec])
     with pytest.raises(UsageError, match=message) as error:
         build(spec, tiny())
     assert "\n" not in str(error.value)
@@ -560,6 +562,7 @@ def test_building_steps_no_weights_and_reads_no_random_numbers():
 @pytest.mark.parametrize("name", ["pytorch_optimizer.lion", "pytorch_optimizer.Lion", "heavyball.soap"])
 def test_a_class_of_a_public_collection(name):
     pytest.importorskip(name.split(".")[0])
+    trust([name])
     gpt = tiny()
     optimizer = build(name + ":lr=0.002", gpt)
     assert type(optimizer).__name__.lower() == name.split(".")[1].lower()
@@ -568,6 +571,7 @@ def test_a_class_of_a_public_collection(name):
 
 def test_tuples_are_written_with_a_slash():
     pytest.importorskip("pytorch_optimizer")
+    trust(["pytorch_optimizer.lion", "torch.optim:AdamW"])
     assert build("pytorch_optimizer.lion:betas=0.8/0.9", tiny()).param_groups[0]["betas"] == (0.8, 0.9)
     assert build("torch.optim:AdamW:betas=0.8/0.9", tiny()).param_groups[0]["betas"] == (0.8, 0.9)
     with pytest.raises(UsageError, match="float"):
@@ -576,6 +580,7 @@ def test_tuples_are_written_with_a_slash():
 
 def test_a_collection_that_is_missing_or_lacks_the_name(monkeypatch):
     pytest.importorskip("pytorch_optimizer")
+    trust(["pytorch_optimizer.lionn", "heavyball.soap"])
     with pytest.raises(UsageError, match="did you mean 'Lion'"):
         build("pytorch_optimizer.lionn", tiny())
     monkeypatch.setitem(sys.modules, "heavyball", None)
