@@ -167,23 +167,16 @@ class Comparison:
 
     def find(self, arm: Arm, first: int, bar: tqdm) -> Search:
         """An arm's horizon, by a search from `first` steps or at the lengths given."""
-        options, trained = self.options, []
+        options = self.options
 
         def run(steps: int, seed: int) -> float:
-            branch = options.branch and arm.name not in options.at  # given lengths have a seed each: nothing in common
-            trial = Trial(arm, steps, seed, branching(trained, seed, first) if branch else ())
-            row = self.runner.run("search", trial, self.launch)
-            trained.append(trial)
+            row = self.runner.run("search", Trial(arm, steps, seed), self.launch)
             runner.say(bar, f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {self.target:g})")
             return row.val_loss
 
-        try:
-            if arm.name in options.at:
-                return search_at(run, options.at[arm.name], self.target)
-            return search(run, first, self.target, options.max_steps or 4 * self.base_steps, by_trunk=options.branch)
-        finally:
-            for trial in trained:
-                self.runner.drop_checkpoints(trial)
+        if arm.name in options.at:
+            return search_at(run, options.at[arm.name], self.target)
+        return search(run, first, self.target, options.max_steps or 4 * self.base_steps)
 
     def report(self, settings: dict[str, Any]) -> list[str]:
         rows, left_out = self.runner.rows(self.arms)
@@ -194,13 +187,6 @@ class Comparison:
 def steps_of(arm: Arm) -> int:
     """The length of the recipe's own runs."""
     return resolve(list(arm.flags))[0].steps
-
-
-def branching(trained: list[Trial], seed: int, first: int) -> tuple[str, ...]:
-    """Trainer flags: keep states on the way, and begin with the last one that a run of another length has in common."""
-    every = str(max(1, first // 20))
-    others = ",".join(str(t.folder) for t in trained if t.seed == seed and (t.folder / "checkpoints").exists())
-    return ("--checkpoint-every", every, "--milestone-every", every, "--branch", others)
 
 
 def target_of(options: argparse.Namespace) -> float:
@@ -245,8 +231,6 @@ def parser() -> argparse.ArgumentParser:
     add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths of its search, or of runs beside --horizon")
     add("--first-steps", type=int, default=0, help="length that a search begins at (default: the recipe's or the stack's)")
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
-    branch = "search sooner: train once what runs of several lengths share (wsd); the interval of a horizon is then too narrow"
-    add("--branch", action="store_true", help=branch)
     add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
     seeds = f"confirming runs of each arm (default: {LEAST_SEEDS} to {MOST_SEEDS}, as the measured variance needs)"
     add("--seeds", type=int, default=0, help=seeds)

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def prepare(
         raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
     if files and name in CORPORA:
         raise UsageError(f"{name!r} is a corpus already: give your files another --name")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(f"{name!r} is no name of a corpus: letters, digits, '_', '-' and '.'")
     folder = shards.dataset_folder(data_root, name, tokenizer)
     corpus = CORPORA.get(name)
     if corpus and corpus.texts is None:

@@ -309,6 +309,8 @@ class Checkpoints:
     def clean(self, everything: bool = False) -> None:
         """Remove what interrupted writes and deletions left, or all there is. For rank 0, before anybody saves."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if everything:  # first: a run that is killed meanwhile must not pass for finished
+            (self.folder.parent / "result.json").unlink(missing_ok=True)
         unfinished = [p for p in listing(self.folder) if everything or not (p / DONE).exists()]
         for path in [*self.folder.glob(".step-*.tmp"), *unfinished]:
             shutil.rmtree(path)

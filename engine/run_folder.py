@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import subprocess
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,25 @@ def now_utc() -> str:
 
 
 def atomic_write(path: Path, text: str | bytes) -> None:
-    """A reader sees the old file or the whole new one, and a full disk leaves nothing behind."""
-    temporary = path.with_suffix(".tmp")
+    """A reader sees the old file or the whole new one; a full disk leaves nothing behind; a link there is replaced, not
+    followed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(handle, "wb") as file:
             file.write(text if isinstance(text, bytes) else text.encode())
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.chmod(temporary, 0o644)  # as other files; mkstemp's are the owner's alone
+        os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises UsageError: something in the folder, which may be somebody else's, is a link: it would be written through."""
+    if links := [path for path in folder.glob("*") if path.is_symlink()]:
+        raise UsageError(f"{links[0]} is a link, and would be written through: remove it, or choose another folder")
 
 
 def file_hash(path: Path) -> str:
@@ -133,6 +142,7 @@ class Run:
         self.folder, self.config, self.main = folder, config, main
         self.log, self.display, self.lock = None, None, None
         self.checkpoints = folder / "checkpoints"
+        refuse_links(folder)
         comparable = {k: v for k, v in config.items() if k not in PRESENTATION}
         if (folder / "config.json").exists():
             try:
@@ -143,7 +153,7 @@ class Run:
             if different:
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
         # what a run leaves that was ended before it wrote its config.json is no reason to refuse
-        elif folder.exists() and any(p.name not in ("lock", "checkpoints", "config.tmp") for p in folder.iterdir()):
+        elif folder.exists() and any(p.name not in ("lock", "checkpoints") and p.suffix != ".tmp" for p in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         self.finished = resume != "never" and (folder / "result.json").exists()
 

@@ -132,7 +132,8 @@ def trust(argv: Iterable[str]) -> None:
 
 def check_trusted(name: str, what: str) -> None:
     """Raises UsageError: the user's command line does not name it; a file of settings may be somebody else's."""
-    if not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
+    known = name.startswith(("torch.optim:", "torch.optim."))  # is imported anyway
+    if not known and not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
         raise UsageError(f"{what} {name!r} is code, which is loaded only where the command line names it, never from a file")
 
 

@@ -242,8 +242,6 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += [table(ARM_HEAD, arms), ""]
     lines += ["Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a"]
     lines += ["ratio is base over arm: above 1 the arm saves. Verdicts: wall-clock, p < 0.01."]
-    if "--branch" in words:
-        lines[-1] += " Searched by cool-downs off shared runs, which are not independent: intervals of horizons are too narrow."
     lines += ["", *(f"- {line}" for line in verdict_lines(summary)), ""]
     if summary["mode"] == "optimizers":  # other arms are named after their tricks
         for arm in summary["arms"]:

@@ -23,9 +23,7 @@ class Search:
     why: str = ""  # of a search without a result
 
 
-def search(
-    run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4, by_trunk: bool = False
-) -> Search:
+def search(run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4) -> Search:
     """Find the horizon of an arm by `run`: (steps, seed) -> final validation loss; inf for a run that diverged.
 
     Gallops from `first` (by STRIDE, then 2, then 2 STRIDE) until one length misses the target and another meets it,
@@ -33,19 +31,18 @@ def search(
     the runs within a doubling of the target. Runs of one seed have most of their scatter in common, whatever their length, and
     the line's interval takes runs for independent: so each has a seed of its own.
 
-    The target counts as out of reach beyond `most` steps; below `least` nothing is tried. by_trunk: one seed for all runs up to
-    the gap, one for each further set: for runs that share what they have in common. The interval is too narrow then.
+    The target counts as out of reach beyond `most` steps; below `least` nothing is tried.
     """
     runs: list[tuple[int, int, float]] = []
 
-    def tried(steps: int, trunk: int) -> float:
-        seed = FIRST_SEED + (trunk if by_trunk else len(runs))
+    def tried(steps: int) -> float:
+        seed = FIRST_SEED + len(runs)
         runs.append((steps, seed, run(steps, seed)))
         return runs[-1][2]
 
     steps, met, missed, stride = max(least, min(first, most)), None, None, STRIDE
     while met is None or missed is None or met / missed > STRIDE * 1.01:
-        if tried(steps, 0) <= target:
+        if tried(steps) <= target:
             met = steps
             if met == least:
                 return Search(tuple(runs), None, f"meets the target in {least} steps, the least that is tried")
@@ -59,9 +56,8 @@ def search(
             steps = max(least, math.floor(met / stride)) if met else min(most, math.ceil(missed * stride))
             stride = 2 if stride == STRIDE else 2 * STRIDE
     between = round(math.sqrt(met * missed))
-    for trunk in range(1, SEEDS):
-        for length in (missed, between, met):
-            tried(length, trunk)
+    for length in (missed, between, met) * (SEEDS - 1):
+        tried(length)
     return concluded(runs, [r for r in runs if 0.5 <= r[0] / between <= 2], target)
 
 

@@ -3,6 +3,7 @@
 python -m lab.plots runs/tiny/*          loss against time of finished or running runs: loss.png (./run.sh plot)
 """
 
+import io
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.command import Parser, command
+from engine.run_folder import atomic_write
 from engine.spec import UsageError
 from lab.stats import Ratio
 
@@ -30,7 +32,9 @@ def pyplot():
 
 def save(figure, folder: Path, name: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    atomic_write(folder / f"{name}.png", picture.getvalue())
     pyplot().close(figure)
     return name
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.run_folder import atomic_write, lock, source_hash
+from engine.run_folder import atomic_write, lock, refuse_links, source_hash
 from engine.spec import UsageError
 from lab import trials
 from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
@@ -113,15 +113,10 @@ class Runner(Scheduler):
         compute_type([*(r for r in self.ledger.rows.values() if r.source == row.source), row])
         if outcome.result is not None:
             self.keep_curve(row, trial)
-            if "--branch" not in trial.extra:
-                self.drop_checkpoints(trial)
+            if not self.keep_checkpoints:  # they are large, and of use for sampling and resuming alone
+                shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
         self.ledger.add(row)
         return row
-
-    def drop_checkpoints(self, trial: Trial) -> None:
-        """They are large, and of use for sampling and resuming alone."""
-        if not self.keep_checkpoints:
-            shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
 
     def run_all(self, phase: str, wanted: Sequence[Trial], launch: Launcher, at_once: int) -> list[Row]:
         """The rows of all, in their order; those that are not there are trained, started in that order."""
@@ -192,7 +187,8 @@ def at_least(options: argparse.Namespace, **least: float) -> None:
 
 def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
     """May an experiment with these settings, whose report is `file`, be kept in this folder? Raises UsageError: it holds
-    another one, or something else."""
+    another one, or something else, or links."""
+    refuse_links(out)
     if (out / file).exists():
         there = json.loads((out / file).read_text())
         for key, value in settings.items():

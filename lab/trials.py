@@ -40,6 +40,7 @@ class Trial:
     steps: int
     number: int  # trials of several arms with the same number are a pair
     extra: tuple[str, ...] = ()  # trainer flags that do not change what is trained
+    root: Path | None = None  # what its run folder is relative to; None: RUNS
 
     @property
     def seed(self) -> int:
@@ -54,7 +55,7 @@ class Trial:
         """Where the trainer puts this run. Raises UsageError: what the trainer refuses: an unknown trick, a value out of
         range."""
         config, model_config, recipe = resolve(self.flags)
-        return RUNS / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
+        return (self.root or RUNS) / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -10,8 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Elementwise, Method, hyper, lerp, lerp_, total
 
-# ---------------------------------------------------------------- classics
-
 
 class SGD(Method, torch.optim.SGD):
     """g <- g + wd w;  m <- mu m + g;  w <- w - lr (g + mu m) with Nesterov's form, w - lr m without.
@@ -103,9 +101,6 @@ class Adadelta(Elementwise):
         d = ((u + eps) / (v + eps)).sqrt() * g
         lerp_(u, d * d, new2)
         w.mul_(keep).sub_(d * lr)
-
-
-# ---------------------------------------------------------------- Adam and its relatives
 
 
 class Adam(Method, torch.optim.Adam):

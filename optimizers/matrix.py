@@ -232,8 +232,6 @@ class MatrixMethod(Optimizer):
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
 
-# ---------------------------------------------------------------- matrix methods: Muon
-
 # (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T, one per step; the last one repeats.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     # Keller Jordan: steepest at 0, so 5 steps suffice, but singular values end anywhere within about 0.68-1.2.
@@ -333,9 +331,6 @@ class Muon(MatrixMethod):
             even = o / (rows.sqrt() + 1e-8)
             o = even * (frobenius(o) / (frobenius(even) + 1e-8))
         return o * SCALES[group["scale"]](*G.shape[-2:])
-
-
-# ---------------------------------------------------------------- matrix methods: Kronecker factors
 
 
 def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: bool = False) -> Tensor:

@@ -411,3 +411,11 @@ def test_verify_command(tmp_path, capsys):
     assert command.main(["verify", str(folder)]) == 1
     assert "mine_val_000000.bin" in capsys.readouterr().out
     assert command.main(["verify", "--data-root", str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/b", "..", ""])
+def test_a_name_stays_inside_the_data_folder(tmp_path, name):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    with pytest.raises(UsageError, match=r"no name of a corpus|unknown corpus"):
+        corpora.prepare(name, "bytes", tmp_path / "data", files=[tmp_path / "a.txt"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

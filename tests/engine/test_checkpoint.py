@@ -756,3 +756,41 @@ def test_packed_state_comes_back():
     for wrong, word in (({"a": {1}}, "set"), ({(1, 2): 3}, "key of type tuple")):
         with pytest.raises(TypeError, match=word):
             checkpoint.pack(wrong, "s", {})
+
+
+def test_links_in_a_run_folder_are_refused(train, tmp_path, capsys):
+    """What somebody else's folder leads to is neither written nor deleted."""
+    folder = train("--steps", "2")
+    (folder / "result.json").unlink()
+    for name in ("log.jsonl", "env.json", "checkpoints"):
+        outside = tmp_path / f"outside-{name}"
+        kept = folder / f"{name}.kept"
+        (folder / name).rename(kept)
+        outside.mkdir() if name == "checkpoints" else outside.write_text("mine")
+        (folder / name).symlink_to(outside)
+        train("--steps", "2", code=2)
+        assert f"{name} is a link" in capsys.readouterr().err
+        assert outside.is_dir() or outside.read_text() == "mine"
+        (folder / name).unlink()
+        kept.rename(folder / name)
+
+
+def test_a_file_is_replaced_and_a_link_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "config.json").symlink_to(outside)
+    (tmp_path / "config.tmp").symlink_to(outside)
+    run_folder.atomic_write(tmp_path / "config.json", "new")
+    assert outside.read_text() == "mine" and (tmp_path / "config.json").read_text() == "new"
+    assert not (tmp_path / "config.json").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json", "config.tmp", "outside"
+    ]  # fmt: skip
+
+
+def test_a_run_begun_anew_is_not_finished_when_it_is_killed_at_once(train, monkeypatch):
+    folder = train("--steps", "2")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt.Training, "begin", lambda self: (_ for _ in ()).throw(Cut))
+        with pytest.raises(Cut):
+            train("--steps", "2", "--resume", "never")
+    assert not (folder / "result.json").exists() and len(losses(train("--steps", "2"))) == 2
