@@ -142,8 +142,7 @@ def large_pages() -> None:
 WAITING = {  # how the threads of a parallel region wait for the next one: environment of libgomp
     "libgomp's own": {},
     "30,000 spins": {"GOMP_SPINCOUNT": "30000"},
-    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
-    "3,000 spins": {"GOMP_SPINCOUNT": "3000"},
+    "5,000 spins": {"GOMP_SPINCOUNT": "5000"},
     "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
 }

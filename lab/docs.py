@@ -89,8 +89,7 @@ def times(comparison: str, arm: str) -> str:
 def findings() -> list[tuple[str, str, str]]:
     """Question, answer and evidence: what records/ and benchmarks/ hold, at most eight rows."""
     studies = tuned.studies(tuned.read_tables(KEPT / "tuning"))
-    # of the medians alone: intervals of scores, which nothing here shows, take ten seconds
-    _, contest = tuned.scored({key: [statistics.median(each)] for key, each in studies.items()})
+    _, contest = tuned.scored({key: [statistics.median(each)] for key, each in studies.items()})  # no intervals: they take 10 s
     first, entries = contest["submissions"][0], len(contest["submissions"])
     tried = read(LADDER / "scaling.json")["tricks"]
     alive = [f"`{t['trick'][1:]}`" for t in tried if (t["trends"]["tokens"] or {}).get("verdict") == "survives"]

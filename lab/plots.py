@@ -43,8 +43,8 @@ Curve = tuple[np.ndarray, np.ndarray, float]  # minutes, training loss, last val
 
 
 def curve(loss: Sequence[Sequence[float]], step_times: Sequence[Sequence[float]], ends: Sequence[float]) -> Curve:
-    """The mean over runs of one recipe: training losses and seconds [runs, steps], twenty steps a point; last validations."""
-    size = min(20, len(loss[0]))
+    """The mean over runs of one recipe, up to twenty steps a point: training losses and seconds [runs, steps]."""
+    size = max(1, min(20, len(loss[0]) // 30))
     steps = len(loss[0]) // size * size
     minutes = np.mean(np.cumsum(step_times, axis=1), axis=0)[size - 1 : steps : size] / 60
     return minutes, np.mean(loss, axis=0)[:steps].reshape(-1, size).mean(1), float(np.mean(ends))

