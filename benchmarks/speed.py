@@ -142,7 +142,6 @@ def large_pages() -> None:
 WAITING = {  # how the threads of a parallel region wait for the next one: environment of libgomp
     "libgomp's own": {},
     "30,000 spins": {"GOMP_SPINCOUNT": "30000"},
-    "5,000 spins": {"GOMP_SPINCOUNT": "5000"},
     "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
@@ -150,7 +149,7 @@ WAITING = {  # how the threads of a parallel region wait for the next one: envir
 
 def waiting_threads() -> None:
     """Training on a quiet machine and beside one process that computes, by how threads wait; interleaved."""
-    words = [*FLAGS, "--tricks", "modern,muon", "--steps", "12"]
+    words = [*FLAGS, "--tricks", "modern,muon", "--steps", "6"]
     times: dict[tuple[str, bool], list[float]] = {(what, busy): [] for what in WAITING for busy in (False, True)}
     for _ in range(3):
         for what, busy in times:

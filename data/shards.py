@@ -234,7 +234,7 @@ class Dataset:
     def batch(self, starts: Iterable[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the sequences at `starts`: two [sequences, length] int64, targets one token later."""
         windows = torch.from_numpy(np.stack([self.window(int(s), length + 1) for s in starts]).astype(np.int64))
-        tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].clone()  # of one row, both would be views of the same
         if self.loss_tokens:
             targets[:, : -self.loss_tokens] = IGNORED
         return tokens, targets

@@ -419,3 +419,11 @@ def test_a_name_stays_inside_the_data_folder(tmp_path, name):
     with pytest.raises(UsageError, match=r"no name of a corpus|unknown corpus"):
         corpora.prepare(name, "bytes", tmp_path / "data", files=[tmp_path / "a.txt"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_targets_that_do_not_count_leave_the_inputs_alone(tmp_path, sequences):
+    folder = made(tmp_path)
+    whole, cut = (Dataset(folder, "val", last).batch(range(0, 8 * sequences, 8), 8) for last in (0, 3))
+    assert torch.equal(cut[0], whole[0]) and torch.equal(cut[1][:, -3:], whole[1][:, -3:])
+    assert (cut[1][:, :-3] == -100).all()
