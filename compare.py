@@ -2,12 +2,10 @@
 
     python compare.py --base modern --tricks muon no_bias compile         each alone on top of the base
     python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
-    python compare.py --base record --leave-out sparse_ngrams compile     each alone out of a stack
-    python compare.py --optimizers adamw muon soap -- --schedule wsd      the optimizer alone, on the `modern` model
-    python compare.py --optimizers adamw muon --tuned-on bytes-large      each with its settings from `compare tune`
-    python compare.py --recipes baseline record --horizon baseline=2400 record=222 --lengths baseline=2000 record=200
+    python compare.py --base record --leave-out modern compile            each alone out of a stack
+    python compare.py --optimizers adamw muon --tuned-on bytes-large      the optimizer alone, with its settings from `tune`
+    python compare.py --recipes baseline record --horizon baseline=2400 record=740
     python compare.py --again record                                      a recipe against itself: must show no difference
-    python compare.py --report comparisons/cpu-record                     the verdicts of a finished comparison
     python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each, on workloads: --help
     python compare.py score --times times.csv                             the AlgoPerf score of a table of times: --help
 

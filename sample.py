@@ -3,6 +3,7 @@
 python sample.py --run runs/cpu/record-s0-1a2b3c4d --prompt "The state of the union" --tokens 300
 """
 
+from engine import checkpoint  # before torch  # isort: skip
 import argparse
 import dataclasses
 import json
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 import torch
 
 from data import tokenizers
-from engine import checkpoint
 from engine.command import Parser, command
 from engine.schedules import Course
 from engine.spec import UsageError

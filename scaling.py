@@ -4,7 +4,6 @@
     python scaling.py --tricks muon soap                                the `cpu` ladder: 0.1M to 4.2M parameters over bytes
     python scaling.py --base baseline --tricks rope qk_norm relu2 --sizes 0.1M 0.3M 0.8M 1.5M
     python scaling.py --tricks muon --ladder gpt2 --processes 8 --plan --hardware 8xH100
-    python scaling.py --report scaling/cpu-modern                       the report of a finished experiment
     python scaling.py fit --losses wen2025_best.csv --at 7B             the same arithmetic on published losses
 
 A trick is a name of tricks.py, or an optimizer SPEC. Speed-up = tokens that the base needs for the same loss / tokens that the

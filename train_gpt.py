@@ -14,6 +14,7 @@ The global batch is `--batch-tokens`, whatever the number of ranks or micro-batc
 seed and the step alone; so one rank, eight ranks, and a resumed run train on the same data in the same order.
 """
 
+from engine import display, hardware  # before torch: it sets how threads wait  # isort: skip
 import contextlib
 import importlib.util
 import json
@@ -34,7 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 import optimizers
 from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
-from engine import display, hardware
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, set_generators
 from engine.command import Interrupt, command
 from engine.ranks import Traffic, World, leave, reduce_in_bf16

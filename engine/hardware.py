@@ -12,10 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tensors of 2 MB and more in large pages, where Linux gives them on request: glibc returns freed blocks above 32 MB, such as
-# logits, to the kernel, and the next step waits for page faults (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 import torch
 
 from engine.spec import UsageError

@@ -1,12 +1,10 @@
-"""Keep, check and show records: evidence that a recipe meets a track's target, which a stranger can check by machine.
+"""Keep, check and show records (records/README.md): evidence that a recipe meets a track's target, checked by machine.
 
-    ./run.sh records add --comparison comparisons/muon --arm modern,muon --against-arm record --name muon --why "..."
-    ./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
-    ./run.sh records verify [cpu/010-muon scaling/cpu-modern] [--rerun]  every rule on every record and report, or on some
-    ./run.sh records render                                              tables and pictures of records/README.md
-    ./run.sh records summary runs/cpu/record-s0-1a2b3c4d                 one run beside the track's records
-
-records/README.md has the rules.
+./run.sh records add --comparison comparisons/muon --arm modern,muon --against-arm record --name muon --why "..."
+./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
+./run.sh records verify [cpu/010-muon scaling/cpu-modern] [--rerun]  every rule on every record and report, or on some
+./run.sh records render                                              tables and pictures of records/README.md
+./run.sh records summary runs/cpu/record-s0-1a2b3c4d                 one run beside the track's records
 """
 
 import argparse

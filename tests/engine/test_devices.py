@@ -1,5 +1,7 @@
 """What is wrong with GPUs, NCCL or Triton is one line; what is harmless is a note. CUDA is pretended: no GPU is needed."""
 
+import ast
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 
+import engine
 import train_gpt
 from engine import display, hardware, ranks
 from engine.spec import UsageError
@@ -223,3 +226,18 @@ def test_the_last_line_says_what_became_of_the_target():
     assert ended(status="diverged", target_reached=False, val_loss=None).startswith("diverged: ")
     assert ended(target_loss=None).startswith("trained: validation loss 1.1200")
     assert "(205.0 s but for stalls of this machine)" in ended(stalled=True)
+
+
+def test_how_threads_wait_is_set_before_torch_and_left_to_the_user(monkeypatch):
+    for name, value, spins in (("OMP_WAIT_POLICY", "ACTIVE", None), ("GOMP_SPINCOUNT", "7", "7"), ("OTHER", "", "1000")):
+        with monkeypatch.context() as patched:
+            for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+                patched.delenv(variable, raising=False)
+            patched.setenv(name, value)
+            importlib.reload(engine)
+            assert os.environ.get("GOMP_SPINCOUNT") == spins
+    for verb in ("train_gpt.py", "sample.py"):
+        first = next(
+            node for node in ast.parse((ROOT / verb).read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        )
+        assert ast.unparse(first).startswith("from engine import")
