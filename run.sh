@@ -2,7 +2,7 @@
 # NanoGPT speedrun. Every call first installs what is missing, into .venv.
 #
 #   ./run.sh [FLAGS]         the main job: train to the target, print a summary and a sample
-#   ./run.sh test            the tests (--fast leaves out the slow ones, --device cuda runs them on a GPU)
+#   ./run.sh test            the tests (--fast: one case of each, none of the slow ones; --device cuda: on a GPU)
 #   ./run.sh train           train one model; the main job without summary and sample
 #   ./run.sh sample          text from a trained model
 #   ./run.sh plot            draw loss against time of runs
@@ -114,11 +114,7 @@ main_job() {
 }
 
 tests() { # on all cores: a process each, with one thread
-  local word words=()
-  for word; do
-    [ "$word" = --fast ] && words+=(-m "not slow") || words+=("$word")
-  done
-  OMP_NUM_THREADS=1 run test -m pytest -n auto ${words[@]+"${words[@]}"}
+  OMP_NUM_THREADS=1 run test -m pytest -n auto "$@"
 }
 
 help() {

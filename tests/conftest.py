@@ -27,10 +27,14 @@ DATA_ROOT = ROOT / "corpora"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="one case of each test, none of the slow ones: for the inner loop")
     parser.addoption("--device", choices=("cpu", "cuda"), help="run the tests that compute on a device there, and no others")
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        first = {item.nodeid.split("[")[0]: item for item in reversed(items)}
+        items[:] = [item for item in reversed(first.values()) if "slow" not in item.keywords]
     items.sort(key=lambda item: "slow" not in item.keywords)  # first: no core is left waiting for another's at the end
     if config.getoption("--device"):
         items[:] = [item for item in items if "device" in item.fixturenames]

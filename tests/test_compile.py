@@ -40,6 +40,7 @@ def build(*flags: str) -> tuple[GPT, torch.Tensor, str]:
     return gpt, torch.randint(200, (2, 16), device=DEVICE), config.optimizer
 
 
+@pytest.mark.slow
 def test_forward_and_loss_are_one_graph(form):
     gpt, tokens, _ = build()
     report = explain(gpt)(tokens, tokens)
@@ -48,6 +49,7 @@ def test_forward_and_loss_are_one_graph(form):
     assert any("autograd_function" in name for name in names) == (form == "triton"), "the kernels are in the graph or are not"
 
 
+@pytest.mark.slow
 def test_compiled_is_eager(form):
     """fullgraph raises at a break. Loss and gradients are those of the uncompiled model."""
     gpt, tokens, _ = build()
@@ -68,6 +70,7 @@ def test_orthogonalize_is_one_graph(form):
     torch.testing.assert_close(whole(G, 3, "cubic", "fp32"), orthogonalize(G, 3, "cubic", "fp32"))
 
 
+@pytest.mark.slow
 def test_a_whole_step_trains():
     """Forward, loss and backward from one graph, then the recipe's own optimizer, on the same weights: the loss falls."""
     gpt, tokens, spec = build()

@@ -121,6 +121,7 @@ def predicted(ranks: int, *flags: str) -> dict[str, float]:
     return communication(record_step(config, model_config, ranks, torch.float32, "cpu"), ranks)
 
 
+@pytest.mark.slow
 def test_gradients_may_travel_in_bf16(train, tmp_path):
     """The gradient of two ranks, taken from a step of plain descent, is that of one but for bf16's rounding; half the bytes."""
     flags = ("--steps", "1", "--optimizer", "sgd:lr=100,momentum=0", "--schedule", "constant", "--clip", "0")
@@ -139,6 +140,7 @@ def test_gradients_may_travel_in_bf16(train, tmp_path):
         assert end["wire_bytes"] == weight + 16 == sum(predicted(2, *flags, "--reduce", reduce).values())  # of two in a ring
 
 
+@pytest.mark.slow
 def test_bytes_on_the_wire_are_those_of_the_dry_run(tmp_path):
     """Counted in the collectives of a step: here also the gathers of a matrix method, whose shares are padded."""
     flags = ("--optimizer", "muon:dtype=fp32", "--batch-tokens", "1024", "--micro-batch-tokens", "128")
@@ -702,6 +704,7 @@ def test_tricks_on_one_optimizer_add_their_keys():
     )  # nothing of the track's AdamW
 
 
+@pytest.mark.slow
 def test_wrong_verb_and_help():
     done = subprocess.run(["./run.sh", "trian"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "trian" in done.stderr

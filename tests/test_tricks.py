@@ -156,6 +156,7 @@ def stop_at(step: int):
 
 @pytest.mark.parametrize("name", [TOGETHER, "muon,bf16_weights", "cautious_adamw,bf16_weights"])
 @pytest.mark.parametrize("checkpoint", [5, 9])
+@pytest.mark.slow
 def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
     """Cut short and continued: the same losses, weights and state, bit by bit. At 9 the head has just been untied."""
     flags = flags_of(name, "--steps", "12", "--checkpoint-every", str(checkpoint), "--deterministic", "--val-every", "12")
@@ -172,6 +173,7 @@ def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("baseline", 1), (TOGETHER, 4 + 1)], ids=["baseline", "together"])
+@pytest.mark.slow
 def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, expected):
     """The warm-up compiles what every step of every stage runs, and the update where torch has it not fused."""
     monkeypatch.setattr(train_gpt.hardware, "can_compile", lambda device: True)
@@ -187,6 +189,7 @@ def test_nothing_is_compiled_on_the_clock(sotu, tmp_path, monkeypatch, name, exp
     assert graphs == expected and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_tricks_together_on_two_ranks_are_those_on_one(train, tmp_path):
     # six steps, two of each stage of the batch: sums in another order differ by 1e-7 at first and by 3e-6 then, but in a ninth
     # step, on some CPUs and with some numbers of threads, by 2e-5
@@ -222,6 +225,7 @@ def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
     assert losses(one)[-1] < losses(one)[0]
 
 
+@pytest.mark.slow
 def test_bf16_weights_on_two_ranks(train, tmp_path):
     """Their gradients are added up in bf16, 8 bits: as near as that allows."""
     flags = flags_of("muon,bf16_weights", "--steps", "6", "--check-ranks", "2")
@@ -800,6 +804,7 @@ def test_fp8_head():
     assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
 
 
+@pytest.mark.slow
 def test_fp8_head_is_one_graph():
     gpt = small(vocab_multiple=16, head_dtype="fp8", layers=2).train()
     gpt.head.fp8 = True

@@ -143,6 +143,7 @@ def test_renewals_are_amortised():
     assert often > 1.2 * seldom
 
 
+@pytest.mark.slow
 def test_parts_that_move_at_their_own_pace_are_each_amortised():
     """SOAP's bases every fifth step, its AdamW every second: ten steps, six kinds, half of them with AdamW's arithmetic."""
     both = step_of(optimizer="soap:every=5,adamw_every=2")
@@ -302,6 +303,7 @@ def test_bf16_weights_halve_weights_and_gradients_of_matrices():
     assert half.memory.optimizer_state - full.memory.optimizer_state == 2 * matrices
 
 
+@pytest.mark.slow
 def test_too_little_memory_says_what_fits(monkeypatch):
     """The micro-batch that it names fits, and is the largest that does."""
     monkeypatch.setitem(CARDS, "H100", dataclasses.replace(H100, memory=4e6))
@@ -375,6 +377,7 @@ def test_half_of_the_published_runs_is_fitted():
     assert not any(run.name in ("T1-01", "X-opt-soap", "X-opt-adamw") for run in everything)
 
 
+@pytest.mark.slow
 def test_stored_predictions_are_those_of_the_constants_in_use():
     """One of the late runs and an optimizer, recorded anew."""
     results = json.loads(published.RESULTS.read_text())
@@ -397,6 +400,7 @@ def test_median_error_of_runs_that_were_not_fitted():
     assert stated["median"] < 0.10
 
 
+@pytest.mark.slow
 def test_fit_finds_constants_again(monkeypatch):
     """Of made-up runs, whose times are the model's own: the pull towards usual values taken away."""
     right = dataclasses.replace(published.START, products=0.6, attention=0.3, bandwidth=0.9, overhead=2e-3)
@@ -411,6 +415,7 @@ def test_fit_finds_constants_again(monkeypatch):
     assert all(math.isfinite(published.predicted(run.setup, found)) for run in made)
 
 
+@pytest.mark.slow
 def test_predictions_of_one_h100():
     """Against what was measured on one (benchmarks/h100): `record`, and memory. The time of `tiny` set Constants.host; GPT-2's
     baseline, with others, Constants.unaligned."""

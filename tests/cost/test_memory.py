@@ -65,6 +65,7 @@ def test_predicted_peak_is_the_measured_one(optimizer, sequences, flags):
 
 
 @pytest.mark.parametrize("flags", [(), ("--tricks", "modern"), ("--dropout", "0.2")])
+@pytest.mark.slow
 def test_checkpointed_activations_give_the_same_gradients(flags):
     _, config, _ = resolve(["--track", "tiny", *flags])
     found = []

@@ -325,6 +325,7 @@ def test_shards_for_a_recipe(capsys):
     assert capsys.readouterr().out == "gpt2-medium:baseline reads 300 shards, there are 103: its data will repeat\n"
 
 
+@pytest.mark.slow
 def test_local_files(tmp_path):
     (tmp_path / "a.txt").write_text("one document, ünïcode " * 50)
     folder = corpora.prepare("a", "bytes", tmp_path / "data", files=[tmp_path / "a.txt"])

@@ -98,6 +98,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, optimizer, schedule, m
     assert result(cut)["train_time"] == pytest.approx(events(cut, "train")[-1]["train_time"])
 
 
+@pytest.mark.slow
 def test_a_branch_is_the_run_that_it_would_have_been(train, capsys):
     """A cool-down from a stable phase that another run has trained: same weights, state and losses as a whole run."""
     flags = (*SMALL, "--schedule", "wsd:cooldown=0.5,warmup=3", "--deterministic", "--dropout", "0.1")
@@ -211,6 +212,7 @@ def test_a_checkpoint_continues_on_other_ranks(train, sotu, tmp_path, optimizer)
     assert len(shards) == 4 and max(sizes) < 0.6 * sum(sizes)
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_unlike_shares_forget_nothing(train, tmp_path):
     """5 ranks have 2 or 3 of Muon's 12 blocks; of AdamW's state, which all have alike, one must still write each tensor."""
     flags = ("--steps", "2", "--optimizer", "muon:dtype=fp32", "--batch-tokens", "320", "--val-tokens", "320")
@@ -580,6 +582,7 @@ ranks.leave(3)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_whose_threads_still_work_ends_with_its_own_code():
     """With sys.exit the interpreter (before 3.14) aborts here."""
     command = [sys.executable, "-c", BUSY_AT_THE_END]
@@ -737,6 +740,7 @@ def test_weights_of_another_model_are_refused(two):
 # ---------------------------------------------------------------- 9. two at once
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_have_one_folder(train, tmp_path, capsys):
     process = launch(0, tmp_path / "run", "--steps", "100000", "--val-every", "100000")
     wait_for_step(tmp_path / "run", 0, process)

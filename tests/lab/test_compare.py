@@ -602,6 +602,7 @@ def rows_of(name: str, right: float, pace: float, rng, noise=0.003, time_noise=0
     return rows + [row("confirm", math.ceil(found.steps * 1.05), seed) for seed in range(seeds)]
 
 
+@pytest.mark.slow
 def test_two_arms_that_are_one_recipe_come_out_as_no_different():
     """A/A: 5 % of 1,000 comparisons have p < 0.05, and 1 % are called faster or slower."""
     rng, values, verdicts = np.random.default_rng(1), [], []
@@ -614,6 +615,7 @@ def test_two_arms_that_are_one_recipe_come_out_as_no_different():
     assert np.mean([v != "no difference shown" for v in verdicts]) < 0.02
 
 
+@pytest.mark.slow
 def test_a_true_ratio_is_covered_and_found():
     rng, covered, faster = np.random.default_rng(2), [], []
     for _ in range(400):
@@ -624,6 +626,7 @@ def test_a_true_ratio_is_covered_and_found():
     assert np.mean(covered) == pytest.approx(0.95, abs=0.03) and np.mean(faster) > 0.9
 
 
+@pytest.mark.slow
 def test_smallest_difference_is_found_at_the_stated_chance():
     """What a verdict of `no difference shown` says it would have shown, is shown by 90 % of comparisons."""
     rng = np.random.default_rng(3)
@@ -650,6 +653,7 @@ def test_seeds_come_from_the_measured_variance():
 # ---------------------------------------------------------------- the real trainer
 
 
+@pytest.mark.slow
 def test_real_trials(tmp_path, monkeypatch, sotu):
     """The trainer in this process: test_trials.py has what starts it as a process."""
 

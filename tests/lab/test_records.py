@@ -27,6 +27,7 @@ from lab.records.reports import Report, difference
 from layers.attention import ATTENTION
 from tricks import TRACKS
 
+pytestmark = pytest.mark.slow  # six runs come first
 SEEDS = (0, 1, 2)
 
 
@@ -523,6 +524,7 @@ def test_a_strangers_record_runs_no_code_of_its_own(kept, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_rerun_is_within_the_records_noise(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "RUNS", tmp_path / "again")
     found, said = verdict(kept[1], "rerun")

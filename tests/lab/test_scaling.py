@@ -386,6 +386,7 @@ def summary(out):
     return json.loads((out / "scaling.json").read_text())
 
 
+@pytest.mark.slow
 def test_survival_of_known_tricks(fake, tmp_path, capsys):
     trainer = fake(
         {"+muon": lambda n: 1.5, "+soap": lambda n: 1.6 * (n / 1e5) ** -0.15, "+lion": lambda n: 0.8}, paces={"+soap": 2.0}
@@ -656,6 +657,7 @@ def test_a_plan_takes_the_largest_micro_batch_that_fits(fake, tmp_path, capsys, 
 # ---------------------------------------------------------------- the real trainer
 
 
+@pytest.mark.slow
 def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
     """The trainer in this process: test_trials.py has what starts it as one of its own."""
     monkeypatch.setattr(trials, "RUNS", tmp_path / "work")

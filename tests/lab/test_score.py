@@ -86,6 +86,7 @@ def test_against_a_reference_the_field_does_not_matter():
         score.reference_scores(times, {}, "reff")
 
 
+@pytest.mark.slow
 def test_intervals_from_studies(tmp_path, capsys):
     """Two that differ by more than their studies do are told apart; two that do not, are not."""
     dice = np.random.default_rng(1)

@@ -57,6 +57,7 @@ def test_jobs_are_done_side_by_side_until_one_is_interrupted():
     assert scheduler.interrupted.is_set() and 49 not in done
 
 
+@pytest.mark.slow
 def test_the_source_of_a_run_is_all_that_it_imports(tmp_path, sotu):
     script = tmp_path / "imports.py"
     script.write_text(
@@ -80,6 +81,7 @@ def test_a_trial_of_other_settings_is_another(here):
             _ = Trial(Arm("typo", (*here.flags, *flags)), 3, 0).folder
 
 
+@pytest.mark.slow
 def test_a_crash_is_tried_again_and_then_reported(here, monkeypatch):
     """The trainer is another program here: a crash, a crash that a second try mends, a refusal, one that never ends."""
     real, calls, programs = trials.subprocess.Popen, [], []

@@ -204,6 +204,7 @@ def test_a_crashed_trial_is_tried_again_with_its_own_settings(fake, tmp_path, ca
     ]
 
 
+@pytest.mark.slow
 def test_tpe_learns_from_the_trials_that_are_there(fake, tmp_path):
     words = ("--optimizers", "adamw", "--no-neighbours", "--target-seeds", "1", "--sampler", "tpe")
     assert call(tmp_path, *words, "--trials", "10") == 0
@@ -213,6 +214,7 @@ def test_tpe_learns_from_the_trials_that_are_there(fake, tmp_path):
     assert table(tmp_path, "adamw").best().settings["lr"] == pytest.approx(3e-3, rel=0.5)
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_study(fake, tmp_path):
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     words = ("--optimizers", "adamw", "--trials", "4", "--no-neighbours", "--target-seeds", "1", "--storage", url)
@@ -241,6 +243,7 @@ def test_a_workload_keeps_its_compute_type(fake, tmp_path, capsys, monkeypatch):
         tuned.dtype_of({"adamw": mixed})
 
 
+@pytest.mark.slow
 def test_so_does_a_storage_that_machines_share(fake, tmp_path, capsys, monkeypatch):
     url = ("--storage", f"sqlite:///{tmp_path / 'studies.db'}", "--no-neighbours")
     words = ("--optimizers", "adamw", "--trials", "2", "--target-seeds", "1", *url)
@@ -266,6 +269,7 @@ def test_pruned_and_diverged_trials_are_kept_and_never_win(fake, tmp_path, capsy
     assert len(lion) == 2 and all("| diverged |" in line for line in lion)
 
 
+@pytest.mark.slow
 def test_the_plan_keeps_within_the_hours(fake, tmp_path, capsys, monkeypatch):
     words = ("--optimizers", "adamw", "muon", "--no-neighbours", "--target-seeds", "1")
     assert call(tmp_path, *words, "--plan", "--trials", "7") == 0
@@ -316,6 +320,7 @@ def test_bad_words_are_one_line(fake, tmp_path, capsys):
     assert not fake.trained
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_studies_are_refused_by_name(fake, tmp_path, capsys):
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     words = ("--optimizers", "adamw", "--trials", "2", "--no-neighbours", "--target-seeds", "1", "--storage")
@@ -497,6 +502,7 @@ def test_of_several_studies_the_median_counts_and_of_an_unfinished_one_nothing(t
     assert made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf)).typical() == math.inf
 
 
+@pytest.mark.slow
 def test_who_was_not_trained_beside_adamw_is_timed_beside_it(fake, tmp_path):
     """A new optimizer on a new machine: without AdamW's step there its time to a target says nothing."""
     words = ("--trials", "2", "--no-neighbours", "--target-seeds", "1")
@@ -529,6 +535,7 @@ def test_who_was_not_trained_beside_adamw_is_timed_beside_it(fake, tmp_path):
     assert call(tmp_path, "--optimizers", "muon", *words) == 0 and timed()
 
 
+@pytest.mark.slow
 def test_the_report_has_score_settings_and_plots(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "save", SAVE)
     assert call(tmp_path, "--optimizers", "adamw", "muon", "sgd", "--trials", "3", "--target-seeds", "1", "--studies", "2") == 0
@@ -550,6 +557,7 @@ def test_the_report_has_score_settings_and_plots(fake, tmp_path, monkeypatch):
     assert tuned.report(out) and (out / "README.md").read_text() == text  # the same again
 
 
+@pytest.mark.slow
 def test_the_real_trainer(tmp_path, monkeypatch, sotu):
     """In this process: test_trials.py has what starts it as a process."""
 

@@ -19,6 +19,7 @@ def small(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
+@pytest.mark.slow
 def test_every_form_computes(small):
     cpu = torch.device("cpu")
     with numbers_that_numpy_lacks():

@@ -239,6 +239,7 @@ def test_cpu_tensors_and_fp32_take_the_reference():
     assert kernels.fused(cpu.to(DEVICE)) == (DEVICE == "cuda")
 
 
+@pytest.mark.slow
 def test_without_triton_all_is_there():
     """As in PyTorch's builds for CPUs: the module imports, and every function computes."""
     code = (

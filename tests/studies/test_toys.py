@@ -50,6 +50,7 @@ def test_a_constant_step_stalls_at_its_noise_floor_and_a_falling_one_does_not():
     assert falling < small / 5
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(toys, "noise_gaps", lambda rate, falling, seed: [rate] * 10)
