@@ -131,7 +131,9 @@ def flags_given(argv: list[str], description: str) -> dict[str, Any]:
     options, unknown = flags.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise UsageError(f"unknown flag {name}: {nearest(name, flags._option_string_actions)}")
+        hint = {"--lr": "a learning rate is a key of the optimizer, such as --optimizer adamw:lr=0.01"}.get(name)
+        hint = hint or ("lists are written with commas, such as --tricks modern,muon" if name[:1] != "-" else "")
+        raise UsageError(f"unknown flag {name}: {hint or nearest(name, flags._option_string_actions)}")
     return {
         key: convert(value, FIELDS[key].type, flag_of(key)) if isinstance(value, str) else value
         for key, value in vars(options).items()

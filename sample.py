@@ -67,9 +67,7 @@ def parser() -> Parser:
     flags.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     flags.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument(
-        "--data-root", type=Path, default=Path("corpora"), help="where the tokenizer's files are (default: corpora)"
-    )
+    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
     return flags
 
 

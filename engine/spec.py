@@ -47,9 +47,9 @@ def refusal(field: dataclasses.Field, value: Any) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Half a sentence that names the known word closest to `name`, or all of them if none is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    known = {word.lower(): word for word in sorted(known)}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {known[close[0]]!r}?" if close else f"known: {', '.join(known.values())}"
 
 
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -132,8 +132,7 @@ def trust(argv: Iterable[str]) -> None:
 
 def check_trusted(name: str, what: str) -> None:
     """Raises UsageError: the user's command line does not name it; a file of settings may be somebody else's."""
-    known = name.startswith(("torch.optim:", "torch.optim."))  # is imported anyway
-    if not known and not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
+    if not name.startswith("torch.optim") and not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
         raise UsageError(f"{what} {name!r} is code, which is loaded only where the command line names it, never from a file")
 
 

@@ -586,6 +586,9 @@ def test_sampling(train, capsys):
     ("flags", "message"),
     [
         (["--trik", "muon"], "unknown flag --trik: did you mean '--tricks'?"),
+        (["--lr", "0.01"], "unknown flag --lr: a learning rate is a key of the optimizer, such as --optimizer adamw:lr=0.01"),
+        (["--tricks", "modern", "muon"], "unknown flag muon: lists are written with commas, such as --tricks modern,muon"),
+        (["--optimizer", "Muon"], "unknown optimizer 'Muon': did you mean 'muon'?"),
         (["--track", "cpuu"], "unknown track 'cpuu': did you mean 'cpu'?"),
         (["--tricks", "muno"], "unknown trick 'muno': did you mean 'muon'?"),
         (["--optimizer", "adamvw"], "unknown optimizer 'adamvw': did you mean 'adamw'?"),
