@@ -33,10 +33,8 @@ def load_model(run: Path) -> tuple[GPT, dict]:
         raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
     gpt = GPT(ModelConfig(**{f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}))
     checkpoint.load_weights(gpt, path)
-    course = Course(
-        SimpleNamespace(**config | {"schedule": "constant", "momentum_schedule": "keep"})
-    )  # rates do not matter here
-    gpt.see(course.at(max(0, checkpoint.step_of(path) - 1)).windows)
+    rates = {"schedule": "constant", "momentum_schedule": "keep"}  # they do not matter here, and may name a stranger's code
+    gpt.see(Course(SimpleNamespace(**config | rates)).at(max(0, checkpoint.step_of(path) - 1)).windows)
     return gpt.eval(), config
 
 

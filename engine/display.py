@@ -118,5 +118,5 @@ def describe(result: dict[str, Any], folder: Path) -> str:
         verdict = f"target {target:g} reached after {result['steps_to_target']:,} steps: validation loss {loss:.4f}"
     else:
         verdict = f"target {target:g} NOT reached: validation loss {loss:.4f}"
-    stalled = f" ({result['robust_train_time']:.1f} s but for stalls of this machine)" if result["stalled"] else ""
+    stalled = f" ({result['robust_train_time']:.1f} s without this machine's stalls)" if result["stalled"] else ""
     return f"{verdict}, {result['steps']:,} steps, {seconds:.1f} s{stalled}: {folder}"

@@ -169,9 +169,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None,
     n = 2048 if dtype == torch.bfloat16 else 1024
     own = torch.Generator().manual_seed(0)  # the run's own numbers, such as its dropout, stay what they are
     a, b = (torch.randn(n, n, generator=own).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(
-        timeit.repeat(lambda: a @ b, number=1, repeat=8)
-    ), "measured at start"  # the first set up the primitive
+    times = timeit.repeat(lambda: a @ b, number=1, repeat=8)  # the first ones set up the primitive
+    return 2 * n**3 / min(times), "measured at start"
 
 
 def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor:

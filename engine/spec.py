@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import typing
 from collections.abc import Iterable
@@ -132,7 +133,7 @@ def trust(argv: Iterable[str]) -> None:
 
 def check_trusted(name: str, what: str) -> None:
     """Raises UsageError: the user's command line does not name it; a file of settings may be somebody else's."""
-    if not name.startswith("torch.optim") and not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
+    if not re.fullmatch(r"torch\.optim[.:]\w+", name) and not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
         raise UsageError(f"{what} {name!r} is code, which is loaded only where the command line names it, never from a file")
 
 
@@ -156,7 +157,7 @@ def load(name: str, what: str) -> type:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to read, on one line
         raise UsageError(f"{what} {name!r}: {place} does not import ({type(error).__name__}: {error})") from error
-    classes = {word: value for word, value in vars(module).items() if isinstance(value, type)}
-    if attribute not in classes:
-        raise UsageError(f"{what} {name!r}: {place} has no class {attribute!r}: {nearest(attribute, classes)}")
-    return classes[attribute]
+    if isinstance(cls := getattr(module, attribute, None), type):  # getattr: a package may export its classes lazily
+        return cls
+    classes = [word for word, value in vars(module).items() if isinstance(value, type)]
+    raise UsageError(f"{what} {name!r}: {place} has no class {attribute!r}: {nearest(attribute, classes)}")

@@ -57,7 +57,8 @@ def of_run(folder: Path) -> Curve:
     steps, vals = ([e for e in events if e["event"] == kind] for kind in ("train", "val"))
     if not steps:
         raise UsageError(f"{folder} holds no log of a step: name run folders, such as runs/tiny/*")
-    return curve([[e["loss"] for e in steps]], [[e["step_time"] for e in steps]], [vals[-1]["loss"] if vals else math.nan])
+    ends = [math.nan, *(e["loss"] for e in vals if e["loss"] is not None)]
+    return curve([[e["loss"] for e in steps]], [[e["step_time"] for e in steps]], ends[-1:])
 
 
 def losses(path: Path, curves: dict[str, Curve], target: float | None) -> None:

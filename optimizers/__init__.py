@@ -2,7 +2,7 @@
 
     build("adamw:lr=3e-3", gpt)                      a registered method, its settings by key
     build("my_optimizer.py:Mine:lr=0.1", gpt)        one's own: written like those here, any torch Optimizer, or a dataclass
-                                                     with `build(gpt)`
+                                                     with `build(gpt)`; `engine.spec.trust([spec])` comes first
     build("heavyball.ForeachSOAP:lr=1e-3", gpt)      a class of torch.optim or a public collection that is installed
 
     base.py            hyperparameters, the base classes     elementwise.py  the classics, Adam and its relatives

@@ -116,7 +116,9 @@ def test_runs_are_drawn(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     steps = [{"event": "train", "step_time": 0.5, "loss": 5 - i / 30} for i in range(90)]
-    (run / "log.jsonl").write_text("\n".join(map(json.dumps, [*steps, {"event": "val", "loss": 2.0}, {}])))
+    (run / "log.jsonl").write_text(
+        "\n".join(map(json.dumps, [*steps, {"event": "val", "loss": 2.0}, {"event": "val", "loss": None}, {}]))
+    )  # it diverged
     assert plots.draw([str(run), "--out", str(tmp_path / "picture.png")]) == f"wrote {tmp_path / 'picture.png'}"
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     minutes, loss, end = plots.of_run(run)

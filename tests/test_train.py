@@ -564,6 +564,12 @@ def test_code_that_a_file_names_is_not_loaded(train, tmp_path, monkeypatch, caps
     with pytest.raises(UsageError, match="loaded only where the command line names it"):
         resolve(["--track", "tiny", "--optimizer", "adamw", "--schedule", f"{code}:Mine"])
     train("--steps", "2", "--tricks", "modern", out="tuned", code=2)
+    (tmp_path / "torch.optim").mkdir()
+    (tmp_path / "torch.optim" / "code.py").write_text(code.read_text())  # its path begins like a class of torch
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path)
+        with pytest.raises(UsageError, match="loaded only where the command line names it"):
+            spec.load("torch.optim/code.py:Mine", "optimizer")
     assert not mark.exists() and not (tmp_path / "else").exists()
     train("--steps", "2", "--schedule", f"{code}:Mine", out="own")
     assert mark.exists()

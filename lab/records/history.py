@@ -68,6 +68,7 @@ def render() -> str:
 
 
 def curve(record: Record) -> plots.Curve:
+    """The mean loss curve of a record's runs."""
     losses = [[loss for e in log.of("train") for loss in e["loss"]] for log in record.logs]
     return plots.curve(losses, [log.step_times for log in record.logs], [log.loss for log in record.logs])
 

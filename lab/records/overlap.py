@@ -30,11 +30,12 @@ def repeats(folder: Path, settings: dict) -> list[tuple[int, int]]:
     in the training data, word for word; once for each sequence. Compared are LONGEST tokens, or the largest power of two that
     a sequence has."""
     files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
-    return counted(folder, files, *(settings[key] for key in ("sequence_length", "val_tokens", "val_spread")))
+    return repeats_of(folder, files, *(settings[key] for key in ("sequence_length", "val_tokens", "val_spread")))
 
 
 @functools.cache
-def counted(folder: Path, files: tuple, T: int, tokens: int, spread: bool) -> list[tuple[int, int]]:
+def repeats_of(folder: Path, files: tuple, T: int, tokens: int, spread: bool) -> list[tuple[int, int]]:
+    """`repeats` by its settings, found once. files: names and times, so that changed shards are read anew."""
     train, val = Dataset(folder, "train"), Dataset(folder, "val")
     length = min(LONGEST, 2 ** (T.bit_length() - 1))
     starts = validation_starts(val, T, tokens, spread)

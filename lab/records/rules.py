@@ -352,7 +352,6 @@ def rerun(record: Record) -> str:
     for key in SPECS:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             raise NotCheckable(f"its {key} is code from outside the repository, which a record may not have run")
-    arm = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"]))))
     arm, seed = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), random.choice(about["seeds"])
     with tempfile.TemporaryDirectory() as fresh:  # a result that lies in runs/ proves nothing
         try:

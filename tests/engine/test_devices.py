@@ -225,7 +225,7 @@ def test_the_last_line_says_what_became_of_the_target():
     assert ended(target_reached=False, val_loss=1.3344).startswith("target 1.13 NOT reached: validation loss 1.3344")
     assert ended(status="diverged", target_reached=False, val_loss=None).startswith("diverged: ")
     assert ended(target_loss=None).startswith("trained: validation loss 1.1200")
-    assert "(205.0 s but for stalls of this machine)" in ended(stalled=True)
+    assert "(205.0 s without this machine's stalls)" in ended(stalled=True)
 
 
 def test_how_threads_wait_is_set_before_torch_and_left_to_the_user(monkeypatch):

@@ -578,6 +578,13 @@ def test_tuples_are_written_with_a_slash():
         build("torch.optim:AdamW:betas=0.8/x", tiny())
 
 
+def test_a_class_that_its_package_exports_lazily(tmp_path):
+    lazy = tmp_path / "lazy.py"
+    lazy.write_text("def __getattr__(name):\n    import torch\n    return getattr(torch.optim, name)\n")
+    trust([f"{lazy}:SGD"])
+    assert type(build(f"{lazy}:SGD:lr=0.1", tiny())).__name__ == "SGD"
+
+
 def test_a_collection_that_is_missing_or_lacks_the_name(monkeypatch):
     pytest.importorskip("pytorch_optimizer")
     trust(["pytorch_optimizer.lionn", "heavyball.soap"])
