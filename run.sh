@@ -113,8 +113,8 @@ main_job() {
   .venv/bin/python sample.py --run "$run" --prompt "My fellow citizens, " --tokens 300
 }
 
-tests() { # on all cores: a process each, with one thread
-  OMP_NUM_THREADS=1 run test -m pytest -n auto "$@"
+tests() { # on all cores: a process each, with one thread; without bytecode each would compile every module anew
+  PYTHONDONTWRITEBYTECODE="" OMP_NUM_THREADS=1 run test -m pytest -n auto "$@"
 }
 
 help() {

@@ -123,7 +123,7 @@ def same(a, b) -> bool:
 
 def tiny(folder: Path, *flags: str) -> list[str]:
     """The trainer's flags for a run on `tiny` in fp32, with small batches, validated on little."""
-    small = ("--track", "tiny", "--dtype", "fp32", "--batch-tokens", "256", "--val-tokens", "1024")
+    small = ("--track", "tiny", "--dtype", "fp32", "--batch-tokens", "256", "--val-tokens", "256")
     return [*small, "--data-root", str(DATA_ROOT), "--out", str(folder), *flags]
 
 

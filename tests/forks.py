@@ -1,6 +1,6 @@
 """Python commands in forks of a process that has imported the trainer: importing it takes 6 s, a fork 50 ms.
 
-`Popen` stands in for subprocess.Popen where `python script.py ...` or `python -c code ...` is run. Each process of the tests
+`Popen` and `run` stand in for subprocess's where Python runs a script, a module (-m) or code (-c). Each process of the tests
 forks from one of its own, which only imports: torch's threads, which any computation starts, do not survive a fork.
 """
 
@@ -25,7 +25,7 @@ from engine import hardware
 
 TESTS = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["forks", "train_gpt", "torch._dynamo", "torch.distributed.checkpoint"])
+FORKS.set_forkserver_preload(["forks", "pytest", "train_gpt", "torch._dynamo", "torch.distributed.checkpoint"])
 LOCK = threading.Lock()  # who starts a process also looks which others have ended, and an exit code can be read only once
 
 
@@ -35,7 +35,7 @@ class Fork:
     def __init__(self, command: list[str], env: dict[str, str], cwd: Path):
         self.files = [tempfile.NamedTemporaryFile(prefix="fork-") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self.files]
-        self.process = FORKS.Process(target=run, args=(command[1:], dict(env), cwd, *names))
+        self.process = FORKS.Process(target=in_fork, args=(command[1:], dict(env), cwd, *names))
         with LOCK, mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (TESTS.parent, TESTS)))):
             forkserver.ensure_running()
             self.process.start()
@@ -72,13 +72,23 @@ class Fork:
 
 
 def Popen(command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None, **how) -> Fork | subprocess.Popen:
-    """A fork, where the command runs a script or a line of Python; else a process."""
-    if command[0] != sys.executable or command[1] == "-m":
+    """A fork, where the command is Python; else a process."""
+    if command[0] != sys.executable:
         return subprocess.Popen(command, env=env, cwd=cwd, **how)
     return Fork(command, env or os.environ, cwd or Path.cwd())
 
 
-def run(words: list[str], env: dict[str, str], cwd: Path, out: str, err: str) -> None:
+def run(command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None, check: bool = False, **_):
+    """subprocess.run of a Python command, in a fork."""
+    process = Popen(command, env, cwd)
+    out, err = process.communicate()
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def in_fork(words: list[str], env: dict[str, str], cwd: Path, out: str, err: str) -> None:
     """In the fork: what `python words...` does."""
     assert "train_gpt" in sys.modules, "the process that is forked could not import the trainer"
     with contextlib.suppress(AttributeError):  # Linux: no fork outlives the tests
@@ -93,9 +103,12 @@ def run(words: list[str], env: dict[str, str], cwd: Path, out: str, err: str) ->
     if "OMP_NUM_THREADS" in env:
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     hardware.matmul_peak = lambda *_: (1e11, "measured at start")  # which takes 0.3 s
+    if words[0] in ("-c", "-m"):
+        sys.argv = [words[0], *words[2:]]
     if words[0] == "-c":
-        sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,11 @@ def product() -> dict[str, str]:
     return {path: (ROOT / path).read_text() for path in paths}
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 # ---------------------------------------------------------------- sizes
 
 
@@ -50,7 +56,7 @@ def functions(sources: dict[str, str]) -> list[tuple[int, str]]:
     found = [
         (node.end_lineno - node.lineno + 1, f"{path}: {node.name}")
         for path, text in sources.items()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(text))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     return sorted(found, reverse=True)
@@ -103,7 +109,7 @@ def arrows(sources: dict[str, str]) -> Iterator[tuple[str, str, bool]]:
     """(importing module, imported module, inside a function?)."""
     modules = set(map(module, sources))
     for path, text in sources.items():
-        tree = ast.parse(text)
+        tree = parsed(text)
         lazy = {
             id(inner)
             for outer in ast.walk(tree)
@@ -115,10 +121,10 @@ def arrows(sources: dict[str, str]) -> Iterator[tuple[str, str, bool]]:
                 yield module(path), target, id(node) in lazy
 
 
-def circle(sources: dict[str, str]) -> list[str]:
+def circle(found: list[tuple[str, str, bool]]) -> list[str]:
     """Modules that import each other in a ring, or nothing."""
     graph: dict[str, set[str]] = {}
-    for source, target, _ in arrows(sources):
+    for source, target, _ in found:
         graph.setdefault(source, set()).add(target)
     done: set[str] = set()
 
@@ -138,14 +144,14 @@ def circle(sources: dict[str, str]) -> list[str]:
 
 def wrong_imports(sources: dict[str, str]) -> list[str]:
     """Imports that go up, hide in a function or close a circle, a line each."""
-    lines = []
-    for source, target, lazy in arrows(sources):
+    lines, found = [], list(arrows(sources))
+    for source, target, lazy in found:
         here, there = room(source), target.split(".")[0]
         if here != there and there not in MAY_IMPORT.get(here, ()) and source.split(".")[0] != there:
             lines.append(f"{source} imports {target}")
         if lazy:
             lines.append(f"{source} imports {target} inside a function")
-    ring = circle(sources)
+    ring = circle(found)
     return sorted(set(lines)) + ([f"a circle: {' -> '.join(ring)}"] if ring else [])
 
 

@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, tiny, torchrun, with_needs, with_optimizer
@@ -30,6 +31,7 @@ from engine import run_folder, spec
 from engine.schedules import Course
 from engine.spec import UsageError
 from optimizers import OPTIMIZERS
+from optimizers.base import Elementwise
 from tricks import TRACKS, TRICKS
 
 GOLDEN = ROOT / "tests" / "golden_tiny.json"  # losses of a run on a CPU, with these flags
@@ -83,7 +85,7 @@ def test_accumulation_equals_one_big_batch(train, optimizer):
 @pytest.mark.parametrize("tricks", ["modern,muon", "ngram_embedding"])
 @pytest.mark.slow
 def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
-    flags = ("--steps", "8", "--tricks", tricks, "--batch-tokens", "512", "--micro-batch-tokens", "64", "--clip", "0.5")
+    flags = ("--steps", "5", "--tricks", tricks, "--batch-tokens", "512", "--micro-batch-tokens", "64", "--clip", "0.5")
     flags += ("--val-tokens", str(33 * 64))  # more for one rank than for the others
     one = train(*flags)
     for ranks in (2, 4):
@@ -94,7 +96,7 @@ def test_ranks_do_not_change_the_run(train, tmp_path, tricks):
         assert [e["grad_norm"] for e in events(one, "train")] == pytest.approx(
             [e["grad_norm"] for e in events(folder, "train")], rel=1e-4
         )
-        assert result(folder)["tokens"] == result(one)["tokens"] == 8 * 512
+        assert result(folder)["tokens"] == result(one)["tokens"] == 5 * 512
         assert json.loads((folder / "env.json").read_text())["world_size"] == ranks
 
 
@@ -309,13 +311,15 @@ def read_by(train, monkeypatch, *flags: str) -> tuple[list[str], int]:
     return found, len(steps)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", *(n for n, method in OPTIMIZERS.items() if not issubclass(method, Elementwise))]
+)
 def test_a_step_waits_for_the_device_once(train, monkeypatch, optimizer):
     """Between forward and update, to learn whether all is finite. Not seen on a CPU: torch.linalg.eigh, with which Shampoo,
-    CASPR and SOAP renew and begin, waits on a GPU."""
-    found, steps = read_by(train, monkeypatch, "--steps", "6", *with_optimizer(optimizer), "--clip", "0.1")
+    CASPR and SOAP renew and begin, waits on a GPU. An element-wise rule that waits is not one graph (test_rules.py)."""
+    found, steps = read_by(train, monkeypatch, "--steps", "4", "--val-every", "4", *with_optimizer(optimizer), "--clip", "0.1")
     begun = found.count("starting")  # SOAP's, in its first step: have the blocks of a shape a gradient yet?
-    assert steps == 6 and found == ["backward"] + ["starting"] * begun + ["backward"] * (steps - 1)
+    assert steps == 4 and found == ["backward"] + ["starting"] * begun + ["backward"] * (steps - 1)
     assert (begun > 0) == (optimizer == "soap")
 
 
@@ -458,9 +462,9 @@ def test_two_weights_go_on_with_one_history_though_a_step_is_left_out(sotu, tmp_
 )
 def test_each_kind_of_optimizer_trains_tiny(train, optimizer):
     """At its defaults, in 60 steps, to what single bytes can tell (their entropy is 3.1 nats) or further. Of each kind of state
-    one; test_toys.py has every method on a problem that is solved exactly."""
+    one; test_optimizers.py has every method."""
     steps = "250" if optimizer == "lion" else "60"  # its rate suits longer runs
-    flags = ("--steps", steps, "--val-tokens", "8192", "--layers", "1")
+    flags = ("--steps", steps, "--val-every", steps, "--val-tokens", "4096", "--layers", "1")
     assert result(train(*with_optimizer(optimizer), *flags))["val_loss"] < 3.1
 
 
@@ -683,14 +687,17 @@ def test_folder_of_another_run_is_left_alone(train, capsys):
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_every_recipe_and_trick_resolves(track):
+    built = set()  # most tricks change neither the model nor the optimizer
     for words in (*TRACKS[track].recipes, *TRICKS):
         if words == "short_sequences" and TRACKS[track].settings.get("loss_tokens"):
             continue  # refused: the loss is at the end of whole sequences
         config, model_config, _ = resolve(["--track", track, "--tricks", with_needs(words)])
         assert Course(config).at(0).lr >= 0
-        with torch.device("meta"):
-            gpt = train_gpt.GPT(dataclasses.replace(model_config, layers=min(4, model_config.layers)))
-            assert train_gpt.optimizers.build(config.optimizer, gpt).param_groups
+        model_config = dataclasses.replace(model_config, layers=min(2, model_config.layers))
+        if (model_config, config.optimizer) not in built:
+            built.add((model_config, config.optimizer))
+            with torch.device("meta"):
+                assert train_gpt.optimizers.build(config.optimizer, train_gpt.GPT(model_config)).param_groups
 
 
 def test_tricks_are_ordered_and_flags_win():
@@ -717,7 +724,7 @@ def test_tricks_on_one_optimizer_add_their_keys():
 def test_wrong_verb_and_help():
     done = subprocess.run(["./run.sh", "trian"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "trian" in done.stderr
-    help = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    help = forks.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT)
     assert help.returncode == 0 and "--ngram-buckets" in help.stdout and "default: 4096" in help.stdout
 
 

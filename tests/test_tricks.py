@@ -1,4 +1,4 @@
-"""The speedrun's tricks: each against its formula written out; every trick alone in training, compiled, resumed, causal."""
+"""The speedrun's tricks: each against its formula written out; every trick in training, compiled, resumed, causal."""
 
 import copy
 import functools
@@ -69,15 +69,25 @@ def training(tmp_path, *flags: str) -> train_gpt.Training:
     return made
 
 
-# ---------------------------------------------------------------- every trick alone
+# ---------------------------------------------------------------- every trick
 
 
-@pytest.mark.parametrize("name", HERE)
-def test_trick_trains(sotu, tmp_path, name):
+def groups(names: list[str], most: int) -> list[str]:
+    """The tricks in few groups, none of more than so many and none with two that set the same field."""
+    made: list[list[str]] = []
+    for name in names:
+        fits = lambda group: all(TRICKS[name].settings.keys().isdisjoint(TRICKS[n].settings) for n in group)  # noqa: E731, B023
+        group = next((group for group in made if len(group) < most and fits(group)), None)
+        group.append(name) if group else made.append([name])
+    return [",".join(group) for group in made]
+
+
+@pytest.mark.parametrize("names", [*groups([name for name in HERE if name != "batch_stages"], 4), "batch_stages"])
+def test_tricks_train(sotu, tmp_path, names):
     """On `tiny`: the loss falls, a gradient reaches every weight, what is put away at step 12 goes on as it would have, bit by
     bit, and after all that no logit depends on a later token."""
-    flags = flags_of(with_needs(name), "--steps", "15")
-    if name != "batch_stages":  # whose rates suit the track's batch
+    flags = flags_of(",".join(map(with_needs, names.split(","))), "--steps", "15")
+    if names != "batch_stages":  # whose rates suit the track's batch
         flags += ("--batch-tokens", "256")
     made = training(tmp_path, *flags)
     reached = set()
@@ -115,15 +125,15 @@ def test_trick_trains(sotu, tmp_path, name):
     assert not torch.allclose(before[:, 40], after[:, 40], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if TRICKS[n].settings.keys() & (MODEL_FIELDS | {"future_tokens", "weights"})])
-def test_trick_is_one_graph(name):
+IN_GRAPH = [n for n in HERE if TRICKS[n].settings.keys() & (MODEL_FIELDS | {"future_tokens", "weights"})]
+
+
+@pytest.mark.parametrize("names", groups(IN_GRAPH, 8))
+def test_tricks_are_one_graph(names):
     """No graph break, and the graph's numbers are those of the code."""
-    settings = TRICKS[name].settings
-    gpt = small(
-        layers=2,
-        **{k: v for k, v in settings.items() if k in MODEL_FIELDS - {"layers"}}
-        | ({"ngram_buckets": 64} if "ngram" in name else {}),
-    )
+    settings = {key: value for name in names.split(",") for key, value in TRICKS[name].settings.items()}
+    more = {"ngram_buckets": 64} if "ngram_buckets" in settings else {}
+    gpt = small(**{k: v for k, v in settings.items() if k in MODEL_FIELDS} | more | {"layers": 2})
     if settings.get("weights") == "bf16":
         to_bf16([p for n, p in gpt.named_parameters() if roles(gpt)[n] == "matrix"])
     future = torch.tensor([0.5, 0.25]) if settings.get("future_tokens") else None
@@ -154,8 +164,9 @@ def stop_at(step: int):
     return patched
 
 
-@pytest.mark.parametrize("name", [TOGETHER, "muon,bf16_weights", "cautious_adamw,bf16_weights"])
-@pytest.mark.parametrize("checkpoint", [5, 9])
+@pytest.mark.parametrize(
+    ("name", "checkpoint"), [(TOGETHER, 5), (TOGETHER, 9), ("muon,bf16_weights", 5), ("cautious_adamw,bf16_weights", 9)]
+)
 @pytest.mark.slow
 def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
     """Cut short and continued: the same losses, weights and state, bit by bit. At 9 the head has just been untied."""

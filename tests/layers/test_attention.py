@@ -55,14 +55,12 @@ def test_plain_is_the_definition(mask):
             assert torch.allclose(y[b, :, t], (weights[..., None] * v[b][:, seen]).sum(1), atol=1e-5)  # scores are kept in fp32
 
 
-@pytest.mark.parametrize("mask", ["causal", "both"])
 @pytest.mark.slow
-def test_flex_compiles_whole(mask, flex_trains_here):
+def test_flex_compiles_whole(flex_trains_here):
     """The mask is built and used in one graph, as the trainer's --compile would have it on CUDA."""
     *qkv, _ = inputs(130)
-    window, has_documents = MASKS[mask]
-    documents = documents_of(130) if has_documents else None
-    whole = torch.compile(attention.attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    window, documents = MASKS["both"][0], documents_of(130)
+    whole = torch.compile(attention.attention, fullgraph=True, backend="eager", dynamic=False)
     y = whole(*qkv, 0.3, 0.0, window, documents, "flex")
     assert torch.allclose(y, plain_attention(*qkv, 0.3, 0.0, window, documents), atol=1e-5)
 
@@ -101,7 +99,7 @@ def test_a_window_that_changes_is_no_new_graph(flex_trains_here):
     plain.load_state_dict(gpt.state_dict())
     gpt.free_windows()
     assert len({id(block.attention.window) for block in gpt.blocks}) == 2
-    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(gpt, fullgraph=True, backend="eager", dynamic=False)
     for parts in ((0.25,), (0.25, 0.5), (0.25, 0.5, 1.0)):
         for model in (gpt, plain):
             model.see(parts)

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py as far as it goes without a GPU: small shapes, kernels in Triton's interpreter, and no times."""
 
+import forks
 import pytest
 import torch
 from kernel_cases import numbers_that_numpy_lacks
@@ -32,7 +33,8 @@ def test_every_form_computes(small):
 
 
 @pytest.mark.slow
-def test_a_recipe_trains_on_random_tokens(small, tmp_path):
+def test_a_recipe_trains_on_random_tokens(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "subprocess", forks)
     figures = gpu.recipe_figures("tiny", "baseline", tmp_path, 1, "--layers", "1", "--width", "32", "--heads", "1")
     assert figures["tokens_per_second"] == pytest.approx(1024 / figures["step"])
     assert figures["mfu"] is None and figures["predicted"] > 0 and figures["peak_memory"] > figures["predicted_memory"] > 0
