@@ -460,13 +460,13 @@ class Training:
             self.run_folder.event("target", step=progress.step, loss=loss, target_loss=config.target_loss, train_time=seconds)
 
     def validate_also(self) -> dict[str, float]:
-        """Losses in nats per token by the words of --val-also, on a fourth as many tokens as --val-tokens; a corpus that is not
-        prepared here is left out."""
+        """Nats per token by the words of --val-also, on a fourth of --val-tokens; a corpus that cannot be read is left out."""
         config, T, losses = self.config, self.model_config.sequence_length, {}
         for word in filter(None, config.val_also.split(",")):
             corpus, last = (config.corpus, T // 4) if word == "tail" else (word, 0)
             try:
-                dataset = Dataset(dataset_folder(config.data_root, corpus, config.tokenizer), "val", last)
+                folder = dataset_folder(config.data_root, corpus, config.tokenizer)
+                dataset = Dataset(folder, "val", last).check(self.model_config.vocab_size)
                 starts = validation_starts(dataset, T, max(T, config.val_tokens // 4), True)
             except UsageError as error:
                 self.run_folder.event("note", f"--val-also {word} is left out: {error}")

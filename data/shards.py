@@ -179,18 +179,19 @@ class Dataset:
         return there.st_size, there.st_mtime_ns, there.st_ino
 
     def prove(self, vocab_size: int) -> None:
-        """Begin to read every shard in the background: are its bytes those of dataset.json, its tokens below `vocab_size`?"""
-        self.proof = ThreadPoolExecutor(1, thread_name_prefix="proof").submit(self._prove, vocab_size)
+        """Begin to `check` in the background."""
+        self.proof = ThreadPoolExecutor(1, thread_name_prefix="proof").submit(self.check, vocab_size)
 
-    def _prove(self, vocab_size: int) -> str | None:
+    def check(self, vocab_size: int) -> "Dataset":
+        """Read every shard. Raises UsageError: its bytes are not those of dataset.json, or a token is not in the vocabulary."""
         for path, shard, entry in zip(self.paths, self.shards, self.entries, strict=True):
             if problem := damage(path, entry):
-                return problem
+                raise UsageError(problem)
             parts = range(0, len(shard), 1 << 22)
             largest = max((int(shard[i : i + (1 << 22)].max()) for i in parts), default=0)
             if largest >= vocab_size:
-                return f"shard {path} holds token {largest}, but the vocabulary has {vocab_size}: another tokenizer made it"
-        return None
+                raise UsageError(f"{path} holds token {largest}, the vocabulary has {vocab_size}: another tokenizer made it")
+        return self
 
     def problem(self, wait: float | None = None) -> str | None:
         """What is wrong with the shards, as far as is known after `wait` seconds (None: until all are read)."""
@@ -198,16 +199,16 @@ class Dataset:
             if self.stamp(path) != then:
                 return f"shard {path} has changed since this run opened it; {repair(self.folder)}"
         try:
-            return self.proof.result(wait) if self.proof else None
+            error = self.proof.exception(wait) if self.proof else None
         except TimeoutError:
             return None
+        return str(error) if error else None
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def documents(self, end_of_text: int) -> np.ndarray:
-        """Where documents begin, with their end-of-text token: [n] int64. Reads the whole split. Raises UsageError: nowhere, or
-        dataset.json names another token."""
+        """Where documents begin: [n] int64. Reads the whole split. Raises UsageError: nowhere, or with another token."""
         if (eot := self.end_of_text) not in (None, end_of_text):
             raise UsageError(f"documents in {self.folder} begin with token {eot}: add --end-of-text {eot}")
         places = [np.zeros(0, np.int64)]

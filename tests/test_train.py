@@ -355,6 +355,10 @@ def test_other_text_and_the_ends_of_sequences_are_validated_once(train, tmp_path
         )
         assert also[word] == pytest.approx(gpt(tokens, targets).item(), rel=1e-5)
     assert also.keys() == {"tail", "other"} and also["tail"] != result(folder)["val_loss"]
+    shard = next((root / "other-bytes").glob("*val*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\xff\xff")  # found after the training: the run ends all the same
+    assert result(train(*flags, "--val-also", "tail,other", out="damaged"))["val_also"].keys() == {"tail"}
+    assert "--val-also other is left out: shard" in capsys.readouterr().out
 
 
 def test_log_and_result_agree(train):
