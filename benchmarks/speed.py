@@ -1,7 +1,7 @@
-"""Speed and memory on this machine, side by side with transformers, interleaved in one run. Prints Markdown.
+"""Speed and memory on this machine, side by side with nanoGPT's loop, interleaved in one run. Prints Markdown.
 
     python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs pip install -e .[test])
-    python -m benchmarks.speed ours-against-transformers record-mfu ranks large-pages waiting-threads        some of it
+    python -m benchmarks.speed ours-against-nanogpt record-mfu ranks large-pages waiting-threads        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
 """
@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import train_gpt
-import tricks
 from config import resolve
 from engine import hardware
 from engine.command import command
@@ -49,42 +50,44 @@ def ratio(a: list[float], b: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
-def ours_against_transformers() -> None:
-    """The cpu track's baseline model and batch, AdamW: transformers' GPT2LMHeadModel in a plain loop, and ours."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+class PlainGPT(torch.nn.Module):
+    """nanoGPT's model in PyTorch's own parts: blocks with the norm first, scaled_dot_product_attention, GELU, a tied head."""
 
-    settings, _ = tricks.apply("cpu", "baseline")
-    shape = {key: settings[key] for key in ("vocab_size", "sequence_length", "layers", "heads", "width")}
-    tokens = torch.randint(shape["vocab_size"], (SEQUENCES, shape["sequence_length"]))
-    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    hf_shape = dict(zip(names, shape.values(), strict=True))
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, length = config.width, config.sequence_length
+        block = torch.nn.TransformerEncoderLayer(width, config.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = torch.nn.TransformerEncoder(block, config.layers, torch.nn.LayerNorm(width), enable_nested_tensor=False)
+        self.tokens, self.places = torch.nn.Embedding(config.vocab_size, width), torch.nn.Embedding(length, width)
+        self.mask = torch.nn.Transformer.generate_square_subsequent_mask(length)
 
-    def step_of(model: torch.nn.Module, loss_of: Callable[[torch.nn.Module], torch.Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of tokens and targets [B, T] in nats per token."""
+        x = self.blocks(self.tokens(tokens) + self.places.weight, self.mask, is_causal=True)
+        return F.cross_entropy((x @ self.tokens.weight.T).flatten(0, 1), targets.flatten())
 
-        def step() -> None:
-            loss_of(model).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
-        return step
+def ours_against_nanogpt() -> None:
+    """A step of the cpu track's baseline, compiled and not: nanoGPT's loop (fp32 on a CPU, clipping, fused AdamW) and ours."""
+    config = resolve(["--track", "cpu"])[1]
+    tokens = torch.randint(config.vocab_size, (SEQUENCES, config.sequence_length))
 
-    def hf_loss(model: torch.nn.Module, autocast: bool) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return model(input_ids=tokens, labels=tokens).loss
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(tokens, tokens.clone()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    steps = {}
-    for name, autocast in (("transformers fp32", False), ("transformers bf16", True)):
-        hf = GPT2LMHeadModel(GPT2Config(**hf_shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-        steps[name] = step_of(hf, lambda model, autocast=autocast: hf_loss(model, autocast))
-    for name, dtype in (("ours fp32", torch.float32), ("ours bf16", torch.bfloat16)):
-        gpt = GPT(ModelConfig(**shape))
+    models: dict[str, torch.nn.Module] = {"nanoGPT, float32": PlainGPT(config)}
+    for dtype in [torch.float32, torch.bfloat16][: 1 + hardware.has_native_bf16(torch.device("cpu"))]:
+        models[f"ours, {str(dtype)[6:]}"] = gpt = GPT(config)
         gpt.compute_dtype = dtype
-        steps[name] = step_of(gpt, lambda model: model(tokens, tokens))
-    times = interleave(steps)
-    print("\n| same GPT-2, batch and AdamW | tokens per second | ours (bf16) is faster by |\n|---|---|---|")
-    for name, values in times.items():
-        print(f"| {name} | {tokens.numel() / statistics.median(values):,.0f} | {ratio(values, times['ours bf16'])} |")
+    models |= {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
+    times = interleave({n: partial(step, m, torch.optim.AdamW(m.parameters(), fused=True)) for n, m in models.items()})
+    print("\n| same GPT-2, batch and AdamW | tokens per second | nanoGPT, compiled / this |\n|---|---|---|")
+    for name, each in times.items():
+        rate = tokens.numel() / statistics.median(each)
+        print(f"| {name} | {rate:,.0f} | {ratio(times['nanoGPT, float32, compiled'], each)} |")
 
 
 def record_mfu() -> None:
@@ -93,10 +96,7 @@ def record_mfu() -> None:
     training, peaks = train_gpt.Training(config, model_config, recipe, World("cpu")), []
     if training.compiled:
         training.warm_up()
-
-    def peak() -> None:
-        peaks.append(hardware.matmul_peak(torch.device("cpu"), training.dtype)[0])
-
+    peak = lambda: peaks.append(hardware.matmul_peak(torch.device("cpu"), training.dtype)[0])  # noqa: E731
     step = statistics.median(interleave({"step": training.step, "peak": peak}, rounds=15)["step"])
     done = config.batch_tokens * flops_per_token(model_config) / step
     print("\n| cpu track, record recipe | |\n|---|---|")
@@ -165,7 +165,7 @@ def waiting_threads() -> None:
         print(f"| {what} | {' | '.join(f'{statistics.median(t):.1f} | {ratio(t, usual)}' for t, usual in each)} |", flush=True)
 
 
-PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_transformers, record_mfu, ranks, large_pages, waiting_threads)}
+PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_nanogpt, record_mfu, ranks, large_pages, waiting_threads)}
 
 
 def main(names: list[str]) -> None:
