@@ -100,7 +100,7 @@ def in_fork(words: list[str], env: dict[str, str], cwd: Path, out: str, err: str
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if "OMP_NUM_THREADS" in env:
+    if "OMP_NUM_THREADS" in env and words[0] != "-m":  # a module that forks in its turn: its pool of threads would not survive
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     hardware.matmul_peak = lambda *_: (1e11, "measured at start")  # which takes 0.3 s
     if words[0] in ("-c", "-m"):

@@ -389,10 +389,17 @@ def test_all_ranks_stop_at_the_same_step(sotu, tmp_path):
 # ---------------------------------------------------------------- 5. ranks die
 
 
+RANK = """
+import sys, torch, train_gpt
+torch.set_num_threads(1)
+assert train_gpt.main(sys.argv[1:]) == 0
+"""
+
+
 def rank_of(agent: forks.Fork) -> int:
     """Process number of the one rank that a torchrun agent has started."""
     words = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    (rank,) = (pid for pid in map(int, words) if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes())
+    (rank,) = map(int, words)
     return rank
 
 
@@ -403,16 +410,24 @@ def test_a_killed_rank_and_a_killed_node_are_replaced(sotu, tmp_path, monkeypatc
     0 is lost with everything on it and another takes its place: the same losses and weights."""
     flags = ("--steps", "40", "--checkpoint-every", "4", "--optimizer", "muon", "--val-every", "4", "--deterministic", *SMALL)
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    torchrun(2, whole, *flags)
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # why: README.md, "Eight GPUs, several nodes"
-    agent = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run", "--nproc_per_node=1"]
-    agent += [f"--rdzv-endpoint=127.0.0.1:{get_free_port()}"]
+    (script := tmp_path / "rank.py").write_text(RANK)
+
+    def agent(out: Path, *words: str) -> forks.Fork:
+        """torchrun; its ranks are forks of it, which has imported the trainer."""
+        command = [sys.executable, "-m", "torch.distributed.run", *words, "--run-path", "--start-method=fork", str(script)]
+        return forks.Popen([*command, *tiny(out, *flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+
+    undisturbed = agent(whole, "--standalone", "--nproc_per_node=2")
+    _, errors = undisturbed.communicate()
+    assert undisturbed.returncode == 0, errors[-2000:]
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # why: docs/gpu.md
+    two = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run", "--nproc_per_node=1"]
+    two += [f"--rdzv-endpoint=127.0.0.1:{get_free_port()}"]
 
     def node(address: str, has_store: bool) -> forks.Fork:
         """torchrun gives ranks in order of addresses; a node that sends no word for 3 s (usually 15) counts as lost."""
         conf = f"--rdzv-conf=is_host={has_store},keep_alive_interval=1,keep_alive_max_attempt=3"
-        words = [sys.executable, "-m", "torch.distributed.run", *agent, f"--local-addr={address}", conf, "train_gpt.py"]
-        return forks.Popen([*words, *tiny(folder, *flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+        return agent(folder, *two, f"--local-addr={address}", conf)
 
     nodes = [node("127.0.0.2", True), node("127.0.0.1", False)]
     try:
