@@ -1031,7 +1031,6 @@ SHARED = {  # SPEC -> how far the weights may differ, relative to how far they h
     "shampoo:start=3,every=4,block=16": 1e-5,
     "soap:every=4,block=16": 1e-5,
     "kron:block=16,flat=5,least_probability=0.5": 1e-5,
-    "caspr:start=3,every=4,block=16": 1e-5,
 }
 
 
