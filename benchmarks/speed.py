@@ -1,6 +1,6 @@
 """Speed and memory on this machine, side by side with nanoGPT's loop, interleaved in one run. Prints Markdown.
 
-    python -m benchmarks.speed            all of it, about 8 minutes on 2 quiet cores (needs pip install -e .[test])
+    python -m benchmarks.speed            all of it
     python -m benchmarks.speed ours-against-nanogpt record-mfu ranks large-pages waiting-threads        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
@@ -96,8 +96,8 @@ def record_mfu() -> None:
     training, peaks = train_gpt.Training(config, model_config, recipe, World("cpu")), []
     if training.compiled:
         training.warm_up()
-    peak = lambda: peaks.append(hardware.matmul_peak(torch.device("cpu"), training.dtype)[0])  # noqa: E731
-    step = statistics.median(interleave({"step": training.step, "peak": peak}, rounds=15)["step"])
+    peak = partial(hardware.matmul_peak, torch.device("cpu"), training.dtype)
+    step = statistics.median(interleave({"step": training.step, "peak": lambda: peaks.append(peak()[0])}, rounds=15)["step"])
     done = config.batch_tokens * flops_per_token(model_config) / step
     print("\n| cpu track, record recipe | |\n|---|---|")
     print(f"| step | {step * 1e3:.0f} ms, {config.batch_tokens / step:,.0f} tokens per second |")

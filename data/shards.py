@@ -199,16 +199,16 @@ class Dataset:
             if self.stamp(path) != then:
                 return f"shard {path} has changed since this run opened it; {repair(self.folder)}"
         try:
-            error = self.proof.exception(wait) if self.proof else None
-        except TimeoutError:
-            return None
-        return str(error) if error else None
+            _ = self.proof and self.proof.result(wait)
+        except (TimeoutError, UsageError) as error:
+            return str(error) or None  # not read to the end yet: a TimeoutError without words
+        return None
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def documents(self, end_of_text: int) -> np.ndarray:
-        """Where documents begin: [n] int64. Reads the whole split. Raises UsageError: nowhere, or with another token."""
+        """Where documents begin: [n] int64. Reads the whole split. Raises UsageError: none do, or with another token."""
         if (eot := self.end_of_text) not in (None, end_of_text):
             raise UsageError(f"documents in {self.folder} begin with token {eot}: add --end-of-text {eot}")
         places = [np.zeros(0, np.int64)]

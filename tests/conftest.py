@@ -23,18 +23,20 @@ from engine import checkpoint, hardware  # noqa: E402
 from optimizers import own_schedule  # noqa: E402
 
 hardware.matmul_peak = functools.cache(hardware.matmul_peak)  # measured once, not in every run
+REALLY_CHECK, PROVEN = shards.Dataset.check, set()
+DATA_ROOT = ROOT / "corpora"
 
 
-def check(self, vocab_size: int, real=shards.Dataset.check, proven=set()) -> shards.Dataset:  # noqa: B006
+def check(self, vocab_size: int) -> shards.Dataset:
     """Shards that nobody has touched are read once, not in every run."""
-    about = (vocab_size, *zip(self.paths, self.opened))
-    if about not in proven:
-        proven.add(real(self, vocab_size) and about)
+    about = (vocab_size, self.fingerprint, *zip(self.paths, self.opened))
+    if about not in PROVEN:
+        REALLY_CHECK(self, vocab_size)
+        PROVEN.add(about)
     return self
 
 
 shards.Dataset.check = check
-DATA_ROOT = ROOT / "corpora"
 
 
 def pytest_addoption(parser):

@@ -121,10 +121,10 @@ def arrows(sources: dict[str, str]) -> Iterator[tuple[str, str, bool]]:
                 yield module(path), target, id(node) in lazy
 
 
-def circle(found: list[tuple[str, str, bool]]) -> list[str]:
+def circle(edges: list[tuple[str, str, bool]]) -> list[str]:
     """Modules that import each other in a ring, or nothing."""
     graph: dict[str, set[str]] = {}
-    for source, target, _ in found:
+    for source, target, _ in edges:
         graph.setdefault(source, set()).add(target)
     done: set[str] = set()
 
@@ -144,14 +144,14 @@ def circle(found: list[tuple[str, str, bool]]) -> list[str]:
 
 def wrong_imports(sources: dict[str, str]) -> list[str]:
     """Imports that go up, hide in a function or close a circle, a line each."""
-    lines, found = [], list(arrows(sources))
-    for source, target, lazy in found:
+    lines, edges = [], list(arrows(sources))
+    for source, target, lazy in edges:
         here, there = room(source), target.split(".")[0]
         if here != there and there not in MAY_IMPORT.get(here, ()) and source.split(".")[0] != there:
             lines.append(f"{source} imports {target}")
         if lazy:
             lines.append(f"{source} imports {target} inside a function")
-    ring = circle(found)
+    ring = circle(edges)
     return sorted(set(lines)) + ([f"a circle: {' -> '.join(ring)}"] if ring else [])
 
 

@@ -76,9 +76,12 @@ def groups(names: list[str], most: int) -> list[str]:
     """The tricks in few groups, none of more than so many and none with two that set the same field."""
     made: list[list[str]] = []
     for name in names:
-        fits = lambda group: all(TRICKS[name].settings.keys().isdisjoint(TRICKS[n].settings) for n in group)  # noqa: E731, B023
-        group = next((group for group in made if len(group) < most and fits(group)), None)
-        group.append(name) if group else made.append([name])
+        for group in made:
+            if len(group) < most and all(TRICKS[name].settings.keys().isdisjoint(TRICKS[other].settings) for other in group):
+                group.append(name)
+                break
+        else:
+            made.append([name])
     return [",".join(group) for group in made]
 
 

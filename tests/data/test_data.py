@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -428,3 +429,13 @@ def test_targets_that_do_not_count_leave_the_inputs_alone(tmp_path, sequences):
     whole, cut = (Dataset(folder, "val", last).batch(range(0, 8 * sequences, 8), 8) for last in (0, 3))
     assert torch.equal(cut[0], whole[0]) and torch.equal(cut[1][:, -3:], whole[1][:, -3:])
     assert (cut[1][:, :-3] == -100).all()
+
+
+def test_an_error_without_words_is_no_proof(sotu):
+    """Whatever ends the reading of the shards is told: only a proof that goes on is waited for."""
+    dataset = Dataset(sotu, "val")
+    dataset.proof = Future()
+    assert dataset.problem(0.01) is None
+    dataset.proof.set_exception(MemoryError())
+    with pytest.raises(MemoryError):
+        dataset.problem()

@@ -59,7 +59,7 @@ def test_flex_compiles_whole(flex_trains_here):
     """The mask is built and used in one graph, as the trainer's --compile would have it on CUDA."""
     *qkv, _ = inputs(130)
     window, documents = MASKS["both"][0], documents_of(130)
-    whole = torch.compile(attention.attention, fullgraph=True, backend="eager", dynamic=False)
+    whole = torch.compile(attention.attention, fullgraph=True, backend="aot_eager", dynamic=False)
     y = whole(*qkv, 0.3, 0.0, window, documents, "flex")
     assert torch.allclose(y, plain_attention(*qkv, 0.3, 0.0, window, documents), atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_a_window_that_changes_is_no_new_graph(flex_trains_here):
     plain.load_state_dict(gpt.state_dict())
     gpt.free_windows()
     assert len({id(block.attention.window) for block in gpt.blocks}) == 2
-    compiled = torch.compile(gpt, fullgraph=True, backend="eager", dynamic=False)
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager", dynamic=False)
     for parts in ((0.25,), (0.25, 0.5), (0.25, 0.5, 1.0)):
         for model in (gpt, plain):
             model.see(parts)

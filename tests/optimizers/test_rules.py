@@ -957,7 +957,7 @@ def test_compiled_update_is_the_same(name):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in IN_CPP])
 def test_update_is_one_graph(name, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("optimizers.base.can_compile", lambda device: True)
     check_compiled(name)
 
@@ -1031,6 +1031,7 @@ SHARED = {  # SPEC -> how far the weights may differ, relative to how far they h
     "shampoo:start=3,every=4,block=16": 1e-5,
     "soap:every=4,block=16": 1e-5,
     "kron:block=16,flat=5,least_probability=0.5": 1e-5,
+    "caspr:start=3,every=4,block=16": 1e-5,
 }
 
 
