@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import optimizers
@@ -43,7 +44,7 @@ class Config:
     tied_until: float = setting(0.0, "part of the run in which an untied head is tied (modded-nanogpt #51, #53: 2/3)", most=1)
     weights: str = setting("fp32", "hidden matrices; bf16: half in the optimizer (modded-nanogpt #57)", ("fp32", "bf16"))
     reduce: str = setting("fp32", "gradients between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16"))
-    seed: int = setting(0, "seed of weights, dropout and data order")
+    seed: int = setting(0, "seed of weights, dropout and data order", most=2**32 - 1)
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes, gpt2, or mod97 of the corpus division")
     data_root: str = setting("corpora", "folder of the prepared corpora")
@@ -113,7 +114,7 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
     settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)
     settings["schedule"] = given.get("schedule", schedule)  # whoever asks for one gets it
     for key, value in settings.items():
-        if why := refusal(FIELDS[key], value):
+        if why := refusal(key, value, FIELDS[key].metadata):
             raise UsageError(f"{flag_of(key)} {why}")
     config = Config(**only(Config, settings))
     try:
@@ -200,7 +201,11 @@ def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: s
 
 def stages(config: Config) -> Counter[tuple[float, float, int]]:
     """(part of the windows, part of the sequences, size of the batch in --batch-tokens) -> in how many steps of the run."""
-    return Counter((now.windows[-1], now.length, now.batch) for now in map(Course(config).at, range(config.steps)))
+    course, counted = Course(config), Counter()
+    for start, end in pairwise([*course.stage_starts(), config.steps]):
+        now = course.at(start)
+        counted[now.windows[-1], now.length, now.batch] += end - start
+    return counted
 
 
 def mean_flops(config: Config, model_config: ModelConfig) -> int:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from engine.command import command
-from engine.spec import UsageError, parse
+from engine.spec import UsageError, parse, setting
 
 
 def length(value: float, steps: int) -> float:
@@ -33,10 +33,6 @@ class Schedule:
     """Warm-up, then `shape`: 1, unless a subclass gives another."""
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
-
-    def __post_init__(self):
-        if self.warmup < 0:
-            raise UsageError(f"schedule key warmup must not be negative, got {self.warmup}")
 
     def value(self, step: int, steps: int) -> float:
         """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
@@ -84,7 +80,6 @@ class Exponential(Decaying):
     final: float = 0.1
 
     def __post_init__(self):
-        super().__post_init__()
         if self.final <= 0:
             raise UsageError("schedule exponential needs final > 0: it multiplies by the same factor every step")
 
@@ -103,7 +98,6 @@ class WSD(Decaying):
     FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
     def __post_init__(self):
-        super().__post_init__()
         if self.form not in self.FORMS:
             raise UsageError(f"schedule wsd has no form {self.form!r}: known: {', '.join(self.FORMS)}")
         if self.cooldown <= 0:
@@ -152,9 +146,9 @@ class Ramp:
     """Momentum start -> peak over `warmup`, stays, peak -> end over the last `cooldown`
     (speedrun record 9: 0.85 -> 0.95 over 300 steps; record 39 adds the way down)."""
 
-    start: float = 0.85
-    peak: float = 0.95
-    end: float = 0.85
+    start: float = setting(0.85, "momentum of the first step", below=1)
+    peak: float = setting(0.95, "momentum after the warm-up", below=1)
+    end: float = setting(0.85, "momentum of the last step", below=1)
     warmup: float = 300.0  # steps or fraction of the run
     cooldown: float = 0.0  # steps or fraction of the run; 0: none
 
@@ -237,6 +231,11 @@ class Course:
         """Batch units in all steps before `step`."""
         spans = zip(self.batches, pairwise([*stage_starts(self.batches, self.steps), math.inf]), strict=True)
         return sum(int(size) * max(0, min(step, end) - start) for size, (start, end) in spans)
+
+    def stage_starts(self) -> list[int]:
+        """First steps of all stages."""
+        stages = (self.batches, self.windows, self.lengths)
+        return sorted({start for parts in stages for start in stage_starts(parts, self.steps) if start < self.steps})
 
     def new_shapes(self) -> list[int]:
         """First steps of the stages with other windows or lengths than before: what torch.compile makes a graph for."""

@@ -8,6 +8,7 @@
 Also what the settings of a run are made of (`setting`), and the one exception that means that the user can mend it.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -16,8 +17,9 @@ import inspect
 import math
 import re
 import sys
+import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,34 @@ class UsageError(ValueError):
         self.speaks = speaks
 
 
-def setting(default, help: str, choices: tuple[str, ...] | None = None, least: float = 0, most: float = math.inf):
-    """A config field with the words that `--help` prints. least, most: of a number."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+def setting(default, help: str, choices=None, least: float = 0, most: float = math.inf, below: float = math.inf):
+    """A config field with the words that `--help` prints. least, most, below: of a number, or of each in a tuple."""
+    about = {"help": help, "choices": choices, "least": least, "most": most, "below": below}
+    return dataclasses.field(default=default, metadata=about)
 
 
-def refusal(field: dataclasses.Field, value: Any) -> str:
-    """Why a field does not take a value, in words that go after its name; empty: it does."""
-    choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
-    if choices:
-        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}"
-    if not isinstance(value, (int, float)) or least <= value <= most:  # not a number: nan too fails the comparison
+# Names of numbers whose range everybody means the same by, in classes of others too: least, below
+RANGES = {r"(.*_)?(lr|eps|weight_decay)\d*": (0, math.inf), r"(.*_)?(betas?|momentum)\d*": (0, 1)}
+
+
+def refusal(name: str, value: Any, about: Mapping[str, Any]) -> str:
+    """Why a setting does not take a value, in words that go after its name; empty: it does. about: see `setting`."""
+    if isinstance(value, tuple):
+        return next(filter(None, (refusal(name, part, about) for part in value)), "")
+    if choices := about.get("choices"):
+        hint = f": {nearest(value, choices)}" if isinstance(value, str) else ""
+        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}{hint if 'mean' in hint else ''}"
+    if not isinstance(value, (int, float)):
         return ""
-    return f"must be at least {least:g}, got {value:g}" if most == math.inf else f"must be {least:g} to {most:g}, got {value:g}"
+    least, below = next((limits for names, limits in RANGES.items() if re.fullmatch(names, name)), (-math.inf, math.inf))
+    least, most, below = about.get("least", least), about.get("most", math.inf), min(about.get("below", below), below)
+    if least <= value <= most and value < below:  # nan fails, and so does infinity
+        return ""
+    if not math.isfinite(value) and (least, most, below) == (-math.inf, math.inf, math.inf):
+        return f"must be a finite number, got {value:g}"
+    upper = f" and below {below:g}" if below < math.inf else ""
+    words = f"{least:g} to {most:g}" if most < math.inf else f"at least {least:g}{upper}"
+    return f"must be {words}, got {value:g}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -53,28 +70,28 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {known[close[0]]!r}?" if close else f"known: {', '.join(known.values())}"
 
 
+UNIONS = (typing.Union, types.UnionType)
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def convert(text: str, annotation: Any, what: str) -> Any:
-    """Parse `text` as the annotated type. `none` is accepted where None is; a tuple of numbers is written 0.9/0.95. Raises
-    UsageError: the text is not of that type."""
-    if tuple in (annotation, typing.get_origin(annotation)):
-        return tuple(convert(part, float, what) for part in text.split("/"))
-    kind = next((t for t in (annotation, *typing.get_args(annotation)) if t in (int, float, bool, str)), str)
-    word = text.lower()
-    if type(None) in typing.get_args(annotation) and word == "none":
+    """Parse `text` as the annotated type; of a union as the first of its members that takes it, text last. `none` is None where
+    that is a member; a tuple of numbers is written 0.9/0.95. Raises UsageError: the text is not of that type."""
+    members = set(typing.get_args(annotation)) if typing.get_origin(annotation) in UNIONS else {annotation}
+    if type(None) in members and text.lower() == "none":
         return None
-    if kind is bool:
-        if word not in TRUTHS:
-            raise UsageError(f"{what} takes true or false, not {text!r}")
-        return TRUTHS[word]
-    try:
-        if kind is int and "e" in word and float(text).is_integer():  # 1e6 tokens is how people write it
-            return int(float(text))
-        return kind(text)
-    except ValueError:
-        raise UsageError(f"{what} takes a value of type {kind.__name__}, not {text!r}") from None
+    if any(tuple in (member, typing.get_origin(member)) for member in members) and ("/" in text or len(members) == 1):
+        return tuple(convert(part, float, what) for part in text.split("/"))
+    kinds = [kind for kind in (int, float, bool, str) if kind in members]
+    for kind in kinds:
+        with contextlib.suppress(ValueError, KeyError):
+            if kind is int and "e" in text.lower() and float(text).is_integer():  # 1e6 tokens is how people write it
+                return int(float(text))
+            return TRUTHS[text.lower()] if kind is bool else kind(text)
+    if kinds == [bool]:
+        raise UsageError(f"{what} takes true or false, not {text!r}")
+    words = f"takes a value of type {' or '.join(kind.__name__ for kind in kinds)}, not {text!r}"
+    raise UsageError(f"{what} {words if kinds else 'takes a value that no command line can give'}")
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
@@ -87,21 +104,28 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"{spec!r}: expected key=value after the name, got {pair!r}")
-        settings[key.strip().replace("-", "_")] = value.strip()
+        if (key := key.strip().replace("-", "_")) in settings:
+            raise UsageError(f"{spec!r} gives {key} twice")
+        settings[key] = value.strip()
     return name.strip(), settings
 
 
 def typed_keys(cls: type) -> dict[str, Any]:
-    """Key -> annotation of what `cls` accepts: dataclass fields, or the keyword parameters of its constructor. A parameter
-    whose annotation is absent or no plain type takes the type of its default."""
+    """Key -> annotation of what `cls` accepts: dataclass fields, or the parameters of its constructor, without the first, which
+    has the weights. A parameter that is not annotated takes the type of its default: a whole number may be a fraction too."""
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    keys = {}
-    for p in inspect.signature(cls).parameters.values():
-        if p.default is not p.empty or p.kind is p.KEYWORD_ONLY:
-            clear = {int, float, bool, str} & {p.annotation, *typing.get_args(p.annotation)}
-            keys[p.name] = p.annotation if clear or p.default in (p.empty, None) else type(p.default)
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except Exception:  # annotations of a class of others, with names that do not exist
+        hints = {}
+    keys, (_, *parameters) = {}, inspect.signature(cls).parameters.values() or (None,)
+    for p in parameters:
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            default = None if p.default is p.empty else p.default
+            of_default = int | float if type(default) is int else type(default)
+            keys[p.name] = hints.get(p.name, float if p.name == "lr" and default is None else of_default)
     return keys
 
 
@@ -120,7 +144,12 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
     for key in texts:
         if key not in keys:
             raise UsageError(f"{what} {name!r} has no key {key!r}: {nearest(key, keys)}")
-    return cls, {key: convert(text, keys[key], f"{what} key {name}:{key}") for key, text in texts.items()}
+    values = {key: convert(text, keys[key], f"{what} key {name}:{key}") for key, text in texts.items()}
+    about = {f.name: f.metadata for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    for key, value in values.items():
+        if why := refusal(key, value, about.get(key) or ({"least": 0} if name in registry else {})):
+            raise UsageError(f"{what} key {name}:{key} {why}")
+    return cls, values
 
 
 TRUSTED: set[str] = set()  # words of the user's own command line: the only ones that may name code

@@ -99,16 +99,14 @@ class Outcome:
 Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it has ended
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # compute types in env.json: as --dtype has them
-PRUNED = "pruned"  # the error of a trial that `watch` ended
 ANEW = ("--resume", "never")  # `extra` of a trial that is to be trained though it has ended
 
 
-def train(trial: Trial, processes: int = 1, threads: int = 0, watch: Callable[[Trial], bool] | None = None) -> Outcome:
+def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
     """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
     checkpoint if there is one; a diverged run is a result.
 
-    processes: ranks, started by torchrun where there are several. threads: of each rank; 0: what torch takes. watch: asked
-    every second whether to go on; where it says no, the trainer is killed and the error is PRUNED.
+    processes: ranks, started by torchrun where there are several. threads: of each rank; 0: what torch takes.
     """
     if trial.extra == ANEW:  # a trainer that crashes at once must not leave the old one
         (trial.folder / "result.json").unlink(missing_ok=True)
@@ -121,31 +119,25 @@ def train(trial: Trial, processes: int = 1, threads: int = 0, watch: Callable[[T
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     for pause in (1, 0):
         of_other_code = trial.source not in (None, run_folder.source_hash())
-        code, error = run_to_end([*command, *(ANEW if of_other_code else ())], environment, watch and (lambda: watch(trial)))
+        code, error = run_to_end([*command, *(ANEW if of_other_code else ())], environment)
         if (result := trial.result) is not None:
             return Outcome(trial, result)
-        if error == PRUNED or code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
+        if code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
         time.sleep(pause)
     return Outcome(trial, None, error)
 
 
-def run_to_end(command: list[str], environment: dict[str, str], go_on: Callable[[], bool] | None) -> tuple[int, str]:
-    """Exit code of a process and the last line of what it says on stderr; PRUNED where it was killed since not to `go_on`."""
+def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code of a process and the last line of what it says on stderr."""
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
-            while True:
-                try:
-                    stderr = process.communicate(timeout=1 if go_on else None)[1]
-                    return process.returncode, (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-                except subprocess.TimeoutExpired:
-                    if not go_on():
-                        process.kill()
-                        return process.wait(), PRUNED
+            stderr = process.communicate()[1]
         except BaseException:
             process.kill()
             raise
+    return process.returncode, (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
 
 
 def on_ray(gpus: float, address: str = "auto") -> Launcher:

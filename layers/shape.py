@@ -66,7 +66,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            if why := refusal(f, getattr(self, f.name)):
+            if why := refusal(f.name, getattr(self, f.name), f.metadata):
                 raise ValueError(f"{f.name} {why}")
         if self.attention == "flex" and self.dropout:
             raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")

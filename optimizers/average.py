@@ -1,13 +1,12 @@
 """Averages of the weights, round any optimizer: `--average lawa_ema:decay=0.99`."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.spec import UsageError, parse
+from engine.spec import parse
 from optimizers.base import Chain, hyper, moved, parts
 
 
@@ -18,7 +17,7 @@ class LawaEMA:
     Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round.
     """
 
-    decay: float = hyper(0.99, "of the average", (0.9, 0.999, "complement"))
+    decay: float = hyper(0.99, "of the average", (0.9, 0.999, "complement"), below=1)
     every: int = hyper(1, "steps between updates", least=1)
     start: float = hyper(0, "steps before the first; below 1: fraction of the run")
 
@@ -111,7 +110,4 @@ def build_average(spec: str, steps: int) -> LawaEMA | LawaQueue | None:
         return None
     cls, settings = parse(spec, AVERAGES, "average")
     made = cls(**settings)
-    for f in dataclasses.fields(made):
-        if not f.metadata["least"] <= getattr(made, f.name) < (1 if f.name == "decay" else math.inf):
-            raise UsageError(f"average {spec!r}: {f.name} {getattr(made, f.name)} is out of range")
     return dataclasses.replace(made, start=round(made.start * steps) if made.start < 1 else made.start)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.hardware import can_compile
-from engine.spec import nearest
+from engine.spec import nearest, refusal, setting
 from model import roles as roles_of
 from model import splits as splits_of
 
@@ -32,19 +32,20 @@ OPTIMIZERS: dict[str, type["Method"]] = {}  # name -> class: every subclass of M
 # ---------------------------------------------------------------- hyperparameters
 
 
-def hyper(default, help: str, search: tuple | None = None, least: float = 0, choices=None, rest: bool = False) -> Field:
-    """One hyperparameter. Its type is the default's (None: a float or None), unless the attribute is annotated.
+def hyper(default, help: str, search: tuple | None = None, *, rest: bool = False, **limits) -> Field:
+    """One hyperparameter, with limits as `engine.spec.setting` has them. Its type is the default's (None: a float or None),
+    unless the attribute is annotated.
 
     search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
     even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
-    choices: the words it takes. rest: it belongs to the optimizer of what the method leaves.
+    rest: it belongs to the optimizer of what the method leaves.
     """
-    return field(default=default, metadata=dict(help=help, search=search, least=least, choices=choices, rest=rest))
+    return field(default=default, metadata={**setting(default, help, **limits).metadata, "search": search, "rest": rest})
 
 
 def common(help: str, low: float, high: float, scale: str) -> Callable[..., Field]:
     """A kind of hyperparameter that many methods have, as a function: its default, then what differs from the usual."""
-    return lambda default, low=low, high=high, help=help, least=0: hyper(default, help, (low, high, scale), least)
+    return lambda default, low=low, high=high, help=help, **limits: hyper(default, help, (low, high, scale), **limits)
 
 
 def LR(default: float, low: float | None = None, high: float | None = None, help: str = "peak learning rate") -> Field:
@@ -170,14 +171,9 @@ class Optimizer(Method, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        group, name = self.param_groups[-1], type(self).__name__
         for f in self.own_fields():
-            value, least, choices = group[f.name], f.metadata["least"], f.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{name} has no {f.name} {value!r}: {nearest(str(value), choices)}")
-            most = 1 if f.name.startswith(("beta", "momentum", "decay")) else math.inf
-            if isinstance(value, (int, float)) and not least <= value < most:
-                raise ValueError(f"{name} needs {least:g} <= {f.name} < {most:g}, got {value}")
+            if why := refusal(f.name, self.param_groups[-1][f.name], f.metadata):
+                raise ValueError(f"{type(self).__name__}: {f.name} {why}")
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)

@@ -13,9 +13,9 @@ set a workload's target are rerun at three quarters of its length: the target is
 that met a target on a machine or with code that AdamW was not trained on is timed beside AdamW, in a few short interleaved
 runs: only such steps compare.
 
-A trial that diverged counts as the worst; one that was pruned keeps the loss it was pruned at. Every trial is a line of
---out/<workload>/<optimizer>.csv and is never trained again. With --storage, an Optuna storage URL, several machines work on one
-study. A workload keeps the compute type (--dtype) of its first trial.
+A trial that diverged counts as the worst. Every trial is a line of --out/<workload>/<optimizer>.csv and is never trained again.
+With --storage, an Optuna storage URL, several machines work on one study. A workload keeps the compute type (--dtype) of its
+first trial.
 """
 
 import argparse
@@ -27,8 +27,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from itertools import product
 from pathlib import Path
 
@@ -53,12 +53,8 @@ TIMINGS, TIMED = 3, 0.25  # runs that time a step beside AdamW's, and their shar
 SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
 CALIBRATED = 0.1  # of a workload's length: the run by which a plan knows what a trial takes
 
-PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    "none": optuna.pruners.NopPruner,
-    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=3),
-    "halving": optuna.pruners.SuccessiveHalvingPruner,
-}
-FAILED = optuna.trial.TrialState.FAIL
+FAILED, RUNNING = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.RUNNING
+CLAIM = timedelta(hours=2)  # after which a machine that was to train a trial is taken for dead
 
 
 @dataclass(frozen=True)
@@ -164,9 +160,8 @@ class Contest(Scheduler):
                 return ""
             settings = values(job.submission.dimensions, asked.params)
         trial = job.trial(settings, self.dtypes[job.track])
-        watch = self.watch(asked) if asked and self.options.prune != "none" else None
         begun = time.monotonic()
-        outcome = trials.train(trial, threads=self.options.threads, watch=watch)
+        outcome = trials.train(trial, threads=self.options.threads)
         about = dict(kind=job.kind, study=job.study, number=job.number, settings=settings)
         row = Row.of(outcome, time.monotonic() - begun, space=job.submission.version, **about)
         self.tables[job.table].add(row)
@@ -175,7 +170,7 @@ class Contest(Scheduler):
         elif asked:
             asked.set_user_attr("row", ledger.cells(row))
             asked.study.tell(asked, row.val_loss)
-        loss = f"{row.val_loss:.4f}" if row.status in ("ok", "pruned") else row.status
+        loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
 
     def ask(self, job: Job) -> optuna.Trial | None:
@@ -183,27 +178,16 @@ class Contest(Scheduler):
         space = job.submission.dimensions
         with self.study_lock:
             study = self.study(job)
-            if any(t.user_attrs.get("number") == job.number and t.state != FAILED for t in study.get_trials(deepcopy=False)):
-                return None
+            for t in study.get_trials(deepcopy=False):
+                lost = t.state == RUNNING and datetime.now() - t.datetime_start > CLAIM
+                if t.user_attrs.get("number") == job.number and t.state != FAILED and not lost:
+                    return None
             if self.options.sampler == "halton":
                 point = points(space, job.number + 1, job.study)[job.number]
                 study.sampler = optuna.samplers.PartialFixedSampler(point, optuna.samplers.RandomSampler())
             asked = study.ask({d.name: d.distribution for d in space})
             asked.set_user_attr("number", job.number)
             return asked
-
-    def watch(self, asked: optuna.Trial) -> Callable[[Trial], bool]:
-        """Reports a run's validations to the pruner as they come; false once it says that the trial is hopeless."""
-        told: set[int] = set()
-
-        def go_on(trial: Trial) -> bool:
-            new = [(step, loss) for step, loss in tuned.validations(trial.log()) if step not in told]
-            for step, loss in new:
-                asked.report(loss, step)
-            told.update(step for step, _ in new)
-            return not (told and asked.should_prune())
-
-        return go_on
 
     def study(self, job: Job) -> optuna.Study:
         """The Optuna study of a job, holding the trials that the table has; and the table those that a shared storage has.
@@ -216,8 +200,7 @@ class Contest(Scheduler):
         try:
             self.storage = self.storage or optuna.storages.get_storage(self.options.storage or None)
             tpe = optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True)
-            how = dict(sampler=tpe, pruner=PRUNERS[self.options.prune](), load_if_exists=True)
-            study = optuna.create_study(storage=self.storage, study_name=name, **how)
+            study = optuna.create_study(storage=self.storage, study_name=name, sampler=tpe, load_if_exists=True)
             differs = {what: value for what, value in study.user_attrs.items() if about.get(what, value) != value}
             there = study.get_trials(deepcopy=False)
         except Exception as error:  # a data base's own errors share no class
@@ -236,7 +219,7 @@ class Contest(Scheduler):
             if row.number not in known and row.status != "crashed":
                 params = {name: d.searched(row.settings[name]) for name, d in space.items()}
                 about = dict(params=params, distributions={name: d.distribution for name, d in space.items()})
-                about |= dict(value=row.val_loss, intermediate_values=dict(row.losses))
+                about["value"] = row.val_loss
                 attributes = {"number": row.number, "row": ledger.cells(row)}
                 study.add_trial(optuna.trial.create_trial(**about, user_attrs=attributes))
         self.studies[key] = study
@@ -251,7 +234,7 @@ class Contest(Scheduler):
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
         adamw, steps = submission("adamw"), length(track)
-        part, new_seed = max(2, round(CALIBRATED * steps)), time.time_ns()  # which no run has had, so that this one trains
+        part, new_seed = max(2, round(CALIBRATED * steps)), time.time_ns() % 2**32  # no run has had it
         trial = Job("plan", track, adamw, 0, 0, new_seed, part).trial(adamw.defaults(), self.dtypes[track])
         print(f"plan: timing {track}", flush=True)
         begun = time.monotonic()
@@ -334,7 +317,6 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=5, help="of each study (default: 5)")
     add("--studies", type=int, default=1, help="of each submission and workload (default: 1; AlgoPerf: 3)")
     add("--sampler", choices=("halton", "tpe"), default="halton", help="default: halton, quasi-random")
-    add("--prune", choices=PRUNERS, default="none", help="end hopeless trials early (default: none)")
     add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
     dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"

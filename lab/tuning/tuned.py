@@ -25,7 +25,7 @@ from engine.spec import UsageError
 from lab import plots
 from lab.ledger import Ledger, compute_type
 from lab.markdown import table as markdown_table
-from lab.trials import DTYPES, PRUNED, Outcome
+from lab.trials import DTYPES, Outcome
 from lab.tuning import score
 from lab.tuning.space import submission
 from optimizers import OPTIMIZERS
@@ -49,8 +49,8 @@ class Row:
     number: int
     seed: int
     steps: int
-    status: str  # ok, diverged, crashed or pruned
-    val_loss: float  # nats per token; inf unless ok or pruned
+    status: str  # ok, diverged or crashed
+    val_loss: float  # nats per token; inf unless ok
     seconds: float  # CPU time of the training steps
     wall: float  # of the whole process, s; of a run that had ended before an interruption, of its training alone
     settings: dict[str, float]
@@ -73,8 +73,6 @@ class Row:
         if result is not None:
             status, loss, seconds = result["status"], outcome.loss, result["process_time"]
             wall = max(wall, result["train_time"])
-        elif outcome.error == PRUNED:
-            status, loss = PRUNED, losses[-1][1] if losses else math.inf
         about |= dict(seed=trial.seed, steps=trial.steps, status=status, val_loss=float(f"{loss:.6g}"), losses=losses)
         about |= dict(seconds=round(seconds, 2), wall=round(wall, 1), machine=env.get("cpu", ""))
         return cls(**about, dtype=DTYPES.get(env.get("dtype"), ""), source=env.get("source_sha256", "")[:12])

@@ -83,7 +83,7 @@ def test_a_trial_of_other_settings_is_another(here):
 
 @pytest.mark.slow
 def test_a_crash_is_tried_again_and_then_reported(here, monkeypatch):
-    """The trainer is another program here: a crash, a crash that a second try mends, a refusal, one that never ends."""
+    """The trainer is another program here: a crash, a crash that a second try mends, a refusal."""
     real, calls, programs = trials.subprocess.Popen, [], []
 
     def popen(command, **kwargs):
@@ -99,11 +99,9 @@ def test_a_crash_is_tried_again_and_then_reported(here, monkeypatch):
     ) == 2
     programs += ["import sys; sys.exit(2)"]
     assert train(Trial(here, 3, 0)).error == "exit code 2" and len(calls) == 3
-    programs += ["import time; time.sleep(600)"]
-    assert train(Trial(here, 3, 0), watch=lambda trial: trial.seed != 0).error == trials.PRUNED and len(calls) == 4
     programs += ["import os; os.kill(os.getpid(), 9)"]
     outcome = train(Trial(here, 2, 5))
-    assert len(calls) == 6 and outcome.result["steps"] == 2 and calls[-1][1] == "train_gpt.py"
+    assert len(calls) == 5 and outcome.result["steps"] == 2 and calls[-1][1] == "train_gpt.py"
 
 
 def test_a_diverged_run_is_a_result(here):

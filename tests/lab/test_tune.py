@@ -20,7 +20,7 @@ from config import resolve
 from engine import hardware
 from engine.spec import UsageError, split, trust
 from lab import plots, trials
-from lab.trials import PRUNED, Arm, Outcome, Trial
+from lab.trials import Arm, Outcome, Trial
 from lab.tuning import tune, tuned
 from lab.tuning.space import EXTRAS, Dimension, points, submission, values
 from lab.tuning.tuned import Row, Table
@@ -38,7 +38,7 @@ class FakeTrainer:
         self.cpu = "some CPU"
         self.best, self.diverged, self.seconds, self.trained, self.stop_after = best, set(diverged), seconds, [], math.inf
 
-    def __call__(self, trial, processes=1, threads=0, watch=None):
+    def __call__(self, trial, processes=1, threads=0):
         if trial.result is not None:
             return Outcome(trial, trial.result)
         if len(self.trained) >= self.stop_after:
@@ -58,8 +58,6 @@ class FakeTrainer:
             json.dumps({"cpu": self.cpu, "dtype": self.dtype, "source_sha256": trials.run_folder.source_hash()})
         )
         (trial.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
-        if watch and not watch(trial):
-            return Outcome(trial, None, PRUNED)
         result = {
             "status": status,
             "val_loss": None if status == "diverged" else final,
@@ -215,7 +213,7 @@ def test_tpe_learns_from_the_trials_that_are_there(fake, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_share_a_study(fake, tmp_path):
+def test_two_machines_share_a_study(fake, tmp_path, capsys, monkeypatch):
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     words = ("--optimizers", "adamw", "--trials", "4", "--no-neighbours", "--target-seeds", "1", "--storage", url)
     assert call(tmp_path, *words) == 0
@@ -224,6 +222,13 @@ def test_two_machines_share_a_study(fake, tmp_path):
     assert call(tmp_path, *words) == 0  # another --out: the trials come from the storage
     assert len(fake.trained) == count
     assert len(table(tmp_path, "adamw").of("search")) == 4
+    space = {d.name: d.distribution for d in tune.submission("adamw").dimensions}
+    claimed = optuna.load_study(study_name="wiki/adamw/0", storage=url).ask(space)
+    claimed.set_user_attr("number", 4)  # and then that machine dies
+    more = ("--optimizers", "adamw", "--trials", "5", *words[4:])
+    assert call(tmp_path, *more) == 0 and "1 trials are on other machines" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "CLAIM", tune.timedelta(0))
+    assert call(tmp_path, *more) == 0 and len(table(tmp_path, "adamw").of("search")) == 5
 
 
 def test_a_workload_keeps_its_compute_type(fake, tmp_path, capsys, monkeypatch):
@@ -257,12 +262,10 @@ def test_so_does_a_storage_that_machines_share(fake, tmp_path, capsys, monkeypat
     assert "is of dtype bf16, not fp32" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
-def test_pruned_and_diverged_trials_are_kept_and_never_win(fake, tmp_path, capsys):
+def test_diverged_trials_are_kept_and_never_win(fake, tmp_path, capsys):
     fake.diverged = {"lion"}
-    words = ("--optimizers", "adamw", "lion", "--trials", "8", "--prune", "median", "--no-neighbours", "--target-seeds", "1")
+    words = ("--optimizers", "adamw", "lion", "--trials", "2", "--no-neighbours", "--target-seeds", "1")
     assert call(tmp_path, *words) == 0
-    rows = table(tmp_path, "adamw").of("search")
-    assert {"ok", "pruned"} == {row.status for row in rows}
     assert table(tmp_path, "adamw").best().status == "ok"
     assert table(tmp_path, "lion").best() is None
     lion = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "lion.csv" in line]

@@ -518,8 +518,17 @@ def test_what_a_spec_can_be_asked(own):
         ("muon:scale=kelle", "did you mean 'keller'"),
         ("muon:coefficients=quintik", "did you mean 'quintic'"),
         ("muon:dtype=bf61", "did you mean 'bf16'"),
-        ("adamw:lr=-1", "learning rate"),
+        ("adamw:lr=-1", "lr must be at least 0, got -1"),
         ("sgd:momentum=-1", "momentum"),
+        ("adamw:lr=1e-3,lr=0.5", "gives lr twice"),
+        ("adamw:weight_decay=nan", "weight_decay must be at least 0, got nan"),
+        ("adamw:lr=1e400", "lr must be at least 0, got inf"),
+        ("muon:embedding_lr=-0.5", "embedding_lr must be at least 0"),
+        ("muon:normuon=true,normuon_beta2=1.5", "normuon_beta2 must be at least 0 and below 1"),
+        ("soap:shampoo_beta=1", "shampoo_beta must be at least 0 and below 1"),
+        ("torch.optim:AdamW:betas=0.9/1.5", "betas must be at least 0 and below 1, got 1.5"),
+        ("torch.optim:AdamW:weight_decay=inf", "weight_decay must be at least 0, got inf"),
+        ("torch.optim:SGD:dampening=nan", "dampening must be a finite number, got nan"),
         ("nowhere.py:Mine", "no file"),
         ("no_such_package_at_all:Mine", "does not import"),
         ("torch.optim:AdamV", "did you mean"),
@@ -576,6 +585,28 @@ def test_tuples_are_written_with_a_slash():
     assert build("torch.optim:AdamW:betas=0.8/0.9", tiny()).param_groups[0]["betas"] == (0.8, 0.9)
     with pytest.raises(UsageError, match="float"):
         build("torch.optim:AdamW:betas=0.8/x", tiny())
+
+
+def test_keys_of_a_class_of_others_have_the_types_that_it_states(tmp_path):
+    file = tmp_path / "own_types.py"
+    file.write_text(
+        "from __future__ import annotations\nimport torch\n\n\nclass Mine(torch.optim.SGD):\n"
+        "    def __init__(self, params, lr: float, flag: bool | None = None, mix: float | bool = 0.5, count: int = 3,\n"
+        "                 weight_decay=0, shape: torch.Size | None = None, word: str | float = ''):\n"
+        "        self.given = dict(flag=flag, mix=mix, count=count, word=word)\n"
+        "        super().__init__(params, lr=lr, weight_decay=weight_decay)\n"
+    )
+    trust([f"{file}:Mine"])
+    made = build(f"{file}:Mine:lr=0.1,flag=false,mix=true,weight_decay=0.1,word=0.5", tiny())
+    assert made.given == dict(flag=False, mix=True, count=3, word=0.5) and made.param_groups[0]["weight_decay"] == 0.1
+    assert build(f"{file}:Mine:lr=0.1,flag=none,mix=1,word=a", tiny()).given == dict(flag=None, mix=1.0, count=3, word="a")
+    for keys, message in (
+        ("count=0.5", "of type int, not"),
+        ("shape=3", "takes a value that no"),
+        ("params=1", "no key 'params'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build(f"{file}:Mine:lr=0.1,{keys}", tiny())
 
 
 def test_a_class_that_its_package_exports_lazily(tmp_path):
