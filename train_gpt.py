@@ -17,7 +17,6 @@ seed and the step alone; so one rank, eight ranks, and a resumed run train on th
 from engine import display, hardware  # before torch: it sets how threads wait  # isort: skip
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -244,6 +243,7 @@ class Training:
             raise UsageError(f"--resume must: no checkpoint in {folder}; use --resume auto to start one")
         self.check_data(wait=1.0)  # shards of less than a gigabyte have been read by then
         self.start = world.main_does(self.take)
+        self.branched = self.start is not None and self.start.parent != folder  # does it start from another run's checkpoint?
 
     def take(self) -> Path | None:
         """On rank 0: lock the run folder and choose the checkpoint to continue from. Raises UsageError where it cannot."""
@@ -256,11 +256,6 @@ class Training:
         except UsageError:
             run.release()
             raise
-
-    @property
-    def branched(self) -> bool:
-        """Does it start from another run's checkpoint?"""
-        return self.start is not None and self.start.parent != self.run_folder.checkpoints
 
     @property
     def tokens(self) -> int:
@@ -358,10 +353,10 @@ class Training:
                     self.log_checkpoints(wait=True)
                     self.run_folder.event("stopped", step=progress.step, signal=interrupt.name, utc=now_utc())
                     return None
-                if overdue or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
-                    self.save()
-            if self.saved != progress.step:
-                self.save()
+                if (overdue or (config.checkpoint_every and progress.step % config.checkpoint_every == 0)) and not self.save():
+                    return self.finish("diverged")
+            if self.saved != progress.step and not self.save():
+                return self.finish("diverged")
             return self.finish("ok" if progress.step == config.steps else "stopped")
 
     def begin(self) -> None:
@@ -481,16 +476,20 @@ class Training:
         self.run_folder.event("train", **about, train_time=seconds)
         self.log_checkpoints()
 
-    def save(self) -> None:
-        """Begin to write a checkpoint; it is complete when its `checkpoint` event is in the log."""
+    def save(self) -> bool:
+        """Begin to write a checkpoint; when its `checkpoint` event is logged it is complete. False: weights are not finite."""
         self.clock.pause()
         self.check_data()
         self.world.beat(f"step {self.progress.step}: checkpoint")
         progress = asdict(self.progress) | {"process_time": sum(self.world.gather(self.progress.process_time))}
         extra, rng = dict(progress=progress, log_bytes=self.run_folder.logged()), generators(self.world.device)
+        alone = not (self.config.checkpoint_minutes or self.config.checkpoint_every)
         with self.evaluated():
-            self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra)
+            if not torch.stack([p.isfinite().all() for p in self.gpt.parameters()]).all():
+                return False
+            self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra, alone)
         self.saved_at, self.saved = time.monotonic(), self.progress.step
+        return True
 
     def restore(self) -> int:
         """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes."""
@@ -571,8 +570,7 @@ def train(argv: list[str]) -> int:
     try:
         training = Training(config, model_config, recipe, world)
         folder = training.run_folder.folder
-        if training.run_folder.finished:
-            result = json.loads((folder / "result.json").read_text())
+        if result := training.run_folder.finished:
             print(f"already there; --resume never trains it again\n{display.describe(result, folder)}")
         elif (result := training.run()) is None:
             if world.main:

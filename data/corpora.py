@@ -88,35 +88,41 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
 
 def read_file(file: Path) -> Iterator[str]:
     """The documents of a file. Raises UsageError: it is not there, of another kind, or a document of it is no text."""
-    for number, text in enumerate(documents(file), start=1):
+    for place, text in documents(file):
         if not isinstance(text, str):
-            raise UsageError(f"{file}: the text of document {number} is {text!r:.40}")
+            raise UsageError(f"{file}: the text of {place} is {text!r:.40}")
+        if odd := re.search("[\0\ud800-\udfff]", text):  # NUL marks the end of texts in bytes; the others are half a character
+            raise UsageError(f"{file}: {place} holds the character {odd[0]!r}, which is no text")
         yield text
 
 
-def documents(file: Path) -> Iterator[Any]:
-    """`read_file`, whatever stands in the place of a text."""
+def documents(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each document of `read_file` stands, and what stands in the place of its text."""
     if not file.is_file():
         raise UsageError(f"no file {file}")
+    place = "document 1"
     try:
         if file.suffix == ".txt":
-            yield file.read_text(encoding="utf-8")
+            yield place, file.read_text(encoding="utf-8-sig")
         elif file.suffix in (".jsonl", ".ndjson"):
-            with file.open(encoding="utf-8") as lines:
-                for line in filter(str.strip, lines):
-                    yield json.loads(line)["text"]
+            with file.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, start=1):
+                    place = f"line {number}"
+                    if line.strip():
+                        yield place, json.loads(line)["text"]
         elif file.suffix == ".parquet":
             try:
                 import pyarrow.parquet
             except ImportError:
                 raise UsageError("parquet files need pyarrow: .venv/bin/pip install -e .[data]") from None
-            yield from pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+            texts = pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+            yield from ((f"document {n}", text) for n, text in enumerate(texts, start=1))
         else:
             raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
     except UsageError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} could not be read as {file.suffix[1:]} with a text field: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{file}: {place} could not be read as {file.suffix[1:]} with a text field: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -166,9 +172,11 @@ def prepare(
     if not files and name not in CORPORA:
         raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
     if files and name in CORPORA:
-        raise UsageError(f"{name!r} is a corpus already: give your files another --name")
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"{name!r} is no name of a corpus: letters, digits, '_', '-' and '.'")
+        raise UsageError(f"{name!r} is a corpus already: give your files another name")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UsageError(f"{name!r:.50} is no name of a corpus: at most 100 letters, digits, '_', '-' and '.'")
+    if shard_tokens < 1:
+        raise UsageError(f"--shard-tokens must be at least 1, got {shard_tokens}")
     folder = shards.dataset_folder(data_root, name, tokenizer)
     corpus = CORPORA.get(name)
     if corpus and corpus.texts is None:
@@ -187,6 +195,7 @@ def prepare(
     if (name == "division") != (tokenizer == "mod97"):
         raise UsageError("division goes with --tokenizer mod97, and only division does")
     encoder = tokenizers.get(tokenizer, data_root)
+    shards.begin(folder)
     splits = {
         split: shards.write(folder, name, split, encode_all(texts, tokenizer, data_root), encoder.eot, shard_tokens)
         for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items()

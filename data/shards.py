@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.run_folder import atomic_write, file_hash
+from engine.run_folder import atomic_write, file_hash, read_json
 from engine.spec import UsageError
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
@@ -24,6 +24,7 @@ HEADER_BYTES = 4 * HEADER_WORDS
 SHARD_TOKENS = 100_000_000  # as the published FineWeb shards
 TOKEN = np.dtype("<u2")
 IGNORED = -100  # a target that no loss counts: what torch's cross_entropy leaves out
+UNFINISHED = "unfinished"  # in the folder of a corpus that is being prepared
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.bin")  # what dataset.json may name: files in its own folder
 
 
@@ -76,9 +77,16 @@ def write(
     return written
 
 
+def begin(folder: Path) -> None:
+    """Mark a folder as unfinished, before its first shard: part of a corpus must not be taken for all of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """dataset.json, written last: its presence says that the preparation ended."""
+    """dataset.json, written last, which ends what `begin` began."""
     atomic_write(folder / "dataset.json", json.dumps(manifest, indent=1))
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def read(path: Path) -> np.ndarray:
@@ -99,17 +107,23 @@ def read(path: Path) -> np.ndarray:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """dataset.json, or None when there is none (shards that somebody else made). Raises UsageError: it is not what
-    `write_manifest` wrote."""
+    `write_manifest` wrote, or the preparation has not ended."""
+    if (folder / UNFINISHED).exists():
+        raise UsageError(f"the preparation of {folder} has not ended; {repair(folder)}")
     try:
-        manifest = json.loads((folder / "dataset.json").read_text())
-        for split in ("train", "val"):
-            for entry in manifest["splits"][split]:
-                if not SHARD_NAME.fullmatch(entry["file"]) or int(entry["tokens"]) < 0 or len(entry["sha256"]) != 64:
-                    raise ValueError(entry["file"])
+        manifest = read_json(folder / "dataset.json")
+        numbers = [manifest["vocab_size"], manifest["eot"]] if manifest.keys() & {"vocab_size", "eot"} else []
+        names = [entry["file"] for split in ("train", "val") for entry in manifest["splits"][split]]
+        for entry in (entry for split in ("train", "val") for entry in manifest["splits"][split]):
+            if not SHARD_NAME.fullmatch(entry["file"]) or len(entry["sha256"]) != 64:
+                raise ValueError(entry["file"])
+            numbers.append(entry["tokens"])
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or len(set(names)) < len(names):
+            raise ValueError("numbers")
         return manifest
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UsageError(f"{folder / 'dataset.json'} is damaged; {repair(folder)}") from None
 
 

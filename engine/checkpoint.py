@@ -4,33 +4,37 @@
         model.safetensors            the weights that are evaluated, alone: any safetensors reader takes them
         state/shard-*.safetensors    optimizer state and random generators, each tensor once, from the rank that holds it
         state.json                   everything that is not a tensor
-        DONE                         written last: size and sha256 of every other file
+        DONE                         size and sha256 of every other file
 
 After llm.c's DONE files and torchtitan's rule that a resumed run has the same losses. torch.distributed.checkpoint writes its
 safetensors form: its usual one has a pickle, and a stranger's pickle runs code. Read are files that DONE lists, in the folder.
 """
 
+import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.ranks import place
-from engine.run_folder import atomic_write, file_hash, settings_hash
+from engine.run_folder import atomic_write, file_hash, read_json, settings_hash
 from engine.spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
@@ -38,37 +42,65 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # pl
 WEIGHTS, STATE, DONE = "model.safetensors", "state.json", "DONE"
 NAME = re.compile(r"step-(\d{8,})")
 PLAIN = (bool, int, float, str)
+SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+KINDS = dict(step=int, ranks=int, log_bytes=int, progress=dict, optimizer=dict, rng=list, config=str, data=str, source=str)
+DTYPES = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", U8="uint8", I8="int8")
+DTYPES |= dict(I16="int16", I32="int32", I64="int64")  # safetensors' names -> torch's
 FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts, lists, tuples, tensors and plain values as JSON; tensors go into `tensors` under their path. Raises
-    TypeError: something that is none of these."""
+    """Nested dicts, sequences, sets, tensors, numpy's arrays and plain values as JSON; tensors go into `tensors` under their
+    path. Of bytes only the hash is stored: they may be a pickle. Raises TypeError: something that is none of these."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
+        return {"numpy": pack(torch.from_numpy(np.array(value)), path, tensors), "scalar": isinstance(value, np.generic)}
     if isinstance(value, dict):
         for key in value:
-            if not isinstance(key, PLAIN):
+            if not all(isinstance(part, PLAIN) for part in (key if isinstance(key, tuple) else (key,))):
                 raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
         return {"dict": [[k, pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    for kind, cls in SEQUENCES.items():
+        if isinstance(value, cls):
+            items = sorted(value, key=repr) if kind.endswith("set") else value
+            packed = {kind: [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(items)]}
+            return packed | ({"maxlen": value.maxlen} if kind == "deque" else {})
+    if isinstance(value, bytes):
+        return {"bytes": hashlib.sha256(value).hexdigest()}
+    if isinstance(value, torch.dtype):
+        return {"torch.dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, PLAIN):
         return {"value": value}
     raise TypeError(f"state {path} is a {type(value).__name__}: a checkpoint holds tensors and plain values alone")
 
 
-def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `pack` took apart."""
+def unpack(packed: Any, tensors: dict[str, Tensor], own: dict[str, bytes]) -> Any:
+    """What `pack` took apart. own: bytes by their hash, from the state of a fresh optimizer of the same settings. Raises
+    UsageError: others were stored."""
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         return tensors[content].reshape(packed["shape"])
+    if kind == "numpy":
+        array = unpack(content, tensors, own).numpy()
+        return array[()] if packed["scalar"] else array
     if kind == "dict":
-        return {k: unpack(v, tensors) for k, v in content}
-    if kind in ("list", "tuple"):
-        return {"list": list, "tuple": tuple}[kind](unpack(v, tensors) for v in content)
-    return content
+        return {tuple(k) if isinstance(k, list) else k: unpack(v, tensors, own) for k, v in content}
+    if kind in SEQUENCES:
+        items = [unpack(v, tensors, own) for v in content]
+        return deque(items, packed["maxlen"]) if kind == "deque" else SEQUENCES[kind](items)
+    if kind == "bytes" and content not in own:
+        raise UsageError("the optimizer's state has bytes that may be code, and a fresh one has others: they are not restored")
+    return own[content] if kind == "bytes" else getattr(torch, content) if kind == "torch.dtype" else content
+
+
+def blobs(value: Any) -> dict[str, bytes]:
+    """The bytes in a nested state, by their hash."""
+    if isinstance(value, bytes):
+        return {hashlib.sha256(value).hexdigest(): value}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return dict(pair for item in inner for pair in blobs(item).items())
 
 
 def merged(ranks: list[Any]) -> Any:
@@ -96,11 +128,15 @@ def only(packed: Any, own: Any) -> Any:
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
-    """The tensors that a packed state speaks of: {"tensor": path, "shape", "dtype"}."""
-    if "tensor" in packed:
+    """The tensors that a packed state speaks of: {"tensor": path, "shape", "dtype"}. Raises ValueError, or what else comes of
+    it: nothing that `pack` has made."""
+    (kind, content), *_ = packed.items()
+    if kind == "tensor":
         yield packed
-    values = [value for _, value in packed.get("dict", ())]
-    for value in (*packed.get("list", ()), *packed.get("tuple", ()), *values):
+    elif kind not in ("value", "bytes", "torch.dtype", "numpy", "dict", *SEQUENCES):
+        raise ValueError(kind)
+    inner = {"numpy": lambda: [content], "dict": lambda: [value for _, value in content]}
+    for value in inner.get(kind, lambda: content if kind in SEQUENCES else ())():
         yield from references(value)
 
 
@@ -113,20 +149,30 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint, or what stands in its place. Renamed first: half deleted it must not look whole."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    away = path.with_name(f".{path.name.strip('.').removesuffix('.tmp')}.away.tmp")
+    path.rename(away)
+    shutil.rmtree(away)
+
+
 def files(folder: Path) -> list[str]:
     """All files in a checkpoint but DONE, by their names relative to it."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() and p.name != DONE)
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None when every byte is as it was written."""
+    """Why a checkpoint cannot be used, or None when every byte is as it was written, and what a run may have written."""
+    if any(p.is_symlink() or not (p.is_dir() or p.is_file()) for p in (folder, *folder.rglob("*"))):
+        return "holds links or pipes"
     if not (folder / DONE).exists():
         return "was not finished"
     try:
-        listed = json.loads((folder / DONE).read_text())["files"]
+        listed = read_json(folder / DONE)["files"]
         names = sorted(listed)
-        if folder.is_symlink() or any(p.is_symlink() for p in folder.rglob("*")):
-            return "holds links"
         if not all(FILE.fullmatch(name) for name in names):
             return f"{DONE} lists files outside the folder"
         if names != files(folder):
@@ -135,9 +181,31 @@ def damage(folder: Path) -> str | None:
             size, digest = listed[name]
             if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
                 return f"{name} is damaged"
-        json.loads((folder / STATE).read_text())
     except (ValueError, KeyError, TypeError, OSError) as error:
         return f"{DONE} is damaged ({type(error).__name__})"
+    try:
+        return misfit(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError, RecursionError) as error:
+        return f"{STATE} is none of ours ({type(error).__name__})"
+
+
+def misfit(folder: Path) -> str | None:
+    """What is wrong with a state whose files are as they were written."""
+    state = read_json(folder / STATE)
+    if wrong := [key for key, kind in KINDS.items() if type(state.get(key)) is not kind]:
+        return f"{STATE} has no {wrong[0]}"
+    if not state["step"] == state["progress"]["step"] == step_of(folder) or state["log_bytes"] < 0:
+        return f"{STATE} is of another step"
+    wanted = {r["tensor"]: (r["shape"] or [1], r["dtype"]) for r in references(state["optimizer"])}
+    for rank, (i, size) in itertools.product(range(state["ranks"]), enumerate(state["rng"])):
+        wanted[f"rng/{rank}/{i}"] = [size], "uint8"
+    stored = {}
+    for shard in (folder / "state").glob("*.safetensors"):
+        with safe_open(shard, "pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  # it is no dict
+            stored |= {key: (part.get_shape(), DTYPES.get(part.get_dtype())) for key, part in slices.items()}
+    if differs := sorted(key for key, about in wanted.items() if stored.get(key) != about):
+        return f"{STATE} and the tensors beside it disagree on {differs[0]}"
     return None
 
 
@@ -151,11 +219,13 @@ def listing(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete and intact checkpoint, and what was passed over: a line each."""
+def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
+    """The newest complete and intact checkpoint, and what was passed over: a line each. log_bytes: of the run's log, which must
+    reach to the checkpoint."""
     passed = []
     for path in listing(folder):
-        if not (problem := damage(path)):
+        problem = damage(path) or ("log.jsonl ends before it" if read_json(path / STATE)["log_bytes"] > log_bytes else None)
+        if not problem:
             return path, passed
         passed.append(f"checkpoint {path} passed over: {problem}")
     return None, passed
@@ -171,8 +241,8 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
     usable: list[Path] = []
     for folder in folders:
         try:
-            other = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+            other = read_json(folder / "config.json")
+        except (OSError, UsageError):
             raise UsageError(f"--branch {folder}: there is no run") from None
         if settings_hash(other, ("steps",)) != settings_hash(settings, ("steps",)):
             raise UsageError(f"--branch {folder}: it differs from this run in more than its steps")
@@ -228,14 +298,23 @@ class Checkpoints:
         self.pending: Future | None = None
         self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
 
-    def save(self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any]) -> None:
+    def save(
+        self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any],
+        alone: bool = False,
+    ) -> None:  # fmt: skip
         """Copy the state and begin to write it. optimizer: this rank's state_dict, whose `blocks` (optimizers.matrix) other
         ranks may hold in part. rng: states of this rank's generators, uint8. extra: plain values of rank 0, which `load`
-        returns. Raises OSError: the checkpoint before could not be written, such as to a full disk."""
+        returns. alone: leave out an optimizer whose state cannot be stored. Raises UsageError: it cannot; OSError: the
+        checkpoint before could not be written, such as to a full disk."""
         begin = time.perf_counter()
         self.wait()
         tensors: dict[str, Tensor] = {}
-        packed = pack(optimizer, "optimizer", tensors)
+        try:
+            packed = pack(optimizer, "optimizer", tensors)
+        except TypeError as error:
+            if not alone:
+                raise UsageError(f"{error}; --checkpoint-minutes 0 trains without, and keeps the weights alone") from None
+            packed, tensors = {"dict": []}, {}
         shared = [packed] * self.ranks
         if self.group:
             dist.all_gather_object(shared, packed, group=self.group)
@@ -275,12 +354,11 @@ class Checkpoints:
         atomic_write(temporary / STATE, state)
         listed = {f: [(temporary / f).stat().st_size, file_hash(temporary / f)] for f in files(temporary)}
         sync(temporary / "state")
+        atomic_write(temporary / DONE, json.dumps({"files": listed}, indent=1))
         sync(temporary)
         if final.exists():  # damaged, and trained anew since
-            shutil.rmtree(final)
+            remove(final)
         temporary.rename(final)
-        atomic_write(final / DONE, json.dumps({"files": listed}, indent=1))
-        sync(final)
         sync(self.folder)
         self._prune(step)
         written = sum(size for size, _ in listed.values())
@@ -291,13 +369,14 @@ class Checkpoints:
         finished = [p for p in listing(self.folder) if (p / DONE).exists() and step_of(p) <= step]
         for path in finished[self.keep :]:
             if not (self.milestone and step_of(path) % self.milestone == 0):
-                (path / DONE).unlink()  # first: half deleted must not look complete
-                shutil.rmtree(path)
+                remove(path)
 
     def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
         """The checkpoint to start from: the newest here, else that of another run. Clears away what is no use. For rank 0.
         Raises UsageError: `resume` is "must" and there is none."""
-        path, passed = newest(self.folder) if resume != "never" else (None, [])
+        log = self.folder.parent / "log.jsonl"
+        length = log.stat().st_size if log.exists() else 0
+        path, passed = newest(self.folder, length) if resume != "never" else (None, [])
         for line in passed:
             print(line, file=sys.stderr, flush=True)
         path = path or branch()
@@ -311,9 +390,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if everything:  # first: a run that is killed meanwhile must not pass for finished
             (self.folder.parent / "result.json").unlink(missing_ok=True)
-        unfinished = [p for p in listing(self.folder) if everything or not (p / DONE).exists()]
-        for path in [*self.folder.glob(".step-*.tmp"), *unfinished]:
-            shutil.rmtree(path)
+        for path in [*self.folder.glob(".step-*.tmp"), *(listing(self.folder) if everything else ())]:
+            remove(path)
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """Facts of each checkpoint completed since the last call: step, bytes, seconds that it took to write, and `blocked`,
@@ -348,7 +426,7 @@ class Checkpoints:
         whose blocks the state is read. Raises UsageError: another model's weights, or a run with other settings (unless this
         one branches off from it) or data."""
         load_weights(gpt, path)
-        state = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE)
         self.check_origin(path, state)
         wanted = only(state.pop("optimizer"), pack(optimizer, "optimizer", {}))
         tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
@@ -356,7 +434,7 @@ class Checkpoints:
         tensors |= {name: torch.empty(size, dtype=torch.uint8) for name, size in zip(rng, state["rng"])}
         reader = self.dcp.HuggingFaceStorageReader(str(path / "state"))
         self.dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
-        return unpack(wanted, tensors), state, [tensors[name] for name in rng]
+        return unpack(wanted, tensors, blobs(optimizer)), state, [tensors[name] for name in rng]
 
     def check_origin(self, path: Path, state: dict[str, Any]) -> None:
         """Is it a checkpoint of this run? Other code is said, other settings or data are refused."""

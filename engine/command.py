@@ -13,6 +13,8 @@ import torch
 from engine.ranks import RankError
 from engine.spec import UsageError, trust
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises UsageError instead of printing its usage and leaving."""
@@ -56,6 +58,8 @@ def explained(error: BaseException) -> tuple[str, int]:
         return "interrupted; what is finished is kept: the same command continues", 130
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the disk; free some, and the same command continues", 2
+    if error.errno in REFUSED and error.filename:
+        return f"{error.filename}: {error.strerror}", 2
     return "", 1
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import stat
 import subprocess
 import tempfile
 from datetime import datetime, timezone
@@ -74,6 +75,20 @@ def refuse_links(folder: Path) -> None:
         raise UsageError(f"{links[0]} is a link, and would be written through: remove it, or choose another folder")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that may be somebody else's. Raises FileNotFoundError, and UsageError: it is damaged, or no
+    regular file (a pipe would hold its reader up for ever)."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise UsageError(f"{path} is no regular file")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -118,10 +133,10 @@ def source_hash() -> str:
 def lock(folder: Path) -> FileLock:
     """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held. Raises
     UsageError: another process has it; says which."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     held = FileLock(path)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held.acquire(blocking=False)
     except Timeout:
         try:
@@ -130,6 +145,8 @@ def lock(folder: Path) -> FileLock:
         except (OSError, ValueError, KeyError, TypeError):
             who = "another process"
         raise UsageError(f"{folder} is in use by {who}: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
     path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now_utc()}))
     return held
 
@@ -144,18 +161,27 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         refuse_links(folder)
         comparable = {k: v for k, v in config.items() if k not in PRESENTATION}
-        if (folder / "config.json").exists():
-            try:
-                there = json.loads((folder / "config.json").read_text())
-            except ValueError:
-                raise UsageError(f"{folder / 'config.json'} is damaged: choose another --out") from None
+        resumed = resume != "never" and any(self.checkpoints.glob("step-*"))  # whose checkpoints name their settings themselves
+        try:
+            there = read_json(folder / "config.json")
+        except UsageError:
+            if not resumed:
+                raise
+        except FileNotFoundError:
+            # what a run leaves that was ended before it wrote its config.json is no reason to refuse
+            left = [p for p in folder.glob("*") if p.name not in ("lock", "checkpoints") and p.suffix != ".tmp"]
+            if left and not resumed:
+                raise UsageError(f"{folder} is not empty and holds no run: choose another --out") from None
+        except OSError as error:
+            raise UsageError(f"{folder} is no folder of a run ({error.strerror}): choose another --out") from None
+        else:
             different = sorted(k for k in comparable if there.get(k, comparable[k]) != comparable[k])
             if different:
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
-        # what a run leaves that was ended before it wrote its config.json is no reason to refuse
-        elif folder.exists() and any(p.name not in ("lock", "checkpoints") and p.suffix != ".tmp" for p in folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
-        self.finished = resume != "never" and (folder / "result.json").exists()
+        self.finished: dict[str, Any] | None = None  # the result of a run that has ended; one that is damaged is made again
+        with contextlib.suppress(OSError, UsageError):
+            there = read_json(folder / "result.json") if resume != "never" else {}
+            self.finished = there if {"status", "steps", "val_loss", "target_loss", "parameters"} <= there.keys() else None
 
     def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
         """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint. stem: folder

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import forks
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -748,13 +750,92 @@ def test_two_processes_cannot_have_one_folder(train, tmp_path, capsys):
 
 
 def test_packed_state_comes_back():
-    state = {"a": [1, 2.5, None, True, "x"], 3: {True: torch.arange(3)}, "t": (torch.tensor(2.0), float("inf"))}
+    """Whatever optimizers of others hold; of bytes, which may be a pickle, only those that a fresh one holds too."""
+    state = {
+        "a": [1, 2.5, None, True, "x"],
+        3: {True: torch.arange(3)},
+        "t": (torch.tensor(2.0), float("inf")),
+        (1, "b"): {2, 1},
+    }
+    state |= {"d": deque([1, 2], 5), "f": frozenset("ab"), "y": torch.bfloat16, "n": np.float32(0.1), "m": np.arange(4)}
+    state["h"] = {"code": b"a pickle"}
     tensors: dict[str, torch.Tensor] = {}
     packed = json.loads(json.dumps(checkpoint.pack(state, "s", tensors)))
-    assert same(checkpoint.unpack(packed, tensors), state) and len(tensors) == 2
-    for wrong, word in (({"a": {1}}, "set"), ({(1, 2): 3}, "key of type tuple")):
+    back = checkpoint.unpack(packed, tensors, checkpoint.blobs(state))
+    assert np.array_equal(back.pop("m"), state.pop("m")) and same(back, state) and len(tensors) == 4
+    assert {key: type(value) for key, value in back.items()} == {key: type(value) for key, value in state.items()}
+    assert back["d"].maxlen == 5 and "a pickle" not in json.dumps(packed)
+    with pytest.raises(UsageError, match="not restored"):
+        checkpoint.unpack(packed, tensors, {})
+    for wrong, word in (({"a": object()}, "object"), ({None: 3}, "key of type NoneType")):
         with pytest.raises(TypeError, match=word):
             checkpoint.pack(wrong, "s", {})
+
+
+def rewritten(path: Path, change) -> None:
+    """Somebody changes state.json, and DONE with it."""
+    state, done = (json.loads((path / name).read_text()) for name in ("state.json", "DONE"))
+    (path / "state.json").write_text(change if isinstance(change, str) else json.dumps(change(state) or state))
+    done["files"]["state.json"] = [(path / "state.json").stat().st_size, run_folder.file_hash(path / "state.json")]
+    (path / "DONE").write_text(json.dumps(done))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "[" * 100_000,
+        "null",
+        lambda s: s.pop("progress") and None,
+        lambda s: s.update(step="4"),
+        lambda s: s["progress"].update(step=10**9),
+        lambda s: s.update(rng=[10**13]),
+        lambda s: s.update(log_bytes=-1),
+        lambda s: s.update(optimizer={}),
+        lambda s: s.update(optimizer={"set": 5}),
+        lambda s: next(checkpoint.references(s["optimizer"])).update(shape=[10**13]),
+        lambda s: next(checkpoint.references(s["optimizer"])).update(dtype="int8"),
+        lambda s: next(checkpoint.references(s["optimizer"])).update(tensor="model/x"),
+    ],
+)
+def test_a_state_that_no_run_has_written_is_passed_over(two, change):
+    rewritten(two / "step-00000004", change)
+    path, (line,) = checkpoint.newest(two)
+    assert path.name == "step-00000002" and "state.json" in line
+
+
+@pytest.mark.parametrize("harm", ["pipe", "folder", "device"])
+def test_only_regular_files_are_read(two, harm):
+    done = two / "step-00000004" / "DONE"
+    done.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[harm](done)
+    assert checkpoint.newest(two)[0].name == "step-00000002"
+
+
+def test_a_damaged_folder_goes_on_from_its_checkpoints(two, train, capsys):
+    """Nothing is deleted that was not proven bad."""
+    folder, whole = two.parent, losses(two.parent)
+    for text in ("", '{"status": "ok"}', "[" * 100_000):  # the result is made again
+        (folder / "result.json").write_text(text)
+        assert losses(train(*FOUR)) == whole and result(folder)["status"] == "ok"
+    for text in ("{", "[1]", None):  # the checkpoint knows the hash of its settings
+        (folder / "result.json").unlink()
+        (folder / "config.json").write_text(text) if text else (folder / "config.json").unlink()
+        train(*FOUR, "--seed", "1", code=2)
+        assert "other settings" in capsys.readouterr().err
+        assert losses(train(*FOUR)) == whole
+    (folder / "result.json").unlink()
+    for path in checkpoint.listing(two):
+        (path / "DONE").unlink()
+    train(*FOUR, "--resume", "must", code=2)
+    assert (two / "step-00000002" / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_kept(train, tmp_path):
+    """The last update before a checkpoint spoils them: the good ones stay."""
+    file = tmp_path / "spoils.py"
+    file.write_text(HARMFUL.replace('3 and os.environ.get("RANK") == "1"', "4").replace("1e-3", 'float("nan")'))
+    train("--optimizer", f"{file}:Harmful:lr=0.1", "--steps", "6", "--checkpoint-every", "2", "--keep", "1", code=3)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].name == "step-00000002"
 
 
 def test_links_in_a_run_folder_are_refused(train, tmp_path, capsys):

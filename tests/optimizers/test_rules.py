@@ -1019,7 +1019,8 @@ for number, spec in enumerate(SHARED):
             if step == 4 and world == 4:
                 if rank == 0:
                     saved.clean()
-                saved.save(5, gpt, optimizer.state_dict(), [], dict(config="", data="", source=""))
+                about = dict(config="", data="", source="", log_bytes=0, progress={"step": 5})
+                saved.save(5, gpt, optimizer.state_dict(), [], about)
                 saved.wait()
         torch.save([gpt.state_dict(), optimizers.state_bytes(optimizer)], f"{folder}/{how}-{world}-{rank}-{number}.pt")
 if world > 1:
