@@ -109,6 +109,8 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
     """Command line -> config, model config, recipe name. Raises UsageError: an unknown word, a wrong type, a contradiction."""
     given = flags_given(argv, description)
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
+    if "optimizer" in given:  # its keys go over those of the tricks, where it is the same method
+        given["optimizer"] = tricks.merge_optimizer(settings["optimizer"], given["optimizer"])
     settings |= given
     words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
     settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)

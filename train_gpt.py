@@ -283,7 +283,7 @@ class Training:
             if now.momentum is not None and "momentum" in group:
                 group["momentum"] = now.momentum
         world.beat(f"step {step + 1}: update")
-        self.optimizer.step()
+        optimizers.step(self.optimizer, config.optimizer)
         self.gpt.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.tied.after_update(self.progress.step)

@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UsageError(f"the preparation of {folder} has not ended; {repair(folder)}")
     try:
         manifest = read_json(folder / "dataset.json")
-        numbers = [manifest["vocab_size"], manifest["eot"]] if manifest.keys() & {"vocab_size", "eot"} else []
+        numbers = [manifest[key] for key in ("vocab_size", "eot") if key in manifest]
         names = [entry["file"] for split in ("train", "val") for entry in manifest["splits"][split]]
         for entry in (entry for split in ("train", "val") for entry in manifest["splits"][split]):
             if not SHARD_NAME.fullmatch(entry["file"]) or len(entry["sha256"]) != 64:

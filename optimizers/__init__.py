@@ -21,8 +21,10 @@ import dataclasses
 import importlib
 import inspect
 import math
+import traceback
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ from optimizers.average import AVERAGES, Averaged, build_average
 from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
-__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes"]
+__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
 
@@ -91,7 +93,7 @@ class Choice:
         if issubclass(cls, Method):
             return cls.build(gpt, steps, **self.settings)
         if issubclass(cls, torch.optim.Optimizer):
-            params = decay_groups(gpt, self.setting("weight_decay", 0.0), roles, by_split=set(roles) < set(ROLES))
+            params = decay_groups(gpt, self.setting("weight_decay") or 0.0, roles, by_split=set(roles) < set(ROLES))
             return with_rest(cls(params, **self.settings), gpt, roles)
         if hasattr(cls, "build"):
             return cls(**self.settings).build(gpt)
@@ -118,8 +120,10 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
         optimizer = choice.build(gpt, steps)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {spec!r}: {error}") from error
+    except Exception as error:
+        raise blamed(spec, error) from error
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UsageError(f"optimizer {spec!r} has a param group without lr, which no schedule can change")
     times = Counter(p for group in optimizer.param_groups for p in group["params"])
     for name, p in gpt.named_parameters():  # in no group it would silently not train, in two it would be updated twice
         if p.requires_grad and times[p] != 1:
@@ -138,6 +142,31 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
     return optimizer
 
 
+def blamed(spec: str, error: Exception) -> Exception:
+    """What to raise where an optimizer does: of a class of others one line, which says where; a fault of ours as it is."""
+    if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, (TypeError, ValueError)) or foreign(spec)):
+        return error
+    frame, words = traceback.extract_tb(error.__traceback__)[-1], str(error).strip().splitlines() or [""]
+    where = f" ({Path(frame.filename).name}:{frame.lineno})" if foreign(spec) else ""
+    return UsageError(f"optimizer {spec!r}: {type(error).__name__ + ': ' if foreign(spec) else ''}{words[0]}{where}")
+
+
+def foreign(spec: str) -> bool:
+    """Is it a class of others?"""
+    return split(spec)[0] not in OPTIMIZERS
+
+
+def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
+    """optimizer.step(). Raises UsageError: a class of others fails in it, such as one that is for matrices alone and does not
+    say so in its attribute `roles`."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        if not foreign(spec):
+            raise
+        raise blamed(spec, error) from error
+
+
 def of_collection(spec: str) -> str:
     """`heavyball.soap:lr=1e-3` as `heavyball:SOAP:lr=1e-3`: the class of that name, letter case and underscores aside. Raises
     UsageError: the package is not installed, or has no optimizer of that name."""
@@ -150,6 +179,8 @@ def of_collection(spec: str) -> str:
         module = importlib.import_module(package)
     except ImportError:
         raise UsageError(f"optimizer {name!r} needs the package {package}: pip install {package}") from None
+    if package == "heavyball" and not torch.cuda.is_available():
+        module.utils.compile_mode = None  # its compilation takes minutes on a CPU, and may fail
     classes = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)]
     by_plain_name = {n.replace("_", "").lower(): n for n in classes}
     if (plain := word.replace("_", "").lower()) not in by_plain_name:

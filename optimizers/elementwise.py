@@ -23,7 +23,13 @@ class SGD(Method, torch.optim.SGD):
     state_per_parameter, transfer = 4.0, 0.0
 
     def arguments(self, nesterov, **values):
+        self.ahead = nesterov
         return values | dict(nesterov=nesterov and values["momentum"] > 0, fused=True)  # torch refuses it without momentum
+
+    def step(self, closure=None):
+        for group in self.param_groups:  # a schedule may begin without momentum
+            group["nesterov"] = self.ahead and group["momentum"] > 0
+        return super().step(closure)
 
 
 class Signum(Elementwise):

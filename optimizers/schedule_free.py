@@ -54,8 +54,7 @@ class ScheduleFree(Elementwise):
             b, params = group["beta1"], [p for p in group["params"] if self.state.get(p) and "aside" not in self.state[p]]
             for p in params:
                 self.state[p]["aside"] = p.detach().clone()
-                if b:
-                    p.lerp_(self.state[p]["z"].to(p.dtype), 1 - 1 / b)
+                p.lerp_(self.state[p]["z"].to(p.dtype), 1 - 1 / b)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -71,7 +70,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     Source: arXiv 2405.15682, github.com/facebookresearch/schedule_free. Wants a constant schedule: its warm-up is a key.
     """
 
-    lr, beta1, beta2 = LR(3e-3, 1e-3, 1e-1, "learning rate"), BETA1(0.9, help=BETWEEN), BETA2(0.95)
+    lr, beta1, beta2 = LR(3e-3, 1e-3, 1e-1, "learning rate"), BETA1(0.9, help=BETWEEN, least=1e-3), BETA2(0.95)
     eps, warmup, weight_decay = EPS(), WARMUP(0.05), DECAY(0.1)
     buffers = ("z", "squares")
 
@@ -90,7 +89,7 @@ class ScheduleFreeSGD(ScheduleFree):
     """
 
     name = "schedule_free_sgd"
-    lr, beta1 = LR(1.0, help="learning rate"), BETA1(0.9, help=BETWEEN)
+    lr, beta1 = LR(1.0, help="learning rate"), BETA1(0.9, help=BETWEEN, least=1e-3)
     warmup, weight_decay = WARMUP(0.05), DECAY(0.0, 1e-5, 1e-2)
     buffers, state_per_parameter = ("z",), 4.0
     transfer, toy_lr = 0.0, 0.5

@@ -712,6 +712,17 @@ def test_tricks_are_ordered_and_flags_win():
     assert (config.steps, config.optimizer, recipe) == (7, "sgd", "modern+rope")
 
 
+def test_a_flags_keys_go_over_those_of_the_tricks():
+    optimizer = lambda *words: spec.split(resolve(["--track", "gpt2-small", *words])[0].optimizer)  # noqa: E731
+    _, keys = optimizer("--tricks", "modern,muon,normuon")
+    assert keys["normuon"] == "true"
+    assert optimizer("--tricks", "modern,muon,normuon", "--optimizer", "muon:momentum=0.9") == (
+        "muon",
+        keys | {"momentum": "0.9"},
+    )
+    assert optimizer("--tricks", "modern,muon,normuon", "--optimizer", "lion:lr=1")[0] == "lion"
+
+
 def test_tricks_on_one_optimizer_add_their_keys():
     optimizer = lambda words: spec.split(tricks.apply("gpt2-small", words)[0]["optimizer"])  # noqa: E731
     name, keys = optimizer("muon")

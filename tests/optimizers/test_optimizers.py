@@ -609,6 +609,62 @@ def test_keys_of_a_class_of_others_have_the_types_that_it_states(tmp_path):
             build(f"{file}:Mine:lr=0.1,{keys}", tiny())
 
 
+def test_momentum_that_a_schedule_begins_at_zero():
+    """Nesterov's form is decided in each step, as momentum is."""
+    a, b = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    ours, theirs = OPTIMIZERS["sgd"]([a], lr=0.1, momentum=0.0), torch.optim.SGD([b], lr=0.1, momentum=0.9, nesterov=True)
+    for momentum in (0.0, 0.9, 0.9):
+        ours.param_groups[0]["momentum"] = momentum
+        a.grad = a.detach().clone()
+        ours.step()
+        if momentum:
+            b.grad = b.detach().clone()
+            theirs.step()
+        else:
+            b.data.mul_(0.9)
+    assert torch.allclose(a, b)
+
+
+ODD = """
+import torch
+
+
+class NoRate(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+
+class Wants(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params.parameters(), lr)
+
+
+class Decays(torch.optim.AdamW):
+    def __init__(self, params, lr=0.1, weight_decay=None):
+        super().__init__(params, lr, weight_decay=0.5)
+
+
+class Fails(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("two dimensions only")
+"""
+
+
+def test_what_a_class_of_others_raises_is_one_line(tmp_path):
+    file = tmp_path / "odd.py"
+    file.write_text(ODD)
+    trust([f"{file}:{name}" for name in ("NoRate", "Wants", "Decays", "Fails")])
+    for name, words in (("NoRate", "without lr"), ("Wants", r"AttributeError: .* \(odd.py:12\)")):
+        with pytest.raises(UsageError, match=words):
+            build(f"{file}:{name}", tiny())
+    assert build(f"{file}:Decays", tiny()).param_groups[0]["weight_decay"] == 0.0
+    failing = build(f"{file}:Fails", tiny())
+    with pytest.raises(UsageError, match=r"RuntimeError: two dimensions only \(odd.py:"):
+        optimizers.step(failing, f"{file}:Fails")
+    with pytest.raises(AttributeError):  # a fault of ours keeps its traceback
+        optimizers.step(None, "adamw")
+
+
 def test_a_class_that_its_package_exports_lazily(tmp_path):
     lazy = tmp_path / "lazy.py"
     lazy.write_text("def __getattr__(name):\n    import torch\n    return getattr(torch.optim, name)\n")
