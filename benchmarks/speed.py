@@ -1,7 +1,7 @@
 """Speed and memory on this machine, side by side with nanoGPT's loop, interleaved in one run. Prints Markdown.
 
     python -m benchmarks.speed            all of it
-    python -m benchmarks.speed ours-against-nanogpt record-mfu ranks large-pages waiting-threads        some of it
+    python -m benchmarks.speed ours-against-nanogpt record-mfu ranks waiting-threads        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
 """
@@ -129,16 +129,6 @@ def ranks() -> None:
             print(f"| `{recipe}` | {what} | {statistics.median(rate):,.0f} | {relative} | {memory:,.0f} MB |", flush=True)
 
 
-def large_pages() -> None:
-    """Tensors of 2 MB and more in large pages (hardware.py) and not, interleaved: two sizes of vocabulary."""
-    print("\n| memory in pages of 4 kB / large pages | time | peak memory |\n|---|---|---|")
-    for track in ("tokens", "bytes-large"):
-        words = [*FLAGS[:2], "--track", track, "--steps", "30", "--val-every", "1000"]
-        results = [[trained(words, THP_MEM_ALLOC_ENABLE=large) for large in "01"] for _ in range(5)]
-        columns = [[[r[key] for r in each] for each in zip(*results)] for key in ("robust_train_time", "peak_memory")]
-        print(f"| `{track}` | {' | '.join(ratio(small, large) for small, large in columns)} |", flush=True)
-
-
 WAITING = {  # how threads wait for each other: environment of libgomp
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
     "30,000 spins": {"GOMP_SPINCOUNT": "30000"},
@@ -165,7 +155,7 @@ def waiting_threads() -> None:
         print(f"| {what} | {' | '.join(f'{statistics.median(t):.1f} | {ratio(t, usual)}' for t, usual in each)} |", flush=True)
 
 
-PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_nanogpt, record_mfu, ranks, large_pages, waiting_threads)}
+PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_nanogpt, record_mfu, ranks, waiting_threads)}
 
 
 def main(names: list[str]) -> None:

@@ -4,7 +4,7 @@ set stays."""
 import os
 
 # Tensors of 2 MB and more in large pages, where Linux gives them on request: glibc returns freed blocks above 32 MB, such as
-# logits, to the kernel, and the next step waits for page faults (benchmarks/README.md; torch's c10/core/impl/alloc_cpu.cpp).
+# logits, to the kernel, and the next step waits for page faults (torch's c10/core/impl/alloc_cpu.cpp).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # libgomp's threads spin while they wait for each other. Beside any other process the one that spins keeps the one that it waits
 # for off its core (benchmarks/README.md).

@@ -77,14 +77,13 @@ class Cosine(Decaying):
 class Exponential(Decaying):
     """final^p: the same factor every step."""
 
-    final: float = 0.1
-
-    def __post_init__(self):
-        if self.final <= 0:
-            raise UsageError("schedule exponential needs final > 0: it multiplies by the same factor every step")
+    final: float = setting(0.1, "multiplier at the end of the run", least=1e-9, most=1)
 
     def shape(self, t, total):
         return self.final ** (t / total)
+
+
+FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
 
 @dataclass(frozen=True)
@@ -92,21 +91,13 @@ class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
     linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down)."""
 
-    cooldown: float = 0.4  # steps or fraction of the whole run
-    form: str = "linear"
-
-    FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
-
-    def __post_init__(self):
-        if self.form not in self.FORMS:
-            raise UsageError(f"schedule wsd has no form {self.form!r}: known: {', '.join(self.FORMS)}")
-        if self.cooldown <= 0:
-            raise UsageError("schedule wsd needs cooldown > 0: use 'constant' for none")
+    cooldown: float = setting(0.4, "steps or fraction of the whole run", least=1e-6)
+    form: str = setting("linear", "of the cool-down", choices=tuple(FORMS))
 
     def value(self, step, steps):
         decay = length(self.cooldown, steps) if self.cooldown != 1 else steps
         q = max(0.0, (step - (steps - decay)) / decay)
-        down = self.final + (1 - self.final) * self.FORMS[self.form](q)
+        down = self.final + (1 - self.final) * FORMS[self.form](q)
         return min(down, super().value(step, steps))
 
 
@@ -114,7 +105,7 @@ class WSD(Decaying):
 class Cyclic(Decaying):
     """Cosine with warm restarts: `cycles` equal cosines, each peak `decay` times the one before."""
 
-    cycles: int = 4
+    cycles: int = setting(4, "how many", least=1)
     decay: float = 1.0
 
     def shape(self, t, total):

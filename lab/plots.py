@@ -85,8 +85,6 @@ def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str
         drawn.append(loss_curves(folder, list(steps), shown, summary["target"]))
     if judged := [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]:
         drawn.append(forest(folder, judged))
-    if summary["mode"] in ("chain", "leave_out") and len(times(summary["arms"])) > 1:
-        drawn.append(waterfall(folder, summary))
     return drawn
 
 
@@ -173,58 +171,6 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
     axis.plot([], [], "o", color="C1", label="steps")
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above: anywhere else are points
     return save(figure, folder, "forest")
-
-
-def times(arms: list[dict[str, Any]]) -> list[tuple[str, float, bool]]:
-    """Name, seconds to the target and whether that was confirmed of every arm that ran to its end: at the horizons if all have
-    one, else all as confirmed, since a bar of one kind beside one of the other is no ratio."""
-    ran = [(arm, arm["confirmed"]) for arm in arms if "costs" in (arm["confirmed"] or {})]
-    part = {arm["name"]: 1.0 for arm, _ in ran}  # of a confirming run
-    if all(arm["horizon"] for arm, _ in ran):
-        part = {arm["name"]: arm["horizon"]["steps"] / claim["steps"] for arm, claim in ran}
-    return [(arm["name"], claim["costs"]["train_time"] * part[arm["name"]], claim["met"]) for arm, claim in ran]
-
-
-COLOURS = {"faster": "C2", "slower": "C3"}
-
-
-def waterfall(folder: Path, summary: dict[str, Any]) -> str:
-    """Seconds to the target: of a chain, what each trick takes away; of a stack, what leaving a trick out adds."""
-    timed, chain = times(summary["arms"]), summary["mode"] == "chain"
-    verdicts = {(r["arm"], r["base"]): r["verdict"] for r in summary["ratios"]}
-    figure, axis = pyplot().subplots(figsize=(max(6, 1.1 * len(timed) + 2), 5), constrained_layout=True)
-
-    def bar(at: int, bottom: float, top: float, colour: str, met: bool, words: str) -> None:
-        axis.bar(at, top - bottom, bottom=bottom, color=colour, hatch=None if met else "///")
-        axis.annotate(words, (at, max(bottom, top)), ha="center", va="bottom", fontsize=8)
-
-    base, first, met = timed[0]
-    bar(0, 0, first, "0.45", met, f"{first:,.3g} s")
-    start = first
-    for i, (name, seconds, met) in enumerate(timed[1:], start=1):
-        axis.plot([i - 1.4, i + 0.4], [start, start], color="0.4", linewidth=0.8)
-        bar(i, start, seconds, COLOURS.get(verdicts.get((name, base)), "0.75"), met, f"{start / seconds:.2f}x")
-        if chain:
-            base, start = name, seconds
-    if chain:
-        bar(len(timed), 0, start, "0.45", met, f"{start:,.3g} s")
-    labels = [short(name) for name, *_ in timed] + ["all"] * chain
-    axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-    shortest, longest = (f(seconds for _, seconds, _ in timed) for f in (min, max))
-    axis.set_ylim(top=1.1 * longest)
-    if max(first / shortest, longest / first) > 5:
-        axis.set_yscale("log")
-        axis.set_ylim(bottom=10 ** math.floor(math.log10(shortest) - 0.3), top=1.4 * longest)
-    axis.set(ylabel="seconds to the target")
-    axis.grid(axis="y", alpha=0.3)
-    legend = [({"color": colour}, verdict) for verdict, colour in COLOURS.items() if verdict in verdicts.values()]
-    if set(verdicts.values()) - COLOURS.keys():
-        legend.append(({"color": "0.75"}, "no difference shown, or not decided"))
-    if not all(met for *_, met in timed):
-        legend.append(({"facecolor": "white", "edgecolor": "0.2", "hatch": "///"}, "target not confirmed"))
-    handles = [pyplot().Rectangle((0, 0), 1, 1, label=words, **style) for style, words in legend]
-    axis.legend(handles=handles, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    return save(figure, folder, "waterfall")
 
 
 def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[Ratio]) -> str:

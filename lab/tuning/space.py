@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from scipy.stats import qmc
 
 import optimizers
@@ -34,29 +33,13 @@ class Dimension:
     def name(self) -> str:
         return self.key if self.part == "optimizer" else f"{self.part}_{self.key}"
 
-    @property
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        if self.scale == "choice":
-            return optuna.distributions.IntDistribution(int(self.low), int(self.high))
-        low, high = (1 - self.high, 1 - self.low) if self.scale == "complement" else (self.low, self.high)
-        return optuna.distributions.FloatDistribution(low, high, log=self.scale != "linear")
-
-    def value(self, searched: float) -> float:
-        """The setting, of what Optuna searches; to three digits, as it is written on the command line."""
-        return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
-
-    def searched(self, value: float) -> float:
-        """The inverse of `value`, kept within the range that rounding may have left."""
-        limits = self.distribution
-        return min(max(1 - value if self.scale == "complement" else value, limits.low), limits.high)
-
     def at(self, share: float) -> float:
-        """What Optuna searches, at a share (0 to 1) of the way from low to high."""
-        limits = self.distribution
-        if limits.log:
-            return limits.low * (limits.high / limits.low) ** share
-        value = limits.low + (limits.high - limits.low) * share
-        return round(value) if self.scale == "choice" else value
+        """The setting at a share (0 to 1) of the way from low to high; to three digits, as on the command line."""
+        low, high = (1 - self.high, 1 - self.low) if self.scale == "complement" else (self.low, self.high)
+        searched = low * (high / low) ** share if self.scale in ("log", "complement") else low + (high - low) * share
+        if self.scale == "choice":
+            return float(round(searched))
+        return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
 
 
 def hyperparameters(optimizer: str) -> dict[str, tuple[Any, tuple[float, float, str] | None]]:
@@ -146,12 +129,7 @@ def submission(word: str) -> Submission:
 
 
 def points(space: tuple[Dimension, ...], count: int, study: int) -> list[dict[str, float]]:
-    """`count` quasi-random points of the space: scrambled Halton, as AlgoPerf's external tuning has it; other ones per study.
-    As Optuna searches them: by dimension name."""
+    """`count` quasi-random points of the space, as settings by dimension name: scrambled Halton, as AlgoPerf's external tuning
+    has it; other ones per study, and the same for every submission with as many dimensions."""
     shares = qmc.Halton(len(space), scramble=True, rng=study).random(count)
     return [{d.name: d.at(share) for d, share in zip(space, row, strict=True)} for row in shares]
-
-
-def values(space: tuple[Dimension, ...], searched: dict[str, Any]) -> dict[str, float]:
-    """Settings of what Optuna searched."""
-    return {d.name: d.value(searched[d.name]) for d in space}

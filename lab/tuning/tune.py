@@ -2,7 +2,7 @@
 
     ./run.sh compare tune --optimizers adamw muon soap --trials 5                 on every workload
     ./run.sh compare tune --optimizers all --trials 5 --machine-hours 8 --plan    what that would train, and stop
-    ./run.sh compare tune --optimizers muon --workloads wiki --sampler tpe --trials 30
+    ./run.sh compare tune --optimizers muon --workloads wiki --trials 30
     ./run.sh compare tune --optimizers my_optimizer.py:Mine                       one's own, into the same tables
     ./run.sh compare tune --report                                                tables, plots and tuned.json anew
 
@@ -14,8 +14,7 @@ that met a target on a machine or with code that AdamW was not trained on is tim
 runs: only such steps compare.
 
 A trial that diverged counts as the worst. Every trial is a line of --out/<workload>/<optimizer>.csv and is never trained again.
-With --storage, an Optuna storage URL, several machines work on one study. A workload keeps the compute type (--dtype) of its
-first trial.
+A workload keeps the compute type (--dtype) of its first trial.
 """
 
 import argparse
@@ -23,27 +22,21 @@ import math
 import os
 import shutil
 import statistics
-import threading
 import time
-import warnings
-from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from itertools import product
 from pathlib import Path
-
-import optuna
 
 import tricks
 from config import resolve
 from engine import hardware
 from engine.command import Parser, command
 from engine.spec import UsageError, nearest
-from lab import ledger, trials
+from lab import trials
 from lab.runner import Scheduler, alone_in, at_least
 from lab.trials import Arm, Trial
 from lab.tuning import tuned
-from lab.tuning.space import EXTRAS, Submission, points, submission, values
+from lab.tuning.space import EXTRAS, Submission, points, submission
 from lab.tuning.tuned import SETTERS, Row, Table
 from optimizers import OPTIMIZERS
 
@@ -53,13 +46,10 @@ TIMINGS, TIMED = 3, 0.25  # runs that time a step beside AdamW's, and their shar
 SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
 CALIBRATED = 0.1  # of a workload's length: the run by which a plan knows what a trial takes
 
-FAILED, RUNNING = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.RUNNING
-CLAIM = timedelta(hours=2)  # after which a machine that was to train a trial is taken for dead
-
 
 @dataclass(frozen=True)
 class Job:
-    """One trial to be trained: what it is for, its settings (None: a sampler will say) and its length."""
+    """One trial to be trained: what it is for, its settings and its length."""
 
     kind: str
     track: str
@@ -68,15 +58,15 @@ class Job:
     number: int
     seed: int
     steps: int
-    settings: dict[str, float] | None = None
+    settings: dict[str, float]
 
     @property
     def table(self) -> tuple[str, str]:
         return self.track, self.submission.name
 
-    def trial(self, settings: dict[str, float], dtype: str) -> Trial:
+    def trial(self, dtype: str) -> Trial:
         every = str(max(1, self.steps // VALIDATIONS))
-        flags = ("--track", self.track, *self.submission.flags(settings), "--val-every", every, "--dtype", dtype)
+        flags = ("--track", self.track, *self.submission.flags(self.settings), "--val-every", every, "--dtype", dtype)
         return Trial(Arm(self.submission.name, flags), self.steps, self.seed)
 
 
@@ -100,9 +90,7 @@ class Contest(Scheduler):
             table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
             if any(row.space != entry.version for row in table.of("search")):
                 raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
-        self.storage: optuna.storages.BaseStorage | None = None
-        self.studies: dict[tuple[str, str, int], optuna.Study] = {}
-        self.study_lock, self.not_begun = threading.Lock(), Counter()
+        self.late = 0  # trials that were not begun, since the hours were over
 
     # ---------------------------------------------------------------- what is to be trained
 
@@ -111,8 +99,9 @@ class Contest(Scheduler):
         targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs)."""
         options, table, steps = self.options, self.tables[track, entry.name], length(track)
         if kind == "search":
-            numbers = product(range(options.studies), range(options.trials))
-            return [Job(kind, track, entry, study, number, 1000 * study + number, steps) for study, number in numbers]
+            tried = [(study, points(entry.dimensions, options.trials, study)) for study in range(options.studies)]
+            numbered = [(study, n, point) for study, of in tried for n, point in enumerate(of)]
+            return [Job(kind, track, entry, study, n, 1000 * study + n, steps, point) for study, n, point in numbered]
         if kind == "target":
             best = table.best(tuned.FIRST_STUDY) if entry.name in SETTERS else None
             study, steps = best and tuned.target_study(best), round(SHORT * steps)
@@ -149,81 +138,17 @@ class Contest(Scheduler):
         return self.tables[job.table].has(job.kind, job.study, job.number, job.steps)
 
     def one(self, job: Job) -> str:
-        """Train a job; a line about it, or nothing where no time was left, or another machine has taken it."""
+        """Train a job; a line about it, or nothing where no time was left."""
         if time.monotonic() > self.deadline:
-            self.not_begun["late"] += 1
+            self.late += 1
             return ""
-        asked, settings = None, job.settings
-        if job.kind == "search":
-            if (asked := self.ask(job)) is None:
-                self.not_begun["elsewhere"] += 1
-                return ""
-            settings = values(job.submission.dimensions, asked.params)
-        trial = job.trial(settings, self.dtypes[job.track])
         begun = time.monotonic()
-        outcome = trials.train(trial, threads=self.options.threads)
-        about = dict(kind=job.kind, study=job.study, number=job.number, settings=settings)
+        outcome = trials.train(job.trial(self.dtypes[job.track]), threads=self.options.threads)
+        about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings)
         row = Row.of(outcome, time.monotonic() - begun, space=job.submission.version, **about)
         self.tables[job.table].add(row)
-        if asked and row.status == "crashed":  # no result: the number is free again
-            asked.study.tell(asked, state=FAILED)
-        elif asked:
-            asked.set_user_attr("row", ledger.cells(row))
-            asked.study.tell(asked, row.val_loss)
         loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
-
-    def ask(self, job: Job) -> optuna.Trial | None:
-        """The settings to try, claimed in the study. None where somebody else has claimed this number."""
-        space = job.submission.dimensions
-        with self.study_lock:
-            study = self.study(job)
-            for t in study.get_trials(deepcopy=False):
-                lost = t.state == RUNNING and datetime.now() - t.datetime_start > CLAIM
-                if t.user_attrs.get("number") == job.number and t.state != FAILED and not lost:
-                    return None
-            if self.options.sampler == "halton":
-                point = points(space, job.number + 1, job.study)[job.number]
-                study.sampler = optuna.samplers.PartialFixedSampler(point, optuna.samplers.RandomSampler())
-            asked = study.ask({d.name: d.distribution for d in space})
-            asked.set_user_attr("number", job.number)
-            return asked
-
-    def study(self, job: Job) -> optuna.Study:
-        """The Optuna study of a job, holding the trials that the table has; and the table those that a shared storage has.
-        Raises UsageError: the storage cannot be read, or holds a study of another version of the space or compute type."""
-        key = (*job.table, job.study)
-        if key in self.studies:
-            return self.studies[key]
-        entry, table, name = job.submission, self.tables[job.table], f"{job.track}/{job.submission.name}/{job.study}"
-        about = {"space": entry.version, "dtype": self.dtypes[job.track]}
-        try:
-            self.storage = self.storage or optuna.storages.get_storage(self.options.storage or None)
-            tpe = optuna.samplers.TPESampler(seed=job.study, multivariate=True, constant_liar=True)
-            study = optuna.create_study(storage=self.storage, study_name=name, sampler=tpe, load_if_exists=True)
-            differs = {what: value for what, value in study.user_attrs.items() if about.get(what, value) != value}
-            there = study.get_trials(deepcopy=False)
-        except Exception as error:  # a data base's own errors share no class
-            raise UsageError(f"study {name} cannot be read from {self.options.storage}: {str(error).splitlines()[0]}") from None
-        if differs:
-            what, value = differs.popitem()
-            raise UsageError(f"study {name} is of {what} {value}, not {about[what]}: choose another --storage and --out")
-        for what, value in about.items():
-            study.set_user_attr(what, value)
-        for trial in there:
-            if "row" in trial.user_attrs:
-                table.add(ledger.from_cells(trial.user_attrs["row"], Row))
-        known = {trial.user_attrs.get("number") for trial in there if trial.state == optuna.trial.TrialState.COMPLETE}
-        space = {d.name: d for d in entry.dimensions}
-        for row in table.of("search", job.study):
-            if row.number not in known and row.status != "crashed":
-                params = {name: d.searched(row.settings[name]) for name, d in space.items()}
-                about = dict(params=params, distributions={name: d.distribution for name, d in space.items()})
-                about["value"] = row.val_loss
-                attributes = {"number": row.number, "row": ledger.cells(row)}
-                study.add_trial(optuna.trial.create_trial(**about, user_attrs=attributes))
-        self.studies[key] = study
-        return study
 
     # ---------------------------------------------------------------- the plan
 
@@ -235,7 +160,7 @@ class Contest(Scheduler):
             return statistics.median(walls)  # a machine may stand still for minutes
         adamw, steps = submission("adamw"), length(track)
         part, new_seed = max(2, round(CALIBRATED * steps)), time.time_ns() % 2**32  # no run has had it
-        trial = Job("plan", track, adamw, 0, 0, new_seed, part).trial(adamw.defaults(), self.dtypes[track])
+        trial = Job("plan", track, adamw, 0, 0, new_seed, part, adamw.defaults()).trial(self.dtypes[track])
         print(f"plan: timing {track}", flush=True)
         begun = time.monotonic()
         outcome = trials.train(trial, threads=self.options.threads)
@@ -275,7 +200,7 @@ class Contest(Scheduler):
             if options.trials == 1:
                 raise UsageError(f"--machine-hours {options.machine_hours:g}: one trial for everyone takes {needed:.1f} hours")
             options.trials -= 1
-        kind = f"studies of {options.trials} trials ({options.sampler}) each"
+        kind = f"studies of {options.trials} trials each"
         print(f"plan: {len(options.submissions)} submissions, {options.studies} {kind}, {options.side_by_side} at a time")
         for track, spent in hours().items():
             print(f"  {track:14} {length(track):6,} steps  about {each[track]:4.0f} s a trial  {spent:5.2f} hours")
@@ -287,10 +212,8 @@ class Contest(Scheduler):
         for kind in ("search", "target", "neighbour"):
             self.run_through(kind, self.all_wanted(kind), self.ended, self.one, self.options.side_by_side)
         self.run_through("timing", self.timings(), self.ended, self.one, self.options.side_by_side)
-        if late := self.not_begun["late"]:
-            print(f"the hours are over: {late} trials were not begun; the same command continues", flush=True)
-        if elsewhere := self.not_begun["elsewhere"]:
-            print(f"{elsewhere} trials are on other machines: the same command takes them over once they have ended")
+        if self.late:
+            print(f"the hours are over: {self.late} trials were not begun; the same command continues", flush=True)
 
 
 def compute_types(options: argparse.Namespace) -> dict[str, str]:
@@ -316,7 +239,6 @@ def parser() -> argparse.ArgumentParser:
     add("--workloads", nargs="+", default=WORKLOADS, metavar="TRACK", help=f"default: {' '.join(WORKLOADS)}")
     add("--trials", type=int, default=5, help="of each study (default: 5)")
     add("--studies", type=int, default=1, help="of each submission and workload (default: 1; AlgoPerf: 3)")
-    add("--sampler", choices=("halton", "tpe"), default="halton", help="default: halton, quasi-random")
     add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
     dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"
@@ -325,7 +247,6 @@ def parser() -> argparse.ArgumentParser:
     add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
     add("--plan", action="store_true", help="print the plan and stop")
     add("--report", action="store_true", help="train nothing: tables, plots and tuned.json of what is there")
-    add("--storage", default="", help="Optuna storage URL, for several machines on one study (default: the tables alone)")
     add("--out", type=Path, default=Path("records/tuning"), help="default: records/tuning")
     return made
 
@@ -345,7 +266,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     words = [*OPTIMIZERS, *EXTRAS] if options.optimizers == ["all"] else list(dict.fromkeys(options.optimizers))
     options.submissions = [submission(word) for word in words]
     for entry in options.submissions:  # the space must not be empty, and the trainer must take what comes of it
-        first = values(entry.dimensions, points(entry.dimensions, 1, 0)[0])
+        (first,) = points(entry.dimensions, 1, 0)
         for track in options.tracks:
             resolve(["--track", track, *entry.flags(first)])
     options.threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
@@ -363,6 +284,4 @@ def run(argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the sampler of given points
     return command("compare.py tune", lambda: run(argv), argv)

@@ -134,8 +134,9 @@ def test_momentum_ramp():
         ("linear:final=nan", "final must be at least 0, got nan"),
         ("linear:final=-1", "final must be at least 0"),
         ("wsd:form=cubic", "linear, sqrt, exponential"),
-        ("wsd:cooldown=0", "constant"),
-        ("exponential:final=0", "final > 0"),
+        ("wsd:cooldown=0", "cooldown must be at least 1e-06, got 0"),
+        ("exponential:final=0", "final must be 1e-09 to 1, got 0"),
+        ("cyclic:cycles=0", "cycles must be at least 1"),
         ("cyclic:cycles=2.5", "int"),
     ],
 )

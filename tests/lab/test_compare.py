@@ -9,7 +9,6 @@ import shutil
 import signal
 from datetime import datetime, timedelta, timezone
 
-import matplotlib.colors
 import numpy as np
 import pytest
 
@@ -321,7 +320,7 @@ def test_chain_is_set_against_its_base_and_its_predecessor(fake, tmp_path):
     ]  # fmt: skip
     for ratio, right in zip(found["ratios"], (2, 4, 2), strict=True):
         assert ratio["equal_loss"]["steps"]["ratio"] == pytest.approx(right, rel=0.05)
-    assert found["plots"] == ["loss", "forest", "waterfall"]
+    assert found["plots"] == ["loss", "forest"]
 
 
 def test_what_is_left_out_is_searched_from_the_length_of_the_stack(fake, tmp_path):
@@ -516,41 +515,6 @@ def test_arms_take_what_was_tuned_on_a_workload():
     assert (free.optimizer, free.schedule) == (best["schedule_free_adamw"]["optimizer"], "constant")
     keys = spec.split(best["muon"]["optimizer"])[1] | {"momentum": "0.9"}
     assert spec.split(muon.optimizer)[1] == keys and muon.schedule == best["muon"]["schedule"]
-
-
-def test_bars_of_a_waterfall_are_all_of_one_kind():
-    arm = lambda name, horizon: {  # noqa: E731
-        "name": name, "horizon": horizon and {"steps": horizon},
-        "confirmed": {"steps": 100, "costs": {"train_time": 10.0}, "met": name != "b"},
-    }  # fmt: skip
-    assert plots.times([arm("a", 80), arm("b", 50)]) == [("a", 8.0, True), ("b", 5.0, False)]
-    ran = [arm("a", None), arm("b", 50), arm("c", 50) | {"confirmed": None}]
-    assert plots.times(ran) == [("a", 10.0, True), ("b", 10.0, False)]
-
-
-def bars(tmp_path, monkeypatch, **settings):
-    """The axes of a waterfall of a base, an arm `a` of verdict `faster` and an arm `b` that is not decided nor confirmed."""
-    monkeypatch.setattr(plots, "save", lambda figure, folder, name: figure)
-    arm = lambda name, seconds, met=True: {  # noqa: E731
-        "name": name, "horizon": None, "confirmed": {"steps": 100, "costs": {"train_time": seconds}, "met": met},
-    }  # fmt: skip
-    ratios = [
-        {"arm": a, "base": b, "verdict": v}
-        for a, b, v in (("a", "base", "faster"), ("b", "base", "slower"), ("b", "a", "not decided"))
-    ]
-    return plots.waterfall(tmp_path, {"arms": [arm("base", 9), arm("a", 5), arm("b", 4, False)], "ratios": ratios} | settings)
-
-
-def test_a_waterfall_is_coloured_by_verdict_and_hatched_where_the_target_was_missed(tmp_path, monkeypatch):
-    (axis,) = bars(tmp_path, monkeypatch, mode="chain").axes
-    faces = [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in axis.patches]
-    green, red, grey = (matplotlib.colors.to_hex(c) for c in ("C2", "C3", "0.75"))
-    assert faces[1:3] == [green, grey] and len(faces) == 4  # b against a, its predecessor
-    assert [bool(patch.get_hatch()) for patch in axis.patches] == [False, False, True, True]
-    words = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert words == ["faster", "slower", "no difference shown, or not decided", "target not confirmed"]
-    (axis,) = bars(tmp_path, monkeypatch, mode="leave_out").axes
-    assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in axis.patches][1:] == [green, red]  # b against base
 
 
 @pytest.mark.parametrize(
