@@ -235,7 +235,6 @@ def parser() -> argparse.ArgumentParser:
     add("--side-by-side", type=int, default=1, help="arms searched at once, the cores shared; confirming is one at a time")
     runner.add_launcher_flags(made)
     add("--allow-mixed", action="store_true", help="compare times of several machines all the same")
-    add("--keep-checkpoints", action="store_true", help="keep the trials' weights (default: deleted when a trial has ended)")
     add("--out", type=Path, help="output folder (default: comparisons/<track>-<what>)")
     return made
 
@@ -247,8 +246,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
     if options.tuned_on and not options.optimizers:
         raise UsageError("--tuned-on goes with --optimizers")
-    if options.seeds == 1:
-        raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     runner.at_least(options, seeds=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
     options.mode = next((mode for mode in MODES if getattr(options, mode)), "")
     options.given = {name: steps[0] for name, steps in steps_of_arms("--horizon", options.horizon, "2400").items()}

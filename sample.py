@@ -5,16 +5,16 @@ python sample.py --run runs/cpu/record-s0-1a2b3c4d --prompt "The state of the un
 
 from engine import checkpoint  # before torch  # isort: skip
 import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from config import FIELDS, only
 from data import tokenizers
 from engine.command import Parser, command
+from engine.run_folder import read_json
 from engine.schedules import Course
 from engine.spec import UsageError
 from layers.shape import ModelConfig
@@ -24,29 +24,33 @@ from model import GPT
 def load_model(run: Path) -> tuple[GPT, dict]:
     """The trained model of a run folder, in eval mode on the CPU, and the run's config. Raises UsageError: no such run, or it
     has no checkpoint yet."""
+    rates = {"schedule": "constant", "momentum_schedule": "keep"}  # they do not matter here, and may name a stranger's code
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = {name: field.default for name, field in FIELDS.items()} | read_json(run / "config.json") | rates
+        gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))
     except FileNotFoundError:
         raise UsageError(f"{run} holds no run; runs are listed by: ls runs/*") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{run / 'config.json'}: {error}") from None
     path, passed = checkpoint.newest(run / "checkpoints")
     if path is None:
         raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
-    gpt = GPT(ModelConfig(**{f.name: config[f.name] for f in dataclasses.fields(ModelConfig)}))
     checkpoint.load_weights(gpt, path)
-    rates = {"schedule": "constant", "momentum_schedule": "keep"}  # they do not matter here, and may name a stranger's code
-    gpt.see(Course(SimpleNamespace(**config | rates)).at(max(0, checkpoint.step_of(path) - 1)).windows)
+    gpt.see(course.at(max(0, checkpoint.step_of(path) - 1)).windows)
     return gpt.eval(), config
 
 
 @torch.no_grad()
-def generate(gpt: GPT, tokens: list[int], count: int, temperature: float, top_k: int, seed: int) -> list[int]:
-    """`tokens` continued by `count` sampled ones; the context is the last `sequence_length` of them. At temperature 0 the
-    likeliest token is taken. top_k: sample among so many likeliest; 0: all."""
+def generate(
+    gpt: GPT, tokens: list[int], count: int, temperature: float, top_k: int, seed: int, vocabulary: int
+) -> list[int]:  # fmt: skip
+    """`tokens` continued by `count` sampled ones below `vocabulary`; the context is the last `sequence_length` of them. At
+    temperature 0 the likeliest token is taken. top_k: sample among so many likeliest; 0: all."""
     generator = torch.Generator().manual_seed(seed)
     tokens = list(tokens)
     for _ in range(count):
         context = torch.tensor([tokens[-gpt.config.sequence_length :]])
-        logits = gpt(context)[0, -1]
+        logits = gpt(context)[0, -1, :vocabulary].double()
         if temperature == 0:
             tokens.append(int(logits.argmax()))
             continue
@@ -71,10 +75,18 @@ def parser() -> Parser:
 
 def sample(argv: list[str]) -> str:
     options = parser().parse_args(argv)
+    for name in ("tokens", "temperature", "top_k", "seed"):
+        if not 0 <= (value := getattr(options, name)) <= 2**53:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 0 and a usual number, got {value}")
     gpt, config = load_model(options.run)
     tokenizer = tokenizers.get(config["tokenizer"], options.data_root)  # not where the run folder says: it may be a stranger's
-    start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
-    tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed)
+    try:
+        start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"--prompt is no text of the tokenizer {tokenizer.name}: {error}") from None
+    if max(start) >= gpt.config.vocab_size:
+        raise UsageError(f"the tokenizer {tokenizer.name} has tokens that the model, with {gpt.config.vocab_size}, has not")
+    tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed, tokenizer.vocab_size)
     return tokenizer.decode(tokens[1:])
 
 

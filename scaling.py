@@ -272,7 +272,6 @@ def parser() -> argparse.ArgumentParser:
     add("--report", type=Path, metavar="FOLDER", help="write a folder's report again from its trials")
     add("--side-by-side", type=int, default=1, help="trials at once, sharing the cores; timing is one at a time (default: 1)")
     runner.add_launcher_flags(made)
-    add("--keep-checkpoints", action="store_true", help="keep the trials' weights (default: deleted when a trial has ended)")
     add("--out", type=Path, help="output folder (default: scaling/<ladder>-<base>)")
     return made
 
@@ -282,8 +281,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = runner.read_options(parser(), argv)
     if not options.report and not options.tricks:
         raise UsageError("scale what? --tricks muon soap ... (see --help)")
-    if options.seeds == 1:
-        raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 3")
     runner.at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1)
     if options.tokens_per_parameter < 0 or not options.retune_step > 1:
         raise UsageError("--tokens-per-parameter must be above 0 and --retune-step above 1")

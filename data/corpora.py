@@ -195,7 +195,8 @@ def prepare(
     if (name == "division") != (tokenizer == "mod97"):
         raise UsageError("division goes with --tokenizer mod97, and only division does")
     encoder = tokenizers.get(tokenizer, data_root)
-    shards.begin(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / shards.UNFINISHED).touch()  # part of a corpus must not be taken for all of it
     splits = {
         split: shards.write(folder, name, split, encode_all(texts, tokenizer, data_root), encoder.eot, shard_tokens)
         for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items()

@@ -77,14 +77,8 @@ def write(
     return written
 
 
-def begin(folder: Path) -> None:
-    """Mark a folder as unfinished, before its first shard: part of a corpus must not be taken for all of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / UNFINISHED).touch()
-
-
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """dataset.json, written last, which ends what `begin` began."""
+    """dataset.json, written last: the folder is no longer unfinished."""
     atomic_write(folder / "dataset.json", json.dumps(manifest, indent=1))
     (folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -112,14 +106,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UsageError(f"the preparation of {folder} has not ended; {repair(folder)}")
     try:
         manifest = read_json(folder / "dataset.json")
-        numbers = [manifest[key] for key in ("vocab_size", "eot") if key in manifest]
-        names = [entry["file"] for split in ("train", "val") for entry in manifest["splits"][split]]
-        for entry in (entry for split in ("train", "val") for entry in manifest["splits"][split]):
-            if not SHARD_NAME.fullmatch(entry["file"]) or len(entry["sha256"]) != 64:
-                raise ValueError(entry["file"])
-            numbers.append(entry["tokens"])
-        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or len(set(names)) < len(names):
-            raise ValueError("numbers")
+        listed = [entry for split in ("train", "val") for entry in manifest["splits"][split]]
+        numbers = [manifest[key] for key in ("vocab_size", "eot") if key in manifest] + [entry["tokens"] for entry in listed]
+        fine = all(SHARD_NAME.fullmatch(entry["file"]) and len(entry["sha256"]) == 64 for entry in listed)
+        fine &= all(type(number) is int and 0 <= number < 2**31 for number in numbers)
+        if not fine or len({entry["file"] for entry in listed}) < len(listed):
+            raise ValueError
         return manifest
     except FileNotFoundError:
         return None

@@ -49,26 +49,28 @@ DTYPES |= dict(I16="int16", I32="int32", I64="int64")  # safetensors' names -> t
 FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
 
 
-def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, path: str, tensors: dict[str, Tensor], blobs: dict[str, bytes]) -> Any:
     """Nested dicts, sequences, sets, tensors, numpy's arrays and plain values as JSON; tensors go into `tensors` under their
-    path. Of bytes only the hash is stored: they may be a pickle. Raises TypeError: something that is none of these."""
+    path. Bytes, which may be a pickle, go into `blobs` under their hash, and only that is stored. Raises TypeError: something
+    that is none of these."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
-        return {"numpy": pack(torch.from_numpy(np.array(value)), path, tensors), "scalar": isinstance(value, np.generic)}
+        return {"numpy": pack(torch.from_numpy(np.array(value)), path, tensors, blobs), "scalar": isinstance(value, np.generic)}
     if isinstance(value, dict):
         for key in value:
             if not all(isinstance(part, PLAIN) for part in (key if isinstance(key, tuple) else (key,))):
                 raise TypeError(f"state has a key of type {type(key).__name__}: {key!r}")
-        return {"dict": [[k, pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, pack(v, f"{path}/{k}", tensors, blobs)] for k, v in value.items()]}
     for kind, cls in SEQUENCES.items():
         if isinstance(value, cls):
             items = sorted(value, key=repr) if kind.endswith("set") else value
-            packed = {kind: [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(items)]}
+            packed = {kind: [pack(v, f"{path}/{i}", tensors, blobs) for i, v in enumerate(items)]}
             return packed | ({"maxlen": value.maxlen} if kind == "deque" else {})
     if isinstance(value, bytes):
-        return {"bytes": hashlib.sha256(value).hexdigest()}
+        blobs[digest := hashlib.sha256(value).hexdigest()] = value
+        return {"bytes": digest}
     if isinstance(value, torch.dtype):
         return {"torch.dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, PLAIN):
@@ -93,14 +95,6 @@ def unpack(packed: Any, tensors: dict[str, Tensor], own: dict[str, bytes]) -> An
     if kind == "bytes" and content not in own:
         raise UsageError("the optimizer's state has bytes that may be code, and a fresh one has others: they are not restored")
     return own[content] if kind == "bytes" else getattr(torch, content) if kind == "torch.dtype" else content
-
-
-def blobs(value: Any) -> dict[str, bytes]:
-    """The bytes in a nested state, by their hash."""
-    if isinstance(value, bytes):
-        return {hashlib.sha256(value).hexdigest(): value}
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return dict(pair for item in inner for pair in blobs(item).items())
 
 
 def merged(ranks: list[Any]) -> Any:
@@ -181,12 +175,9 @@ def damage(folder: Path) -> str | None:
             size, digest = listed[name]
             if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
                 return f"{name} is damaged"
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return f"{DONE} is damaged ({type(error).__name__})"
-    try:
         return misfit(folder)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError, RecursionError) as error:
-        return f"{STATE} is none of ours ({type(error).__name__})"
+        return f"{DONE} or {STATE} is damaged ({type(error).__name__})"
 
 
 def misfit(folder: Path) -> str | None:
@@ -220,15 +211,16 @@ def listing(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest complete and intact checkpoint, and what was passed over: a line each. log_bytes: of the run's log, which must
-    reach to the checkpoint."""
-    passed = []
+    """The newest complete and intact checkpoint, and what was passed over: a line each. log_bytes: of the run's log, which
+    should reach to the checkpoint."""
+    passed, intact = [], None
     for path in listing(folder):
-        problem = damage(path) or ("log.jsonl ends before it" if read_json(path / STATE)["log_bytes"] > log_bytes else None)
-        if not problem:
-            return path, passed
+        if not (problem := damage(path)):
+            if read_json(path / STATE)["log_bytes"] <= log_bytes:
+                return path, passed
+            intact, problem = intact or path, "log.jsonl ends before it"
         passed.append(f"checkpoint {path} passed over: {problem}")
-    return None, passed
+    return intact, passed
 
 
 def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: Callable[[int], int]) -> Path | None:
@@ -310,7 +302,7 @@ class Checkpoints:
         self.wait()
         tensors: dict[str, Tensor] = {}
         try:
-            packed = pack(optimizer, "optimizer", tensors)
+            packed = pack(optimizer, "optimizer", tensors, {})
         except TypeError as error:
             if not alone:
                 raise UsageError(f"{error}; --checkpoint-minutes 0 trains without, and keeps the weights alone") from None
@@ -428,13 +420,14 @@ class Checkpoints:
         load_weights(gpt, path)
         state = read_json(path / STATE)
         self.check_origin(path, state)
-        wanted = only(state.pop("optimizer"), pack(optimizer, "optimizer", {}))
+        own: dict[str, bytes] = {}
+        wanted = only(state.pop("optimizer"), pack(optimizer, "optimizer", {}, own))
         tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
         rng = [f"rng/{self.rank}/{i}" for i in range(len(state["rng"]) if self.rank < state["ranks"] else 0)]
         tensors |= {name: torch.empty(size, dtype=torch.uint8) for name, size in zip(rng, state["rng"])}
         reader = self.dcp.HuggingFaceStorageReader(str(path / "state"))
         self.dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
-        return unpack(wanted, tensors, blobs(optimizer)), state, [tensors[name] for name in rng]
+        return unpack(wanted, tensors, own), state, [tensors[name] for name in rng]
 
     def check_origin(self, path: Path, state: dict[str, Any]) -> None:
         """Is it a checkpoint of this run? Other code is said, other settings or data are refused."""

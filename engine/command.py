@@ -36,7 +36,7 @@ def command(name: str, work: Callable[[], int | str | None], argv: Sequence[str]
     except BrokenPipeError:  # the reader, such as head, has seen enough; what is left unflushed must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UsageError, RankError, torch.distributed.DistBackendError, OSError, KeyboardInterrupt) as error:
+    except (UsageError, RankError, torch.distributed.DistError, OSError, KeyboardInterrupt) as error:
         words, code = explained(error)
         if not words:
             raise
@@ -51,9 +51,9 @@ def explained(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, RankError):
         return str(error), 1
-    if isinstance(error, torch.distributed.DistBackendError):  # NCCL's; it tells of its causes in its own log only
-        first = str(error).strip().splitlines()[0]
-        return f"rank {os.environ.get('RANK', 0)}: {first}; NCCL_DEBUG=INFO says more", 1
+    if isinstance(error, torch.distributed.DistError):
+        more = "; NCCL_DEBUG=INFO says more" if isinstance(error, torch.distributed.DistBackendError) else ""
+        return f"rank {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}{more}", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what is finished is kept: the same command continues", 130
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -25,11 +25,12 @@ class Display:
         if config.wandb:
             import wandb
 
-            self.wandb = wandb.init(project="nanogpt-speedrun", name=folder.name, dir=folder, config=vars(config))
+            about = dict(id=folder.name, resume="allow", name=folder.name, dir=folder)  # resumed it is the same run there too
+            self.wandb = wandb.init(project="nanogpt-speedrun", config=vars(config), **about)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(folder / "tensorboard")
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step)
 
     def event(self, kind: str, note: str, values: dict[str, Any]) -> None:
         if kind == "train":

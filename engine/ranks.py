@@ -41,7 +41,10 @@ class World:
     a rank waits for the others. Raises UsageError: no such device, or too few of it for the ranks of this machine."""
 
     def __init__(self, device_name: str, timeout: float = 600):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        words = {
+            name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+        }
+        self.rank, local, self.size = (int(word) if word.isdecimal() else -1 for word in words.values())
         self.device = hardware.pick_device(device_name)
         self.main, self.timeout = self.rank == 0, timeout
         self.beats, self.doing, self.since = 0, "the start", time.monotonic()
@@ -49,7 +52,6 @@ class World:
         if self.device.type == "mps" and self.size > 1:
             raise UsageError(f"{self.size} ranks on --device mps, which has no collectives: start one, or use --device cpu")
         if self.device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
             here, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
             if here > there:
                 seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -57,6 +59,11 @@ class World:
                 raise UsageError(f"{here} ranks on a machine with {there} CUDA GPUs{why}: torchrun --nproc_per_node={there}")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
+        if not 0 <= self.rank < self.size or local < 0 or (self.size > 1 and "MASTER_ADDR" not in os.environ):
+            given = ", ".join(f"{name}={word}" for name, word in words.items())
+            raise UsageError(
+                f"{given} and MASTER_ADDR do not fit together: torchrun sets them, and without it unset them", True
+            )
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout)))
             self.store = own_corner(store, self.rank, self.size)

@@ -172,8 +172,6 @@ class Run:
             left = [p for p in folder.glob("*") if p.name not in ("lock", "checkpoints") and p.suffix != ".tmp"]
             if left and not resumed:
                 raise UsageError(f"{folder} is not empty and holds no run: choose another --out") from None
-        except OSError as error:
-            raise UsageError(f"{folder} is no folder of a run ({error.strerror}): choose another --out") from None
         else:
             different = sorted(k for k in comparable if there.get(k, comparable[k]) != comparable[k])
             if different:

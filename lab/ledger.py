@@ -42,25 +42,19 @@ def from_text(text: str, kind: type) -> Any:
     return kind(text)
 
 
-def from_cells(line: dict[str, str], kind: type) -> Any:
-    """A row; a column with a default may be missing, as in files from before the column. Raises AttributeError, KeyError,
-    TypeError, ValueError: it is no such line."""
-    wanted = [f.name for f in dataclasses.fields(kind) if f.name in line or f.default is dataclasses.MISSING]
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: from_text(line[name], typing.get_origin(hints[name]) or hints[name]) for name in wanted})
-
-
 def cells(row: Any) -> dict[str, str]:
     return {f.name: to_text(getattr(row, f.name)) for f in dataclasses.fields(row)}
 
 
 def read(path: Path, kind: type) -> list[Any]:
-    """Its rows. Raises UsageError: the file is no such ledger, or a line of it is damaged."""
-    rows = []
+    """Its rows; a column with a default may be missing, as in files from before the column. Raises UsageError: the file is no
+    such ledger, or a line of it is damaged."""
+    rows, hints = [], typing.get_type_hints(kind)
     with path.open(newline="") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
+            wanted = [f.name for f in dataclasses.fields(kind) if f.name in line or f.default is dataclasses.MISSING]
             try:
-                rows.append(from_cells(line, kind))
+                rows.append(kind(**{n: from_text(line[n], typing.get_origin(hints[n]) or hints[n]) for n in wanted}))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{path} line {number} is no trial: {error}") from None
     return rows

@@ -6,9 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], aligned: bool = False) -> str:
     """aligned: with columns of even width, for a terminal."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (head, ["-"] * len(head), *rows)]
+    lines = [[escaped(cell).replace("|", "\\|") for cell in line] for line in (head, ["-"] * len(head), *rows)]
     widths = [max(map(len, column)) if aligned else 0 for column in zip(*lines)]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text of others, without the tags that a page would take for its own."""
+    return re.sub("<(?=[a-zA-Z/!])", "&lt;", text)
 
 
 def filled(text: str, content: Mapping[str, str], where: str) -> str:

@@ -101,8 +101,8 @@ def panels(count: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 def short(name: str) -> str:
     """An arm's name as a label: of a long list of tricks its first, its last and how many there are."""
-    words = name.split(",")
-    return name if len(name) <= 30 else f"{words[0]}...{words[-1]} ({len(words)} tricks)"
+    words = name.replace("$", r"\$").split(",")  # no formula
+    return ",".join(words) if len(name) <= 30 else f"{words[0]}...{words[-1]} ({len(words)} tricks)"
 
 
 def log_ticks(axis, low: float, high: float, most: int = 8) -> None:

@@ -171,10 +171,13 @@ class Runner(Scheduler):
 
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole."""
+    """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole. Raises
+    UsageError: an unknown flag, or a single seed."""
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.flags, options.command = tuple(argv[cut + 1 :]), shlex.join(argv)
+    if options.seeds == 1:
+        raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     return options
 
 
@@ -224,8 +227,9 @@ def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """Where trials run."""
+    """Where trials run, and what stays of them."""
     add = parser.add_argument
+    add("--keep-checkpoints", action="store_true", help="keep the trials' weights (default: deleted when a trial has ended)")
     add("--processes", type=int, default=1, help="ranks of a trial, by torchrun (default: 1)")
     add("--launcher", choices=("local", "ray"), default="local", help="where trials run (default: local)")
     add("--gpus-per-trial", type=float, default=0, help="with --launcher ray (default: 0, one CPU)")

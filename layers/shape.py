@@ -17,7 +17,7 @@ class ModelConfig:
     heads: int = setting(12, "attention heads per block", least=1)
     width: int = setting(768, "residual width, channels", least=1)
     mlp_ratio: int = setting(4, "hidden width of the MLP over residual width", least=1)
-    dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches")
+    dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches", below=1)
     bias: bool = setting(True, "biases in linear layers and LayerNorms (speedruns drop them: modded-nanogpt #2)")
     norm: str = setting("layernorm", "normalisation (RMSNorm: arXiv 1910.07467)", ("layernorm", "rmsnorm"))
     norm_gains: bool = setting(True, "learned gains in the normalisation layers")
@@ -74,8 +74,6 @@ class ModelConfig:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.positions != "learned" and self.head_width % 4:
             raise ValueError(f"rotary positions need a head width divisible by 4, got {self.head_width}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.value_gates and not self.value_embeddings:
             raise ValueError("value_gates need value_embeddings: such as 3")
         if self.key_offset and self.positions != "half_rotary":

@@ -144,16 +144,12 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
 
 def blamed(spec: str, error: Exception) -> Exception:
     """What to raise where an optimizer does: of a class of others one line, which says where; a fault of ours as it is."""
-    if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, (TypeError, ValueError)) or foreign(spec)):
+    foreign = split(spec)[0] not in OPTIMIZERS
+    if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, (TypeError, ValueError)) or foreign):
         return error
-    frame, words = traceback.extract_tb(error.__traceback__)[-1], str(error).strip().splitlines() or [""]
-    where = f" ({Path(frame.filename).name}:{frame.lineno})" if foreign(spec) else ""
-    return UsageError(f"optimizer {spec!r}: {type(error).__name__ + ': ' if foreign(spec) else ''}{words[0]}{where}")
-
-
-def foreign(spec: str) -> bool:
-    """Is it a class of others?"""
-    return split(spec)[0] not in OPTIMIZERS
+    frame, words = traceback.extract_tb(error.__traceback__)[-1], (str(error).strip().splitlines() or [""])[0]
+    place = f" ({Path(frame.filename).name}:{frame.lineno})"
+    return UsageError(f"optimizer {spec!r}: {f'{type(error).__name__}: {words}{place}' if foreign else words}")
 
 
 def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
@@ -162,7 +158,7 @@ def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
     try:
         optimizer.step()
     except Exception as error:
-        if not foreign(spec):
+        if split(spec)[0] in OPTIMIZERS:
             raise
         raise blamed(spec, error) from error
 

@@ -588,6 +588,34 @@ def test_sampling(train, capsys):
     assert sample.main(["--run", str(folder), "--prompt", "Abc", "--tokens", "5", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("Abc")
     assert sample.main(["--run", str(folder / "nowhere")]) == 2
+    capsys.readouterr()
+    for words in (
+        *(["--temperature", "nan"], ["--temperature", "-1"], ["--top-k", "-1"], ["--tokens", "-5"], ["--seed", "1" * 20]),
+        ["--prompt", "\ud800"],
+    ):
+        assert sample.main(["--run", str(folder), *words]) == 2
+        assert (err := capsys.readouterr().err).startswith("sample.py: --") and err.count("\n") == 1
+    assert sample.main(["--run", str(folder), "--tokens", "2", "--temperature", "1e-300"]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("attention", "batch_stages")}))
+    assert sample.main(["--run", str(folder), "--tokens", "2"]) == 0  # of an older trainer: defaults are the answer
+    capsys.readouterr()
+    for text in ("[1]", "{", "[" * 100_000, *(json.dumps(config | odd) for odd in ({"heads": 0}, {"layers": "two"}))):
+        (folder / "config.json").write_text(text)
+        assert sample.main(["--run", str(folder)]) == 2
+        assert "config.json" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    (folder / "config.json").write_text(json.dumps(config | {"tokenizer": "mod97"}))
+    assert (
+        sample.main(["--run", str(folder), "--prompt", "hello"]) == 2 and "no text of the tokenizer" in capsys.readouterr().err
+    )
+
+
+def test_a_place_that_cannot_be_written_is_one_line(sotu, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        assert train_gpt.main(tiny(out)) == 2
+        assert str(out)[:200] in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- what goes wrong

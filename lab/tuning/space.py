@@ -5,6 +5,7 @@ workload, as AlgoPerf wants it: a submission brings a method, not a way of tunin
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -131,5 +132,10 @@ def submission(word: str) -> Submission:
 def points(space: tuple[Dimension, ...], count: int, study: int) -> list[dict[str, float]]:
     """`count` quasi-random points of the space, as settings by dimension name: scrambled Halton, as AlgoPerf's external tuning
     has it; other ones per study, and the same for every submission with as many dimensions."""
+    return some_points(space, 1 << (count - 1).bit_length(), study)[:count]
+
+
+@functools.cache
+def some_points(space: tuple[Dimension, ...], count: int, study: int) -> list[dict[str, float]]:
     shares = qmc.Halton(len(space), scramble=True, rng=study).random(count)
     return [{d.name: d.at(share) for d, share in zip(space, row, strict=True)} for row in shares]

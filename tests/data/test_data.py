@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import Future
 
@@ -348,6 +349,72 @@ def test_a_line_of_jsonl_ends_where_json_says(tmp_path):
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_text("\n\n".join(lines) + "\n\n", encoding="utf-8")
     assert list(corpora.read_file(tmp_path / "a.jsonl")) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\\ud800"}', "line 3 holds the character"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "line 2 could not be read"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}', "line 2 could not be read"),
+        ("a.txt", b"one\x00two", "document 1 holds the character"),
+    ],
+)
+def test_odd_text_is_named_by_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        list(corpora.read_file(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, text in (("a.txt", "abc"), ("a.jsonl", '{"text": "abc"}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert list(corpora.read_file(tmp_path / name)) == ["abc"]
+
+
+def test_part_of_a_corpus_is_not_taken_for_all_of_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text " * 500)
+    prepare = lambda name="mine", **how: corpora.prepare(name, "bytes", tmp_path, files=[tmp_path / "a.txt"], **how)  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
+    folder = tmp_path / "mine-bytes"
+    for use in (lambda: Dataset(folder, "train"), lambda: shards.verify(folder)):
+        with pytest.raises(UsageError, match="has not ended; run: "):
+            use()
+    assert prepare() == folder and not shards.verify(folder)
+    for name, how, message in (("x" * 300, {}, "no name of a corpus"), ("other", {"shard_tokens": 0}, "--shard-tokens must")):
+        with pytest.raises(UsageError, match=message):
+            prepare(name, **how)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(vocab_size=-1),
+        lambda m: m.update(eot="x"),
+        lambda m: m["splits"]["train"][0].update(tokens=10**30),
+        lambda m: m["splits"]["train"][0].update(tokens=math.inf),
+        lambda m: m["splits"].update(train=m["splits"]["train"] * 1000),
+        lambda m: m["splits"].update(val=5),
+        "[" * 100_000,
+        "folder",
+        "pipe",
+    ],
+)
+def test_a_dataset_json_of_others(tmp_path, change):
+    folder = made(tmp_path)
+    manifest = {"splits": {s: [{"file": f"mine_{s}_000000.bin", "tokens": 9, "sha256": "0" * 64}] for s in ("train", "val")}}
+    manifest |= dict(vocab_size=256, eot=0)
+    path = folder / "dataset.json"
+    path.unlink(missing_ok=True)
+    if change in ("folder", "pipe"):
+        {"folder": os.mkdir, "pipe": os.mkfifo}[change](path)
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(change(manifest) or manifest))
+    with pytest.raises(UsageError, match="json is damaged"):
+        shards.read_manifest(folder)
 
 
 def test_a_name_holds_the_files_that_it_was_given(tmp_path):

@@ -269,8 +269,8 @@ def test_every_flipped_byte_is_found(two):
     ("harm", "message"),
     [
         (lambda p: (p / "DONE").unlink(), "not finished"),
-        (lambda p: (p / "DONE").write_text("{"), "DONE is damaged"),
-        (lambda p: (p / "DONE").write_text("[]"), "DONE is damaged"),
+        (lambda p: (p / "DONE").write_text("{"), "DONE or state.json is damaged"),
+        (lambda p: (p / "DONE").write_text("[]"), "DONE or state.json is damaged"),
         (lambda p: os.truncate(p / "model.safetensors", 1000), "model.safetensors is damaged"),
         (lambda p: (p / "state.json").unlink(), "does not hold the files"),
         (lambda p: (p / "state" / "more.safetensors").write_bytes(b""), "does not hold the files"),
@@ -760,8 +760,9 @@ def test_packed_state_comes_back():
     state |= {"d": deque([1, 2], 5), "f": frozenset("ab"), "y": torch.bfloat16, "n": np.float32(0.1), "m": np.arange(4)}
     state["h"] = {"code": b"a pickle"}
     tensors: dict[str, torch.Tensor] = {}
-    packed = json.loads(json.dumps(checkpoint.pack(state, "s", tensors)))
-    back = checkpoint.unpack(packed, tensors, checkpoint.blobs(state))
+    own: dict[str, bytes] = {}
+    packed = json.loads(json.dumps(checkpoint.pack(state, "s", tensors, own)))
+    back = checkpoint.unpack(packed, tensors, own)
     assert np.array_equal(back.pop("m"), state.pop("m")) and same(back, state) and len(tensors) == 4
     assert {key: type(value) for key, value in back.items()} == {key: type(value) for key, value in state.items()}
     assert back["d"].maxlen == 5 and "a pickle" not in json.dumps(packed)
@@ -769,7 +770,7 @@ def test_packed_state_comes_back():
         checkpoint.unpack(packed, tensors, {})
     for wrong, word in (({"a": object()}, "object"), ({None: 3}, "key of type NoneType")):
         with pytest.raises(TypeError, match=word):
-            checkpoint.pack(wrong, "s", {})
+            checkpoint.pack(wrong, "s", {}, {})
 
 
 def rewritten(path: Path, change) -> None:

@@ -68,7 +68,7 @@ def test_several_ranks_on_an_apple_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("there", "backend"), [(True, "nccl"), (False, "gloo")])
 def test_without_nccl_ranks_take_gloo(there, backend, gpus, monkeypatch):
-    gpus(2, RANK=0, WORLD_SIZE=2)
+    gpus(2, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
     found = []
     monkeypatch.setattr(dist, "is_nccl_available", lambda: there)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
@@ -153,6 +153,20 @@ def test_out_of_memory_is_a_line_with_a_way_out(flags, way, train, monkeypatch, 
     assert printed.startswith(
         "train_gpt.py: rank 0, step 4: forward and backward: CUDA out of memory. Tried to allocate 2.00 GiB;"
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "x"}, {"RANK": "-1"}),
+        {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+    ],
+)
+def test_an_environment_of_ranks_that_makes_no_sense_is_refused(monkeypatch, given):
+    for name, word in given.items():
+        monkeypatch.setenv(name, word)
+    with pytest.raises(UsageError, match="torchrun sets them"):
+        World("cpu")
 
 
 def test_what_befalls_several_ranks_is_said_once():

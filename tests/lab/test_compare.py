@@ -17,7 +17,7 @@ import train_gpt
 import tricks
 from config import resolve
 from engine import run_folder, spec
-from lab import comparison, ledger, plots, runner, stats, trials
+from lab import comparison, ledger, markdown, plots, runner, stats, trials
 from lab.ledger import Row, read_rows
 from lab.records import reports
 from lab.trials import Outcome
@@ -515,6 +515,12 @@ def test_arms_take_what_was_tuned_on_a_workload():
     assert (free.optimizer, free.schedule) == (best["schedule_free_adamw"]["optimizer"], "constant")
     keys = spec.split(best["muon"]["optimizer"])[1] | {"momentum": "0.9"}
     assert spec.split(muon.optimizer)[1] == keys and muon.schedule == best["muon"]["schedule"]
+
+
+def test_names_of_others_are_text():
+    """No formula in a picture, no tag in a page."""
+    assert plots.short("a$^$b") == r"a\$^\$b"
+    assert "| &lt;img src=x> x <- 1 \\| 2 |" in markdown.table(["name"], [["<img src=x> x <- 1 | 2"]])
 
 
 @pytest.mark.parametrize(

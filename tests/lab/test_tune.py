@@ -263,7 +263,7 @@ def test_bad_words_are_one_line(fake, tmp_path, capsys):
         ("--trials", "3"): "tune what?",
         ("--optimizers", "muoon"): "did you mean 'muon'?",
         ("--optimizers", "adamw", "--trials", "0"): "--trials must be at least 1",
-        ("--optimizers", "adamw", "--machine-hours", "-1"): "--machine-hours must be above 0",
+        ("--optimizers", "adamw", "--machine-hours", "-1"): "--machine-hours must be at least 0",
         ("--optimizers", "adamw", "--trails", "3"): "unrecognized arguments: --trails",
         ("--report",): "holds no finished trial",
     }.items():
