@@ -95,8 +95,9 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
     """What `arm` saves against `base`: a verdict, and a ratio with interval and p for each cost."""
     matched = pairs(base, arm)
     made: dict[str, Any] = {"n": len(matched), "confirmed": {}, "equal_loss": {}}
+    few = {"verdict": "not decided", "why": f"{len(matched)} pairs of confirming runs: at least three are needed"}
     if len(matched) < 2:
-        return made | {"verdict": "not decided", "why": f"{len(matched)} pairs of confirming runs: at least two are needed"}
+        return made | few
     whole, equal = ratios(matched, per_step=False), {}
     horizons = horizon(base, target), horizon(arm, target)
     if all(horizons):
@@ -114,11 +115,11 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
         made["basis"], judged = "confirmed runs", whole["train_time"]
         smallest = stats.smallest_difference(judged.n, judged.sd, ALPHA)
     else:
-        why = f"no horizon, and not confirmed at the target: {' and '.join(missing)}"
-        return made | {"verdict": "not decided", "why": why}
+        return made | few | {"why": f"no horizon, and not confirmed at the target: {' and '.join(missing)}"}
+    if len(matched) < 3:  # two agree by luck too often
+        return made | few
     made["smallest_difference"] = math.expm1(smallest) if smallest < 700 else math.inf
-    shown = "faster" if judged.ratio > 1 else "slower"
-    return made | {"verdict": shown if judged.p < ALPHA else "no difference shown"}
+    return made | {"verdict": "no difference shown" if judged.p >= ALPHA else "faster" if judged.ratio > 1 else "slower"}
 
 
 def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
@@ -191,7 +192,8 @@ def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
     line = f"{ratio['arm']}: {verdict} {'to' if no_difference else 'than'} {ratio['base']}, {ratio_words(time)} in wall-clock "
     line += f"at {ratio['basis']}, {steps} in steps, p = {time['p']:.2g}, n = {ratio['n']} pairs"
     if no_difference:
-        line += f"; a difference of {ratio['smallest_difference']:.1%} would have been shown"
+        least = ratio["smallest_difference"]
+        line += f"; a difference of {least:.1%} would have been shown" if least < 1 else "; a factor of 2 would not have been"
     if not claim["met"]:
         reason = claim.get("why") or f"mean {claim['mean']:.4f}, p = {claim['p']:.2g}"
         line += f"; NOT confirmed at {claim['steps']} steps ({reason})"

@@ -25,4 +25,4 @@ def listing() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("optimizers", lambda: "\n\n".join(map(show, sys.argv[1:])) or listing()))
+    sys.exit(command("optimizers", lambda: "\n\n".join(show(word) for word in sys.argv[1:] if word[:1] != "-") or listing()))

@@ -548,6 +548,15 @@ def test_a_horizon_without_an_end_is_none():
     assert math.isinf(stats.horizon(lengths, losses, 3.03).high) and comparison.horizon(at(scattered), 3.03) is None
 
 
+def test_two_pairs_show_nothing():
+    """However well they agree; a ratio is given, and no verdict."""
+    rng = np.random.default_rng(0)
+    both = {n: [rows_of("a", 200, 0.10, rng, seeds=n), rows_of("b", 100, 0.10, rng, seeds=n)] for n in (2, 3)}
+    two, three = (comparison.compare(*both[n], 3.03) for n in (2, 3))
+    assert two["verdict"] == "not decided" and "2 pairs" in two["why"] and two["equal_loss"]["steps"]["ratio"] > 1.5
+    assert three["verdict"] == "faster"
+
+
 # ---------------------------------------------------------------- the rate of wrong verdicts
 
 
