@@ -127,7 +127,7 @@ def references(packed: Any) -> Iterator[dict[str, Any]]:
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         yield packed
-    elif kind not in ("value", "bytes", "torch.dtype", "numpy", "dict", *SEQUENCES):
+    elif (kind if kind != "torch.dtype" else content) not in ("value", "bytes", "numpy", "dict", *SEQUENCES, *DTYPES.values()):
         raise ValueError(kind)
     inner = {"numpy": lambda: [content], "dict": lambda: [value for _, value in content]}
     for value in inner.get(kind, lambda: content if kind in SEQUENCES else ())():
