@@ -111,8 +111,9 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def typed_keys(cls: type) -> dict[str, Any]:
-    """Key -> annotation of what `cls` accepts: dataclass fields, or the parameters of its constructor, without the first, which
-    has the weights. A parameter that is not annotated takes the type of its default: a whole number may be a fraction too."""
+    """Key -> annotation of what `cls` accepts: dataclass fields, or the parameters of its constructor, without a first that
+    has no default: the weights. A parameter that is not annotated takes the type of its default; where that is a whole number,
+    fractions too."""
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -120,9 +121,9 @@ def typed_keys(cls: type) -> dict[str, Any]:
         hints = typing.get_type_hints(cls.__init__)
     except Exception:  # annotations of a class of others, with names that do not exist
         hints = {}
-    keys, (_, *parameters) = {}, inspect.signature(cls).parameters.values() or (None,)
-    for p in parameters:
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+    keys = {}
+    for place, p in enumerate(inspect.signature(cls).parameters.values()):
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and (place or p.default is not p.empty):
             default = None if p.default is p.empty else p.default
             of_default = int | float if type(default) is int else type(default)
             keys[p.name] = hints.get(p.name, float if p.name == "lr" and default is None else of_default)

@@ -141,9 +141,7 @@ def verify(names: list[str], rerun: bool) -> int:
         print(f"made by other sources than these, at commits {made}: {instead}")
     report_count = sum(isinstance(one, Report) for one in kept)
     print(f"{len(kept) - report_count} records, {report_count} reports, {broken} with a broken rule")
-    print(
-        "logs that were invented as a whole, so that everything follows from them, are not found: --rerun trains a seed again"
-    )
+    print("found is what the rules name (records/README.md); logs that were invented as a whole are found by --rerun alone")
     return 2 if broken else 0
 
 

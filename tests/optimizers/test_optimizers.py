@@ -596,6 +596,8 @@ def test_keys_of_a_class_of_others_have_the_types_that_it_states(tmp_path):
         "        self.given = dict(flag=flag, mix=mix, count=count, word=word)\n"
         "        super().__init__(params, lr=lr, weight_decay=weight_decay)\n"
     )
+    plain = type("Plain", (), {"__init__": lambda self, final=0.1, *, warmup=0: None})  # of a schedule: it takes no weights
+    assert typed_keys(plain) == {"final": float, "warmup": int | float}
     trust([f"{file}:Mine"])
     made = build(f"{file}:Mine:lr=0.1,flag=false,mix=true,weight_decay=0.1,word=0.5", tiny())
     assert made.given == dict(flag=False, mix=True, count=3, word=0.5) and made.param_groups[0]["weight_decay"] == 0.1
