@@ -8,6 +8,7 @@ Settings are taken in this order, later ones win: defaults here, track, tricks a
 import argparse
 import dataclasses
 import functools
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,7 @@ from typing import Any
 import optimizers
 import tricks
 from engine.command import Parser
+from engine.run_folder import PRESENTATION
 from engine.schedules import Course
 from engine.spec import UsageError, convert, nearest, refusal, setting, split
 from layers.shape import ModelConfig, flops_per_token
@@ -57,7 +59,8 @@ class Config:
     val_every: int = setting(0, "steps between validations; 0: five times a run. The last step is always validated")
     target_loss: float = setting(0.0, "validation loss to reach, nats per token; 0: none")
     stop_at_target: bool = setting(False, "stop at the first validation that meets the target")
-    out: str = setting("", "run folder; empty: runs/<track>/<recipe>-s<seed>-<hash>")
+    out: str = setting("", "run folder; empty: runs/<track>/<name>-s<seed>-<hash>")
+    name: str = setting("", "what the run folder's name begins with; empty: the recipe and what flags change of it")
     resume: str = setting(
         "auto",
         "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint",
@@ -115,6 +118,7 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
     words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
     settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)
     settings["schedule"] = given.get("schedule", schedule)  # whoever asks for one gets it
+    settings["name"] = given.get("name") or run_name(recipe, given)
     for key, value in settings.items():
         if why := refusal(key, value, FIELDS[key].metadata):
             raise UsageError(f"{flag_of(key)} {why}")
@@ -143,6 +147,20 @@ def flags_given(argv: list[str], description: str) -> dict[str, Any]:
     }
 
 
+def run_name(recipe: str, given: dict[str, Any]) -> str:
+    """The recipe and the flags that change it: modern-muon-steps300. Of a SPEC its name alone: the hash has the rest."""
+    words = [recipe]
+    for key in (key for key in FIELDS if key in given and key not in ("track", "tricks", "seed", *PRESENTATION)):
+        value = given[key]
+        if isinstance(value, bool):
+            words.append(key if value else f"no_{key}")
+        elif isinstance(value, str):
+            words.append(split(value)[0].rpartition(":")[2])
+        else:
+            words.append(key + ("_".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"))
+    return re.sub(r"[^\w.,+-]+", "_", "-".join(filter(None, words)))
+
+
 def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that are fields of a dataclass."""
     return {f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings}
@@ -154,6 +172,8 @@ def check(config: Config, model_config: ModelConfig) -> None:
     optimizer, _ = optimizers.find(config.optimizer), optimizers.build_average(config.average, config.steps)
     course = Course(config)
     T = model_config.sequence_length
+    if not re.fullmatch(r"[\w,+-][\w.,+-]*", config.name):
+        raise UsageError(f"--name takes letters, digits and . , + - _; not {config.name!r}")
     if not 0 <= config.loss_tokens <= T:
         raise UsageError(f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}")
     if config.stop_at_target and not config.target_loss:

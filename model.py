@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.spec import UsageError
-from layers.attention import attention
+from layers.attention import KeyValues, attention
 from layers.kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
 from layers.ngrams import NgramEmbedding
 from layers.residual import AttentionExtras, ResidualPaths, Smear
@@ -116,6 +116,7 @@ class Attention(nn.Module):
         self.scale = config.attention_scale or config.head_width**-0.5
         self.window = config.windows()[layer]
         self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
+        self.past: KeyValues | None = None  # GPT.remember
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
@@ -131,12 +132,16 @@ class Attention(nn.Module):
         dropout = config.dropout if self.training else 0.0
         q, k, v = *qk.unbind(2), v.squeeze(2)  # [B, T, H, D]
         if self.extras is not None:
-            k, v = self.extras.before(k, v, x, values)
+            v = self.extras.before(v, x, values)
+        if self.past is not None:
+            k, v = self.past.extend(k, v)
+        if self.extras is not None:
+            k = self.extras.keys(k)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         y = attention(q, k, v, self.scale, dropout, self.window, documents, config.attention)
         y = y.transpose(1, 2)  # [B, T, H, D]
         if self.extras is not None:
-            y = self.extras.after(y, v.transpose(1, 2), x)
+            y = self.extras.after(y, v.transpose(1, 2)[:, -T:], x)
         return self.projection(y.reshape(B, T, C))
 
 
@@ -235,21 +240,31 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, future: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab_size] fp32 of tokens [B, T] int64, T at most sequence_length; or, when targets are given (int64,
-        the tokens one position later), the mean cross-entropy in nats. future: [n] fp32, weights of the losses on the n tokens
-        after those (`future_loss`), for training alone."""
-        x = self.embedding(tokens)
+    def embed(self, tokens: Tensor, past: int) -> Tensor:
+        """What enters the first block, [B, T - past, C]: of tokens [B, T] those after the first `past`."""
+        reach = 1 if self.ngrams is None else max(self.ngrams.orders)  # so far do smear and n-grams look back
+        first = max(0, past - reach)
+        near = tokens[:, first:]
+        x = self.embedding(near)
         if self.positions is not None:
-            x = x + self.positions.weight[: tokens.size(1)]
+            x = x + self.positions.weight[first : tokens.size(1)]
         if self.ngrams is not None:
-            x = x + self.ngrams(tokens)
+            x = x + self.ngrams(near)
         x = self.dropout(x.to(self.compute_dtype))
         if self.smear is not None:
             x = self.smear(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        rotary = None if self.positions is not None else (self.cos, self.sin)
+        return x[:, past - first :]
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, future: Tensor | None = None) -> Tensor:
+        """Logits [B, T, vocab_size] fp32 of tokens [B, T] int64, T at most sequence_length; or, when targets are given (int64,
+        the tokens one position later), the mean cross-entropy in nats. future: [n] fp32, weights of the losses on the n tokens
+        after those (`future_loss`), for training alone. After `remember`, logits [B, new, vocab_size] of the tokens that an
+        earlier call has not seen."""
+        past = 0 if self.blocks[0].attention.past is None else self.blocks[0].attention.past.length
+        x = self.embed(tokens, past)
+        rotary = None if self.positions is not None else (self.cos[past:], self.sin[past:])
         # by number; what precedes the first end-of-text is 0
         documents = (tokens == self.config.end_of_text).cumsum(1) if self.config.document_mask else None
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
@@ -258,7 +273,7 @@ class GPT(nn.Module):
             for block in blocks:
                 x = block(x, rotary, documents=documents)
         else:
-            x = self.paths(blocks, x, rotary, tokens, documents)
+            x = self.paths(blocks, x, rotary, tokens[:, past:], documents)
         logits = self.head(self.norm(x))
         config = self.config
         if targets is None or future is not None:
@@ -266,6 +281,11 @@ class GPT(nn.Module):
             return logits if targets is None else future_loss(logits, targets, future)
         cap, form = config.logit_softcap, config.softcap_form
         return cross_entropy(logits.flatten(0, 1), targets.flatten(), config.vocab_size, cap, form)
+
+    def remember(self) -> None:
+        """From now on keep keys and values, so that a later call with more tokens computes those alone; start anew."""
+        for block in self.blocks:
+            block.attention.past = KeyValues(self.config.sequence_length)
 
     def free_windows(self) -> None:
         """Make the windows inputs of the graph, for FlexAttention alone: one tensor for all blocks with the same window, which

@@ -1,11 +1,13 @@
 """Text from a trained model.
 
-python sample.py --run runs/cpu/record-s0-1a2b3c4d --prompt "The state of the union" --tokens 300
+python sample.py --prompt "The state of the union" --tokens 300        of the newest run
+python sample.py --run runs/cpu/record-s0-1a2b3c4d --stream
 """
 
 from engine import checkpoint  # before torch  # isort: skip
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import torch
 from config import FIELDS, only
 from data import tokenizers
 from engine.command import Parser, command
-from engine.run_folder import read_json
+from engine.run_folder import found, read_json
 from engine.schedules import Course
 from engine.spec import UsageError
 from layers.shape import ModelConfig
@@ -29,7 +31,7 @@ def load_model(run: Path) -> tuple[GPT, dict]:
         config = {name: field.default for name, field in FIELDS.items()} | read_json(run / "config.json") | rates
         gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))
     except FileNotFoundError:
-        raise UsageError(f"{run} holds no run; runs are listed by: ls runs/*") from None
+        raise UsageError(f"{run} holds no run; ./run.sh runs lists them") from None
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{run / 'config.json'}: {error}") from None
     path, passed = checkpoint.newest(run / "checkpoints")
@@ -42,33 +44,44 @@ def load_model(run: Path) -> tuple[GPT, dict]:
 
 @torch.no_grad()
 def generate(
-    gpt: GPT, tokens: list[int], count: int, temperature: float, top_k: int, seed: int, vocabulary: int
-) -> list[int]:  # fmt: skip
-    """`tokens` continued by `count` sampled ones below `vocabulary`; the context is the last `sequence_length` of them. At
-    temperature 0 the likeliest token is taken. top_k: sample among so many likeliest; 0: all."""
+    gpt: GPT, tokens: list[int], count: int, *, temperature: float, top_k: int, top_p: float, seed: int, vocabulary: int
+) -> Iterator[int]:  # fmt: skip
+    """`count` sampled tokens below `vocabulary`, each as it comes, that continue `tokens`. Keys and values are kept. A context
+    that is full keeps its last half.
+
+    At temperature 0 the likeliest token is taken. top_k: sample among so many likeliest; 0: all. top_p: among the likeliest
+    that have this probability together (nucleus sampling, arXiv 1904.09751); 1: all.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(tokens)
+    room = gpt.config.sequence_length
+    context = tokens[-room:]
+    gpt.remember()
     for _ in range(count):
-        context = torch.tensor([tokens[-gpt.config.sequence_length :]])
-        logits = gpt(context)[0, -1, :vocabulary].double()
+        if len(context) > room:
+            context = context[-max(1, room // 2) :]
+            gpt.remember()
+        logits = gpt(torch.tensor([context]))[0, -1, :vocabulary].double()
         if temperature == 0:
-            tokens.append(int(logits.argmax()))
-            continue
-        if top_k:
-            floor = logits.topk(min(top_k, len(logits))).values[-1]
-            logits = logits.masked_fill(logits < floor, float("-inf"))
-        tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
-    return tokens
+            token = int(logits.argmax())
+        else:
+            likeliest, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+            inside = likeliest.cumsum(-1) - likeliest < top_p  # what precedes a token has less than top_p together
+            inside[top_k or len(inside) :] = False
+            token = int(order[torch.multinomial(likeliest * inside, 1, generator=generator)])
+        context.append(token)
+        yield token
 
 
 def parser() -> Parser:
     flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--run", type=Path, required=True, help="run folder of the trained model")
+    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
     flags.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     flags.add_argument("--tokens", type=int, default=300, help="tokens to add")
     flags.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     flags.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    flags.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that have this probability together")
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--stream", action="store_true", help="print the text as it comes")
     flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
     return flags
 
@@ -78,6 +91,13 @@ def sample(argv: list[str]) -> str:
     for name in ("tokens", "temperature", "top_k", "seed"):
         if not 0 <= (value := getattr(options, name)) <= 2**53:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 0 and a usual number, got {value}")
+    if not 0 < options.top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
+    if options.run is None:
+        options.run = next((run for run in found(Path("runs")) if any((run / "checkpoints").glob("step-*"))), None)
+        if options.run is None:
+            raise UsageError("runs/ holds no trained model: ./run.sh trains one, --run names one elsewhere")
+        print(f"the newest run: {options.run}", file=sys.stderr)
     gpt, config = load_model(options.run)
     tokenizer = tokenizers.get(config["tokenizer"], options.data_root)  # not where the run folder says: it may be a stranger's
     try:
@@ -86,8 +106,15 @@ def sample(argv: list[str]) -> str:
         raise UsageError(f"--prompt is no text of the tokenizer {tokenizer.name}: {error}") from None
     if max(start) >= gpt.config.vocab_size:
         raise UsageError(f"the tokenizer {tokenizer.name} has tokens that the model, with {gpt.config.vocab_size}, has not")
-    tokens = generate(gpt, start, options.tokens, options.temperature, options.top_k, options.seed, tokenizer.vocab_size)
-    return tokenizer.decode(tokens[1:])
+    how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    tokens, printed = start[1:], ""
+    for token in generate(gpt, start, options.tokens, **how, vocabulary=tokenizer.vocab_size):
+        tokens.append(token)
+        if options.stream:  # a character may be several tokens: until it is whole it ends with the replacement character
+            text = tokenizer.decode(tokens).rstrip("\ufffd")
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    return tokenizer.decode(tokens)[len(printed) :]
 
 
 def main(argv: list[str]) -> int:

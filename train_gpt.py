@@ -5,7 +5,7 @@
     python train_gpt.py --track gpt2-small --tricks record          one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track gpt2-small --tricks record
 
-What comes out: one run folder (runs/<track>/<recipe>-s<seed>-<hash>) with config.json, env.json, log.jsonl (an event
+What comes out: one run folder (runs/<track>/<name>-s<seed>-<hash>) with config.json, env.json, log.jsonl (an event
 a line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (whether the target was reached stands in
 result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written), or memory or disk is full,
 3 diverged, 75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
@@ -229,7 +229,7 @@ class Training:
         """Find or make the run folder, lock it, and choose the checkpoint to continue from."""
         config, world = self.config, self.world
         settings = all_settings(config, self.model_config, recipe)
-        self.run_folder = Run(Path(config.out or default_folder(settings, recipe)), settings, config.resume, world.main)
+        self.run_folder = Run(Path(config.out or default_folder(settings)), settings, config.resume, world.main)
         folder = self.run_folder.checkpoints
         origin = dict(config=settings_hash(settings), data=self.fingerprint, source=source_hash())
         self.checkpoints = Checkpoints(folder, origin, config.keep, config.milestone_every)

@@ -25,8 +25,8 @@ from engine.spec import UsageError
 ROOT = Path(__file__).parent.parent
 # Settings that do not change what is computed: left out of the run's hash.
 PRESENTATION = (
-    "out", "resume", "branch", "data_root", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "check_ranks",
-    "timeout", "wandb", "tensorboard", "val_also",
+    "out", "name", "resume", "branch", "data_root", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every",
+    "check_ranks", "timeout", "wandb", "tensorboard", "val_also",
 )  # fmt: skip
 
 
@@ -44,9 +44,15 @@ def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> st
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def default_folder(settings: dict[str, Any], recipe: str) -> str:
-    """runs/<track>/<recipe>-s<seed>-<hash of everything that changes what is computed>. A file's name has 255 bytes at most."""
-    return str(Path("runs") / settings["track"] / f"{recipe[:100]}-s{settings['seed']}-{settings_hash(settings)[:8]}")
+def default_folder(settings: dict[str, Any]) -> str:
+    """runs/<track>/<name>-s<seed>-<hash of everything that changes what is computed>. A file's name has 255 bytes at most."""
+    return str(Path("runs") / settings["track"] / f"{settings['name'][:100]}-s{settings['seed']}-{settings_hash(settings)[:8]}")
+
+
+def found(root: Path) -> list[Path]:
+    """The run folders below a folder, the newest first: by when their logs were last written."""
+    logs = [path for path in root.rglob("log.jsonl") if (path.parent / "config.json").is_file()]
+    return [path.parent for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def now_utc() -> str:

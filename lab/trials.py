@@ -55,7 +55,7 @@ class Trial:
         """Where the trainer puts this run. Raises UsageError: what the trainer refuses: an unknown trick, a value out of
         range."""
         config, model_config, recipe = resolve(self.flags)
-        return (self.root or RUNS) / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
+        return (self.root or RUNS) / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe))
 
     @property
     def result(self) -> dict[str, Any] | None:

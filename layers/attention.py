@@ -26,20 +26,36 @@ from engine.spec import UsageError
 from layers import kernels
 
 
-def visible(T: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys (last dimension) each query may see: bool [T, T], with documents [B, 1, T, T]."""
+class KeyValues:
+    """Keys and values of the tokens so far, for text that is continued token by token; `room` tokens at most."""
+
+    def __init__(self, room: int):
+        self.room, self.length = room, 0
+
+    def extend(self, *new: Tensor) -> list[Tensor]:
+        """Keys and values [B, T, H, D] of the next tokens -> those of all tokens since `length` was 0."""
+        if not self.length:
+            self.kept = [x.new_empty(x.size(0), self.room, *x.shape[2:]) for x in new]
+        begin, self.length = self.length, self.length + new[0].size(1)
+        for kept, x in zip(self.kept, new):
+            kept[:, begin : self.length] = x
+        return [kept[:, : self.length] for kept in self.kept]
+
+
+def visible(T: int, window: int, documents: Tensor | None, device: torch.device, past: int = 0) -> Tensor:
+    """Which keys (last dimension) each query after the first `past` may see: bool [T - past, T], with documents [B, 1, ...]."""
     at = torch.arange(T, device=device)
-    distance = at[:, None] - at
+    distance = at[past:, None] - at
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
-    return seen if documents is None else seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    return seen if documents is None else seen & (documents[:, None, past:, None] == documents[:, None, None, :])
 
 
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int = 0, documents: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale q k^T + mask) v, written out: the reference for the others."""
+    """softmax(scale q k^T + mask) v, written out: the reference for the others. Fewer queries than keys are the last ones."""
     scores = (q @ k.transpose(-2, -1)).float() * scale
-    hidden = ~visible(q.size(-2), window, documents, q.device)
+    hidden = ~visible(k.size(-2), window, documents, q.device, past=k.size(-2) - q.size(-2))
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 
@@ -134,8 +150,10 @@ def attention(
     documents: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + causal mask) v, [B, H, T, D], by the back-end that `choose` gives; a window that is a tensor: by
-    flex alone. Raises UsageError: the back-end cannot do this here."""
-    if isinstance(window, int) and window >= q.size(-2):
+    flex alone; where keys were kept (`KeyValues`): plain. Raises UsageError: the back-end cannot do this here."""
+    if isinstance(window, int) and window >= k.size(-2):
         window = 0
+    if q.size(-2) < k.size(-2):
+        return plain_attention(q, k, v, scale, dropout, window, documents)
     masked = isinstance(window, Tensor) or bool(window) or documents is not None
     return ATTENTION[choose(q.device, dropout, masked, backend)](q, k, v, scale, dropout, window, documents)

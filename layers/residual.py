@@ -173,12 +173,14 @@ class AttentionExtras(nn.Module):
         own = config.key_offset or config.exclusive_attention or config.attention_gate
         return own or value_table(config, layer) is not None
 
-    def before(self, k: Tensor, v: Tensor, x: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, T, H, D] to attend with; x [B, T, C] is what attention reads, values [B, T, C] the block's
-        value embeddings."""
-        if self.key_offset:
-            k = offset_keys(k)
-        return k, v if self.values is None else self.values(v, values, x)
+    def before(self, v: Tensor, x: Tensor, values: Tensor | None) -> Tensor:
+        """Values [B, T, H, D] to attend with; x [B, T, C] is what attention reads, values [B, T, C] the block's value
+        embeddings."""
+        return v if self.values is None else self.values(v, values, x)
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Keys [B, T, H, D] to attend with, of all tokens."""
+        return offset_keys(k) if self.key_offset else k
 
     def after(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """What the heads say, [B, T, H, D]."""

@@ -34,6 +34,23 @@ def awake(gpt: GPT) -> GPT:
     return gpt
 
 
+def test_kept_keys_and_values_give_the_same_logits():
+    """Token by token and in pieces, with everything that looks back: smear, n-grams, key offsets, windows, documents."""
+    modern = dict(positions="half_rotary", norm="rmsnorm", qk_norm=True, activation="relu2", bias=False, tied_head=False)
+    back = dict(smear=True, ngram_buckets=64, ngram_orders="2,4", key_offset=True, window=8, window_pattern="SL", yarn=True)
+    paths = dict(value_embeddings=1, value_gates=True, skips="unet", backout=True, input_shortcut=True, attention_gate=True)
+    kinds = [{}, modern, modern | back, modern | back | paths | dict(layers=3, exclusive_attention=True, embed_norm=True)]
+    for settings in (*kinds, modern | dict(document_mask=True, end_of_text=7, window=16, smear=True)):
+        gpt = awake(small(**settings)).eval()
+        with torch.no_grad():
+            whole = gpt(TOKENS)
+            gpt.remember()
+            ends = [5, 6, 7, 8, 20, 21, 47, 48]
+            pieces = torch.cat([gpt(TOKENS[:, :end]) for end in ends], dim=1)
+        torch.testing.assert_close(pieces, whole, atol=2e-4, rtol=1e-4)
+        assert (whole[:, 1:] - whole[:, :-1]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     "changed",
     [

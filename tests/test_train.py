@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -492,10 +494,26 @@ def test_finished_run_is_not_trained_again(train, capsys):
 
 def test_run_folders_differ_by_what_is_computed():
     def folder(*flags):
-        config, model_config, recipe = resolve(["--track", "tiny", *flags])
-        return run_folder.default_folder(run_folder.all_settings(config, model_config, recipe), recipe)
+        return run_folder.default_folder(run_folder.all_settings(*resolve(["--track", "tiny", *flags])))
 
     plain = folder()
+    name = folder(
+        "--tricks",
+        "modern",
+        "--steps",
+        "9",
+        "--optimizer",
+        "muon:lr=0.1",
+        "--no-bias",
+        "--batch-stages",
+        "1/2",
+        "--batch-rates",
+        "1/2",
+    )
+    assert name.startswith("runs/tiny/modern-muon-steps9-batch_stages1_2-batch_rates1_2-no_bias-s0-")
+    assert folder("--name", "mine").startswith("runs/tiny/mine-s0-") and folder("--name", "mine")[-8:] == plain[-8:]
+    with pytest.raises(UsageError, match="--name takes letters"):
+        folder("--name", "../mine")
     assert plain == folder("--wandb") == folder("--resume", "never") and plain.startswith("runs/tiny/baseline-s0-")
     others = [
         folder("--seed", "1"),
@@ -532,7 +550,7 @@ def test_an_own_optimizer_that_was_changed_is_another_run(train, tmp_path, capsy
     mine = tmp_path / "mine.py"
     flags = ["--steps", "2", "--optimizer", f"{mine}:SignDescent:lr=0.002"]
     spec.trust(flags)
-    named = lambda: run_folder.default_folder(run_folder.all_settings(*resolve(flags)), "baseline")  # noqa: E731
+    named = lambda: run_folder.default_folder(run_folder.all_settings(*resolve(flags)))  # noqa: E731
     mine.write_text(OWN_OPTIMIZER)
     before = named()
     train(*flags)
@@ -588,9 +606,20 @@ def test_sampling(train, capsys):
     assert sample.main(["--run", str(folder), "--prompt", "Abc", "--tokens", "5", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("Abc")
     assert sample.main(["--run", str(folder / "nowhere")]) == 2
-    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(folder.parent)
+        assert sample.main([]) == 2 and "runs/ holds no trained model" in capsys.readouterr().err
+        shutil.copytree(folder, "runs/tiny/old")
+        shutil.copytree(folder, "runs/tiny/new")
+        for run, when in (("new", 2e9), ("old", 1e9)):
+            os.utime(f"runs/tiny/{run}/log.jsonl", (when, when))
+        assert sample.main(["--tokens", "1"]) == 0 and "the newest run: runs/tiny/new" in capsys.readouterr().err
+    once, streamed = (["--prompt", "é", "--tokens", "90", "--top-p", "0.9", *more] for more in ([], ["--stream"]))
+    texts = [sample.main(["--run", str(folder), *words]) or capsys.readouterr().out for words in (once, streamed)]
+    assert texts[0] == texts[1] and len(texts[0]) > 40  # longer than the context
     for words in (
         *(["--temperature", "nan"], ["--temperature", "-1"], ["--top-k", "-1"], ["--tokens", "-5"], ["--seed", "1" * 20]),
+        *(["--top-p", "0"], ["--top-p", "nan"]),
         ["--prompt", "\ud800"],
     ):
         assert sample.main(["--run", str(folder), *words]) == 2
