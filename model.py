@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.scale = config.attention_scale or config.head_width**-0.5
         self.window = config.windows()[layer]
         self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
-        self.past: KeyValues | None = None  # GPT.remember
+        self.past: KeyValues | None = None  # GPT.remember()
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
@@ -201,6 +201,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.seen: tuple[float, ...] = (1.0,)  # see()
+        self.kept: list[KeyValues] = []  # remember()
         self.embedding = nn.Embedding(config.padded_vocab, config.width)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.sequence_length, config.width) if learned else None
@@ -224,6 +225,8 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """GPT-2's initialisation; zeros where `zero_init_projections` asks for them."""
         config = self.config
+        if self.embedding.weight.is_meta:  # nothing to fill, and PyTorch is slow at that
+            return
         for name, p in self.named_parameters():
             if name.startswith("ngrams") or name.endswith("gate.weight"):
                 nn.init.zeros_(p)
@@ -262,7 +265,7 @@ class GPT(nn.Module):
         the tokens one position later), the mean cross-entropy in nats. future: [n] fp32, weights of the losses on the n tokens
         after those (`future_loss`), for training alone. After `remember`, logits [B, new, vocab_size] of the tokens that an
         earlier call has not seen."""
-        past = 0 if self.blocks[0].attention.past is None else self.blocks[0].attention.past.length
+        past = self.kept[0].length if self.kept else 0
         x = self.embed(tokens, past)
         rotary = None if self.positions is not None else (self.cos[past:], self.sin[past:])
         # by number; what precedes the first end-of-text is 0
@@ -284,8 +287,9 @@ class GPT(nn.Module):
 
     def remember(self) -> None:
         """From now on keep keys and values, so that a later call with more tokens computes those alone; start anew."""
-        for block in self.blocks:
-            block.attention.past = KeyValues(self.config.sequence_length)
+        self.kept = [KeyValues(self.config.sequence_length) for _ in self.blocks]
+        for block, past in zip(self.blocks, self.kept):
+            block.attention.past = past
 
     def free_windows(self) -> None:
         """Make the windows inputs of the graph, for FlexAttention alone: one tensor for all blocks with the same window, which

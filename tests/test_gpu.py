@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import losses, result, torchrun
+from shared import losses, result, torchrun
 from test_train import GOLDEN, GOLDEN_FLAGS, GOLDEN_TOLERANCE
 
 import tricks

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, losses
+from shared import ROOT, losses
 
 import compare
 import sample

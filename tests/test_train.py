@@ -20,7 +20,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import DATA_ROOT, ROOT, events, losses, result, same, stored, tiny, torchrun, with_needs, with_optimizer
+from shared import DATA_ROOT, ROOT, events, losses, result, same, stored, tiny, torchrun, with_needs, with_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizers

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA_ROOT, Cut, events, losses, result, same, stored, torchrun, with_needs
+from shared import DATA_ROOT, Cut, events, losses, result, same, stored, torchrun, with_needs
 
 import optimizers
 import sample

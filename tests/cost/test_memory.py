@@ -6,7 +6,7 @@ import sys
 import forks
 import pytest
 import torch
-from conftest import ROOT
+from shared import ROOT
 
 from config import resolve
 from cost.step import record_step

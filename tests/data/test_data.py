@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_ROOT
+from shared import DATA_ROOT
 
 from data import __main__ as command
 from data import corpora, shards, tokenizers, wheels

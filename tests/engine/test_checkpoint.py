@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, Cut, events, launch, losses, result, same, stored, tiny, torchrun
+from shared import ROOT, Cut, events, launch, losses, result, same, stored, tiny, torchrun
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_gpt

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DATA_ROOT
+from shared import DATA_ROOT
 
 import train_gpt
 from config import resolve

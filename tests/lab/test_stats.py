@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from scipy import stats as scipy_stats
+from shared import ROOT
 
 from lab import stats
 

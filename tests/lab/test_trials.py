@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DATA_ROOT, ROOT, tiny
+from shared import DATA_ROOT, ROOT, tiny
 
 import train_gpt
 from engine import run_folder

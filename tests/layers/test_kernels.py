@@ -11,8 +11,8 @@ import kernel_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from kernel_cases import TOLERANCE
+from shared import ROOT
 from torch import Tensor
 
 from config import resolve

@@ -15,7 +15,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import ROOT, same
+from shared import ROOT, same
 from torch import nn
 
 import optimizers
