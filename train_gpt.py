@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import optimizers
 from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
-from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, set_generators
+from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, seed, set_generators
 from engine.command import Interrupt, command
 from engine.ranks import Traffic, World, leave, reduce_in_bf16
 from engine.run_folder import Run, all_settings, code_version, default_folder, lock, now_utc, settings_hash, source_hash
@@ -209,7 +209,7 @@ class Training:
         if config.weights == "bf16":
             role = roles(self.gpt)
             self.mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
-        torch.manual_seed(config.seed * 1009 + world.rank + 1)
+        seed(config.seed * 1009 + world.rank + 1)
         self.model, self.compiled = wrap(self.gpt, config, self.course, world)
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = mean_flops(config, self.model_config)
@@ -494,11 +494,11 @@ class Training:
     def restore(self) -> int:
         """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes."""
         optimizer, saved, states = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
-        self.optimizer.load_state_dict(optimizer)
+        optimizers.restore(self.optimizer, optimizer, self.config.optimizer)
         if len(states) and saved["ranks"] == self.world.size:
             set_generators(states, self.world.device)
         else:  # other ranks than before: dropout cannot repeat itself, but must not repeat what it began with
-            torch.manual_seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
+            seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
         self.progress = self.clock.progress = Progress(**saved["progress"])
         if not self.world.main:
             self.progress.process_time = 0.0  # rank 0 has the sum of all ranks

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -243,15 +244,36 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
     return max(usable, key=step_of, default=None)
 
 
+def seed(number: int) -> None:
+    """Of all random generators that training draws from: torch's, and those that optimizers of others take."""
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
+
+
+TWISTERS = 2 * 4 * (624 + 2)  # bytes of the words, place and flag of two; after them the normal numbers that the flags are for
+
+
 def generators(device: torch.device) -> list[Tensor]:
-    """States of the random generators that training draws from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    """States of the random generators that training draws from: [bytes] uint8 each."""
+    (_, words, spare), (_, keys, place, flag, normal) = random.getstate(), np.random.get_state()
+    integers, numbers = np.array([*keys, place, flag, *words, spare is not None], "<u4"), np.array([normal, spare or 0], "<f8")
+    of_others = torch.from_numpy(np.concatenate([integers.view(np.uint8), numbers.view(np.uint8)]))
+    return [torch.get_rng_state(), of_others, *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else ())]
 
 
 def set_generators(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+    """Raises UsageError: they are no states of these generators."""
+    try:
+        torch.set_rng_state(states[0])
+        others = states[1].numpy()
+        words, (normal, spare) = others[:TWISTERS].view("<u4").tolist(), others[TWISTERS:].view("<f8").tolist()
+        np.random.set_state(("MT19937", words[:624], *words[624:626], normal))
+        random.setstate((3, tuple(words[626:1251]), spare if words[1251] else None))
+        if device.type == "cuda" and len(states) > 2:
+            torch.cuda.set_rng_state(states[2], device)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UsageError(f"the checkpoint's random generators are not those of this code: {error}") from None
 
 
 def load_weights(gpt: nn.Module, path: Path) -> None:

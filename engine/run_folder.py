@@ -31,11 +31,15 @@ PRESENTATION = (
 
 
 def all_settings(config: Any, model_config: Any, recipe: str) -> dict[str, Any]:
-    """Everything that a run is told: what config.json has. An optimizer in a file of one's own brings the file's hash."""
-    file = Path(config.optimizer.partition(":")[0])
-    own = {"optimizer_code": hashlib.sha256(file.read_bytes()).hexdigest()} if file.suffix == ".py" else {}
-    settings = vars(config) | vars(model_config) | {"recipe": recipe} | own
+    """Everything that a run is told: what config.json has."""
+    settings = vars(config) | vars(model_config) | {"recipe": recipe} | own_code(config.optimizer)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}  # as JSON has them
+
+
+def own_code(optimizer: str) -> dict[str, str]:
+    """The hash of the file that a SPEC names; empty where it names none. A file that was changed is another optimizer."""
+    file = Path(optimizer.partition(":")[0])
+    return {"optimizer_code": file_hash(file)} if file.suffix == ".py" else {}
 
 
 def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
@@ -149,6 +153,15 @@ def lock(folder: Path) -> FileLock:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
     path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now_utc()}))
     return held
+
+
+def in_use(folder: Path) -> bool:
+    """Does another process hold the folder's lock?"""
+    try:
+        with FileLock(folder / "lock", timeout=0) if (folder / "lock").exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
 
 
 class Run:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,11 +101,12 @@ Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it h
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # compute types in env.json: as --dtype has them
 ANEW = ("--resume", "never")  # `extra` of a trial that is to be trained though it has ended
+INTERRUPTED = threading.Event()  # nothing is begun or waited for any more
 
 
 def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
     """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
-    checkpoint if there is one; a diverged run is a result.
+    checkpoint if there is one; a diverged run is a result, and so is that of another experiment that is at the same trial.
 
     processes: ranks, started by torchrun where there are several. threads: of each rank; 0: what torch takes.
     """
@@ -117,15 +119,21 @@ def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["train_gpt.py", *trial.flags, "--out", str(trial.folder)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    for pause in (1, 0):
+    pauses = [1, 0]
+    while pauses:
+        while run_folder.in_use(trial.folder) and not INTERRUPTED.wait(0.5):
+            pass
+        if (result := trial.result) is not None:
+            break
         of_other_code = trial.source not in (None, run_folder.source_hash())
         code, error = run_to_end([*command, *(ANEW if of_other_code else ())], environment)
-        if (result := trial.result) is not None:
-            return Outcome(trial, result)
-        if code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
+        result = trial.result
+        if code == 2 and " is in use by " in error and not INTERRUPTED.is_set():  # somebody was quicker
+            continue
+        if result is not None or code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
-        time.sleep(pause)
-    return Outcome(trial, None, error)
+        time.sleep(pauses.pop(0))
+    return Outcome(trial, result, "" if result else error)
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, str]:

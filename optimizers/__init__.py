@@ -38,10 +38,10 @@ from optimizers import elementwise, schedule_free  # they fill the registry, in 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, keep_fp32, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
-__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes", "step"]
+__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
 
@@ -118,10 +118,12 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
     gpt, choice = unwrapped(gpt), find(spec)
     try:
         optimizer = choice.build(gpt, steps)
-    except UsageError:
-        raise
+        if hasattr(optimizer, "train"):  # which the optimizer inside a wrapper of others may lack
+            optimizer.train()
     except Exception as error:
-        raise blamed(spec, error) from error
+        if (blame := blamed(spec, error)) is error:
+            raise
+        raise blame from error
     if any("lr" not in group for group in optimizer.param_groups):
         raise UsageError(f"optimizer {spec!r} has a param group without lr, which no schedule can change")
     times = Counter(p for group in optimizer.param_groups for p in group["params"])
@@ -145,22 +147,45 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
 def blamed(spec: str, error: Exception) -> Exception:
     """What to raise where an optimizer does: of a class of others one line, which says where; a fault of ours as it is."""
     foreign = split(spec)[0] not in OPTIMIZERS
-    if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, (TypeError, ValueError)) or foreign):
+    if isinstance(error, (UsageError, torch.OutOfMemoryError)) or not (isinstance(error, (TypeError, ValueError)) or foreign):
         return error
     frame, words = traceback.extract_tb(error.__traceback__)[-1], (str(error).strip().splitlines() or [""])[0]
     place = f" ({Path(frame.filename).name}:{frame.lineno})"
     return UsageError(f"optimizer {spec!r}: {f'{type(error).__name__}: {words}{place}' if foreign else words}")
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
+    """optimizer.load_state_dict(state), for classes of others too in the types that were saved: torch casts to the weights'.
+    Raises UsageError: it is the state of something else."""
+    try:
+        optimizer.load_state_dict(state)
+        if not isinstance(optimizer, (Method, Chain)) and "param_groups" in state:
+            keep_fp32(optimizer, state)
+        for p, own in optimizer.state.items() if all(isinstance(part, Method) for part in parts(optimizer)) else ():
+            if any(isinstance(x, Tensor) and 0 < x.dim() == p.dim() and x.shape != p.shape for x in own.values()):
+                raise ValueError("another shape")  # which arithmetic could take all the same
+        optimizer.restored = True  # until it has stepped
+    except Exception as error:
+        raise misfit(spec, error) from error
+
+
+def misfit(spec: str, error: Exception) -> UsageError:
+    words = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return UsageError(f"the checkpoint's state is not that of optimizer {spec!r} ({words}): --resume never starts anew")
+
+
 def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
     """optimizer.step(). Raises UsageError: a class of others fails in it, such as one that is for matrices alone and does not
-    say so in its attribute `roles`."""
+    say so in its attribute `roles`; or the state that was restored does not fit."""
+    restored, optimizer.restored = getattr(optimizer, "restored", False), False
     try:
         optimizer.step()
     except Exception as error:
-        if split(spec)[0] in OPTIMIZERS:
+        if restored and not isinstance(error, torch.OutOfMemoryError):
+            raise misfit(spec, error) from error
+        if (blame := blamed(spec, error)) is error or split(spec)[0] in OPTIMIZERS:
             raise
-        raise blamed(spec, error) from error
+        raise blame from error
 
 
 def of_collection(spec: str) -> str:

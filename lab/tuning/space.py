@@ -14,6 +14,7 @@ from typing import Any
 from scipy.stats import qmc
 
 import optimizers
+from engine.run_folder import own_code
 from engine.spec import UsageError, nearest, split
 from optimizers.average import AVERAGES
 
@@ -78,7 +79,7 @@ class Submission:
     @property
     def version(self) -> str:
         """A hash of all that a study's trials have in common; trials of another version are of another study."""
-        about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
+        about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average} | own_code(self.optimizer)
         text = json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

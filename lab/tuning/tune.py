@@ -88,7 +88,8 @@ class Contest(Scheduler):
         for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
             table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
             if any(row.space != entry.version for row in table.of("search")):
-                raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
+                why = "its trials are of another version of the space, or of the optimizer's file"
+                raise UsageError(f"{table.path}: {why}: move the table away first")
         self.late = 0  # trials that were not begun, since the hours were over
 
     # ---------------------------------------------------------------- what is to be trained

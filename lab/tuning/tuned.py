@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -36,8 +37,8 @@ CHANGES = ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")  # of the 
 
 
 def plain(name: str) -> str:
-    """A submission's name as a file's."""
-    return "".join(c if c.isalnum() or c in "_-=.," else "-" for c in name)
+    """A submission's name as a file's, from which `read_tables` has it back."""
+    return quote(name, safe="=,")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def read_tables(folder: Path) -> dict[str, Tables]:
     tables: dict[str, Tables] = {}
     for path in sorted(folder.glob("*/*.csv")):
         if (table := Table(path)).rows:
-            tables.setdefault(path.parent.name, {})[path.stem] = table
+            tables.setdefault(path.parent.name, {})[unquote(path.stem)] = table
     return tables
 
 
@@ -274,7 +275,11 @@ def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] |
     search, best, rise = table.of("search"), table.best(), table.sensitivity()
     steps = statistics.median(table.steps_of_studies(target["loss"])) if search and target else math.inf
     return [
-        *(f"[`{name}`]({track}/{name}.csv)", str(len(search)), str(sum(r.status == "diverged" for r in search))),
+        *(
+            f"[`{name}`]({track}/{quote(plain(name), safe='=,')}.csv)",
+            str(len(search)),
+            str(sum(r.status == "diverged" for r in search)),
+        ),
         words(table.typical()) if best else "-",
         words(statistics.median(r.val_loss for r in search)) if search else "-",
         f"{steps:,g}" if math.isfinite(steps) else "missed" if target else "-",

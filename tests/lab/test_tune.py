@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import signal
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -285,6 +286,25 @@ def test_damaged_tables_are_refused_by_name(fake, tmp_path, capsys):
     assert call(tmp_path, *words) == 2 and "adamw.csv line 2 is no trial" in capsys.readouterr().err
     path.write_text(text.replace(table(tmp_path, "adamw", "tokens").of("search")[0].space, "00000000"))
     assert call(tmp_path, *words) == 2 and "another version of the space" in capsys.readouterr().err
+
+
+def test_tables_of_own_optimizers_keep_apart(fake, tmp_path, capsys):
+    """By name, though both would be the same in a file's letters; and by the code that the file held."""
+    names = []
+    for path in ("x/b.py", "x-b.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("import torch\nclass Mine(torch.optim.SGD):\n    pass\n")
+        names.append(f"{tmp_path / path}:Mine")
+    trust(names)
+    words = ("--optimizers", *names, "--trials", "2", "--no-neighbours")
+    assert call(tmp_path, *words) == 0
+    there = tuned.read_tables(tmp_path / "out")["wiki"]
+    assert set(names) <= set(there) and all(len(there[name].rows) >= 2 for name in names)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert unquote(unquote(page)).count(f"](wiki/{names[1]}.csv)") == 1
+    (tmp_path / "x-b.py").write_text("import torch\nclass Mine(torch.optim.SGD):\n    other = 1\n")
+    capsys.readouterr()
+    assert call(tmp_path, *words) == 2 and "or of the optimizer's file: move" in capsys.readouterr().err
 
 
 def test_all_diverged(fake, tmp_path, capsys):

@@ -667,6 +667,46 @@ def test_what_a_class_of_others_raises_is_one_line(tmp_path):
         optimizers.step(None, "adamw")
 
 
+TYPES = """
+import torch
+class Types(torch.optim.SGD):
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                self.state[p] = {"sum": torch.zeros(1, dtype=torch.float64)}
+            self.state[p]["sum"] += p.grad.double().sum()
+        super().step()
+"""
+
+
+def test_state_of_others_keeps_its_types_and_other_state_is_one_line(tmp_path):
+    (file := tmp_path / "types.py").write_text(TYPES)
+    trust([spec := f"{file}:Types:lr=0.1"])
+    gpt = tiny()
+    for p in gpt.parameters():
+        p.grad = torch.full_like(p, 1e-9)
+    one, two = (optimizers.build(spec, gpt) for _ in range(2))
+    optimizers.step(one, spec)
+    optimizers.restore(two, one.state_dict(), spec)
+    p = next(gpt.parameters())
+    assert two.state[p]["sum"].dtype == torch.float64 and torch.equal(two.state[p]["sum"], one.state[p]["sum"])
+    adamw = optimizers.build("adamw", gpt)
+    optimizers.step(adamw, "adamw")
+    state = adamw.state_dict()
+    for wrong in ({}, {"state": {}, "param_groups": []}, {"state": [], "param_groups": state["param_groups"]}):
+        with pytest.raises(UsageError, match="the checkpoint's state is not that of optimizer 'adamw'.*--resume never"):
+            optimizers.restore(optimizers.build("adamw", gpt), wrong, "adamw")
+    for inner in state["state"].values():
+        inner |= {key: value[:1] for key, value in inner.items() if isinstance(value, torch.Tensor) and value.dim()}
+    with pytest.raises(UsageError, match="another shape"):
+        optimizers.restore(optimizers.build("adamw", gpt), state, "adamw")
+    for inner in state["state"].values():
+        inner |= {key: torch.zeros(()) if key == "step" else None for key in inner}
+    with pytest.raises(UsageError, match="the checkpoint's state is not that of optimizer 'adamw'"):
+        optimizers.restore(resumed := optimizers.build("adamw", gpt), state, "adamw")
+        optimizers.step(resumed, "adamw")
+
+
 def test_a_class_that_its_package_exports_lazily(tmp_path):
     lazy = tmp_path / "lazy.py"
     lazy.write_text("def __getattr__(name):\n    import torch\n    return getattr(torch.optim, name)\n")
