@@ -239,6 +239,8 @@ class Run:
             self.event("end", status=result["status"], step=result["steps"], utc=now_utc())
             self.log.close()
             atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
+            if asked := os.environ.get("RUN_FOLDER_GOES_TO"):  # a file of run.sh's, which shows this run then
+                Path(asked).write_text(str(self.folder.resolve()))
 
     def release(self) -> None:
         """Let go of log, display and lock, whatever happened before."""
