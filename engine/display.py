@@ -85,6 +85,7 @@ def greeting(run: Any, cards: list[str]) -> str:
         fused and compiler and f"{compiler}: plain PyTorch instead of the fused kernels",
         slow_wire and "this PyTorch has no NCCL: ranks talk through gloo, which is slower",
         run.head_note,
+        run.loader.dataset.shared(run.val),
         len(set(cards)) > 1 and f"GPUs of different kinds, {kinds}: the slowest sets the pace of all",
     ]
     parameters = sum(p.numel() for p in run.gpt.parameters())
