@@ -20,7 +20,6 @@ Exit codes: 0 compared, 2 the command was wrong or nothing can be said, 130 inte
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ import optimizers
 import tricks
 from config import resolve
 from engine.command import Parser, command
+from engine.run_folder import intact, read_json
 from engine.spec import UsageError, nearest, split
 from lab import comparison, plots, runner, stats
 from lab.horizon import Search, search, search_at
@@ -102,7 +102,7 @@ def optimizer_arm(options: argparse.Namespace, word: str, base: str, common: tup
 def tuned_for(workload: str, word: str) -> tuple[str, str]:
     """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept. Raises UsageError:
     nothing was tuned for the workload, or not this optimizer."""
-    name, known = split(word)[0], json.loads(tricks.TUNED.read_text())
+    name, known = split(word)[0], read_json(tricks.TUNED)
     if workload not in known:
         raise UsageError(f"--tuned-on {workload}: nothing was tuned for it: {nearest(workload, known)}")
     if name not in known[workload]:
@@ -270,7 +270,8 @@ def run(options: argparse.Namespace) -> list[str]:
     """The verdict lines of the comparison that was asked for."""
     if options.report:
         summary, rows = runner.read_report(options.report, REPORT)
-        return report(options.report, comparison.again(summary, rows, options.allow_mixed), rows)
+        with intact(options.report / REPORT):
+            return report(options.report, comparison.again(summary, rows, options.allow_mixed), rows)
     arms = make_arms(options)
     names = [arm.name for arm in arms]
     for flag, given in (("--horizon", options.given), ("--lengths", options.at)):

@@ -13,13 +13,14 @@ import socket
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from engine.display import Display
+from engine.display import Display, describe
 from engine.spec import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +92,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+@contextlib.contextmanager
+def intact(what: object) -> Iterator[None]:
+    """Read in here what may be somebody else's. Raises UsageError for whatever comes of content that nobody expects."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UsageError(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from error
 
 
 def file_hash(path: Path) -> str:
@@ -192,7 +204,8 @@ class Run:
         self.finished: dict[str, Any] | None = None  # the result of a run that has ended; one that is damaged is made again
         with contextlib.suppress(OSError, UsageError):
             there = read_json(folder / "result.json") if resume != "never" else {}
-            self.finished = there if {"status", "steps", "val_loss", "target_loss", "parameters"} <= there.keys() else None
+            with intact(folder):
+                self.finished = there if describe(there, folder) and there["status"] else None
 
     def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
         """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint. stem: folder

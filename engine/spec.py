@@ -153,6 +153,16 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
     return cls, values
 
 
+def make(spec: str, registry: dict[str, type], what: str, method: str) -> Any:
+    """An object of the class that a SPEC chooses, which must have a method of that name. Raises UsageError: it has none, or as
+    `parse`."""
+    cls, settings = parse(spec, registry, what)
+    try:
+        return getattr(cls, method) and cls(**settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{what} {spec!r} cannot be made: {error}") from None
+
+
 TRUSTED: set[str] = set()  # words of the user's own command line: the only ones that may name code
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.run_folder import atomic_write, lock, refuse_links, source_hash
+from engine.run_folder import atomic_write, lock, read_json, refuse_links, source_hash
 from engine.spec import UsageError
 from lab import trials
 from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
@@ -202,7 +202,7 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
     another one, or something else, or links."""
     refuse_links(out)
     if (out / file).exists():
-        there = json.loads((out / file).read_text())
+        there = read_json(out / file)
         for key, value in settings.items():
             if there.get(key) != value:
                 raise UsageError(f"{out} holds a {file} with {key} {there.get(key)!r}, not {value!r}: choose another --out")
@@ -230,7 +230,7 @@ def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> No
 def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
     """Summary and trials of an experiment. Raises UsageError: the folder holds none."""
     try:
-        return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
+        return read_json(folder / file), read_rows(folder / "trials.csv")
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no experiment: {Path(error.filename).name} is missing") from None
 

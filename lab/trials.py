@@ -2,6 +2,7 @@
 of its settings in the name of its run folder, so that whatever stops an experiment loses no finished trial.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -60,10 +61,10 @@ class Trial:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json once the run has ended, else None. A run of other source code is another run: None too."""
-        path = self.folder / "result.json"
-        there = path.exists() and self.source == run_folder.source_hash()
-        return json.loads(path.read_text()) if there else None
+        """result.json once the run has ended, else None. A run of other source code is another run: None too, as is a damaged
+        one, whose end the trainer makes again."""
+        with contextlib.suppress(FileNotFoundError, UsageError):
+            return run_folder.read_json(self.folder / "result.json") if self.source == run_folder.source_hash() else None
 
     @property
     def source(self) -> str | None:
@@ -72,8 +73,9 @@ class Trial:
 
     def env(self) -> dict[str, Any]:
         """What the run was trained by and on; empty where there is no run."""
-        path = self.folder / "env.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        with contextlib.suppress(FileNotFoundError, UsageError):
+            return run_folder.read_json(self.folder / "env.json")
+        return {}
 
     def log(self) -> list[dict[str, Any]]:
         """All events of the run so far; a line that is still being written is left out."""

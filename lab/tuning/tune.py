@@ -30,6 +30,7 @@ import tricks
 from config import resolve
 from engine import hardware
 from engine.command import Parser, command
+from engine.run_folder import intact
 from engine.spec import UsageError, nearest
 from lab import trials
 from lab.runner import Scheduler, alone_in, at_least
@@ -278,7 +279,8 @@ def run(argv: list[str]) -> str:
         return ""
     if not options.report:
         alone_in(options.out, lambda: Contest(options).run())
-    return tuned.report(options.out)
+    with intact(options.out):
+        return tuned.report(options.out)
 
 
 def main(argv: list[str]) -> int:
