@@ -444,11 +444,11 @@ def track(name: str) -> Track:
 TUNED = Path(__file__).parent / "records" / "tuning" / "tuned.json"  # written by `compare tune`, whose trials lie beside it
 
 
-def tuned(track_name: str, optimizer: str, schedule: str) -> tuple[str, str]:
+def tuned(track_name: str, optimizer: str, schedule: str, file: Path | None = None) -> tuple[str, str]:
     """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any. The
-    schedule tuned with them takes the place of the track's own, not of another that was chosen."""
-    with intact(TUNED):
-        best = TUNED.exists() and read_json(TUNED).get(track_name, {}).get(split(optimizer)[0])
+    schedule tuned with them takes the place of the track's own, not of another that was chosen. file: instead of TUNED."""
+    with intact(file := file or TUNED):
+        best = file.exists() and read_json(file).get(track_name, {}).get(split(optimizer)[0])
         if not best:
             return optimizer, schedule
         own = schedule == TRACKS[track_name].settings.get("schedule")

@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from engine import hardware
-from engine.spec import split
 
 
 class Display:
@@ -92,7 +91,7 @@ def greeting(run: Any, cards: list[str]) -> str:
     sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in config.batch_stages)
     first = (
         f"{run.run_folder.folder}\nGPT, {model.layers} blocks of width {model.width}, {parameters / 1e6:.1f}M parameters, "
-        f"{split(config.optimizer)[0]}\n"
+        f"{config.optimizer}, schedule {config.schedule}\n"
         f"{world.size} x {device.type}, {dtype} ({run.dtype_reason}), {config.steps:,} steps of {sizes} tokens "
         f"({run.loader.epochs(config.steps):.2f} epochs of {config.corpus})"
     )

@@ -31,19 +31,48 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust
+from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust, typed_keys
 from model import roles as roles_of
 from optimizers import elementwise, schedule_free  # they fill the registry, in the order of these imports
 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, keep_fp32, label, parts, with_rest
+from optimizers.base import (
+    BETA1,
+    BETA2,
+    DECAY,
+    MOMENTUM,
+    OPTIMIZERS,
+    ROLES,
+    Chain,
+    Method,
+    call,
+    decay_groups,
+    groups,
+    keep_fp32,
+    label,
+    parts,
+    with_rest,
+)
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
 __all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
+
+
+SCALES = {"linear": -math.inf, "log": 0, "complement": 0, "choice": -1}  # of ranges to search -> what they are above
+USUAL = {"beta1": BETA1, "betas/1": BETA1, "beta2": BETA2, "betas/2": BETA2, "momentum": MOMENTUM, "weight_decay": DECAY}
+
+
+def is_range(limits: Any) -> bool:
+    """(low, high, scale), the numbers within what the scale is for?"""
+    try:
+        low, high, scale = limits
+        return SCALES[scale] < low < high < (1 if scale == "complement" else math.inf)
+    except (TypeError, ValueError, KeyError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,30 @@ class Choice:
             return getattr(self.cls, key, otherwise)
         parameter = inspect.signature(self.cls).parameters.get(key)
         return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
+
+    @property
+    def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
+        """Key -> (default, range to search or None: see `base.hyper`). A class of others declares ranges in its attribute
+        `search`; else keys that are called as everybody's have the usual ones, and the rate a factor of 30 either way (1e-4 to
+        1 without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
+        if issubclass(self.cls, Method):
+            return {f.name: (f.default, f.metadata["search"]) for f in dataclasses.fields(self.cls)}
+        usual, defaults = {key: field(0.0).metadata["search"] for key, field in USUAL.items()}, {}
+        for key in typed_keys(self.cls):
+            value = Choice(self.spec, self.cls, {}).setting(key)
+            defaults |= {f"{key}/{n}": part for n, part in enumerate(value, 1)} if isinstance(value, tuple) else {key: value}
+        if "lr" in defaults:
+            rate = defaults["lr"] if isinstance(defaults["lr"], float) and defaults["lr"] > 0 else 0
+            usual["lr"] = (float(f"{rate / 30:.3g}"), float(f"{rate * 30:.3g}"), "log") if rate else (1e-4, 1.0, "log")
+            defaults["lr"] = rate or 1e-3
+        if "adamw_lr" in defaults:
+            defaults["adamw_lr"], usual["adamw_lr"] = Choice("adamw", OPTIMIZERS["adamw"], {}).hyperparameters["lr"]
+        ranges = getattr(self.cls, "search", usual)
+        for key, limits in ranges.items() if ranges is not usual else ():
+            if key not in defaults or not is_range(limits):
+                known = f"(low, high, scale), a scale of {', '.join(SCALES)}, for one of {', '.join(defaults)}"
+                raise UsageError(f"optimizer {self.spec!r}: search has {key!r}: {limits!r}, which is not {known}")
+        return {key: (default, ranges.get(key)) for key, default in defaults.items()}
 
     @property
     def own_schedule(self) -> bool:
@@ -94,7 +147,10 @@ class Choice:
             return cls.build(gpt, steps, **self.settings)
         if issubclass(cls, torch.optim.Optimizer):
             params = decay_groups(gpt, self.setting("weight_decay") or 0.0, roles, by_split=set(roles) < set(ROLES))
-            return with_rest(cls(params, **self.settings), gpt, roles)
+            own = {key: value for key, value in self.settings.items() if key != "adamw_lr"}
+            return with_rest(
+                cls(params, **own), gpt, roles, **({"lr": self.settings["adamw_lr"]} if own != self.settings else {})
+            )
         if hasattr(cls, "build"):
             return cls(**self.settings).build(gpt)
         raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")

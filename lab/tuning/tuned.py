@@ -21,15 +21,14 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from engine.run_folder import atomic_write
-from engine.spec import UsageError
+from engine.run_folder import atomic_write, read_json
+from engine.spec import UsageError, split
 from lab import plots
 from lab.ledger import Ledger, compute_type
 from lab.markdown import table as markdown_table
 from lab.trials import DTYPES, Outcome
 from lab.tuning import score
-from lab.tuning.space import submission
-from optimizers import OPTIMIZERS
+from lab.tuning.space import EXTRAS, submission
 
 FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
@@ -241,14 +240,19 @@ def scored(times: score.Studies) -> tuple[score.Studies, dict[str, Any]] | None:
     return times, score.summary(times, {}, reference="adamw" if "adamw" in met else "")
 
 
-def winners(tables: dict[str, Tables]) -> dict[str, dict[str, dict[str, Any]]]:
-    """workload -> registered optimizer -> its best settings, as words of the command line, and how good they were: what the
-    trainer takes as the optimizer's defaults on that track (tricks.tuned)."""
+def winners(tables: dict[str, Tables], before: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """workload -> optimizer, registered or one's own -> its best settings, as words of the command line, and how good they
+    were: what the trainer takes as the optimizer's defaults on that track (tricks.tuned). Of code that the command line does
+    not name there is what there was before."""
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for track, of in tables.items():
         for name, table in of.items():
-            if name in OPTIMIZERS and (best := table.best()):
-                flags = submission(name).flags(best.settings)
+            if split(name) == (name, {}) and name not in EXTRAS and (best := table.best()):
+                try:
+                    flags = submission(name).flags(best.settings)
+                except UsageError:
+                    chosen[track] |= {name: before[track][name]} if name in before.get(track, {}) else {}
+                    continue
                 words = {flag.removeprefix("--"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
                 chosen[track][name] = words | {"val_loss": best.val_loss, "trials": len(table.of("search"))}
     return chosen
@@ -320,7 +324,8 @@ def report(folder: Path) -> str:
     lines = ["submission,workload,study,seconds"]
     lines += [f"{s},{w},{n},{t:.5g}" for (s, w), each in sorted(times.items()) for n, t in enumerate(each)]
     atomic_write(folder / "studies.csv", "\n".join(lines) + "\n")
-    atomic_write(folder / "tuned.json", json.dumps(winners(tables), indent=1) + "\n")
+    chosen = folder / "tuned.json"
+    atomic_write(chosen, json.dumps(winners(tables, read_json(chosen) if chosen.exists() else {}), indent=1) + "\n")
     text = [ABOUT, *score_section(folder, tables, times), *beaten(every)]
     for track, of in tables.items():
         text += ["", workload_table(track, of)]
