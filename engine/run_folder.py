@@ -207,25 +207,29 @@ class Run:
             with intact(folder):
                 self.finished = there if describe(there, folder) and there["status"] else None
 
-    def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
-        """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint. stem: folder
-        of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it is
-        shorter."""
+    def open(self, env: dict[str, Any], saved: dict[str, Any], display: Display, stem: Path | None = None) -> None:
+        """Write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of: see `logged`.
+        stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it
+        is shorter."""
         if not self.main:
             return
         log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"
-        there = source.stat().st_size if source.exists() else 0
+        log_bytes, there = saved.get("log_bytes", 0), source.stat().st_size if source.exists() else 0
         if there < log_bytes:
             repair = "leave out --branch" if stem else "add --resume never to start anew"
             raise UsageError(f"{source} is {there} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
+        kept = source.read_bytes()[:log_bytes] if log_bytes else b""
+        self.log_hash = hashlib.sha256(kept)
         if stem:
-            log.write_bytes(source.read_bytes()[:log_bytes])
+            log.write_bytes(kept)
         self.log, self.display = log.open("ab"), display
         self.log.truncate(log_bytes)
         self.log.seek(0, os.SEEK_END)
+        if kept and saved.get("log_sha256", self.log_hash.hexdigest()) != self.log_hash.hexdigest():
+            display.note(f"{source} is not the log that the checkpoint was written with: it was changed since")
 
     def event(self, event: str, note: str = "", **values: Any) -> None:
         """Log an event and show it; note: a line for people beside it."""
@@ -233,18 +237,20 @@ class Run:
             return
         # JSON has no NaN: a non-finite number is logged as null and named by its event
         logged = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.log.write((json.dumps({"event": event, **logged}) + "\n").encode())
+        line = (json.dumps({"event": event, **logged}) + "\n").encode()
+        self.log.write(line)
+        self.log_hash.update(line)
         if event != "train":
             self.log.flush()
         self.display.event(event, note, values)
 
-    def logged(self) -> int:
-        """Bytes of the log, all of them on the disk: what a checkpoint made now may rely on."""
+    def logged(self) -> dict[str, Any]:
+        """Bytes of the log, all of them on the disk, and their hash: what a checkpoint made now may rely on."""
         if not self.main:
-            return 0
+            return {}
         self.log.flush()
         os.fsync(self.log.fileno())
-        return self.log.tell()
+        return {"log_bytes": self.log.tell(), "log_sha256": self.log_hash.hexdigest()}
 
     def close(self, result: dict[str, Any]) -> None:
         """The run has ended: result.json says so."""

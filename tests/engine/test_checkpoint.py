@@ -852,6 +852,16 @@ def test_a_damaged_folder_goes_on_from_its_checkpoints(two, train, capsys):
     assert (two / "step-00000002" / "model.safetensors").exists()
 
 
+def test_a_log_that_was_changed_is_said(two, train, capsys):
+    log, said = two.parent / "log.jsonl", "log.jsonl is not the log that the checkpoint was written with"
+    whole = log.read_text()
+    for text in (whole, whole.replace('"loss": ', '"loss":1', 1)):
+        log.write_text(text)
+        (two.parent / "result.json").unlink()
+        train(*FOUR)
+        assert (said in capsys.readouterr().out) == (text != whole)
+
+
 def test_weights_that_are_not_finite_are_not_kept(train, tmp_path):
     """The last update before a checkpoint spoils them: the good ones stay."""
     file = tmp_path / "spoils.py"
