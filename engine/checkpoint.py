@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.ranks import place
-from engine.run_folder import atomic_write, file_hash, read_json, settings_hash
+from engine.run_folder import atomic_write, file_hash, intact, read_json, settings_hash
 from engine.spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
@@ -251,29 +251,23 @@ def seed(number: int) -> None:
     random.seed(number)
 
 
-TWISTERS = 2 * 4 * (624 + 2)  # bytes of the words, place and flag of two; after them the normal numbers that the flags are for
-
-
 def generators(device: torch.device) -> list[Tensor]:
-    """States of the random generators that training draws from: [bytes] uint8 each."""
-    (_, words, spare), (_, keys, place, flag, normal) = random.getstate(), np.random.get_state()
-    integers, numbers = np.array([*keys, place, flag, *words, spare is not None], "<u4"), np.array([normal, spare or 0], "<f8")
-    of_others = torch.from_numpy(np.concatenate([integers.view(np.uint8), numbers.view(np.uint8)]))
-    return [torch.get_rng_state(), of_others, *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else ())]
+    """States of the random generators that training draws from: [bytes] uint8 each, on all ranks as long."""
+    kind, words, *more = np.random.get_state()
+    of_others = json.dumps([random.getstate(), [kind, words.tolist(), *more]]).ljust(1 << 14).encode()
+    states = [torch.get_rng_state(), torch.frombuffer(bytearray(of_others), dtype=torch.uint8)]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def set_generators(states: list[Tensor], device: torch.device) -> None:
     """Raises UsageError: they are no states of these generators."""
-    try:
+    with intact("the checkpoint's state of the random generators"):
         torch.set_rng_state(states[0])
-        others = states[1].numpy()
-        words, (normal, spare) = others[:TWISTERS].view("<u4").tolist(), others[TWISTERS:].view("<f8").tolist()
-        np.random.set_state(("MT19937", words[:624], *words[624:626], normal))
-        random.setstate((3, tuple(words[626:1251]), spare if words[1251] else None))
+        (version, words, spare), of_numpy = json.loads(bytes(states[1].tolist()))
+        random.setstate((version, tuple(words), spare))
+        np.random.set_state(tuple(of_numpy))
         if device.type == "cuda" and len(states) > 2:
             torch.cuda.set_rng_state(states[2], device)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UsageError(f"the checkpoint's random generators are not those of this code: {error}") from None
 
 
 def load_weights(gpt: nn.Module, path: Path) -> None:

@@ -101,7 +101,7 @@ def intact(what: object) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from error
 
 

@@ -18,6 +18,7 @@ from engine.command import Parser, command
 from engine.run_folder import atomic_write, intact
 from engine.spec import UsageError
 from lab.stats import Ratio
+from lab.trials import whole_lines
 
 
 def pyplot():
@@ -54,7 +55,7 @@ def of_run(folder: Path) -> Curve:
     """Of a run that has ended or not. Raises UsageError: the folder holds no log of a step."""
     log = folder / "log.jsonl"
     with intact(log):
-        events = [json.loads(line) for line in log.read_text().rpartition("\n")[0].splitlines()] if log.exists() else []
+        events = [json.loads(line) for line in whole_lines(log).splitlines()]
         steps, vals = ([e for e in events if e["event"] == kind] for kind in ("train", "val"))
         if not steps:
             raise UsageError(f"{folder} holds no log of a step: name run folders, such as runs/tiny/*")

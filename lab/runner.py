@@ -23,7 +23,7 @@ from engine.run_folder import atomic_write, lock, read_json, refuse_links, sourc
 from engine.spec import UsageError
 from lab import trials
 from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
-from lab.trials import Arm, Launcher, Outcome, Trial
+from lab.trials import Arm, Launcher, Outcome, Trial, whole_lines
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
 J, T = TypeVar("J"), TypeVar("T")
@@ -171,12 +171,6 @@ class Runner(Scheduler):
                 writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
             self.out.mkdir(parents=True, exist_ok=True)
             atomic_write(path, there + text.getvalue())
-
-
-def whole_lines(path: Path) -> str:
-    """The text of a file without a last line that a full disk has cut; empty where there is no file."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return text[: text.rfind("\n") + 1]
 
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

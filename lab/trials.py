@@ -25,6 +25,12 @@ RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of its workers: they import this 
 RUNS = ROOT  # what the default run folders, runs/<track>/..., are relative to
 
 
+def whole_lines(path: Path) -> str:
+    """The text of a file without a last line that is still being written, or was cut by a full disk; empty without a file."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One recipe of a comparison: a name and the trainer flags that make it."""
@@ -78,10 +84,8 @@ class Trial:
         return {}
 
     def log(self) -> list[dict[str, Any]]:
-        """All events of the run so far; a line that is still being written is left out."""
-        path = self.folder / "log.jsonl"
-        whole_lines = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        return [json.loads(line) for line in whole_lines.splitlines()]
+        """All events of the run so far."""
+        return [json.loads(line) for line in whole_lines(self.folder / "log.jsonl").splitlines()]
 
 
 @dataclass(frozen=True)

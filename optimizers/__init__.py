@@ -38,41 +38,15 @@ from optimizers import elementwise, schedule_free  # they fill the registry, in 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import (
-    BETA1,
-    BETA2,
-    DECAY,
-    MOMENTUM,
-    OPTIMIZERS,
-    ROLES,
-    Chain,
-    Method,
-    call,
-    decay_groups,
-    groups,
-    keep_fp32,
-    label,
-    parts,
-    with_rest,
-)
+from optimizers.base import OPTIMIZERS, ROLES, USUAL, Chain, Method, call, decay_groups, groups, is_range, keep_fp32
+
+# isort: split
+from optimizers.base import label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
-__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
+__all__ += ["elementwise", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
-
-
-SCALES = {"linear": -math.inf, "log": 0, "complement": 0, "choice": -1}  # of ranges to search -> what they are above
-USUAL = {"beta1": BETA1, "betas/1": BETA1, "beta2": BETA2, "betas/2": BETA2, "momentum": MOMENTUM, "weight_decay": DECAY}
-
-
-def is_range(limits: Any) -> bool:
-    """(low, high, scale), the numbers within what the scale is for?"""
-    try:
-        low, high, scale = limits
-        return SCALES[scale] < low < high < (1 if scale == "complement" else math.inf)
-    except (TypeError, ValueError, KeyError):
-        return False
 
 
 @dataclass(frozen=True)
@@ -112,7 +86,7 @@ class Choice:
         ranges = getattr(self.cls, "search", usual)
         for key, limits in ranges.items() if ranges is not usual else ():
             if key not in defaults or not is_range(limits):
-                known = f"(low, high, scale), a scale of {', '.join(SCALES)}, for one of {', '.join(defaults)}"
+                known = f"(low, high, linear, log, complement or choice) for one of {', '.join(defaults)}"
                 raise UsageError(f"optimizer {self.spec!r}: search has {key!r}: {limits!r}, which is not {known}")
         return {key: (default, ranges.get(key)) for key, default in defaults.items()}
 
@@ -148,9 +122,8 @@ class Choice:
         if issubclass(cls, torch.optim.Optimizer):
             params = decay_groups(gpt, self.setting("weight_decay") or 0.0, roles, by_split=set(roles) < set(ROLES))
             own = {key: value for key, value in self.settings.items() if key != "adamw_lr"}
-            return with_rest(
-                cls(params, **own), gpt, roles, **({"lr": self.settings["adamw_lr"]} if own != self.settings else {})
-            )
+            rest = {"lr": self.settings["adamw_lr"]} if "adamw_lr" in self.settings else {}
+            return with_rest(cls(params, **own), gpt, roles, **rest)
         if hasattr(cls, "build"):
             return cls(**self.settings).build(gpt)
         raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
@@ -302,11 +275,6 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
     optimizer.param_groups = divided
     if isinstance(optimizer, Chain):
         optimizer._link()
-
-
-def own_schedule(name: str) -> bool:
-    """Does the registered optimizer of that name bring its own schedule? False for names that are not registered."""
-    return getattr(OPTIMIZERS.get(name), "schedule_free", False)
 
 
 def period(spec: str) -> int:

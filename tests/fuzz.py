@@ -5,7 +5,8 @@
 
 Everything runs in this process: a case calls a verb, or what a verb does first, with words or files that were changed at random
 (dice seeded by the kind and the number of the case). Trainers that a verb would start are not started. A case fails if anything
-but a UsageError or a documented exit code comes out of it, or nothing within 20 seconds.
+but a UsageError or a documented exit code comes out of it, or nothing within 20 seconds; or if a damaged shard or checkpoint
+is not seen.
 """
 
 import argparse
@@ -138,9 +139,14 @@ def changed_json(dice: random.Random, value: Any) -> Any:
     return value
 
 
-def change(dice: random.Random, path: Path) -> None:
-    """A file damaged, or a JSON file with another content."""
+def change(dice: random.Random, path: Path) -> bool:
+    """A file damaged, or a JSON file with another content. Is it another file now?"""
     content = path.read_bytes()
+    changed(dice, path, content)
+    return path.read_bytes() != content
+
+
+def changed(dice: random.Random, path: Path, content: bytes) -> None:
     if path.suffix in (".json", ".jsonl") and dice.random() < 0.7:
         lines = content.splitlines() if path.suffix == ".jsonl" else [content]
         at = dice.randrange(len(lines))
@@ -238,27 +244,29 @@ class Cases:
     def corpus(self, dice: random.Random) -> None:
         """A corpus with a damaged file: all of it read."""
         folder = self.copy("mine-bytes")
-        change(dice, dice.choice(sorted(folder.iterdir())))
+        damaged = change(dice, path := dice.choice(sorted(folder.iterdir()))) and path.suffix == ".bin"
         with contextlib.suppress(UsageError):
-            shards.verify(folder)
+            assert shards.verify(folder) or not damaged, "verify does not see it"
         train, val = shards.Dataset(folder, "train").check(256), shards.Dataset(folder, "val").check(256)
         train.shared(val)
         shards.validation_starts(val, 16, 64, True)
         loader = shards.Loader(train, 16, 2)
         for step in range(3):
             loader.batch(step)
+        assert not damaged, "it was trained on"
 
     def checkpoint(self, dice: random.Random) -> None:
         """A run folder with a damaged file, of which half the time the hashes are made anew; then what resuming reads."""
         folder = self.copy("run")
         path = folder / "checkpoints" / "step-00000002"
-        change(
-            dice,
-            dice.choice([p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"] + [path / "state.json"] * 4),
-        )
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"]
+        damaged = change(dice, file := dice.choice([*files, *[path / "state.json"] * 4]))
+        damaged &= path in file.parents and file.name != "DONE"
         if dice.random() < 0.6:
             listed = {f: [(path / f).stat().st_size, run_folder.file_hash(path / f)] for f in checkpoint.files(path)}
             (path / "DONE").write_text(json.dumps({"files": listed}))
+        else:
+            assert not damaged or checkpoint.damage(path), "it is not seen"
         settings, model_config, recipe = config.resolve([*TINY, "--steps", "2"])
         every = run_folder.all_settings(settings, model_config, recipe)
         run = run_folder.Run(folder, every, "auto")

@@ -278,12 +278,9 @@ def words(value: float) -> str:
 def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] | None, cost: dict[str, float]) -> list[str]:
     search, best, rise = table.of("search"), table.best(), table.sensitivity()
     steps = statistics.median(table.steps_of_studies(target["loss"])) if search and target else math.inf
+    link = f"[`{name}`]({track}/{quote(plain(name), safe='=,')}.csv)"
     return [
-        *(
-            f"[`{name}`]({track}/{quote(plain(name), safe='=,')}.csv)",
-            str(len(search)),
-            str(sum(r.status == "diverged" for r in search)),
-        ),
+        *(link, str(len(search)), str(sum(r.status == "diverged" for r in search))),
         words(table.typical()) if best else "-",
         words(statistics.median(r.val_loss for r in search)) if search else "-",
         f"{steps:,g}" if math.isfinite(steps) else "missed" if target else "-",

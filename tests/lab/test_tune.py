@@ -165,7 +165,7 @@ def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, caps
     assert spaces[matrices] == {"lr": (1e-4, 1.0), "momentum": (0.8, 0.99), "adamw_lr": adamw["lr"], **warmup}
     assert spaces[declared] == {"lr": (0.01, 10), "betas/2": (0.9, 0.999), "amsgrad": (0, 1), **warmup}
     assert spaces[like] == {"lr": (0.05, 5), "sharpness": (1.0, 4.0), **warmup}
-    with pytest.raises(UsageError, match=r"search has 'lr': \(0.1, 0.01, 'log'\), which is not \(low, high, scale\)"):
+    with pytest.raises(UsageError, match=r"search has 'lr': \(0.1, 0.01, 'log'\), which is not \(low, high, linear"):
         _ = submission(wrong).dimensions
     settings = {"lr": 0.1, "betas/2": 0.99, "amsgrad": 1.0}
     assert submission(declared).flags(settings)[1] == f"{declared}:lr=0.1,betas=0.9/0.99,amsgrad=1"

@@ -494,7 +494,7 @@ def test_a_class_of_an_installed_package(name):
 
 
 def test_what_a_spec_can_be_asked(own):
-    """Before anything is built. `period` and `own_schedule` import nothing: they are asked of SPECs that others wrote, too."""
+    """Before anything is built. `period` imports nothing: it is asked of SPECs that others wrote, too."""
     mine = own(OWN_CLASS.format(roles="")) + ":Mine"
     asked = {spec: optimizers.find(spec) for spec in ("adamw", "muon:scale=moonlight", "schedule_free_sgd:lr=0.5", mine)}
     assert [choice.has_momentum for choice in asked.values()] == [False, True, False, True]
@@ -504,7 +504,6 @@ def test_what_a_spec_can_be_asked(own):
     assert asked["adamw"].setting("momentum", 7) == asked[mine].setting("momentum", 7) == 7
     assert asked["schedule_free_sgd:lr=0.5"].of_length(1000)["warmup"] == 50 and asked[mine].of_length(1000) == {}
     assert [optimizers.period(s) for s in ("soap:every=4", "adamw", "muon:adamw_every=2", "no.py:Mine")] == [4, 1, 2, 1]
-    assert [optimizers.own_schedule(s) for s in ("schedule_free_sgd", "adamw", "no.py:Mine")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
