@@ -20,7 +20,6 @@ Exit codes: 0 compared, 2 the command was wrong or nothing can be said, 130 inte
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ import optimizers
 import tricks
 from config import resolve
 from engine.command import Parser, command
+from engine.run_folder import intact, read_json
 from engine.spec import UsageError, nearest, split
 from lab import comparison, plots, runner, stats
 from lab.horizon import Search, search, search_at
@@ -94,20 +94,24 @@ def optimizer_arm(options: argparse.Namespace, word: str, base: str, common: tup
     """An optimizer on the base's model. One that brings its own schedule runs at a constant rate, whatever the others do."""
     spec, schedule = tuned_for(options.tuned_on, word) if options.tuned_on else (word, "")
     flags = ("--tricks", base, "--optimizer", spec, *(("--schedule", schedule) if schedule else ()), *common)
-    if optimizers.own_schedule(split(word)[0]) and resolve(list(flags))[0].schedule != "constant":
+    if optimizers.find(word).own_schedule and resolve(list(flags))[0].schedule != "constant":
         flags += ("--schedule", "constant")
     return Arm(word, flags)
 
 
 def tuned_for(workload: str, word: str) -> tuple[str, str]:
-    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept. Raises UsageError:
-    nothing was tuned for the workload, or not this optimizer."""
-    name, known = split(word)[0], json.loads(tricks.TUNED.read_text())
+    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept; the workload may be
+    FOLDER/WORKLOAD, its --out. Raises UsageError: nothing was tuned for the workload, or not this optimizer."""
+    folder, _, workload = workload.rpartition("/")
+    file = Path(folder) / "tuned.json" if folder else tricks.TUNED
+    if not file.exists():
+        raise UsageError(f"--tuned-on {folder}/{workload}: there is no {file}; run: ./run.sh compare tune --out {folder}")
+    name, known = split(word)[0], read_json(file)
     if workload not in known:
         raise UsageError(f"--tuned-on {workload}: nothing was tuned for it: {nearest(workload, known)}")
     if name not in known[workload]:
         raise UsageError(f"--tuned-on {workload}: {name!r} was not tuned for it: {nearest(name, known[workload])}")
-    return tricks.tuned(workload, word, tricks.track(workload).settings["schedule"])
+    return tricks.tuned(workload, word, tricks.track(workload).settings["schedule"], file)
 
 
 # ---------------------------------------------------------------- search, then confirm
@@ -223,7 +227,8 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--optimizers", nargs="+", metavar="SPEC", help="optimizers on the base's model; the first is the base")
     modes.add_argument("--again", metavar="RECIPE", help="A/A: a recipe against itself, on other seeds")
     modes.add_argument("--report", type=Path, metavar="FOLDER", help="print the verdicts of a comparison, train nothing")
-    add("--tuned-on", metavar="WORKLOAD", help="with --optimizers: settings and schedules that `compare tune` found best on it")
+    tuned = "with --optimizers: settings and schedules that `compare tune` found best on it; FOLDER/WORKLOAD: of its --out"
+    add("--tuned-on", metavar="WORKLOAD", help=tuned)
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
     add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths of its search, or of runs beside --horizon")
@@ -270,7 +275,8 @@ def run(options: argparse.Namespace) -> list[str]:
     """The verdict lines of the comparison that was asked for."""
     if options.report:
         summary, rows = runner.read_report(options.report, REPORT)
-        return report(options.report, comparison.again(summary, rows, options.allow_mixed), rows)
+        with intact(options.report / REPORT):
+            return report(options.report, comparison.again(summary, rows, options.allow_mixed), rows)
     arms = make_arms(options)
     names = [arm.name for arm in arms]
     for flag, given in (("--horizon", options.given), ("--lengths", options.at)):

@@ -16,11 +16,33 @@
 #   ./run.sh docs            write the generated tables and pictures of the pages anew
 #   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
-cd "$(dirname "$0")"
+user=$PWD me=$0
+while [ -L "$me" ]; do # a link to this script: the repository is where it points
+  next=$(readlink "$me")
+  case "$next" in /*) me=$next ;; *) me=$(dirname "$me")/$next ;; esac
+done
+cd "$(dirname "$me")"
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "run.sh: $*" && exit 2; }
 page() { sed -n '2,/^set /s/^# \{0,1\}//p' run.sh; }
+
+words=()
+from_there() { # the command line in `words`, its paths as seen from the user's folder, where they stand in it
+  local word flag="" value
+  for word in "$@"; do
+    value=${word#--*=}
+    case "$word" in --*) flag=${word%%=*} ;; esac
+    case "$flag:$value" in
+      *:--* | *:/* | *:) ;;
+      --out:* | --data-root:* | --run:*) value=$user/$value ;;
+      *:*.py:*) [ ! -f "$user/${value%%.py:*}.py" ] || value=$user/$value ;;
+      *:*/* | *:*.*) [ ! -e "$user/$value" ] || value=$user/$value ;;
+    esac
+    case "$word" in --*=*) words+=("$flag=$value") ;; *) words+=("$value") ;; esac
+    case "$flag" in --out | --data-root | --run) [ "$word" = "$flag" ] || flag="" ;; esac
+  done
+}
 verbs() { page | awk '$1 == "./run.sh" && $2 ~ /^[a-z]+$/ { print $2 }'; }
 
 # ---------------------------------------------------------------- set-up
@@ -81,19 +103,16 @@ run() { # run EXTRA ARGUMENTS: Python, once the packages of that extra are there
 # ---------------------------------------------------------------- verbs
 
 main_job() {
-  local gpus=0 started out="" run flags=("$@")
-  for ((i = 0; i < $#; i++)); do
-    case "${flags[i]}" in
-      -h | --help) page && exit ;;
-      --out) out=${flags[i + 1]:-} ;;
-      --out=*) out=${flags[i]#*=} ;;
-    esac
+  local gpus=0 told run word
+  for word in "$@"; do
+    case "$word" in -h | --help) page && exit ;; esac
   done
   setup lab
   if command -v nvidia-smi >/dev/null; then # importing torch only to count takes seconds: first ask for the driver
     gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
   fi
-  started=$(mktemp)
+  told=$(mktemp)
+  export RUN_FOLDER_GOES_TO=$told
   if [ "$gpus" -gt 0 ]; then
     setup data
     .venv/bin/python -m data prepare fineweb10B --tokenizer gpt2 --for gpt2-small:record
@@ -103,10 +122,9 @@ main_job() {
     [ -f corpora/sotu-bytes/dataset.json ] || .venv/bin/python -m data prepare sotu
     .venv/bin/python train_gpt.py --track cpu --tricks record --resume never "$@"
   fi
-  run=$(find runs ${out:+"$out"} -name result.json -newer "$started" 2>/dev/null | head -n 1) # written last, by this run
-  rm -f "$started"
+  run=$(cat "$told")
+  rm -f "$told"
   [ -n "$run" ] || exit 0
-  run=$(dirname "$run")
   echo
   .venv/bin/python -m lab.records summary "$run"
   echo
@@ -123,7 +141,7 @@ help() {
   page | grep "^  ./run.sh $1 "
   case "$1" in
     test | optimizers | docs | help) ;;
-    *) exec "$0" "$1" --help ;;
+    *) exec ./run.sh "$1" --help ;;
   esac
 }
 
@@ -135,6 +153,10 @@ unknown() {
   die "unknown verb '$1': ./run.sh --help lists all"
 }
 
+[ "$user" -ef . ] || {
+  from_there "$@"
+  set -- ${words[@]+"${words[@]}"}
+}
 verb=${1:-main}
 case "$verb" in
   -h | --help) page && exit ;;

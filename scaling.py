@@ -32,7 +32,7 @@ import tricks
 from config import resolve
 from data.shards import Dataset, dataset_folder
 from engine.command import Parser, command
-from engine.run_folder import settings_hash
+from engine.run_folder import intact, settings_hash
 from engine.spec import UsageError, nearest, split
 from lab import plots, runner
 from lab.ledger import Row
@@ -298,7 +298,8 @@ def main(argv: list[str]) -> int:
             return published.fit_table(argv[1:])
         options = parse(argv)
         if options.report:
-            return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
+            with intact(options.report / REPORT):
+                return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
         return run(options)
 
     return command("scaling.py", work, argv)

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import optimizers
 from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
-from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, set_generators
+from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, seed, set_generators
 from engine.command import Interrupt, command
 from engine.ranks import Traffic, World, leave, reduce_in_bf16
 from engine.run_folder import Run, all_settings, code_version, default_folder, lock, now_utc, settings_hash, source_hash
@@ -209,7 +209,7 @@ class Training:
         if config.weights == "bf16":
             role = roles(self.gpt)
             self.mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
-        torch.manual_seed(config.seed * 1009 + world.rank + 1)
+        seed(config.seed * 1009 + world.rank + 1)
         self.model, self.compiled = wrap(self.gpt, config, self.course, world)
         self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = mean_flops(config, self.model_config)
@@ -362,7 +362,7 @@ class Training:
     def begin(self) -> None:
         """Restore, compile, and open the log: what comes before the first step, off the clock."""
         config, world, folder = self.config, self.world, self.run_folder
-        log_bytes = self.restore() if self.start else 0
+        saved = self.restore() if self.start else {}
         first = self.progress.step
         cards = world.gather(hardware.device_name(world.device))
         if self.compiled:
@@ -373,7 +373,7 @@ class Training:
             env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=self.peak_source)
             show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
             stem = self.start.parent.parent if self.branched else None
-            folder.open(hardware.describe(world.device) | code_version() | env, log_bytes, show, stem)
+            folder.open(hardware.describe(world.device) | code_version() | env, saved, show, stem)
         about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
         kind = "branch" if self.branched else "resume" if self.start else "start"
         folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
@@ -459,12 +459,14 @@ class Training:
         config, T, losses = self.config, self.model_config.sequence_length, {}
         for word in filter(None, config.val_also.split(",")):
             corpus, last = (config.corpus, T // 4) if word == "tail" else (word, 0)
+            problem, folder = None, dataset_folder(config.data_root, corpus, config.tokenizer)
             try:
-                folder = dataset_folder(config.data_root, corpus, config.tokenizer)
                 dataset = Dataset(folder, "val", last).check(self.model_config.vocab_size)
                 starts = validation_starts(dataset, T, max(T, config.val_tokens // 4), True)
             except UsageError as error:
-                self.run_folder.event("note", f"--val-also {word} is left out: {error}")
+                problem = str(error)
+            if problem := next(filter(None, self.world.gather(problem)), None):  # all ranks leave it out, or none waits
+                self.run_folder.event("note", f"--val-also {word} is left out: {problem}")
                 continue
             with self.evaluated():
                 losses[word] = validate(self.gpt, dataset, starts, T, self.micro, self.world)
@@ -482,7 +484,7 @@ class Training:
         self.check_data()
         self.world.beat(f"step {self.progress.step}: checkpoint")
         progress = asdict(self.progress) | {"process_time": sum(self.world.gather(self.progress.process_time))}
-        extra, rng = dict(progress=progress, log_bytes=self.run_folder.logged()), generators(self.world.device)
+        extra, rng = dict(progress=progress) | self.run_folder.logged(), generators(self.world.device)
         alone = not (self.config.checkpoint_minutes or self.config.checkpoint_every)
         with self.evaluated():
             if not torch.stack([p.isfinite().all() for p in self.gpt.parameters()]).all():
@@ -491,19 +493,19 @@ class Training:
         self.saved_at, self.saved = time.monotonic(), self.progress.step
         return True
 
-    def restore(self) -> int:
-        """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns the log's length then, bytes."""
+    def restore(self) -> dict[str, Any]:
+        """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns its plain values."""
         optimizer, saved, states = self.checkpoints.load(self.start, self.gpt, self.optimizer.state_dict())
-        self.optimizer.load_state_dict(optimizer)
+        optimizers.restore(self.optimizer, optimizer, self.config.optimizer)
         if len(states) and saved["ranks"] == self.world.size:
             set_generators(states, self.world.device)
         else:  # other ranks than before: dropout cannot repeat itself, but must not repeat what it began with
-            torch.manual_seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
+            seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
         self.progress = self.clock.progress = Progress(**saved["progress"])
         if not self.world.main:
             self.progress.process_time = 0.0  # rank 0 has the sum of all ranks
         self.saved = None if self.branched else self.progress.step
-        return saved["log_bytes"]
+        return saved
 
     def check_data(self, wait: float | None = None) -> None:
         """Before something is kept that damaged data would spoil; on every rank. Raises UsageError where a shard is damaged,

@@ -10,12 +10,12 @@ Keys of an optimizer that none of these sets are those tuned for it on the track
 To add a trick: one entry in TRICKS; one field in model.py or the trainer if it does something new; one test.
 """
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.run_folder import intact, read_json
 from engine.spec import UsageError, nearest, split
 from layers.shape import PRESETS
 
@@ -444,14 +444,15 @@ def track(name: str) -> Track:
 TUNED = Path(__file__).parent / "records" / "tuning" / "tuned.json"  # written by `compare tune`, whose trials lie beside it
 
 
-def tuned(track_name: str, optimizer: str, schedule: str) -> tuple[str, str]:
+def tuned(track_name: str, optimizer: str, schedule: str, file: Path | None = None) -> tuple[str, str]:
     """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any. The
-    schedule tuned with them takes the place of the track's own, not of another that was chosen."""
-    best = TUNED.exists() and json.loads(TUNED.read_text()).get(track_name, {}).get(split(optimizer)[0])
-    if not best:
-        return optimizer, schedule
-    own = schedule == TRACKS[track_name].settings.get("schedule")
-    return merge_optimizer(best["optimizer"], optimizer), best["schedule"] if own else schedule
+    schedule tuned with them takes the place of the track's own, not of another that was chosen. file: instead of TUNED."""
+    with intact(file := file or TUNED):
+        best = file.exists() and read_json(file).get(track_name, {}).get(split(optimizer)[0])
+        if not best:
+            return optimizer, schedule
+        own = schedule == TRACKS[track_name].settings.get("schedule")
+        return merge_optimizer(best["optimizer"], optimizer), str(best["schedule"]) if own else schedule
 
 
 def merge_optimizer(old: str, new: str) -> str:

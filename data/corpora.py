@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -81,7 +82,11 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
     if not any(text.strip() for text in texts):
         raise UsageError("the files given hold no text")
     if len(texts) >= 10:
-        return every_kth_to_val(texts, 10)
+        splits = every_kth_to_val(texts, 10)
+        trained = set(splits["train"])
+        if both := sum(text in trained for text in splits["val"]):
+            print(f"warning: {both} of {len(splits['val'])} validation documents are training documents too", file=sys.stderr)
+        return splits
     cut = [len(text) * 9 // 10 for text in texts]
     return {"train": [t[:c] for t, c in zip(texts, cut)], "val": [t[c:] for t, c in zip(texts, cut)]}
 
@@ -186,7 +191,7 @@ def prepare(
     for file in files:
         if not file.is_file():
             raise UsageError(f"no file {file}")
-    own = "local files: " + ", ".join(f"{file.name} (sha256 {file_hash(file)[:16]})" for file in files)
+    own = shards.LOCAL + ", ".join(f"{file.name} (sha256 {file_hash(file)[:16]})" for file in files)
     source = corpus.source if corpus else own
     if is_complete(folder):
         if files and shards.read_manifest(folder)["source"] != source:

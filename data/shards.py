@@ -8,6 +8,7 @@ shards dataset.json: corpus, tokenizer, vocabulary size, source, and file, token
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from pathlib import Path
@@ -24,6 +25,7 @@ HEADER_BYTES = 4 * HEADER_WORDS
 SHARD_TOKENS = 100_000_000  # as the published FineWeb shards
 TOKEN = np.dtype("<u2")
 IGNORED = -100  # a target that no loss counts: what torch's cross_entropy leaves out
+LOCAL = "local files: "  # how the source of one's own text begins
 UNFINISHED = "unfinished"  # in the folder of a corpus that is being prepared
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.bin")  # what dataset.json may name: files in its own folder
 
@@ -33,9 +35,17 @@ def dataset_folder(data_root: str | Path, corpus: str, tokenizer: str) -> Path:
 
 
 def repair(folder: Path) -> str:
-    """The command that makes a dataset folder whole again."""
-    corpus, _, tokenizer = Path(folder).name.rpartition("-")
-    return f"run: ./run.sh data prepare {corpus} --tokenizer {tokenizer}"
+    """The command that makes a dataset folder whole again, with the user's own words."""
+    corpus, dash, tokenizer = Path(folder).name.rpartition("-")
+    words = f"{corpus} --tokenizer {tokenizer}" if dash else tokenizer
+    try:
+        source = str(read_json(folder / "dataset.json")["source"])
+    except (OSError, UsageError, KeyError):
+        source = ""
+    names = re.findall(r"(.+?) \(sha256 \w+\)(?:, )?", source.removeprefix(LOCAL)) if source.startswith(LOCAL) else []
+    words += f" --files {shlex.join(names)}" if names else ""
+    words += f" --data-root {folder.parent}" if folder.parent != Path("corpora") else ""
+    return f"run: ./run.sh data prepare {words}"
 
 
 def header(tokens: int) -> bytes:
@@ -135,7 +145,9 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def damage(path: Path, entry: dict[str, Any]) -> str:
-    """What is wrong with the bytes of a shard; nothing where dataset.json has no hash of them."""
+    """What is wrong with a shard; nothing where dataset.json does not list it."""
+    if entry.get("tokens", len(shard := read(path))) != len(shard):
+        return f"shard {path} has {len(shard)} tokens, dataset.json says {entry['tokens']}; {repair(path.parent)}"
     if "sha256" not in entry or file_hash(path) == entry["sha256"]:
         return ""
     return f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(path.parent)}"
@@ -198,6 +210,11 @@ class Dataset:
             if largest >= vocab_size:
                 raise UsageError(f"{path} holds token {largest}, the vocabulary has {vocab_size}: another tokenizer made it")
         return self
+
+    def shared(self, other: "Dataset") -> str:
+        """A warning, if a shard is in the other split too: what is learned by heart would count as learned."""
+        both = {entry.get("sha256") for entry in self.entries} & {entry.get("sha256") for entry in other.entries} - {None}
+        return f"{len(both)} of {len(other.entries)} validation shards are training shards too" if both else ""
 
     def problem(self, wait: float | None = None) -> str | None:
         """What is wrong with the shards, as far as is known after `wait` seconds (None: until all are read)."""

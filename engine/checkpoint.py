@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -34,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.ranks import place
-from engine.run_folder import atomic_write, file_hash, read_json, settings_hash
+from engine.run_folder import atomic_write, file_hash, intact, read_json, settings_hash
 from engine.spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
@@ -243,15 +244,30 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
     return max(usable, key=step_of, default=None)
 
 
+def seed(number: int) -> None:
+    """Of all random generators that training draws from: torch's, and those that optimizers of others take."""
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
+
+
 def generators(device: torch.device) -> list[Tensor]:
-    """States of the random generators that training draws from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    """States of the random generators that training draws from: [bytes] uint8 each, on all ranks as long."""
+    kind, words, *more = np.random.get_state()
+    of_others = json.dumps([random.getstate(), [kind, words.tolist(), *more]]).ljust(1 << 14).encode()
+    states = [torch.get_rng_state(), torch.frombuffer(bytearray(of_others), dtype=torch.uint8)]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def set_generators(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+    """Raises UsageError: they are no states of these generators."""
+    with intact("the checkpoint's state of the random generators"):
+        torch.set_rng_state(states[0])
+        (version, words, spare), of_numpy = json.loads(bytes(states[1].tolist()))
+        random.setstate((version, tuple(words), spare))
+        np.random.set_state(tuple(of_numpy))
+        if device.type == "cuda" and len(states) > 2:
+            torch.cuda.set_rng_state(states[2], device)
 
 
 def load_weights(gpt: nn.Module, path: Path) -> None:

@@ -67,7 +67,7 @@ def speaks(error: BaseException) -> bool:
     """Is it for this rank to say so?"""
     if isinstance(error, UsageError):  # once a machine: it may be wrong on one of several
         return int(os.environ.get("LOCAL_RANK", 0)) == 0 if error.speaks is None else error.speaks
-    return not isinstance(error, RankError) or int(os.environ.get("RANK", 0)) == 0
+    return not isinstance(error, RankError) or error.speaks or int(os.environ.get("RANK", 0)) == 0
 
 
 class Interrupt:

@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from engine import hardware
-from engine.spec import split
 
 
 class Display:
@@ -85,13 +84,14 @@ def greeting(run: Any, cards: list[str]) -> str:
         fused and compiler and f"{compiler}: plain PyTorch instead of the fused kernels",
         slow_wire and "this PyTorch has no NCCL: ranks talk through gloo, which is slower",
         run.head_note,
+        run.loader.dataset.shared(run.val),
         len(set(cards)) > 1 and f"GPUs of different kinds, {kinds}: the slowest sets the pace of all",
     ]
     parameters = sum(p.numel() for p in run.gpt.parameters())
     sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in config.batch_stages)
     first = (
         f"{run.run_folder.folder}\nGPT, {model.layers} blocks of width {model.width}, {parameters / 1e6:.1f}M parameters, "
-        f"{split(config.optimizer)[0]}\n"
+        f"{config.optimizer}, schedule {config.schedule}\n"
         f"{world.size} x {device.type}, {dtype} ({run.dtype_reason}), {config.steps:,} steps of {sizes} tokens "
         f"({run.loader.epochs(config.steps):.2f} epochs of {config.corpus})"
     )

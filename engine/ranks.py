@@ -33,7 +33,9 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Ranks that died, hang or no longer agree. The trainer prints it as one line and exits with code 1."""
+    """Ranks that died, hang or no longer agree. The trainer prints it as one line, on rank 0, and exits with code 1."""
+
+    speaks = False  # another rank does, since rank 0 cannot
 
 
 class World:
@@ -66,13 +68,13 @@ class World:
             )
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout)))
-            self.store = own_corner(store, self.rank, self.size)
+            self.store = own_corner(store, self.rank, self.size, timeout)
+            self.watch = threading.Thread(target=self._watch, daemon=True, name="watch")
+            self.watch.start()
             # collectives wait a little longer than the thread below, which knows whom they wait for
             backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
             wait = timedelta(seconds=timeout * 1.5 + 30)
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait)
-            self.watch = threading.Thread(target=self._watch, daemon=True, name="watch")
-            self.watch.start()
 
     def beat(self, doing: str) -> None:
         """Leave word of what this rank begins to do now: all ranks do the same things in the same order."""
@@ -95,8 +97,9 @@ class World:
         """Who holds up the others: ranks whose word no longer changes, else those that have done least."""
 
         def words() -> list[tuple[int, int, str]]:
-            said = (self.store.get(f"beat/{rank}").decode().split(" ", 2) for rank in range(self.size))
-            return [(int(beats), int(tick), doing) for beats, tick, doing in said]
+            keys = [f"beat/{rank}" for rank in range(self.size)]
+            said = [self.store.get(key).decode() if self.store.check([key]) else "0 -1 the start" for key in keys]
+            return [(int(beats), int(tick), doing) for beats, tick, doing in (words.split(" ", 2) for words in said)]
 
         before = words()
         time.sleep(3)
@@ -206,14 +209,22 @@ def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> 
     return bf16_compress_hook(group, bucket)
 
 
-def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:
+def own_corner(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
     """A part of torchrun's store that only these ranks of this start know. torchrun (2.13) keeps one store through all
     restarts, with the addresses of dead ranks, and two agents may count restarts differently. So rank 0 draws a name, and tells
-    it to those who ask now: a question carries a random number, which no rank of an earlier start waits for."""
+    it to those who ask now: a question carries a random number, which no rank of an earlier start waits for. Raises
+    RankError: for `timeout` seconds a rank has not asked, or rank 0 not answered."""
+    end = time.monotonic() + timeout
     if rank:
         nonce = uuid.uuid4().hex
         store.set(f"ask/{rank}", nonce)
-        name = store.get(f"answer/{rank}/{nonce}").decode()
+        while not store.check([answer := f"answer/{rank}/{nonce}"]):
+            if time.monotonic() > end + 5:  # rank 0 knows whom it waits for: it speaks first
+                error = RankError(f"no word from rank 0 in {timeout:g} s: not started, or hung")
+                error.speaks = rank == 1
+                raise error
+            time.sleep(0.01)
+        name = store.get(answer).decode()
         store.set(f"heard/{rank}/{name}", "")
     else:
         name, left = uuid.uuid4().hex, set(range(1, size))
@@ -224,6 +235,8 @@ def own_corner(store: dist.Store, rank: int, size: int) -> dist.Store:
                     store.set(f"answer/{other}/{nonce}", name)
                     if store.check([f"heard/{other}/{name}"]):
                         left.remove(other)
+            if left and time.monotonic() > end:
+                raise RankError(f"no word from rank {', '.join(map(str, sorted(left)))} in {timeout:g} s: not started, or hung")
             time.sleep(0.01)
     return dist.PrefixStore(name, store)
 

@@ -13,13 +13,14 @@ import socket
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from engine.display import Display
+from engine.display import Display, describe
 from engine.spec import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -31,11 +32,15 @@ PRESENTATION = (
 
 
 def all_settings(config: Any, model_config: Any, recipe: str) -> dict[str, Any]:
-    """Everything that a run is told: what config.json has. An optimizer in a file of one's own brings the file's hash."""
-    file = Path(config.optimizer.partition(":")[0])
-    own = {"optimizer_code": hashlib.sha256(file.read_bytes()).hexdigest()} if file.suffix == ".py" else {}
-    settings = vars(config) | vars(model_config) | {"recipe": recipe} | own
+    """Everything that a run is told: what config.json has."""
+    settings = vars(config) | vars(model_config) | {"recipe": recipe} | own_code(config.optimizer)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}  # as JSON has them
+
+
+def own_code(optimizer: str) -> dict[str, str]:
+    """The hash of the file that a SPEC names; empty where it names none. A file that was changed is another optimizer."""
+    file = Path(optimizer.partition(":")[0])
+    return {"optimizer_code": file_hash(file)} if file.suffix == ".py" else {}
 
 
 def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
@@ -93,6 +98,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+@contextlib.contextmanager
+def intact(what: object) -> Iterator[None]:
+    """Read in here what may be somebody else's. Raises UsageError for whatever comes of content that nobody expects."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from error
 
 
 def file_hash(path: Path) -> str:
@@ -157,6 +173,15 @@ def lock(folder: Path) -> FileLock:
     return held
 
 
+def in_use(folder: Path) -> bool:
+    """Does another process hold the folder's lock?"""
+    try:
+        with FileLock(folder / "lock", timeout=0) if (folder / "lock").exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
+
+
 class Run:
     """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays. Raises
     UsageError: the folder holds a run with other settings, or something else."""
@@ -185,27 +210,32 @@ class Run:
         self.finished: dict[str, Any] | None = None  # the result of a run that has ended; one that is damaged is made again
         with contextlib.suppress(OSError, UsageError):
             there = read_json(folder / "result.json") if resume != "never" else {}
-            self.finished = there if {"status", "steps", "val_loss", "target_loss", "parameters"} <= there.keys() else None
+            with intact(folder):
+                self.finished = there if describe(there, folder) and there["status"] else None
 
-    def open(self, env: dict[str, Any], log_bytes: int, display: Display, stem: Path | None = None) -> None:
-        """Write what is known before the first step; of a log keep the first `log_bytes`, those of the checkpoint. stem: folder
-        of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it is
-        shorter."""
+    def open(self, env: dict[str, Any], saved: dict[str, Any], display: Display, stem: Path | None = None) -> None:
+        """Write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of: see `logged`.
+        stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it
+        is shorter."""
         if not self.main:
             return
         log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"
-        there = source.stat().st_size if source.exists() else 0
+        log_bytes, there = saved.get("log_bytes", 0), source.stat().st_size if source.exists() else 0
         if there < log_bytes:
             repair = "leave out --branch" if stem else "add --resume never to start anew"
             raise UsageError(f"{source} is {there} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
+        kept = source.read_bytes()[:log_bytes] if log_bytes else b""
+        self.log_hash = hashlib.sha256(kept)
         if stem:
-            log.write_bytes(source.read_bytes()[:log_bytes])
+            log.write_bytes(kept)
         self.log, self.display = log.open("ab"), display
         self.log.truncate(log_bytes)
         self.log.seek(0, os.SEEK_END)
+        if kept and saved.get("log_sha256", self.log_hash.hexdigest()) != self.log_hash.hexdigest():
+            display.note(f"{source} is not the log that the checkpoint was written with: it was changed since")
 
     def event(self, event: str, note: str = "", **values: Any) -> None:
         """Log an event and show it; note: a line for people beside it."""
@@ -213,18 +243,20 @@ class Run:
             return
         # JSON has no NaN: a non-finite number is logged as null and named by its event
         logged = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.log.write((json.dumps({"event": event, **logged}) + "\n").encode())
+        line = (json.dumps({"event": event, **logged}) + "\n").encode()
+        self.log.write(line)
+        self.log_hash.update(line)
         if event != "train":
             self.log.flush()
         self.display.event(event, note, values)
 
-    def logged(self) -> int:
-        """Bytes of the log, all of them on the disk: what a checkpoint made now may rely on."""
+    def logged(self) -> dict[str, Any]:
+        """Bytes of the log, all of them on the disk, and their hash: what a checkpoint made now may rely on."""
         if not self.main:
-            return 0
+            return {}
         self.log.flush()
         os.fsync(self.log.fileno())
-        return self.log.tell()
+        return {"log_bytes": self.log.tell(), "log_sha256": self.log_hash.hexdigest()}
 
     def close(self, result: dict[str, Any]) -> None:
         """The run has ended: result.json says so."""
@@ -232,6 +264,8 @@ class Run:
             self.event("end", status=result["status"], step=result["steps"], utc=now_utc())
             self.log.close()
             atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
+            if asked := os.environ.get("RUN_FOLDER_GOES_TO"):  # a file of run.sh's, which shows this run then
+                Path(asked).write_text(str(self.folder.resolve()))
 
     def release(self) -> None:
         """Let go of log, display and lock, whatever happened before."""

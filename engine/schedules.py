@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from engine.command import command
-from engine.spec import UsageError, parse, setting
+from engine.spec import UsageError, make, setting
 
 
 def length(value: float, steps: int) -> float:
@@ -158,8 +158,7 @@ MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[int], Any]:
     """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate. Raises UsageError: unknown schedule or
     key, or a value out of range."""
-    cls, settings = parse(spec, registry, what)
-    schedule = cls(**settings)
+    schedule = make(spec, registry, what, "value")
     return lambda step: schedule.value(step, steps)
 
 

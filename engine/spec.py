@@ -113,7 +113,7 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 def typed_keys(cls: type) -> dict[str, Any]:
     """Key -> annotation of what `cls` accepts: dataclass fields, or the parameters of its constructor, without a first that
     has no default: the weights. A parameter that is not annotated takes the type of its default; where that is a whole number,
-    fractions too."""
+    fractions too. A class that names its `roles` has `adamw_lr` too: AdamW takes the rest."""
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -127,7 +127,7 @@ def typed_keys(cls: type) -> dict[str, Any]:
             default = None if p.default is p.empty else p.default
             of_default = int | float if type(default) is int else type(default)
             keys[p.name] = hints.get(p.name, float if p.name == "lr" and default is None else of_default)
-    return keys
+    return keys | ({"adamw_lr": float} if hasattr(cls, "roles") else {})
 
 
 def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[str, Any]]:
@@ -151,6 +151,16 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
         if why := refusal(key, value, about.get(key) or ({"least": 0} if name in registry else {})):
             raise UsageError(f"{what} key {name}:{key} {why}")
     return cls, values
+
+
+def make(spec: str, registry: dict[str, type], what: str, method: str) -> Any:
+    """An object of the class that a SPEC chooses, which must have a method of that name. Raises UsageError: it has none, or as
+    `parse`."""
+    cls, settings = parse(spec, registry, what)
+    try:
+        return getattr(cls, method) and cls(**settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{what} {spec!r} cannot be made: {error}") from None
 
 
 TRUSTED: set[str] = set()  # words of the user's own command line: the only ones that may name code

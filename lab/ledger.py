@@ -50,7 +50,7 @@ def read(path: Path, kind: type) -> list[Any]:
     """Its rows; a column with a default may be missing, as in files from before the column. Raises UsageError: the file is no
     such ledger, or a line of it is damaged."""
     rows, hints = [], typing.get_type_hints(kind)
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="replace") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             wanted = [f.name for f in dataclasses.fields(kind) if f.name in line or f.default is dataclasses.MISSING]
             try:

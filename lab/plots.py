@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from engine.command import Parser, command
-from engine.run_folder import atomic_write
+from engine.run_folder import atomic_write, intact
 from engine.spec import UsageError
 from lab.stats import Ratio
+from lab.trials import whole_lines
 
 
 def pyplot():
@@ -53,12 +54,13 @@ def curve(loss: Sequence[Sequence[float]], step_times: Sequence[Sequence[float]]
 def of_run(folder: Path) -> Curve:
     """Of a run that has ended or not. Raises UsageError: the folder holds no log of a step."""
     log = folder / "log.jsonl"
-    events = [json.loads(line) for line in log.read_text().rpartition("\n")[0].splitlines()] if log.exists() else []
-    steps, vals = ([e for e in events if e["event"] == kind] for kind in ("train", "val"))
-    if not steps:
-        raise UsageError(f"{folder} holds no log of a step: name run folders, such as runs/tiny/*")
-    ends = [math.nan, *(e["loss"] for e in vals if e["loss"] is not None)]
-    return curve([[e["loss"] for e in steps]], [[e["step_time"] for e in steps]], ends[-1:])
+    with intact(log):
+        events = [json.loads(line) for line in whole_lines(log).splitlines()]
+        steps, vals = ([e for e in events if e["event"] == kind] for kind in ("train", "val"))
+        if not steps:
+            raise UsageError(f"{folder} holds no log of a step: name run folders, such as runs/tiny/*")
+        ends = [math.nan, *(e["loss"] for e in vals if e["loss"] is not None)]
+        return curve([[float(e["loss"]) for e in steps]], [[float(e["step_time"]) for e in steps]], ends[-1:])
 
 
 def losses(path: Path, curves: dict[str, Curve], target: float | None) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -18,11 +19,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.run_folder import atomic_write, lock, refuse_links, source_hash
+from engine.run_folder import atomic_write, lock, read_json, refuse_links, source_hash
 from engine.spec import UsageError
 from lab import trials
 from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
-from lab.trials import Arm, Launcher, Outcome, Trial
+from lab.trials import Arm, Launcher, Outcome, Trial, whole_lines
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
 J, T = TypeVar("J"), TypeVar("T")
@@ -32,7 +33,8 @@ class Scheduler:
     """Does jobs side by side, begun in their order. Once one of them is interrupted, none is begun any more."""
 
     def __init__(self) -> None:
-        self.interrupted = threading.Event()
+        self.interrupted = trials.INTERRUPTED
+        self.interrupted.clear()
 
     def in_turn(self, jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator[tuple[J, T]]:
         """Each job as it ends, with what `work` made of it."""
@@ -152,7 +154,7 @@ class Runner(Scheduler):
         return Row.of("", Outcome(trial, trial.result)) if trial.result else None
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
-        """Append to curves.csv: validation losses, and means of the training loss over spans of steps."""
+        """Add to curves.csv, in one piece: validation losses, and means of the training loss over spans of steps."""
         events = trial.log()
         train = [e for e in events if e["event"] == "train"]
         span = max(1, math.ceil(len(train) / self.points))
@@ -160,14 +162,15 @@ class Runner(Scheduler):
         lines = [piece[-1] | {"loss": round(sum(e["loss"] for e in piece) / len(piece), 4)} for piece in pieces]
         lines += [e | {"loss": round(e["loss"], 5)} for e in events if e["event"] == "val" and e["loss"] is not None]
         with self.lock:
+            path, text = self.out / "curves.csv", io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            if not (there := whole_lines(path)):
+                writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
+            for e in lines:
+                when = (e["step"], e["tokens"], round(e["train_time"], 3))
+                writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
             self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / "curves.csv").open("a", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if not file.tell():
-                    writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-                for e in lines:
-                    when = (e["step"], e["tokens"], round(e["train_time"], 3))
-                    writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
+            atomic_write(path, there + text.getvalue())
 
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -193,7 +196,7 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
     another one, or something else, or links."""
     refuse_links(out)
     if (out / file).exists():
-        there = json.loads((out / file).read_text())
+        there = read_json(out / file)
         for key, value in settings.items():
             if there.get(key) != value:
                 raise UsageError(f"{out} holds a {file} with {key} {there.get(key)!r}, not {value!r}: choose another --out")
@@ -221,7 +224,7 @@ def write_report(out: Path, file: str, summary: dict[str, Any], text: str) -> No
 def read_report(folder: Path, file: str) -> tuple[dict[str, Any], list[Row]]:
     """Summary and trials of an experiment. Raises UsageError: the folder holds none."""
     try:
-        return json.loads((folder / file).read_text()), read_rows(folder / "trials.csv")
+        return read_json(folder / file), read_rows(folder / "trials.csv")
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no experiment: {Path(error.filename).name} is missing") from None
 
@@ -249,20 +252,21 @@ def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Laun
 def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
     """Lines of curves.csv; `steps` is the length of the run that a line belongs to, whose lines stand together.
 
-    rows: the runs wanted (default: all); by their clocks, since a trial trained again has the name of the first.
+    rows: the runs wanted (default: all); by their clocks, since a trial trained again has the name of the first. Raises
+    UsageError: a line is damaged.
     """
-    if not path.exists():
-        return []
     number = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
     runs: list[list[dict[str, Any]]] = []
-    with path.open(newline="") as file:
-        for cells in csv.DictReader(file):
-            line = {key: number.get(key, str)(cell) for key, cell in cells.items()}
-            last = runs[-1][-1] if runs else {}
-            same = all(line[key] == last.get(key) for key in ("arm", "seed", "phase"))
-            if not same or (line["kind"] == "train" and (last["kind"] == "val" or line["step"] <= last["step"])):
-                runs.append([])
-            runs[-1].append(line)
+    for place, cells in enumerate(csv.DictReader(io.StringIO(whole_lines(path))), start=2):
+        try:
+            line = {key: number.get(key, str)(cells[key]) for key in (*number, "arm", "phase", "kind")}
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path} line {place} is no point of a curve: delete the line") from None
+        last = runs[-1][-1] if runs else {}
+        same = all(line[key] == last.get(key) for key in ("arm", "seed", "phase"))
+        if not same or (line["kind"] == "train" and (last["kind"] == "val" or line["step"] <= last["step"])):
+            runs.append([])
+        runs[-1].append(line)
     if rows is not None:
         clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
         runs = [run for run in runs if (run[-1]["arm"], run[-1]["seed"], run[-1]["train_time"]) in clocks]

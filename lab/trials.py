@@ -2,11 +2,13 @@
 of its settings in the name of its run folder, so that whatever stops an experiment loses no finished trial.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ from engine.spec import UsageError
 ROOT = Path(__file__).parent.parent
 RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of its workers: they import this module
 RUNS = ROOT  # what the default run folders, runs/<track>/..., are relative to
+
+
+def whole_lines(path: Path) -> str:
+    """The text of a file without a last line that is still being written, or was cut by a full disk; empty without a file."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,10 @@ class Trial:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json once the run has ended, else None. A run of other source code is another run: None too."""
-        path = self.folder / "result.json"
-        there = path.exists() and self.source == run_folder.source_hash()
-        return json.loads(path.read_text()) if there else None
+        """result.json once the run has ended, else None. A run of other source code is another run: None too, as is a damaged
+        one, whose end the trainer makes again."""
+        with contextlib.suppress(FileNotFoundError, UsageError):
+            return run_folder.read_json(self.folder / "result.json") if self.source == run_folder.source_hash() else None
 
     @property
     def source(self) -> str | None:
@@ -71,14 +79,13 @@ class Trial:
 
     def env(self) -> dict[str, Any]:
         """What the run was trained by and on; empty where there is no run."""
-        path = self.folder / "env.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        with contextlib.suppress(FileNotFoundError, UsageError):
+            return run_folder.read_json(self.folder / "env.json")
+        return {}
 
     def log(self) -> list[dict[str, Any]]:
-        """All events of the run so far; a line that is still being written is left out."""
-        path = self.folder / "log.jsonl"
-        whole_lines = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        return [json.loads(line) for line in whole_lines.splitlines()]
+        """All events of the run so far."""
+        return [json.loads(line) for line in whole_lines(self.folder / "log.jsonl").splitlines()]
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,12 @@ Launcher = Callable[[Trial], Outcome]  # trains one trial, and returns when it h
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # compute types in env.json: as --dtype has them
 ANEW = ("--resume", "never")  # `extra` of a trial that is to be trained though it has ended
+INTERRUPTED = threading.Event()  # nothing is begun or waited for any more
 
 
 def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
     """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
-    checkpoint if there is one; a diverged run is a result.
+    checkpoint if there is one; a diverged run is a result, and so is that of another experiment that is at the same trial.
 
     processes: ranks, started by torchrun where there are several. threads: of each rank; 0: what torch takes.
     """
@@ -117,15 +125,21 @@ def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["train_gpt.py", *trial.flags, "--out", str(trial.folder)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    for pause in (1, 0):
+    pauses = [1, 0]
+    while pauses:
+        while run_folder.in_use(trial.folder) and not INTERRUPTED.wait(0.5):
+            pass
+        if (result := trial.result) is not None:
+            break
         of_other_code = trial.source not in (None, run_folder.source_hash())
         code, error = run_to_end([*command, *(ANEW if of_other_code else ())], environment)
-        if (result := trial.result) is not None:
-            return Outcome(trial, result)
-        if code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
+        result = trial.result
+        if code == 2 and " is in use by " in error and not INTERRUPTED.is_set():  # somebody was quicker
+            continue
+        if result is not None or code in (2, -signal.SIGINT, 130):  # refused or interrupted: trying again would not help
             break
-        time.sleep(pause)
-    return Outcome(trial, None, error)
+        time.sleep(pauses.pop(0))
+    return Outcome(trial, result, "" if result else error)
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, str]:

@@ -31,17 +31,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust
+from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust, typed_keys
 from model import roles as roles_of
 from optimizers import elementwise, schedule_free  # they fill the registry, in the order of these imports
 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, USUAL, Chain, Method, call, decay_groups, groups, is_range, keep_fp32
+
+# isort: split
+from optimizers.base import label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
-__all__ += ["elementwise", "matrix", "own_schedule", "parts", "period", "schedule_free", "state_bytes", "step"]
+__all__ += ["elementwise", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
 
@@ -62,6 +65,30 @@ class Choice:
             return getattr(self.cls, key, otherwise)
         parameter = inspect.signature(self.cls).parameters.get(key)
         return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
+
+    @property
+    def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
+        """Key -> (default, range to search or None: see `base.hyper`). A class of others declares ranges in its attribute
+        `search`; else keys that are called as everybody's have the usual ones, and the rate a factor of 30 either way (1e-4 to
+        1 without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
+        if issubclass(self.cls, Method):
+            return {f.name: (f.default, f.metadata["search"]) for f in dataclasses.fields(self.cls)}
+        usual, defaults = {key: field(0.0).metadata["search"] for key, field in USUAL.items()}, {}
+        for key in typed_keys(self.cls):
+            value = Choice(self.spec, self.cls, {}).setting(key)
+            defaults |= {f"{key}/{n}": part for n, part in enumerate(value, 1)} if isinstance(value, tuple) else {key: value}
+        if "lr" in defaults:
+            rate = defaults["lr"] if isinstance(defaults["lr"], float) and defaults["lr"] > 0 else 0
+            usual["lr"] = (float(f"{rate / 30:.3g}"), float(f"{rate * 30:.3g}"), "log") if rate else (1e-4, 1.0, "log")
+            defaults["lr"] = rate or 1e-3
+        if "adamw_lr" in defaults:
+            defaults["adamw_lr"], usual["adamw_lr"] = Choice("adamw", OPTIMIZERS["adamw"], {}).hyperparameters["lr"]
+        ranges = getattr(self.cls, "search", usual)
+        for key, limits in ranges.items() if ranges is not usual else ():
+            if key not in defaults or not is_range(limits):
+                known = f"(low, high, linear, log, complement or choice) for one of {', '.join(defaults)}"
+                raise UsageError(f"optimizer {self.spec!r}: search has {key!r}: {limits!r}, which is not {known}")
+        return {key: (default, ranges.get(key)) for key, default in defaults.items()}
 
     @property
     def own_schedule(self) -> bool:
@@ -94,7 +121,9 @@ class Choice:
             return cls.build(gpt, steps, **self.settings)
         if issubclass(cls, torch.optim.Optimizer):
             params = decay_groups(gpt, self.setting("weight_decay") or 0.0, roles, by_split=set(roles) < set(ROLES))
-            return with_rest(cls(params, **self.settings), gpt, roles)
+            own = {key: value for key, value in self.settings.items() if key != "adamw_lr"}
+            rest = {"lr": self.settings["adamw_lr"]} if "adamw_lr" in self.settings else {}
+            return with_rest(cls(params, **own), gpt, roles, **rest)
         if hasattr(cls, "build"):
             return cls(**self.settings).build(gpt)
         raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
@@ -118,10 +147,12 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
     gpt, choice = unwrapped(gpt), find(spec)
     try:
         optimizer = choice.build(gpt, steps)
-    except UsageError:
-        raise
+        if hasattr(optimizer, "train"):  # which the optimizer inside a wrapper of others may lack
+            optimizer.train()
     except Exception as error:
-        raise blamed(spec, error) from error
+        if (blame := blamed(spec, error)) is error:
+            raise
+        raise blame from error
     if any("lr" not in group for group in optimizer.param_groups):
         raise UsageError(f"optimizer {spec!r} has a param group without lr, which no schedule can change")
     times = Counter(p for group in optimizer.param_groups for p in group["params"])
@@ -145,22 +176,45 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
 def blamed(spec: str, error: Exception) -> Exception:
     """What to raise where an optimizer does: of a class of others one line, which says where; a fault of ours as it is."""
     foreign = split(spec)[0] not in OPTIMIZERS
-    if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, (TypeError, ValueError)) or foreign):
+    if isinstance(error, (UsageError, torch.OutOfMemoryError)) or not (isinstance(error, (TypeError, ValueError)) or foreign):
         return error
     frame, words = traceback.extract_tb(error.__traceback__)[-1], (str(error).strip().splitlines() or [""])[0]
     place = f" ({Path(frame.filename).name}:{frame.lineno})"
     return UsageError(f"optimizer {spec!r}: {f'{type(error).__name__}: {words}{place}' if foreign else words}")
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
+    """optimizer.load_state_dict(state), for classes of others too in the types that were saved: torch casts to the weights'.
+    Raises UsageError: it is the state of something else."""
+    try:
+        optimizer.load_state_dict(state)
+        if not isinstance(optimizer, (Method, Chain)) and "param_groups" in state:
+            keep_fp32(optimizer, state)
+        for p, own in optimizer.state.items() if all(isinstance(part, Method) for part in parts(optimizer)) else ():
+            if any(isinstance(x, Tensor) and 0 < x.dim() == p.dim() and x.shape != p.shape for x in own.values()):
+                raise ValueError("another shape")  # which arithmetic could take all the same
+        optimizer.restored = True  # until it has stepped
+    except Exception as error:
+        raise misfit(spec, error) from error
+
+
+def misfit(spec: str, error: Exception) -> UsageError:
+    words = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return UsageError(f"the checkpoint's state is not that of optimizer {spec!r} ({words}): --resume never starts anew")
+
+
 def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
     """optimizer.step(). Raises UsageError: a class of others fails in it, such as one that is for matrices alone and does not
-    say so in its attribute `roles`."""
+    say so in its attribute `roles`; or the state that was restored does not fit."""
+    restored, optimizer.restored = getattr(optimizer, "restored", False), False
     try:
         optimizer.step()
     except Exception as error:
-        if split(spec)[0] in OPTIMIZERS:
+        if restored and not isinstance(error, torch.OutOfMemoryError):
+            raise misfit(spec, error) from error
+        if (blame := blamed(spec, error)) is error or split(spec)[0] in OPTIMIZERS:
             raise
-        raise blamed(spec, error) from error
+        raise blame from error
 
 
 def of_collection(spec: str) -> str:
@@ -221,11 +275,6 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
     optimizer.param_groups = divided
     if isinstance(optimizer, Chain):
         optimizer._link()
-
-
-def own_schedule(name: str) -> bool:
-    """Does the registered optimizer of that name bring its own schedule? False for names that are not registered."""
-    return getattr(OPTIMIZERS.get(name), "schedule_free", False)
 
 
 def period(spec: str) -> int:

@@ -1,21 +1,26 @@
-"""`python -m optimizers` lists every optimizer; `python -m optimizers NAME...` shows its rule, source and settings."""
+"""`python -m optimizers` lists every optimizer; `python -m optimizers NAME...` shows its rule, source and settings.
 
-import dataclasses
+A NAME may be of your own file, FILE.py:Class, or of a package: pytorch_optimizer.Lion.
+"""
+
 import inspect
 import sys
 
+import tricks
 from engine.command import command
-from engine.spec import UsageError, nearest
-from optimizers import OPTIMIZERS
+from engine.run_folder import read_json
+from optimizers import OPTIMIZERS, find
 
 
 def show(name: str) -> str:
-    if name not in OPTIMIZERS:
-        raise UsageError(f"unknown optimizer {name!r}: {nearest(name, OPTIMIZERS)}")
-    lines = [name, inspect.cleandoc(OPTIMIZERS[name].__doc__), ""]
-    for f in dataclasses.fields(OPTIMIZERS[name]):
-        tuned = "; search {} to {}, {}".format(*f.metadata["search"]) if f.metadata["search"] else ""
-        lines.append(f"  {f.name + '=' + str(f.default):28} {f.metadata['help']}{tuned}")
+    choice = find(name)
+    lines = [name, inspect.cleandoc(choice.cls.__doc__ or ""), ""]
+    fields = getattr(choice.cls, "__dataclass_fields__", {})
+    for key, (default, search) in choice.hyperparameters.items():
+        tuned = "; search {} to {}, {}".format(*search) if search else ""
+        lines.append(f"  {f'{key}={default}':28} {fields[key].metadata.get('help', '') if key in fields else ''}{tuned}")
+    best = {track: of[name]["optimizer"] for track, of in read_json(tricks.TUNED).items() if name in of}
+    lines += ["", "  default where it was tuned:", *(f"    {track}: {spec}" for track, spec in best.items())] if best else []
     return "\n".join(lines)
 
 
@@ -24,5 +29,9 @@ def listing() -> str:
     return "\n".join([*lines, "", "add a name to see its settings"])
 
 
+def main(argv: list[str]) -> int:
+    return command("optimizers", lambda: "\n\n".join(show(word) for word in argv if word[:1] != "-") or listing(), argv)
+
+
 if __name__ == "__main__":
-    sys.exit(command("optimizers", lambda: "\n\n".join(show(word) for word in sys.argv[1:] if word[:1] != "-") or listing()))
+    sys.exit(main(sys.argv[1:]))

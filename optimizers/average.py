@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.spec import parse
+from engine.spec import make
 from optimizers.base import Chain, hyper, moved, parts
 
 
@@ -108,6 +108,5 @@ def build_average(spec: str, steps: int) -> LawaEMA | LawaQueue | None:
     out of range."""
     if spec == "none":
         return None
-    cls, settings = parse(spec, AVERAGES, "average")
-    made = cls(**settings)
+    made = make(spec, AVERAGES, "average", "keep")
     return dataclasses.replace(made, start=round(made.start * steps) if made.start < 1 else made.start)

@@ -62,6 +62,17 @@ BETA1 = common("average of gradients", 0.8, 0.98, "complement")
 BETA2 = common("average of squares", 0.9, 0.999, "complement")
 DECAY = common("wd, decayed roles only", 1e-2, 1.0, "log")
 WARMUP = common("steps of linear warm-up; below 1: fraction of the run", 0.0, 0.2, "linear")
+USUAL = {"beta1": BETA1, "betas/1": BETA1, "beta2": BETA2, "betas/2": BETA2, "momentum": MOMENTUM, "weight_decay": DECAY}
+SCALES = {"linear": -math.inf, "log": 0, "complement": 0, "choice": -1}  # of ranges to search -> what they are above
+
+
+def is_range(limits: object) -> bool:
+    """(low, high, scale), the numbers within what the scale is for?"""
+    try:
+        low, high, scale = limits
+        return SCALES[scale] < low < high < (1 if scale == "complement" else math.inf)
+    except (TypeError, ValueError, KeyError):
+        return False
 
 
 # ---------------------------------------------------------------- parameter groups

@@ -21,6 +21,7 @@ from layers.kernels import gram, polynomial
 from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Chain, Optimizer, groups, hyper
 from optimizers.elementwise import AdamW, CautiousAdamW
 
+MOST_BLOCKS = 10_000  # a step with so many takes over a second on a CPU, and a checkpoint holds six tensors for each
 RATE, WD = "peak learning rate of the hidden matrices", "wd of the hidden matrices"
 
 
@@ -98,6 +99,11 @@ class MatrixMethod(Optimizer):
     @classmethod
     def build(cls, gpt, steps, /, **given):
         method, rest = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given)), cls.of_rest(given)
+        shapes = [(-(-p.numel() // b**2), b) for g in method.param_groups if (b := g.get("block", 0)) for p in g["params"]]
+        if (count := sum(blocks for blocks, _ in shapes)) > MOST_BLOCKS:
+            least = math.ceil(shapes[0][1] * math.sqrt(count / MOST_BLOCKS))
+            why = f"about {count:,} blocks, and each has tensors of its own"
+            raise ValueError(f"block={shapes[0][1]} makes {why}: take block={least} or more")
         lr, decay, cautious, every = (rest.pop(key) for key in ("lr", "weight_decay", "cautious", "every"))
         rates = {role: rest.pop(f"{role}_lr") or lr for role in ("embedding", "head")}
         others = [g for role, rate in rates.items() for g in groups(gpt, (role,), lr=rate, weight_decay=decay)]

@@ -19,7 +19,7 @@ import train_gpt  # noqa: E402
 from config import resolve  # noqa: E402
 from data import corpora, shards  # noqa: E402
 from engine import checkpoint, hardware  # noqa: E402
-from optimizers import own_schedule  # noqa: E402
+from optimizers import find  # noqa: E402
 
 hardware.matmul_peak = functools.cache(hardware.matmul_peak)  # measured once, not in every run
 REALLY_CHECK, PROVEN = shards.Dataset.check, set()
@@ -105,7 +105,7 @@ def with_needs(trick: str) -> str:
 
 def with_optimizer(name: str) -> tuple[str, ...]:
     """Flags that choose an optimizer, with the schedule that it allows."""
-    return ("--optimizer", name, *(("--schedule", "constant") if own_schedule(name) else ()))
+    return ("--optimizer", name, *(("--schedule", "constant") if find(name).own_schedule else ()))
 
 
 def same(a, b) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -210,3 +211,33 @@ def test_wrong_verb_is_answered_by_the_nearest(words, near):
 def test_unknown_verb_leads_to_the_list():
     done = run_sh("qqqq")
     assert done.returncode == 2 and done.stderr.endswith(": ./run.sh --help lists all\n") and not done.stdout
+
+
+def test_paths_are_those_of_the_user_s_folder(tmp_path):
+    """From another folder and through a link: what is there is meant, defaults stay in the repository."""
+    copy, away = tmp_path / "repository", tmp_path / "away"
+    for folder in (copy / ".venv" / "bin", away):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "run.sh", copy)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    python = copy / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\npwd\nfor word; do echo "$word"; done\n')
+    python.chmod(0o755)
+    cksum = subprocess.run("cksum < pyproject.toml", shell=True, cwd=copy, capture_output=True, text=True).stdout
+    (copy / ".venv" / f".installed-{cksum.replace(' ', '').strip()}-").touch()
+    for name in ("mine.txt", "mine.py", "muon"):
+        (away / name).touch()
+    (away / "run").symlink_to("../repository/run.sh")
+    train = ["--optimizer", "mine.py:Mine:lr=0.1", "--out", "here", "--data-root=data", "--tricks", "muon", "--schedule=wsd"]
+    there = [f"{away}/mine.py:Mine:lr=0.1", f"{away}/here", f"--data-root={away}/data", "muon", "--schedule=wsd"]
+    for command in ("./run", "../repository/run.sh", copy / "run.sh"):
+        done = subprocess.run([command, "train", *train], cwd=away, capture_output=True, text=True)
+        place, script, *words = done.stdout.splitlines()
+        assert (place, script, done.returncode) == (str(copy), "train_gpt.py", 0), done.stderr
+        assert [word for word in words if word not in ("--optimizer", "--out", "--tricks")] == there
+    done = subprocess.run(
+        ["./run", "data", "prepare", "muon", "--files", "mine.txt", "none.txt"], cwd=away, capture_output=True, text=True
+    )
+    assert done.stdout.split()[3:] == ["prepare", "muon", "--files", f"{away}/mine.txt", "none.txt"]
+    done = subprocess.run([copy / "run.sh", "train", "--out", "here"], cwd=copy, capture_output=True, text=True)
+    assert done.stdout.split()[1:] == ["train_gpt.py", "--out", "here"]

@@ -482,6 +482,12 @@ def test_average_is_what_is_validated_and_stored(train):
     assert all(any(torch.equal(mean, w) for w in weights.values() if w.shape == mean.shape) for mean in means)
 
 
+def test_a_run_tells_where_it_is_to_who_asks(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_FOLDER_GOES_TO", str(tmp_path / "told"))
+    folder = train("--steps", "1")
+    assert (tmp_path / "told").read_text() == str(folder.resolve())
+
+
 def test_finished_run_is_not_trained_again(train, capsys):
     folder = train("--steps", "3")
     before = (folder / "log.jsonl").read_bytes()

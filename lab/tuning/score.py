@@ -34,6 +34,7 @@ from scipy import stats
 from scipy.integrate import trapezoid
 
 from engine.command import Parser
+from engine.run_folder import intact
 from engine.spec import UsageError, nearest
 from lab import plots
 from lab.markdown import table
@@ -239,7 +240,8 @@ def run(argv: list[str]) -> str:
     options = parser.parse_args(argv)
     if not options.tau_max > 1:
         raise UsageError(f"--tau-max must be above 1, got {options.tau_max:g}")
-    studies = read_studies(options.studies or options.times)
+    with intact(options.studies or options.times):
+        studies = read_studies(options.studies or options.times)
     times = medians(studies)
     held_out = read_held_out(options.held_out, times.workloads)
     result = summary(studies, held_out, options.tau_max, options.reference)

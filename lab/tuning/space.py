@@ -9,11 +9,11 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.stats import qmc
 
 import optimizers
+from engine.run_folder import own_code
 from engine.spec import UsageError, nearest, split
 from optimizers.average import AVERAGES
 
@@ -43,12 +43,6 @@ class Dimension:
         return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
 
 
-def hyperparameters(optimizer: str) -> dict[str, tuple[Any, tuple[float, float, str] | None]]:
-    """Key -> (default, range to search or None) of a registered optimizer; nothing is known of other classes."""
-    cls = optimizers.OPTIMIZERS.get(split(optimizer)[0])
-    return {f.name: (f.default, f.metadata["search"]) for f in (dataclasses.fields(cls) if cls else ())}
-
-
 @dataclass(frozen=True)
 class Submission:
     """A registered optimizer (or one's own, path.py:Class), perhaps with fixed keys, its schedule, perhaps an average."""
@@ -62,14 +56,12 @@ class Submission:
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
         """The space. Raises UsageError: there is nothing to search."""
-        name, fixed = split(self.optimizer)
-        known = hyperparameters(name)
+        fixed, choice = split(self.optimizer)[1], optimizers.find(self.optimizer)
         # a default of None follows another setting: the method has its full strength without
-        free = {key: search for key, (default, search) in known.items() if key not in fixed and default is not None}
-        space = [Dimension("optimizer", key, *search) for key, search in free.items() if search]
-        if not known and "lr" not in fixed:
-            space.append(Dimension("optimizer", "lr", 1e-4, 1e-1, "log"))
-        if not optimizers.own_schedule(name):
+        known = {key: search for key, (default, search) in choice.hyperparameters.items() if default is not None}
+        free = {key: search for key, search in known.items() if search and key.partition("/")[0] not in fixed}
+        space = [Dimension("optimizer", key, *search) for key, search in free.items()]
+        if not choice.own_schedule:
             space.append(Dimension("schedule", "warmup", *WARMUP))
         if not space:
             raise UsageError(f"{self.name}: every setting is fixed, nothing is left to search")
@@ -78,26 +70,31 @@ class Submission:
     @property
     def version(self) -> str:
         """A hash of all that a study's trials have in common; trials of another version are of another study."""
-        about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
+        about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average} | own_code(self.optimizer)
         text = json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def flags(self, values: dict[str, float]) -> tuple[str, ...]:
         """Trainer flags for these settings, by the names of the dimensions."""
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
+        given: dict[tuple[str, str], list[str]] = {}  # part and key -> its numbers, of which a tuple has several
         for d in self.dimensions:
             if d.name in values:
-                joint = "," if "=" in parts[d.part] else ":"
-                parts[d.part] += f"{joint}{d.key}={round(values[d.name]) if d.key == 'every' else f'{values[d.name]:g}'}"
+                key, _, place = d.key.partition("/")
+                whole = map(str, optimizers.find(self.optimizer).setting(key)) if place else [""]
+                numbers = given.setdefault((d.part, key), list(whole))
+                numbers[int(place or 1) - 1] = str(round(values[d.name])) if key == "every" else f"{values[d.name]:g}"
+        for (part, key), numbers in given.items():
+            parts[part] += f"{',' if '=' in parts[part] else ':'}{key}={'/'.join(numbers)}"
         return tuple(word for part, spec in parts.items() if spec for word in (f"--{part}", spec))
 
     def defaults(self) -> dict[str, float]:
-        """The registry's own settings for every dimension."""
-        known = hyperparameters(self.optimizer)
+        """The optimizer's own settings for every dimension."""
+        known = optimizers.find(self.optimizer).hyperparameters
 
         def default(d: Dimension) -> float:
             if d.part == "optimizer":
-                return float(known[d.key][0]) if known else 1e-3
+                return float(known[d.key][0])
             return getattr(AVERAGES[split(self.average)[0]], d.key) if d.part == "average" else 0.05
 
         return {d.name: default(d) for d in self.dimensions}
@@ -121,12 +118,12 @@ def submission(word: str) -> Submission:
         return EXTRAS[word]
     name, _ = split(word)
     try:
-        optimizers.find(word)
+        choice = optimizers.find(word)
     except UsageError:
         if ":" in word or "." in word:
             raise
         raise UsageError(f"unknown submission {word!r}: {nearest(name, [*optimizers.OPTIMIZERS, *EXTRAS])}") from None
-    return Submission(word, word, "constant" if optimizers.own_schedule(name) else "cosine")
+    return Submission(word, word, "constant" if choice.own_schedule else "cosine")
 
 
 def points(space: tuple[Dimension, ...], count: int, study: int) -> list[dict[str, float]]:

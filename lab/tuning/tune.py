@@ -30,6 +30,7 @@ import tricks
 from config import resolve
 from engine import hardware
 from engine.command import Parser, command
+from engine.run_folder import intact
 from engine.spec import UsageError, nearest
 from lab import trials
 from lab.runner import Scheduler, alone_in, at_least
@@ -88,7 +89,8 @@ class Contest(Scheduler):
         for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
             table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
             if any(row.space != entry.version for row in table.of("search")):
-                raise UsageError(f"{table.path}: its trials are of another version of the space: move the file away first")
+                why = "its trials are of another version of the space, or of the optimizer's file"
+                raise UsageError(f"{table.path}: {why}: move the table away first")
         self.late = 0  # trials that were not begun, since the hours were over
 
     # ---------------------------------------------------------------- what is to be trained
@@ -277,7 +279,8 @@ def run(argv: list[str]) -> str:
         return ""
     if not options.report:
         alone_in(options.out, lambda: Contest(options).run())
-    return tuned.report(options.out)
+    with intact(options.out):
+        return tuned.report(options.out)
 
 
 def main(argv: list[str]) -> int:

@@ -17,18 +17,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
-from engine.run_folder import atomic_write
-from engine.spec import UsageError
+from engine.run_folder import atomic_write, read_json
+from engine.spec import UsageError, split
 from lab import plots
 from lab.ledger import Ledger, compute_type
 from lab.markdown import table as markdown_table
 from lab.trials import DTYPES, Outcome
 from lab.tuning import score
-from lab.tuning.space import submission
-from optimizers import OPTIMIZERS
+from lab.tuning.space import EXTRAS, submission
 
 FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
@@ -36,8 +36,8 @@ CHANGES = ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")  # of the 
 
 
 def plain(name: str) -> str:
-    """A submission's name as a file's."""
-    return "".join(c if c.isalnum() or c in "_-=.," else "-" for c in name)
+    """A submission's name as a file's, from which `read_tables` has it back."""
+    return quote(name, safe="=,")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def read_tables(folder: Path) -> dict[str, Tables]:
     tables: dict[str, Tables] = {}
     for path in sorted(folder.glob("*/*.csv")):
         if (table := Table(path)).rows:
-            tables.setdefault(path.parent.name, {})[path.stem] = table
+            tables.setdefault(path.parent.name, {})[unquote(path.stem)] = table
     return tables
 
 
@@ -240,14 +240,19 @@ def scored(times: score.Studies) -> tuple[score.Studies, dict[str, Any]] | None:
     return times, score.summary(times, {}, reference="adamw" if "adamw" in met else "")
 
 
-def winners(tables: dict[str, Tables]) -> dict[str, dict[str, dict[str, Any]]]:
-    """workload -> registered optimizer -> its best settings, as words of the command line, and how good they were: what the
-    trainer takes as the optimizer's defaults on that track (tricks.tuned)."""
+def winners(tables: dict[str, Tables], before: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """workload -> optimizer, registered or one's own -> its best settings, as words of the command line, and how good they
+    were: what the trainer takes as the optimizer's defaults on that track (tricks.tuned). Of code that the command line does
+    not name there is what there was before."""
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for track, of in tables.items():
         for name, table in of.items():
-            if name in OPTIMIZERS and (best := table.best()):
-                flags = submission(name).flags(best.settings)
+            if split(name) == (name, {}) and name not in EXTRAS and (best := table.best()):
+                try:
+                    flags = submission(name).flags(best.settings)
+                except UsageError:
+                    chosen[track] |= {name: before[track][name]} if name in before.get(track, {}) else {}
+                    continue
                 words = {flag.removeprefix("--"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
                 chosen[track][name] = words | {"val_loss": best.val_loss, "trials": len(table.of("search"))}
     return chosen
@@ -273,8 +278,9 @@ def words(value: float) -> str:
 def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] | None, cost: dict[str, float]) -> list[str]:
     search, best, rise = table.of("search"), table.best(), table.sensitivity()
     steps = statistics.median(table.steps_of_studies(target["loss"])) if search and target else math.inf
+    link = f"[`{name}`]({track}/{quote(plain(name), safe='=,')}.csv)"
     return [
-        *(f"[`{name}`]({track}/{name}.csv)", str(len(search)), str(sum(r.status == "diverged" for r in search))),
+        *(link, str(len(search)), str(sum(r.status == "diverged" for r in search))),
         words(table.typical()) if best else "-",
         words(statistics.median(r.val_loss for r in search)) if search else "-",
         f"{steps:,g}" if math.isfinite(steps) else "missed" if target else "-",
@@ -315,7 +321,8 @@ def report(folder: Path) -> str:
     lines = ["submission,workload,study,seconds"]
     lines += [f"{s},{w},{n},{t:.5g}" for (s, w), each in sorted(times.items()) for n, t in enumerate(each)]
     atomic_write(folder / "studies.csv", "\n".join(lines) + "\n")
-    atomic_write(folder / "tuned.json", json.dumps(winners(tables), indent=1) + "\n")
+    chosen = folder / "tuned.json"
+    atomic_write(chosen, json.dumps(winners(tables, read_json(chosen) if chosen.exists() else {}), indent=1) + "\n")
     text = [ABOUT, *score_section(folder, tables, times), *beaten(every)]
     for track, of in tables.items():
         text += ["", workload_table(track, of)]

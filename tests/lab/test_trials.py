@@ -5,17 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from shared import DATA_ROOT, ROOT, tiny
 
 import train_gpt
 from engine import run_folder
 from engine.spec import UsageError
 from lab import trials
-from lab.runner import Scheduler
+from lab.runner import Runner, Scheduler, read_curves
 from lab.trials import Arm, Trial, train
 
 FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
@@ -39,6 +41,47 @@ def test_a_trial_is_trained_once_and_found_again(here):
     (trial.folder / "result.json").write_text(json.dumps(first.result | {"val_loss": 99.0}))
     assert train(trial).loss == 99
     assert train(dataclasses.replace(trial, extra=trials.ANEW)).loss == pytest.approx(first.loss, rel=1e-3)
+
+
+def test_a_trial_that_another_experiment_is_at_is_waited_for(here, monkeypatch):
+    trial, said = Trial(here, 3, 0), []
+    trial.folder.mkdir(parents=True)
+    holder = FileLock(trial.folder / "lock", thread_local=False)
+    holder.acquire()
+
+    def end() -> None:
+        (trial.folder / "env.json").write_text(json.dumps({"source_sha256": run_folder.source_hash()}))
+        (trial.folder / "result.json").write_text(json.dumps({"val_loss": 2.5}))
+        holder.release()
+
+    def run_to_end(*_) -> tuple[int, str]:
+        said.append("begun")
+        return 2, f"{trial.folder} is in use by process 1"
+
+    monkeypatch.setattr(trials, "run_to_end", run_to_end)
+    threading.Timer(0.3, end).start()
+    assert train(trial).loss == 2.5 and not said  # nothing was started
+    (trial.folder / "result.json").unlink()
+    monkeypatch.setattr(trials, "run_to_end", lambda *_: run_to_end() if not said else (end(), (0, ""))[1])
+    assert train(trial).loss == 2.5 and said == ["begun"]  # somebody was quicker: another look, no crash
+
+
+def test_a_curve_that_a_full_disk_has_cut_is_read_without_its_last_line(tmp_path):
+    runner, arm = Runner(tmp_path, False), Arm("a", ())
+    log = [{"event": "val", "step": 1, "tokens": 8, "train_time": 0.5, "loss": 3.25}]
+    row = dataclasses.make_dataclass("Row", ["arm", "seed", "phase"])("a", 0, "search")
+    trial = dataclasses.make_dataclass("Trial", ["arm", "log"])(arm, lambda: log)
+    curves = tmp_path / "curves.csv"
+    runner.keep_curve(row, trial)
+    whole = curves.read_text()
+    curves.write_text(whole + "a,0,search,train,2")
+    assert [point["loss"] for point in read_curves(curves)] == [3.25]
+    runner.keep_curve(row, trial)
+    assert curves.read_text() == whole + whole.splitlines()[1] + "\n"
+    curves.write_text(whole + "a,0,search,train,2a,0,search,val,1,8,0.5,3.25\n")
+    with pytest.raises(UsageError, match="line 3 is no point of a curve"):
+        read_curves(curves)
+    assert read_curves(tmp_path / "none.csv") == []
 
 
 def test_jobs_are_done_side_by_side_until_one_is_interrupted():

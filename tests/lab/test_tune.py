@@ -6,16 +6,18 @@ import itertools
 import json
 import math
 import signal
+from urllib.parse import unquote
 
 import pytest
 import torch
 from scipy import stats
 
+import compare
 import optimizers
 import train_gpt
 import tricks
 from config import resolve
-from engine import hardware
+from engine import hardware, spec
 from engine.spec import UsageError, split, trust
 from lab import plots, trials
 from lab.trials import Arm, Outcome, Trial
@@ -23,6 +25,7 @@ from lab.tuning import tune, tuned
 from lab.tuning.space import EXTRAS, Dimension, points, submission
 from lab.tuning.tuned import Row, Table
 from model import GPT
+from optimizers.__main__ import main
 
 EVERYONE = [*optimizers.OPTIMIZERS, *EXTRAS]
 SAVE = plots.save
@@ -129,16 +132,67 @@ def test_points_are_the_same_for_all_with_as_many_dimensions_and_other_ones_per_
     assert min(b / a for a, b in itertools.pairwise(rates)) > 1.3
 
 
-def test_own_optimizers_and_fixed_keys(tmp_path):
+OWN = """
+import torch
+from optimizers.base import *
+
+class Plain(torch.optim.AdamW):
+    pass
+
+class Matrices(torch.optim.Optimizer):
+    roles = ("matrix",)
+    def __init__(self, params, lr, momentum=0.9, rank=4): super().__init__(params, dict(lr=lr, momentum=momentum))
+
+class Declared(torch.optim.AdamW):
+    search = {"lr": (0.01, 10, "log"), "betas/2": (0.9, 0.999, "complement"), "amsgrad": (0, 1, "choice")}
+
+class Like(Elementwise):
+    lr, sharpness = LR(0.5), hyper(2.0, "how sharp", (1.0, 4.0, "linear"))
+
+class Wrong(torch.optim.SGD):
+    search = {"lr": (0.1, 0.01, "log")}
+"""
+
+
+def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, capsys, monkeypatch):
+    (file := tmp_path / "mine.py").write_text(OWN)
+    plain, matrices, declared, like, wrong = names = [f"{file}:{c}" for c in ("Plain", "Matrices", "Declared", "Like", "Wrong")]
+    trust(names)
+    spaces = {name: {d.name: (d.low, d.high) for d in submission(name).dimensions} for name in names[:4]}
+    warmup, adamw = {"schedule_warmup": (0.01, 0.2)}, {d.name: (d.low, d.high) for d in submission("adamw").dimensions}
+    usual = {"betas/1": adamw["beta1"], "betas/2": adamw["beta2"], "weight_decay": adamw["weight_decay"]}
+    assert spaces[plain] == {"lr": (3.33e-5, 0.03), **usual, **warmup}
+    assert spaces[matrices] == {"lr": (1e-4, 1.0), "momentum": (0.8, 0.99), "adamw_lr": adamw["lr"], **warmup}
+    assert spaces[declared] == {"lr": (0.01, 10), "betas/2": (0.9, 0.999), "amsgrad": (0, 1), **warmup}
+    assert spaces[like] == {"lr": (0.05, 5), "sharpness": (1.0, 4.0), **warmup}
+    with pytest.raises(UsageError, match=r"search has 'lr': \(0.1, 0.01, 'log'\), which is not \(low, high, linear"):
+        _ = submission(wrong).dimensions
+    settings = {"lr": 0.1, "betas/2": 0.99, "amsgrad": 1.0}
+    assert submission(declared).flags(settings)[1] == f"{declared}:lr=0.1,betas=0.9/0.99,amsgrad=1"
+    fixed = submission(f"{plain}:betas=0.9/0.99")
+    assert [d.name for d in fixed.dimensions] == ["lr", "weight_decay", "schedule_warmup"]
+    gpt = GPT(resolve(["--track", "tiny"])[1])
+    assert {g["lr"] for g in optimizers.build(f"{matrices}:lr=0.1,adamw_lr=0.02", gpt).param_groups} == {0.1, 0.02}
+
+    words = ("--optimizers", "adamw", plain, matrices, "--trials", "2", "--no-neighbours")
+    assert call(tmp_path, *words) == 0
+    chosen = json.loads((tmp_path / "out" / "tuned.json").read_text())["wiki"]
+    assert {plain, matrices} <= set(chosen) and chosen[plain]["optimizer"].startswith(f"{plain}:lr=")
+    arms = ["--track", "tiny", "--optimizers", "adamw", matrices, "--tuned-on", f"{tmp_path / 'out'}/wiki"]
+    for arm, name in zip(compare.make_arms(compare.parse(arms)), ("adamw", matrices), strict=True):
+        run, *_ = resolve(list(arm.flags))
+        assert (run.optimizer, run.schedule) == (chosen[name]["optimizer"], chosen[name]["schedule"])
+    monkeypatch.setattr(spec, "TRUSTED", set())  # another day: the report imports no code, and keeps what was found
+    assert call(tmp_path, "--report") == 0
+    assert json.loads((tmp_path / "out" / "tuned.json").read_text())["wiki"] == chosen
+    monkeypatch.setattr(tricks, "TUNED", tmp_path / "out" / "tuned.json")
+    assert main([plain]) == 0 and f"wiki: {chosen[plain]['optimizer']}" in capsys.readouterr().out
+
+
+def test_fixed_keys():
     fixed = submission("sgd:nesterov=false,momentum=0.9")
     assert [d.key for d in fixed.dimensions] == ["lr", "weight_decay", "warmup"]
     assert fixed.flags({"lr": 0.1})[:2] == ("--optimizer", "sgd:nesterov=false,momentum=0.9,lr=0.1")
-    own = tmp_path / "mine.py"
-    own.write_text("import torch\nclass Mine(torch.optim.SGD):\n    pass\n")
-    trust([f"{own}:Mine"])
-    entry = submission(f"{own}:Mine")
-    assert [d.key for d in entry.dimensions] == ["lr", "warmup"]
-    resolve(["--track", "wiki", *entry.flags({"lr": 0.1, "schedule_warmup": 0.1})])
     with pytest.raises(UsageError, match="did you mean 'muon'"):
         submission("muno")
     everything = ",".join(f"{d.key}=0.1" for d in submission("schedule_free_sgd").dimensions)
@@ -285,6 +339,25 @@ def test_damaged_tables_are_refused_by_name(fake, tmp_path, capsys):
     assert call(tmp_path, *words) == 2 and "adamw.csv line 2 is no trial" in capsys.readouterr().err
     path.write_text(text.replace(table(tmp_path, "adamw", "tokens").of("search")[0].space, "00000000"))
     assert call(tmp_path, *words) == 2 and "another version of the space" in capsys.readouterr().err
+
+
+def test_tables_of_own_optimizers_keep_apart(fake, tmp_path, capsys):
+    """By name, though both would be the same in a file's letters; and by the code that the file held."""
+    names = []
+    for path in ("x/b.py", "x-b.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("import torch\nclass Mine(torch.optim.SGD):\n    pass\n")
+        names.append(f"{tmp_path / path}:Mine")
+    trust(names)
+    words = ("--optimizers", *names, "--trials", "2", "--no-neighbours")
+    assert call(tmp_path, *words) == 0
+    there = tuned.read_tables(tmp_path / "out")["wiki"]
+    assert set(names) <= set(there) and all(len(there[name].rows) >= 2 for name in names)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert unquote(unquote(page)).count(f"](wiki/{names[1]}.csv)") == 1
+    (tmp_path / "x-b.py").write_text("import torch\nclass Mine(torch.optim.SGD):\n    other = 1\n")
+    capsys.readouterr()
+    assert call(tmp_path, *words) == 2 and "or of the optimizer's file: move" in capsys.readouterr().err
 
 
 def test_all_diverged(fake, tmp_path, capsys):

@@ -494,7 +494,7 @@ def test_a_class_of_an_installed_package(name):
 
 
 def test_what_a_spec_can_be_asked(own):
-    """Before anything is built. `period` and `own_schedule` import nothing: they are asked of SPECs that others wrote, too."""
+    """Before anything is built. `period` imports nothing: it is asked of SPECs that others wrote, too."""
     mine = own(OWN_CLASS.format(roles="")) + ":Mine"
     asked = {spec: optimizers.find(spec) for spec in ("adamw", "muon:scale=moonlight", "schedule_free_sgd:lr=0.5", mine)}
     assert [choice.has_momentum for choice in asked.values()] == [False, True, False, True]
@@ -504,7 +504,6 @@ def test_what_a_spec_can_be_asked(own):
     assert asked["adamw"].setting("momentum", 7) == asked[mine].setting("momentum", 7) == 7
     assert asked["schedule_free_sgd:lr=0.5"].of_length(1000)["warmup"] == 50 and asked[mine].of_length(1000) == {}
     assert [optimizers.period(s) for s in ("soap:every=4", "adamw", "muon:adamw_every=2", "no.py:Mine")] == [4, 1, 2, 1]
-    assert [optimizers.own_schedule(s) for s in ("schedule_free_sgd", "adamw", "no.py:Mine")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -514,6 +513,7 @@ def test_what_a_spec_can_be_asked(own):
         ("muon:weight_decy=1", "did you mean 'weight_decay'"),
         ("muon:lr=fast", "float"),
         ("muon:steps=0", "steps"),
+        ("soap:block=1", "makes about 24,576 blocks, and each has tensors of its own: take block=2 or more"),
         ("muon:lr=nan", "lr"),
         ("muon:scale=kelle", "did you mean 'keller'"),
         ("muon:coefficients=quintik", "did you mean 'quintic'"),
@@ -665,6 +665,46 @@ def test_what_a_class_of_others_raises_is_one_line(tmp_path):
         optimizers.step(failing, f"{file}:Fails")
     with pytest.raises(AttributeError):  # a fault of ours keeps its traceback
         optimizers.step(None, "adamw")
+
+
+TYPES = """
+import torch
+class Types(torch.optim.SGD):
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                self.state[p] = {"sum": torch.zeros(1, dtype=torch.float64)}
+            self.state[p]["sum"] += p.grad.double().sum()
+        super().step()
+"""
+
+
+def test_state_of_others_keeps_its_types_and_other_state_is_one_line(tmp_path):
+    (file := tmp_path / "types.py").write_text(TYPES)
+    trust([spec := f"{file}:Types:lr=0.1"])
+    gpt = tiny()
+    for p in gpt.parameters():
+        p.grad = torch.full_like(p, 1e-9)
+    one, two = (optimizers.build(spec, gpt) for _ in range(2))
+    optimizers.step(one, spec)
+    optimizers.restore(two, one.state_dict(), spec)
+    p = next(gpt.parameters())
+    assert two.state[p]["sum"].dtype == torch.float64 and torch.equal(two.state[p]["sum"], one.state[p]["sum"])
+    adamw = optimizers.build("adamw", gpt)
+    optimizers.step(adamw, "adamw")
+    state = adamw.state_dict()
+    for wrong in ({}, {"state": {}, "param_groups": []}, {"state": [], "param_groups": state["param_groups"]}):
+        with pytest.raises(UsageError, match=r"state is not that of optimizer 'adamw'.*--resume never"):
+            optimizers.restore(optimizers.build("adamw", gpt), wrong, "adamw")
+    for inner in state["state"].values():
+        inner |= {key: value[:1] for key, value in inner.items() if isinstance(value, torch.Tensor) and value.dim()}
+    with pytest.raises(UsageError, match="another shape"):
+        optimizers.restore(optimizers.build("adamw", gpt), state, "adamw")
+    for inner in state["state"].values():
+        inner |= {key: torch.zeros(()) if key == "step" else None for key in inner}
+    optimizers.restore(resumed := optimizers.build("adamw", gpt), state, "adamw")
+    with pytest.raises(UsageError, match="the checkpoint's state is not that of optimizer 'adamw'"):
+        optimizers.step(resumed, "adamw")
 
 
 def test_a_class_that_its_package_exports_lazily(tmp_path):
