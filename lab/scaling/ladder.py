@@ -182,7 +182,8 @@ class Rung:
         return shape | {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
 
 
-def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: Sequence[str]) -> Rung:
+@functools.cache
+def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: tuple[str, ...]) -> Rung:
     """What `size` is given, under the base's `flags`."""
     config, model, _ = resolve(["--track", of.track, *flags, *size.flags])
     with torch.device("meta"):
