@@ -34,16 +34,15 @@ from engine.command import Parser, command
 from engine.run_folder import intact, read_json
 from engine.spec import UsageError, nearest, split
 from lab import comparison, plots, runner, stats
+from lab.comparison import MARGIN, MODES
 from lab.horizon import Search, search, search_at
 from lab.ledger import Row
 from lab.trials import Arm, Trial
 from lab.tuning import score, tune
 
-MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
 AGAIN = 100  # first seed of the second arm of an A/A comparison
 REPORT = "comparison.json"
-MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
 
 # ---------------------------------------------------------------- arms
 
@@ -56,7 +55,7 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
     if options.optimizers:
         arms = [optimizer_arm(options, word, base, common) for word in options.optimizers]
     else:
-        stacks = words_of_arms(options, base)
+        stacks = comparison.words_of_arms(options, base)
         arms = [Arm(name, ("--tricks", ",".join(words) or "baseline", *common)) for name, words in stacks]
     if options.again:
         arms[1] = dataclasses.replace(arms[1], first_seed=AGAIN)
@@ -69,25 +68,6 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
             raise UsageError(f"{arm.name!r} and {seen[folder]!r} are the same settings: give two seeds to one arm instead")
         seen[folder] = arm.name
     return arms
-
-
-def words_of_arms(options: argparse.Namespace, base: str) -> list[tuple[str, list[str]]]:
-    """Name and tricks of every arm whose optimizer is not given by a SPEC. Raises UsageError: what is to be left out is not in
-    the base."""
-    if options.again:
-        return [(options.again, [options.again]), (f"{options.again} again", [options.again])]
-    if options.recipes:
-        others = [name for name in options.recipes if name != options.base]
-        return [(name, [name]) for name in ([options.base] if options.base else []) + others]
-    if options.tricks:
-        return [(base, [base]), *((f"+{t}", [base, t]) for t in options.tricks)]
-    if options.chain:
-        return [(base, [base]), *((f"+{t}", [base, *options.chain[: n + 1]]) for n, t in enumerate(options.chain))]
-    stack = tricks.spelled_out(options.track, base)
-    for word in options.leave_out:
-        if word not in stack:
-            raise UsageError(f"--leave-out {word}: it is not in {base}: {nearest(word, stack)}")
-    return [(base, [base]), *((f"-{w}", [x for x in stack if x != w]) for w in options.leave_out)]
 
 
 def optimizer_arm(options: argparse.Namespace, word: str, base: str, common: tuple[str, ...]) -> Arm:

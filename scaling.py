@@ -27,25 +27,31 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import optimizers
-import tricks
 from config import resolve
 from data.shards import Dataset, dataset_folder
 from engine.command import Parser, command
 from engine.run_folder import intact, settings_hash
-from engine.spec import UsageError, nearest, split
+from engine.spec import UsageError, nearest
 from lab import plots, runner
 from lab.ledger import Row
 from lab.scaling import ladder, published, survival
 from lab.scaling import report as survival_report
-from lab.scaling.ladder import LADDERS, Cell, Ladder, Rung, retune_factors, size_of, size_words
+from lab.scaling.ladder import (
+    LADDERS,
+    POINTS,
+    RETUNE_SEED,
+    TIME_PAIRS,
+    TIME_SEED,
+    Cell,
+    Ladder,
+    Rung,
+    retune_factors,
+    size_of,
+    size_words,
+)
 from lab.scaling.plan import plan
 
-RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the timing: none is used twice
 REPORT = "scaling.json"
-TIME_PAIRS = 3  # short runs of each arm at each size, interleaved, for the seconds of a token
-LAST_ONLY = ("--val-every", "1000000000")  # only the loss at the end of a run counts
-POINTS = 20  # of the training loss that are kept of each of the hundreds of runs
 LEAST_BUDGET = 0.125  # below which the base's curve is not extended
 Factors = dict[tuple[Rung, str], float]  # on the learning rate, by size and arm
 
@@ -100,9 +106,9 @@ def make_experiment(options: argparse.Namespace) -> Experiment:
         raise UsageError(f"--ladder {options.ladder}: {nearest(options.ladder, LADDERS)}")
     of = LADDERS[options.ladder]
     sizes = ladder.own_sizes(options.sizes, of) if options.sizes else of.sizes
-    common = ("--track", of.track, *options.flags, *LAST_ONLY)
+    common = ("--track", of.track, *options.flags, *ladder.LAST_ONLY)
     arms = {options.base: ("--tricks", options.base, *common)}
-    arms |= {f"+{word}": (*trick_flags(options.base, word), *common) for word in options.tricks}
+    arms |= {f"+{word}": (*ladder.trick_flags(options.base, word), *common) for word in options.tricks}
     if len(arms) <= len(options.tricks):
         raise UsageError("the same trick twice: name each once")
     ratio = options.tokens_per_parameter or of.tokens_per_parameter
@@ -111,17 +117,6 @@ def make_experiment(options: argparse.Namespace) -> Experiment:
     check_settings(experiment)
     check_data(experiment)
     return experiment
-
-
-def trick_flags(base: str, word: str) -> tuple[str, ...]:
-    """Trainer flags of the base with a trick, or with another optimizer SPEC. Raises UsageError: it is neither."""
-    name, _ = split(word)
-    if word in tricks.TRICKS:
-        return "--tricks", f"{base},{word}"
-    if name not in optimizers.OPTIMIZERS and ":" not in word and "." not in word:
-        raise UsageError(f"unknown trick or optimizer {word!r}: {nearest(word, [*tricks.TRICKS, *optimizers.OPTIMIZERS])}")
-    constant = ("--schedule", "constant") if optimizers.find(word).own_schedule else ()
-    return "--tricks", base, "--optimizer", word, *constant
 
 
 def check_settings(experiment: Experiment) -> None:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import tricks
-from engine.spec import UsageError
+from engine.spec import UsageError, nearest
 from lab import stats
 from lab.ledger import Row, compute_type, turns_apart
 from lab.markdown import table
@@ -27,8 +27,30 @@ from lab.markdown import table
 # Column of trials.csv -> words; peak memory is no cost of a step.
 COSTS = {"train_time": "wall-clock", "robust_train_time": "robust time", "process_time": "CPU time"}
 COSTS |= {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "peak_memory": "peak memory"}
+MODES = ("tricks", "chain", "leave_out", "recipes", "optimizers", "again")
+MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of all arms would miss the target
+MOST_PAIRS = 100  # that a verdict asks for
 ALPHA = 0.01  # of a claim: the speedrun's rule
 LEVEL = 0.95  # of every interval
+
+
+def words_of_arms(options: Any, base: str) -> list[tuple[str, list[str]]]:
+    """Name and tricks of every arm whose optimizer is not given by a SPEC. Raises UsageError: what is to be left out is not in
+    the base."""
+    if options.again:
+        return [(options.again, [options.again]), (f"{options.again} again", [options.again])]
+    if options.recipes:
+        others = [name for name in options.recipes if name != options.base]
+        return [(name, [name]) for name in ([options.base] if options.base else []) + others]
+    if options.tricks:
+        return [(base, [base]), *((f"+{t}", [base, t]) for t in options.tricks)]
+    if options.chain:
+        return [(base, [base]), *((f"+{t}", [base, *options.chain[: n + 1]]) for n, t in enumerate(options.chain))]
+    stack = tricks.spelled_out(options.track, base)
+    for word in options.leave_out:
+        if word not in stack:
+            raise UsageError(f"--leave-out {word}: it is not in {base}: {nearest(word, stack)}")
+    return [(base, [base]), *((f"-{w}", [x for x in stack if x != w]) for w in options.leave_out)]
 
 
 def near(rows: Iterable[Row]) -> list[Row]:
@@ -108,18 +130,27 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
         made[kind] = {cost: dataclasses.asdict(ratio) for cost, ratio in by_cost.items()}
     claims = {"base": confirmed(base, target, base_sets_target), "arm": confirmed(arm, target)}
     missing = [name for name, claim in claims.items() if not claim["met"]]
-    if equal:
-        made["basis"], judged = "equal loss", equal["train_time"]
-        smallest = stats.smallest_difference(max(2, judged.n), judged.sd * math.sqrt(judged.n), ALPHA)
-    elif not missing:
-        made["basis"], judged = "confirmed runs", whole["train_time"]
-        smallest = stats.smallest_difference(judged.n, judged.sd, ALPHA)
-    else:
+    if not equal and missing:
         return made | few | {"why": f"no horizon, and not confirmed at the target: {' and '.join(missing)}"}
+    made["basis"] = "equal loss" if equal else "confirmed runs"
     if len(matched) < 3:  # two agree by luck too often
         return made | few
-    made["smallest_difference"] = math.expm1(smallest) if smallest < 700 else math.inf
-    return made | {"verdict": "no difference shown" if judged.p >= ALPHA else "faster" if judged.ratio > 1 else "slower"}
+    if equal:  # the lengths of confirming runs were chosen
+        made["steps"] = judged(equal["steps"], equal["steps"].sd * math.sqrt(equal["steps"].n))
+    time = (equal or whole)["train_time"]
+    return made | judged(time, time.sd * math.sqrt(time.n) if equal else time.sd)
+
+
+def judged(ratio: stats.Ratio, sd: float) -> dict[str, Any]:
+    """The verdict on a cost; the smallest difference that would have been shown; and, without one shown, the number of pairs
+    that would show this one (chance 90 %; None: over a hundred). sd: of the log ratio of a pair."""
+    smallest, shown = stats.smallest_difference(max(2, ratio.n), sd, ALPHA), ratio.p < ALPHA
+    pairs = None if shown else stats.runs_needed(abs(math.log(ratio.ratio)), sd, ALPHA, most=MOST_PAIRS + 1, two_sided=True)
+    return {
+        "verdict": "no difference shown" if not shown else "faster" if ratio.ratio > 1 else "slower",
+        "smallest_difference": math.expm1(smallest) if smallest < 700 else math.inf,
+        "pairs": None if pairs is None or pairs > MOST_PAIRS else pairs,
+    }
 
 
 def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
@@ -181,19 +212,37 @@ def where(summary: dict[str, Any]) -> str:
     return f"Machine: {'; '.join(summary['machines']) or '-'}{dtype}. Source: {', '.join(summary['sources']) or '-'}."
 
 
+def in_words(made: dict[str, Any], ratio: dict[str, Any], base: str) -> str:
+    """made: by `judged`."""
+    sure = made["verdict"] != "no difference shown"
+    leans = "" if sure or ratio["low"] <= 1 <= ratio["high"] else "faster" if ratio["low"] > 1 else "slower"
+    verdict, joint = leans or made["verdict"], "than" if sure or leans else "to"
+    against = f" {joint} {base}" if base else ""
+    return f"{verdict}{against}{' at 95 %, not at the 99 % asked for' if leans else ''}, {ratio_words(ratio)}"
+
+
+def pairs_words(made: dict[str, Any]) -> str:
+    """Of a cost without a difference: which one would have been shown, and how many pairs would show this one."""
+    if made["verdict"] != "no difference shown":
+        return ""
+    least = made["smallest_difference"]
+    shown = f" (a difference of {least:.1%} would have been shown" if least < 1 else " (a factor of 2 would not have been shown"
+    return f"{shown}; about {made['pairs']} pairs would show this one)" if made["pairs"] else f"{shown})"
+
+
 def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
     """One line: the verdict on an arm, with n, p and interval."""
     verdict = ratio["verdict"]
     if arm["why"] or verdict == "not decided":
         return f"{ratio['arm']}: {arm['why'] or f'{verdict}: ' + ratio['why']}"
     measured, claim = ratio["equal_loss"] or ratio["confirmed"], arm["confirmed"]
-    no_difference = verdict == "no difference shown"
-    time, steps = measured["train_time"], ratio_words(measured["steps"])
-    line = f"{ratio['arm']}: {verdict} {'to' if no_difference else 'than'} {ratio['base']}, {ratio_words(time)} in wall-clock "
-    line += f"at {ratio['basis']}, {steps} in steps, p = {time['p']:.2g}, n = {ratio['n']} pairs"
-    if no_difference:
-        least = ratio["smallest_difference"]
-        line += f"; a difference of {least:.1%} would have been shown" if least < 1 else "; a factor of 2 would not have been"
+    line = f"{ratio['arm']}: {in_words(ratio, measured['train_time'], ratio['base'])} in wall-clock at {ratio['basis']}"
+    line += f", p = {measured['train_time']['p']:.2g}, n = {ratio['n']} pairs{pairs_words(ratio)}"
+    if "steps" in ratio:
+        line += f"; {in_words(ratio['steps'], measured['steps'], '')} in steps, p = {measured['steps']['p']:.2g}"
+        line += pairs_words(ratio["steps"])
+    else:
+        line += f"; {ratio_words(measured['steps'])} in steps, as chosen"
     if not claim["met"]:
         reason = claim.get("why") or f"mean {claim['mean']:.4f}, p = {claim['p']:.2g}"
         line += f"; NOT confirmed at {claim['steps']} steps ({reason})"
@@ -209,7 +258,7 @@ def verdict_lines(summary: dict[str, Any]) -> list[str]:
 
 
 ARM_HEAD = ["arm", "horizon, steps", "confirmed at", "loss, mean (sd)", "p against the target", "time, s"]
-ARM_HEAD += ["saves time", "saves steps", "verdict"]
+ARM_HEAD += ["saves time", "saves steps", "verdict: time", "steps"]
 
 
 def arm_cells(arm: dict[str, Any], ratio: dict[str, Any] | None, is_base: bool) -> tuple[str, ...]:
@@ -223,7 +272,8 @@ def arm_cells(arm: dict[str, Any], ratio: dict[str, Any] | None, is_base: bool) 
     horizon = f"{h['steps']:,.0f} ({h['low']:,.0f}-{h['high']:,.0f})" if h else arm["why"] or "-"
     saved = [ratio_words(measured[cost]) if cost in measured else "-" for cost in ("train_time", "steps")]
     verdict = "base" if is_base else ratio["verdict"] if ratio else "-"
-    return f"`{arm['name']}`", horizon, f"{claim['steps']:,}" if claim else "-", loss, p, seconds, *saved, verdict
+    steps = ratio["steps"]["verdict"] if ratio and "steps" in ratio else "-"
+    return f"`{arm['name']}`", horizon, f"{claim['steps']:,}" if claim else "-", loss, p, seconds, *saved, verdict, steps
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -243,7 +293,7 @@ def markdown(summary: dict[str, Any]) -> str:
         lines += [f"`--tuned-on`: settings as tuning had found them by then, {today}", ""]
     lines += [table(ARM_HEAD, arms), ""]
     lines += ["Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a"]
-    lines += ["ratio is base over arm: above 1 the arm saves. Verdicts: wall-clock, p < 0.01."]
+    lines += ["ratio is base over arm: above 1 the arm saves. Verdicts: p < 0.01."]
     lines += ["", *(f"- {line}" for line in verdict_lines(summary)), ""]
     if summary["mode"] == "optimizers":  # other arms are named after their tricks
         for arm in summary["arms"]:

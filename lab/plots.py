@@ -3,9 +3,11 @@
 python -m lab.plots runs/tiny/*          loss against time of finished or running runs: loss.png (./run.sh plot)
 """
 
+import hashlib
 import io
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,10 +33,23 @@ def pyplot():
     return pyplot
 
 
-def save(figure, folder: Path, name: str) -> str:
+def data_hash(name: str, data: Any) -> str:
+    """Of what a picture of that name is drawn from, any JSON."""
+    return hashlib.sha256(json.dumps([name, data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drawn_from(picture: Path) -> str:
+    """The data_hash that `save` wrote into a PNG; empty: none. It lies in a chunk of text, beside the pixels."""
+    content = picture.read_bytes()
+    found = re.search(rb"tEXtData\0([0-9a-f]{16})", content) if content.startswith(b"\x89PNG\r\n") else None
+    return found[1].decode() if found else ""
+
+
+def save(figure, folder: Path, name: str, data: Any = None) -> str:
+    """data: what the picture is drawn from, so that anyone can see later whether it still shows that."""
     folder.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=110, metadata={"Data": data_hash(name, data)})
     atomic_write(folder / f"{name}.png", picture.getvalue())
     pyplot().close(figure)
     return name
@@ -81,13 +96,18 @@ def losses(path: Path, curves: dict[str, Curve], target: float | None) -> None:
 
 def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str, Any]]) -> list[str]:
     """All pictures for which there is something to draw; returns their names."""
-    drawn = []
+    drawn, data = [], [json.loads(json.dumps(without_plots(summary))), curves]
     steps = {arm["name"]: arm["steps"] for arm in summary["arms"]}  # of the confirming runs; earlier plans' are left out
     if shown := [c for c in curves if c["phase"] == "confirm" and c["steps"] == steps.get(c["arm"])]:
-        drawn.append(loss_curves(folder, list(steps), shown, summary["target"]))
+        drawn.append(save(loss_curves(list(steps), shown, summary["target"]), folder, "loss", data))
     if judged := [r for r in summary["ratios"] if r["confirmed"] or r["equal_loss"]]:
-        drawn.append(forest(folder, judged))
+        drawn.append(save(forest(judged), folder, "forest", data))
     return drawn
+
+
+def without_plots(summary: dict[str, Any]) -> dict[str, Any]:
+    """As it was when the pictures were drawn."""
+    return {key: value for key, value in summary.items() if key != "plots"}
 
 
 def panels(count: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -122,7 +142,7 @@ def log_ticks(axis, low: float, high: float, most: int = 8) -> None:
     axis.set_ticks([], minor=True)
 
 
-def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]], target: float) -> str:
+def loss_curves(names: Sequence[str], curves: list[dict[str, Any]], target: float) -> Any:
     """Loss against seconds and against tokens: the mean over seeds of the confirming runs, and the band they span."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
     for i, name in enumerate(names):
@@ -149,10 +169,10 @@ def loss_curves(folder: Path, names: Sequence[str], curves: list[dict[str, Any]]
     axes[0].set(ylim=(lowest - 0.05 * (top - lowest), top))
     axes[0].set_ylabel("loss, nats per token (lines: training; dots: final validation)")
     axes[1].legend(fontsize=8)
-    return save(figure, folder, "loss")
+    return figure
 
 
-def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
+def forest(ratios: list[dict[str, Any]]) -> Any:
     """Speed-up ratios with their intervals: wall-clock and steps."""
     figure, axis = pyplot().subplots(figsize=(9, 1.4 + 0.55 * len(ratios)), constrained_layout=True)
     ticks = []
@@ -172,7 +192,16 @@ def forest(folder: Path, ratios: list[dict[str, Any]]) -> str:
     axis.plot([], [], "o", color="C0", label="wall-clock")
     axis.plot([], [], "o", color="C1", label="steps")
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above: anywhere else are points
-    return save(figure, folder, "forest")
+    return figure
+
+
+def history_data(about: list[dict[str, Any]], gained: list[Ratio]) -> list[list[Any]]:
+    """What `history` shows."""
+    figures = (
+        [f"{x:.4g}" for x in (a["statistics"]["train_time"], g.ratio, g.low, g.high)]
+        for a, g in zip(about, gained, strict=True)
+    )
+    return [[a["number"], a["name"], a["kind"], *of] for a, of in zip(about, figures, strict=True)]
 
 
 def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[Ratio]) -> str:
@@ -190,18 +219,19 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
     axis.set(yscale="log", ylabel="baseline / record, time to the target", title=f"{track} track", ylim=(0.7, top))
     log_ticks(axis.yaxis, 0.7, top)
     axis.grid(axis="y", alpha=0.3)
-    return save(figure, folder, f"history-{track}")
+    return save(figure, folder, f"history-{track}", history_data(about, gained))
 
 
 def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
     """All pictures of a scaling experiment for which there is something to draw; returns their names."""
     measured = any("words" in s for trick in summary["tricks"] for s in trick["sizes"])
-    drawn = [survival(folder, summary)] if measured else []
+    data = without_plots(summary)
+    drawn = [save(survival(summary), folder, "survival", data)] if measured else []
     trained = any(of["points"] for of in summary["curves"][summary["base"]].values())
-    return [*drawn, size_curves(folder, summary)] if trained else drawn
+    return [*drawn, save(size_curves(summary), folder, "sizes", data)] if trained else drawn
 
 
-def survival(folder: Path, summary: dict[str, Any]) -> str:
+def survival(summary: dict[str, Any]) -> Any:
     """Speed-up in tokens against size, a panel a trick: measured with intervals, bounds as triangles, the trend's line and its
     prediction at the size asked for."""
     figure, axes = panels(len(summary["tricks"]), 4, 3.6, 3.3)
@@ -216,7 +246,7 @@ def survival(folder: Path, summary: dict[str, Any]) -> str:
     about = "diamond: prediction; arrowhead: the interval goes on; triangle: a bound; ?: no figure"
     figure.supxlabel(f"non-embedding parameters\n{about}", fontsize=9)
     figure.supylabel("base's tokens / trick's, equal loss", fontsize=9)
-    return save(figure, folder, "survival")
+    return figure
 
 
 def survival_panel(axis, trick: dict[str, Any], at: float) -> list[float]:
@@ -251,7 +281,7 @@ def survival_panel(axis, trick: dict[str, Any], at: float) -> list[float]:
     return drawn
 
 
-def size_curves(folder: Path, summary: dict[str, Any]) -> str:
+def size_curves(summary: dict[str, Any]) -> Any:
     """Final loss against tokens, a panel a trick: the base's runs and the curve through them by size, the trick's crosses."""
     names = [trick["trick"] for trick in summary["tricks"]]
     figure, axes = panels(len(names), 4, 3.6, 3.3)
@@ -276,7 +306,7 @@ def size_curves(folder: Path, summary: dict[str, Any]) -> str:
     axes[0].legend(fontsize=7, title="size", title_fontsize=7)
     figure.supxlabel("tokens of the run (dots, line: base; crosses: trick)", fontsize=9)
     figure.supylabel("final validation loss, nats per token", fontsize=9)
-    return save(figure, folder, "sizes")
+    return figure
 
 
 def draw(argv: list[str]) -> str:

@@ -175,10 +175,13 @@ class Runner(Scheduler):
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole. Raises
-    UsageError: an unknown flag, or a single seed."""
+    UsageError: an unknown flag, a single seed, or an optimizer in a file outside of this folder."""
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.flags, options.command = tuple(argv[cut + 1 :]), shlex.join(argv)
+    for file in (Path(word.partition(":")[0]) for word in argv if ".py:" in word):
+        if file.is_absolute() or ".." in file.parts:  # a report or record that names it would be refused after all training
+            raise UsageError(f"{file} is a path of this machine: put the file beside the repository's, as in own/{file.name}")
     if options.seeds == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     return options

@@ -97,13 +97,15 @@ def power(n: int | np.ndarray, effect: float, alpha: float, two_sided: bool = Fa
     return stats.nct.sf(critical, n - 1, shift) + wrong_way
 
 
-def runs_needed(gap: float, sd: float, alpha: float = 0.01, chance: float = 0.9, most: int = 1000) -> int:
-    """Runs so that one-sided tests find a true gap (target - expected mean loss) with that chance; `most` if even they do not
-    suffice."""
+def runs_needed(
+    gap: float, sd: float, alpha: float = 0.01, chance: float = 0.9, most: int = 1000, two_sided: bool = False
+) -> int:
+    """Runs so that a test finds a true gap (one-sided: target - expected mean loss) with that chance; `most` if even
+    they do not suffice."""
     if gap <= 0 or sd == 0:
         return 2 if gap > 0 else most
     n = np.arange(2, most + 1)
-    enough = power(n, gap / sd, alpha) >= chance
+    enough = power(n, gap / sd, alpha, two_sided) >= chance
     return int(n[enough.argmax()]) if enough.any() else most
 
 

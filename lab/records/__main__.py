@@ -15,13 +15,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import tricks
 from engine.command import Parser, command
+from engine.run_folder import source_hash
 from engine.spec import UsageError, nearest
 from lab import ledger, trials
-from lab.records import history, reports, rules
+from lab.records import history, reports, rules, tables
 from lab.records import record as records
+from lab.records.history import Tree
+from lab.records.judge import Verdict, judge
 from lab.records.record import CATEGORIES, FinishedRun, Record
 from lab.records.reports import Report
+from lab.records.tables import Tuning
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,38 +115,57 @@ def runs_of(folder: Path, arm: str) -> list[Path]:
     return [trials.RUNS / "runs" / summary["track"] / name for name in names]
 
 
-def chosen(names: list[str]) -> list[Record | Report]:
-    """Records and reports by their labels; all where none is named."""
-    of_tracks = [r for track in sorted(records.RECORDS.iterdir()) if track.is_dir() for r in records.of_track(track.name)]
-    everything = {kept.label: kept for kept in (*of_tracks, *reports.all_reports(records.RECORDS))}
-    labels = [name.rstrip("/").removeprefix("records/") for name in names] or list(everything)
+Kept = Record | Report | Tuning | Tree
+
+
+def everything() -> list[Kept]:
+    """All that lies in records/, sound or not; records/ itself the last."""
+    root = records.RECORDS
+    folders = [path for track in tricks.TRACKS for path in sorted((root / track).glob("*")) if path.is_dir()]
+    tuning = [Tuning(root / "tuning")] if (root / "tuning").is_dir() else []
+    return [*map(Record, folders), *reports.all_reports(root), *tuning, Tree(root)]
+
+
+def chosen(names: list[str]) -> list[Kept]:
+    """What is kept, by its labels; all where none is named."""
+    every = {kept.label: kept for kept in everything()}
+    labels = [name.rstrip("/").removeprefix("records/") for name in names] or list(every)
     for label in labels:
-        if label not in everything:
-            raise UsageError(f"no record {label!r}: {nearest(label, everything)}")
-    if not labels:
+        if label not in every:
+            raise UsageError(f"no record {label!r}: {nearest(label, every)}")
+    if list(every) == [Tree.label]:
         raise UsageError("no records yet: ./run.sh records add")
-    return [everything[label] for label in labels]
+    return [every[label] for label in labels]
+
+
+def verdicts_on(kept: Kept, rerun: bool = False) -> list[Verdict]:
+    """rerun: also train something of it again, where it is a record or report."""
+    if isinstance(kept, (Record, Report)):
+        return (rules if isinstance(kept, Record) else reports).verdicts(kept, rerun)
+    return judge(kept, tables.RULES if isinstance(kept, Tuning) else history.RULES)
 
 
 def verify(names: list[str], rerun: bool) -> int:
     """Print the verdicts; 2 if a rule is broken, else 0."""
     broken, kept, older = 0, chosen(names), defaultdict(list)
     for one in kept:
-        verdicts = reports.verdicts(one) if isinstance(one, Report) else rules.verdicts(one, rerun)
+        verdicts = verdicts_on(one, rerun)
         count = {word: sum(v.verdict == word for v in verdicts) for word in ("fail", "not checkable")}
         broken += count["fail"] > 0
         counted = f"{count['fail']} broken, {count['not checkable']} not checkable"
         print(f"{one.label}: {'FAIL' if count['fail'] else 'pass'}, {len(verdicts)} rules, {counted}")
         for v in verdicts:
             print(f"  {v.verdict:13s} {v.rule:13s} {v.words}")
-            if (v.rule, v.verdict) == ("code", "not checkable"):
-                older[rules.commit(one)].append(one.label)
+        if isinstance(one, Record) and verdicts[-1].rule != "schema" and one.about["source_sha256"] != source_hash():
+            older[rules.commit(one)].append(one.label)
     if made := "; ".join(f"{commit} ({', '.join(labels)})" for commit, labels in older.items()):
         instead = "verified as text; to train one again, check out its commit"
         print(f"made by other sources than these, at commits {made}: {instead}")
-    report_count = sum(isinstance(one, Report) for one in kept)
-    print(f"{len(kept) - report_count} records, {report_count} reports, {broken} with a broken rule")
-    print("found is what the rules name (records/README.md); logs that were invented as a whole are found by --rerun alone")
+    counts = [sum(isinstance(one, kind) for one in kept) for kind in (Record, Report)]
+    print(f"{counts[0]} records, {counts[1]} reports, {broken} with a broken rule")
+    print(
+        "not found is what was invented as a whole, so that each number follows from another: --rerun trains it again and sees"
+    )
     return 2 if broken else 0
 
 

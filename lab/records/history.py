@@ -1,16 +1,22 @@
 """What people read of the records: the history of each track, as a table and a picture, and one run beside its track's."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tricks
 from engine.run_folder import atomic_write
 from lab import markdown, plots, stats
+from lab.records import judge, reports, rules
 from lab.records import record as records
-from lab.records import rules
+from lab.records import tables as tuning_tables
+from lab.records.judge import need
 from lab.records.record import CATEGORIES, FinishedRun, Record
 from lab.trials import DTYPES
+
+PICTURE = "time to the target: baseline of the category, in grey, over each of its records"
+FOLDERS = ("comparisons", "scaling", "tuning", "published")  # beside those of the tracks
 
 
 def gains(chain: list[Record]) -> list[stats.Ratio]:
@@ -49,11 +55,20 @@ def tables() -> dict[str, str]:
     chains = [
         (track, category) for track in tricks.TRACKS for category in (*CATEGORIES, "open") if records.of_track(track, category)
     ]
-    asked = [(f"`{name}`", " ".join(rule.__doc__.split())) for name, rule in rules.RULES.items()]
+    of = {"record": rules.RULES, "report": reports.RULES, "tuning": tuning_tables.RULES, "records/": RULES}
+    asked = [(kind, f"`{name}`", " ".join(rule.__doc__.split())) for kind, kept in of.items() for name, rule in kept.items()]
     return {
-        "history": "\n\n".join(f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in chains),
-        "rules": markdown.table(("rule", "what it asks"), asked),
+        "history": "\n\n".join(
+            [f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in chains]
+            + [f"![{PICTURE}](history-{track}.png)" for track in dict.fromkeys(track for track, _ in chains)]
+        ),
+        "rules": markdown.table(("of", "rule", "what it asks"), asked),
     }
+
+
+def chain_of(track: str) -> list[Record]:
+    """All records of a track, by category."""
+    return list(dict.fromkeys(r for category in ("open", *CATEGORIES) for r in records.of_track(track, category)))
 
 
 def render() -> str:
@@ -62,9 +77,54 @@ def render() -> str:
     atomic_write(path, markdown.filled(path.read_text(), tables(), str(path)))
     written = [path.name]
     for track in tricks.TRACKS:
-        if chain := list(dict.fromkeys(r for category in ("open", *CATEGORIES) for r in records.of_track(track, category))):
+        if chain := chain_of(track):
             written.append(plots.history(records.RECORDS, track, [r.about for r in chain], gains(chain)) + ".png")
     return "\n".join(f"wrote records/{name}" for name in written)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The folder records/ itself."""
+
+    folder: Path
+    label = "records"
+
+
+def tree(tree: Tree) -> str:
+    """records/ holds tracks, comparisons, scaling, tuning and published, and in these no file that nothing names."""
+    chains = {track: chain for track in tricks.TRACKS if (chain := chain_of(track))}
+    folders = {path.name for path in tree.folder.iterdir() if path.is_dir()} & {*FOLDERS, *tricks.TRACKS}
+    expected = {"README.md", "lessons.md", *(f"history-{track}.png" for track in chains)} & {
+        p.name for p in tree.folder.iterdir()
+    }
+    judge.only_files(tree.folder, {*expected, "README.md", *folders}, "folder of records", folders)
+    page = (tree.folder / "README.md").read_text()
+    for place in sorted(folders - {"tuning"}):
+        inside = {path.name for path in (tree.folder / place).iterdir() if path.is_dir()}
+        beside = (tree.folder / place / "README.md").read_text() if place == "published" else ""
+        commands = [path.read_text() for path in (tree.folder / place).glob("*/scaling.json")] if place == "scaling" else []
+        files = {p.name for p in (tree.folder / place).iterdir() if p.is_file()} - {"README.md"}
+        stray = {name for name in files if name not in beside and not any(f"/{name} " in text for text in commands)}
+        need(not stray, f"{place}/ has the stray file {min(stray, default='')}")
+        unnamed = {name for name in inside if f"]({place}/{name}/README.md)" not in page}
+        need(not unnamed, f"README.md does not name {place}/{min(unnamed, default='')}")
+    return f"{len(folders)} folders"
+
+
+def page(tree: Tree) -> str:
+    """The tables of README.md are those of the records and rules, the pictures are drawn from the records."""
+    text = (tree.folder / "README.md").read_text()
+    need(
+        text == markdown.filled(text, tables(), "README.md"),
+        "the tables of README.md are not those of the records: ./run.sh records render",
+    )
+    for track in tricks.TRACKS:
+        if chain := chain_of(track):
+            judge.pictured(tree.folder, [f"history-{track}"], plots.history_data([r.about for r in chain], gains(chain)))
+    return "as rendered"
+
+
+RULES = {rule.__name__: rule for rule in (tree, page)}
 
 
 def curve(record: Record) -> plots.Curve:

@@ -32,7 +32,8 @@ from layers.shape import ModelConfig
 from model import GPT, roles
 
 RECORDS = Path(__file__).parents[2] / "records"
-HIGHEST = {"cpu": 11}  # number of a track's newest record, where that record has left: records/lessons.md
+LEFT = {"cpu": (3, 4, 5, 6, 7, 8, 11)}  # numbers of records that are gone: records/lessons.md
+OWN = "optimizer.py"  # in a record's folder: the file of an optimizer of one's own
 LOGGED_STEPS = 18_000  # in a record's logs; longer ones keep spans of steps
 CATEGORIES = ("gpt", "optimizer")  # and `open`, which takes no new record: any model, tables without a transformer too
 FACTS = {  # what a record keeps of its runs' env.json
@@ -79,6 +80,11 @@ class Log:
     def step_times(self) -> list[float]:
         """Seconds of each span of steps."""
         return [seconds for e in self.of("train") for seconds in e["step_time"]]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """Training losses, of each span of steps."""
+        return [loss for e in self.of("train") for loss in e["loss"]]
 
     @property
     def train_time(self) -> float:
@@ -134,6 +140,10 @@ class Record:
         return [Log(path) for path in sorted(self.folder.glob("against-seed*.log.jsonl"))] if here else []
 
     @property
+    def all_logs(self) -> list[Log]:
+        return [*self.logs, *self.timed_anew]
+
+    @property
     def rival_logs(self) -> list[Log]:
         return self.timed_anew or self.rival.logs
 
@@ -168,7 +178,7 @@ def previous(track: str, category: str, number: float = math.inf) -> Record | No
 
 def next_number(track: str) -> int:
     """Numbers are given once: those of records that left are not given again."""
-    return 1 + max((HIGHEST.get(track, 0), *(r.about["number"] for r in of_track(track))))
+    return 1 + max((0, *LEFT.get(track, ()), *(r.about["number"] for r in of_track(track))))
 
 
 def config_of(settings: dict[str, Any]) -> Config:
@@ -257,6 +267,8 @@ def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival:
     for prefix, group in (("", runs), ("against-", anew)):
         for run in group:
             (folder / f"{prefix}seed{run.config['seed']}.log.jsonl").write_text(run.log(span))
+    if "optimizer_code" in settings:
+        keep_optimizer(Path(settings["optimizer"].partition(":")[0]), folder)
     seeds = [run.config["seed"] for run in runs]
     logs = [Log(folder / f"seed{seed}.log.jsonl") for seed in seeds]
     about = {"format": 1, "track": config["track"], **said, "date": (logs[-1].ended or "unknown")[:10]}
@@ -276,6 +288,14 @@ def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival:
     atomic_write(folder / "record.json", json.dumps(about, indent=1) + "\n")
     (folder / "README.md").write_text(readme(about))
     return Record(folder)
+
+
+def keep_optimizer(file: Path, folder: Path) -> None:
+    """Raises UsageError: the file of the optimizer that ran is not here any more."""
+    try:
+        (folder / OWN).write_bytes(file.read_bytes())
+    except OSError as error:
+        raise UsageError(f"a record keeps its optimizer's file, and {file} cannot be read: {error.strerror}") from None
 
 
 def outcome(logs: list[Log], target: float) -> dict[str, Any]:

@@ -3,20 +3,33 @@ the rules that a report must keep."""
 
 import json
 import math
+import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab import comparison, ledger
-from lab.records.rules import Broken, Verdict, judge, need, only_files
-from lab.runner import read_curves
+from config import mean_flops, resolve
+from engine.run_folder import source_hash
+from engine.schedules import Course
+from engine.spec import UsageError
+from lab import comparison, ledger, plots
+from lab.records import judge as judging
+from lab.records import plans
+from lab.records.judge import STALLED, Broken, NotCheckable, Verdict, judge, need, only_files
+from lab.runner import POINTS, read_curves
+from lab.scaling import ladder, survival
 from lab.scaling import report as survival_report
-from lab.scaling import survival
+from lab.stats import Sample
+from lab.trials import Arm, Trial
 
 Summary = dict[str, Any]
+MACHINE = r".+, (\d+) cores, \d+ (rank\(s\) )?x .+, torch \S+"  # as ledger.machine has it
+ONE_AT_A_TIME = ("confirm", "time")  # phases whose clocks count
 
 
 class Kind(NamedTuple):
@@ -25,12 +38,16 @@ class Kind(NamedTuple):
     name: str  # of the file with its statistics
     again: Callable[[Summary, list[ledger.Row]], Summary]  # the same statistics, from the trials
     markdown: Callable[[Summary], str]
+    planned: Callable[[Summary, list[ledger.Row]], dict[str, tuple[str, ...]]]  # name of each trial's arm -> its flags
+    points: int  # that curves.csv keeps of a trial's training loss
 
 
 KINDS = {
     # of several machines or not: the summary says which ones
-    "comparisons": Kind("comparison.json", partial(comparison.again, allow_mixed=True), comparison.markdown),
-    "scaling": Kind("scaling.json", survival.again, survival_report.markdown),
+    "comparisons": Kind(
+        "comparison.json", partial(comparison.again, allow_mixed=True), comparison.markdown, plans.of_comparison, POINTS
+    ),
+    "scaling": Kind("scaling.json", survival.again, survival_report.markdown, plans.of_scaling, ladder.POINTS),
 }
 
 
@@ -56,14 +73,37 @@ class Report:
     def summary(self) -> Summary:
         return json.loads((self.folder / self.kind.name).read_text())
 
+    @cached_property
+    def flags(self) -> plans.Arms:
+        """Of each arm's trials. Broken: the command planned another report."""
+        return self.kind.planned(self.summary, self.rows)
+
+    @cached_property
+    def used(self) -> list[ledger.Row]:
+        """The rows that the statistics are made of."""
+        return [row for row in self.rows if row.run not in self.summary.get("left_out", ()) and row.arm in self.flags]
+
+    @cached_property
+    def curves(self) -> list[list[dict[str, Any]]]:
+        """Lines of curves.csv by run: those of its training loss, then its validations."""
+        runs: list[list[dict[str, Any]]] = []
+        for line in read_curves(self.folder / "curves.csv"):
+            last = runs[-1][-1] if runs else {}
+            same = all(line[key] == last.get(key) for key in ("arm", "seed", "phase", "steps"))
+            if not same or (line["kind"] == "train" and last["kind"] == "val"):
+                runs.append([])
+            runs[-1].append(line)
+        return runs
+
 
 def all_reports(root: Path) -> list[Report]:
     """All reports under a folder of records."""
-    return [Report(path.parent) for name, kind in KINDS.items() for path in sorted((root / name).glob(f"*/{kind.name}"))]
+    return [Report(path) for name in KINDS for path in sorted((root / name).glob("*")) if path.is_dir()]
 
 
-def verdicts(report: Report) -> list[Verdict]:
-    return judge(report, RULES)
+def verdicts(report: Report, again: bool = False) -> list[Verdict]:
+    """again: also train one of its trials."""
+    return judge(report, RULES | {"rerun": rerun} if again else RULES)
 
 
 def files(report: Report) -> str:
@@ -74,25 +114,112 @@ def files(report: Report) -> str:
     return f"{len(expected)} files, {sum(path.stat().st_size for path in report.folder.iterdir()) / 1000:,.0f} kB"
 
 
-def trials(report: Report) -> str:
-    """No two lines of trials.csv are one run; loss and time of each are those at the end of its curve in curves.csv."""
-    ended = defaultdict(list)
-    for c in read_curves(report.folder / "curves.csv"):
-        if c["kind"] == "val" and c["step"] == c["steps"]:
-            ended[c["arm"], c["seed"], c["steps"]].append(c)
-    seen: set[tuple[float, float]] = set()
-    for row in (row for row in report.rows if row.status == "ok"):
-        who = f"{row.arm}, {row.steps} steps, seed {row.seed}"
-        need((row.val_loss, row.train_time) not in seen, f"{who}: loss and time of another trial")
+def command(report: Report) -> str:
+    """The report did what its command says: arms and their flags, target, seeds, lengths, sizes; no planned run is missing, and
+    what is left out was a run."""
+    wrong = set(report.summary.get("left_out", ())) - {row.run for row in report.rows}
+    need(not wrong, f"left out is a run that is not there: {min(wrong, default='')}")
+    return f"{len(report.flags)} arms"
+
+
+def runs(report: Report) -> str:
+    """No two lines of trials.csv are one run. A run's name says recipe and seed; CPU time and memory are those that a run can
+    have; runs whose times count were one at a time."""
+    rows, seen, ran = report.rows, set(), defaultdict(list)
+    need(len({row.run for row in rows}) == len(rows), "a trial stands in trials.csv twice")
+    for row in rows:
+        who = named(row)
+        if words := report.flags.get(row.arm):
+            recipe = "+".join(words[words.index("--tricks") + 1].split(","))[:100]
+            begun = re.fullmatch(rf"{re.escape(recipe)}-s{row.seed}-[0-9a-f]{{8}}", row.run)
+            need(bool(begun), f"{who}: its run cannot have the name {row.run}")
+        if row.status == "crashed":
+            continue
+        need(row.status != "ok" or (row.val_loss, row.train_time) not in seen, f"{who}: loss and time of another trial")
         seen.add((row.val_loss, row.train_time))
-        ends = ended[row.arm, row.seed, row.steps]  # several where it was trained again
-        need(bool(ends), f"{who}: curves.csv has no loss at its end")
-        end = min(ends, key=lambda c: abs(c["train_time"] - row.train_time))
-        loss, time = end["loss"], end["train_time"]
-        need(abs(row.val_loss - loss) < 1e-5, f"{who}: the loss is {row.val_loss}, by curves.csv {loss}")
-        need(abs(row.train_time - time) < 1e-3, f"{who}: the time is {row.train_time}, by curves.csv {time}")
-    need(len({row.run for row in report.rows}) == len(report.rows), "a trial stands in trials.csv twice")
-    return f"{len(report.rows)} trials, {len(seen)} with a loss"
+        machine = re.fullmatch(MACHINE, row.machine)
+        need(bool(machine), f"{who}: {row.machine!r} is no machine")
+        judging.used(who, "cpu" if machine[2] else "cuda", int(machine[1]), row.train_time, vars(row))
+        need(row.stalled == (row.train_time > STALLED * row.robust_train_time), f"{who}: stalled is {row.stalled}")
+        ran[row.phase].append((ledger.moment(row.ended), row.train_time, who))
+    for phase in () if "--launcher ray" in report.summary["command"] else ONE_AT_A_TIME:
+        for (ended, _, one), (later, seconds, other) in pairwise(sorted(ran[phase])):
+            need((later - ended).total_seconds() + 1 >= seconds, f"{one} and {other} ran at the same time")
+    return f"{len(rows)} trials, {len(seen)} with a loss"
+
+
+def settings(report: Report) -> str:
+    """Tokens, FLOPs and the seeds of pairs follow from the flags; so do the names of runs of today's source."""
+    moving, first = set(), {}
+    for row in (row for row in report.rows if row.arm in report.flags and row.status != "crashed"):
+        who, flags, shift = named(row), report.flags[row.arm], row.seed - row.pair
+        again = report.summary.get("mode") == "again"
+        need(first.setdefault(row.arm, shift) == shift and (again or not shift), f"{who}: a pair is of one seed")
+        if "record" in flags and row.source != source_hash()[:12]:  # what `record` was then, trains no more
+            moving.add((row.tokens / row.steps, round(row.flops / row.tokens)))
+            need(not again or len(moving) == 1, f"{who}: other tokens or FLOPs a step than other runs of the recipe")
+            continue
+        try:
+            tokens, flops = work(tuple(plans.without(plans.registered(flags), "--optimizer")), row.steps)
+        except UsageError as error:
+            need(row.source != source_hash()[:12], str(error))
+            raise NotCheckable(f"today's trainer cannot train {row.arm}: {error}") from None
+        need(row.tokens == tokens, f"{who}: {row.tokens:,} tokens, by its settings {tokens:,}")
+        need(
+            math.isclose(row.flops, flops * tokens, rel_tol=1e-6),
+            f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}",
+        )
+        if row in report.used and row.source == source_hash()[:12]:
+            name = Trial(Arm(row.arm, flags, shift), row.steps, row.pair).folder.name
+            need(row.run == name, f"{who}: a run of these settings is named {name}, not {row.run}")
+    return f"{len(first)} arms"
+
+
+@cache
+def work(flags: tuple[str, ...], steps: int) -> tuple[int, int]:
+    """Tokens of a run and FLOPs a token."""
+    config, model, _ = resolve([*flags, "--steps", str(steps)])
+    return Course(config).units_before(steps) * config.batch_tokens, mean_flops(config, model)
+
+
+def named(row: ledger.Row) -> str:
+    return f"{row.arm}, {row.steps} steps, seed {row.seed}"
+
+
+def curves(report: Report) -> str:
+    """Each curve is of a run in trials.csv and ends in its loss, time and tokens; it has all its points, which go on, and its
+    validation losses go with its training losses; seeds differ by more than a little noise."""
+    ends, alike = defaultdict(list), defaultdict(dict)
+    there = {(row.arm, row.seed, row.steps) for row in report.rows}
+    for lines in report.curves:
+        train, val = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
+        arm, seed, steps = (lines[0][key] for key in ("arm", "seed", "steps"))
+        who = f"{arm}, {steps} steps, seed {seed}"
+        need((arm, seed, steps) in there, f"{who}: curves.csv has a run that trials.csv has not")
+        span = math.ceil(steps / report.kind.points)
+        need([c["step"] for c in train] == [*range(span, steps, span), steps], f"{who}: curves.csv lacks points")
+        for part in (train, val):
+            for key in ("step", "tokens", "train_time"):
+                values = [c[key] for c in part]
+                need(values == sorted(values), f"{who}: {key} runs backwards in curves.csv")
+        future = "future" in " ".join(report.flags.get(arm, ()))
+        judging.smooth(who, steps, *([(c["step"], c["loss"]) for c in part] for part in (train, val)), future)
+        alike[arm, steps][f"seed {seed}"] = [c["loss"] for c in train]
+        if val:
+            ends[arm, seed, steps].append(val[-1])
+    for (arm, steps), of in alike.items():
+        judging.unlike({f"{arm}, {steps} steps, {seed}": losses for seed, losses in of.items()})
+    for row in (row for row in report.rows if row.status == "ok"):
+        of = ends[row.arm, row.seed, row.steps]  # several where it was trained again
+        need(bool(of), f"{named(row)}: curves.csv has no loss at its end")
+        end = min(of, key=lambda c: abs(c["train_time"] - row.train_time))
+        for word, stated, drawn, most in (
+            ("loss", row.val_loss, end["loss"], 1e-5),
+            ("time", row.train_time, end["train_time"], 1e-3),
+            ("number of tokens", row.tokens, end["tokens"], 0),
+        ):
+            need(abs(stated - drawn) <= most, f"{named(row)}: the {word} is {stated}, by curves.csv {drawn}")
+    return f"{len(report.curves)} curves"
 
 
 def confirmed(report: Report) -> str:
@@ -104,14 +231,11 @@ def confirmed(report: Report) -> str:
     planned = {arm["name"]: arm["steps"] for arm in summary["arms"] if arm["steps"]}
     if len(planned) < 2 or summary["base"] not in planned:
         return "nothing was to be confirmed"
-    valid = [row for row in report.rows if row.run not in summary.get("left_out", ())]
     for name, steps in planned.items():
-        rows = [row for row in valid if (row.arm, row.steps, row.phase) == (name, steps, "confirm")]
+        rows = [row for row in report.used if (row.arm, row.steps, row.phase) == (name, steps, "confirm")]
         ran, most = sorted(row.pair for row in rows), max(len(rows), summary["seeds"])
         need(ran == list(range(most)), f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
-        shifts = {row.seed - row.pair for row in rows}
-        need(len(shifts) == 1 and (shifts == {0} or summary["mode"] == "again"), f"{name}: seeds other than those planned")
-    for far in ledger.turns_apart(row for row in valid if row.steps == planned.get(row.arm)):
+    for far in ledger.turns_apart(row for row in report.used if row.steps == planned.get(row.arm)):
         raise Broken(f"pair {far['pair']} lies {far['hours']:.1f} hours apart: interleaved is within the hour")
     return f"{summary['seeds']} seeds of {len(planned)} arms"
 
@@ -131,7 +255,59 @@ def words(report: Report) -> str:
     return "as generated"
 
 
-RULES = {rule.__name__: rule for rule in (files, trials, confirmed, statistics, words)}
+def pictures(report: Report) -> str:
+    """The pictures were drawn from these statistics and curves: each names the hash of what it shows."""
+    data = plots.without_plots(report.summary)
+    if report.kind is KINDS["comparisons"]:
+        left_out = report.summary.get("left_out", ())
+        drawn = [row for row in report.rows if row.run not in left_out]
+        data = [data, read_curves(report.folder / "curves.csv", drawn)]
+    judging.pictured(report.folder, report.summary["plots"], data)
+    return f"{len(report.summary['plots'])} pictures"
+
+
+def data(report: Report) -> str:
+    """The trials were trained on the corpus that is prepared here."""
+    for fingerprint, arm in {row.data: row.arm for row in report.rows if row.data and row.arm in report.flags}.items():
+        config, _, _ = resolve(plans.registered(report.flags[arm]))
+        here = judging.manifest(config.corpus, config.tokenizer)["splits"]
+        same = fingerprint == judging.fingerprint(here)
+        need(same, f"{arm}: trained on other data ({fingerprint}) than {config.corpus} here")
+    return "as prepared here"
+
+
+def code(report: Report) -> str:
+    """The commits that the trials name have their source, and are older than the trials."""
+    kept = defaultdict(list)
+    for row in (row for row in report.rows if row.source):
+        kept[row.commit, row.source].append(row.ended)
+    for (commit, source), ended in kept.items():
+        try:
+            judging.made_at(commit.rstrip("+"), source, ended)
+        except Broken:
+            if not commit.endswith("+"):  # its files were changed
+                raise
+    return f"{len(kept)} commits"
+
+
+RULES = {
+    rule.__name__: rule for rule in (files, command, runs, settings, curves, confirmed, statistics, words, pictures, data, code)
+}
+
+
+def rerun(report: Report) -> str:
+    """One confirming run trained again here ends within the noise of its arm's (99 % prediction interval)."""
+    groups = defaultdict(list)
+    for row in report.used:
+        if row.status == "ok" and row.phase in ("confirm", "curve"):
+            groups[row.arm, row.steps].append(row)
+    several = [rows for rows in groups.values() if len(rows) > 2]
+    if not several:
+        raise NotCheckable("no arm has three runs of one length")
+    rows = random.choice(several)
+    row = random.choice(rows)
+    arm = Arm(row.arm, plans.registered(report.flags[row.arm]), row.seed - row.pair)
+    return judging.trained_again(Trial(arm, row.steps, row.pair), Sample.of([r.val_loss for r in rows]))
 
 
 def difference(there: Any, again: Any) -> str:

@@ -11,22 +11,28 @@ parameters N:
 - a warm-up or cool-down that the recipe states in steps becomes that fraction of a run of the track's length.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 import optimizers
 import tricks
 from config import resolve
-from engine.spec import UsageError, split
+from engine.spec import UsageError, nearest, split
 from lab.trials import Arm, Trial
 from layers.shape import PRESETS
 from model import GPT, parameter_counts
 
 BATCH_EXPONENT = 0.383  # nanochat: batch = 2^19 (D / D_ref)^0.383
+LAST_ONLY = ("--val-every", "1000000000")  # only the loss at the end of a run counts
+RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the timing: none is used twice
+TIME_PAIRS = 3  # short runs of each arm at each size, interleaved, for the seconds of a token
+POINTS = 20  # of the training loss that are kept of each of the hundreds of runs
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
@@ -106,6 +112,17 @@ def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
+def trick_flags(base: str, word: str) -> tuple[str, ...]:
+    """Trainer flags of the base with a trick, or with another optimizer SPEC. Raises UsageError: it is neither."""
+    name, _ = split(word)
+    if word in tricks.TRICKS:
+        return "--tricks", f"{base},{word}"
+    if name not in optimizers.OPTIMIZERS and ":" not in word and "." not in word:
+        raise UsageError(f"unknown trick or optimizer {word!r}: {nearest(word, [*tricks.TRICKS, *optimizers.OPTIMIZERS])}")
+    constant = ("--schedule", "constant") if optimizers.find(word).own_schedule else ()
+    return "--tricks", base, "--optimizer", word, *constant
+
+
 def transfer_exponent(rule: str, spec: str) -> float:
     """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`: mup, power:EXPONENT or none.
 
@@ -165,7 +182,8 @@ class Rung:
         return shape | {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
 
 
-def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: Sequence[str]) -> Rung:
+@functools.cache
+def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: tuple[str, ...]) -> Rung:
     """What `size` is given, under the base's `flags`."""
     config, model, _ = resolve(["--track", of.track, *flags, *size.flags])
     with torch.device("meta"):
@@ -184,8 +202,8 @@ def fractional(spec: str, steps: int) -> str:
 
 def at_size(name: str, flags: Sequence[str], rung: Rung, transfer: str, factor: float = 1.0) -> Arm:
     """The arm `flags` at a size: its learning rate transferred, times `factor`. Raises UsageError: what the trainer refuses."""
-    sized = [*flags, *rung.size.flags, "--batch-tokens", str(rung.batch_tokens)]
-    config, model, _ = resolve(sized)
+    sized = (*flags, *rung.size.flags, "--batch-tokens", str(rung.batch_tokens))
+    config, model, _ = resolved(sized)
     track = tricks.track(config.track).settings
     factor_at_width = (model.width / track["width"]) ** transfer_exponent(transfer, config.optimizer)
     restated = {
@@ -193,8 +211,14 @@ def at_size(name: str, flags: Sequence[str], rung: Rung, transfer: str, factor: 
         "--schedule": (config.schedule, fractional(config.schedule, track["steps"])),
         "--momentum-schedule": (config.momentum_schedule, fractional(config.momentum_schedule, track["steps"])),
     }
-    sized += [word for flag, (before, after) in restated.items() if after != before for word in (flag, after)]
-    return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), tuple(sized))
+    sized += tuple(word for flag, (before, after) in restated.items() if after != before for word in (flag, after))
+    return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), sized)
+
+
+@functools.cache
+def resolved(flags: tuple[str, ...]) -> tuple[Any, ...]:
+    """`resolve`, once for all factors of an arm at a size."""
+    return resolve(list(flags))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import argparse
 import csv
 import json
 import math
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +96,10 @@ def medians(studies: Studies) -> Times:
     submissions, workloads = (list(dict.fromkeys(names)) for names in zip(*studies)) if studies else ([], [])
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
-    with np.errstate(invalid="ignore"):  # the middle of two that missed
-        table = np.array([[np.median(studies.get((s, w), [math.inf])) for w in workloads] for s in submissions])
+    table = np.array([[statistics.median(studies.get((s, w), [math.inf])) for w in workloads] for s in submissions])
     if not np.isfinite(table).any():
         raise UsageError("no submission met any target: nothing to score")
-    return Times(submissions, workloads, np.where(np.isnan(table), math.inf, table))
+    return Times(submissions, workloads, table)
 
 
 def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
@@ -209,8 +209,8 @@ def score_table(summary: dict[str, Any], digits: int = 3, aligned: bool = False)
     return table([*head, f"against {reference}"] if reference else head, rows, aligned)
 
 
-def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> None:
-    """The profiles, as `stem`.png."""
+def draw(times: Times, held_out: dict[str, str], tau_max: float) -> Any:
+    """A figure of the profiles."""
     tau = np.linspace(1, tau_max, 600)
     rho, value = profile(ratios(times, held_out, tau_max)[1], tau), scores(times, held_out, tau_max)
     figure, axes = plots.pyplot().subplots(figsize=(9, 5), constrained_layout=True)
@@ -224,7 +224,7 @@ def draw(times: Times, held_out: dict[str, str], tau_max: float, stem: Path) -> 
     words = dict(xlabel="tau: time / best time of the field", ylabel="share of workloads within tau")
     axes.set(**words, xlim=(1, tau_max), ylim=(0, 1.02))
     axes.legend(title="submission, score", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    plots.save(figure, stem.parent, stem.name)
+    return figure
 
 
 def run(argv: list[str]) -> str:
@@ -246,5 +246,5 @@ def run(argv: list[str]) -> str:
     held_out = read_held_out(options.held_out, times.workloads)
     result = summary(studies, held_out, options.tau_max, options.reference)
     if options.plot:
-        draw(times, held_out, options.tau_max, options.plot)
+        plots.save(draw(times, held_out, options.tau_max), options.plot.parent, options.plot.name)
     return json.dumps(result, indent=1) if options.json else score_table(result, digits=4, aligned=True)

@@ -37,13 +37,12 @@ from lab.runner import Scheduler, alone_in, at_least
 from lab.trials import Arm, Trial
 from lab.tuning import tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
-from lab.tuning.tuned import SETTERS, Row, Table
+from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table
 from optimizers import OPTIMIZERS
 
 WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
 VALIDATIONS = 20  # of a run: how finely the time to a target is known
-TIMINGS, TIMED = 3, 0.25  # runs that time a step beside AdamW's, and their share of a workload's length
-SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
+TIMINGS = 3  # runs that time a step beside AdamW's
 CALIBRATED = 0.1  # of a workload's length: the run by which a plan knows what a trial takes
 
 

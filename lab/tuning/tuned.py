@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from engine.run_folder import atomic_write, read_json
 from engine.spec import UsageError, split
 from lab import plots
-from lab.ledger import Ledger, compute_type
+from lab.ledger import Ledger, cells, compute_type
 from lab.markdown import table as markdown_table
 from lab.trials import DTYPES, Outcome
 from lab.tuning import score
@@ -32,6 +32,8 @@ from lab.tuning.space import EXTRAS, submission
 
 FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
+SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
+TIMED = 0.25  # of a workload's length: a run that times a step beside AdamW's
 CHANGES = ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")  # of the best settings, one at a time
 
 
@@ -228,7 +230,10 @@ def studies(tables: dict[str, Tables]) -> score.Studies:
     return times
 
 
-def scored(times: score.Studies) -> tuple[score.Studies, dict[str, Any]] | None:
+Scored = tuple[score.Studies, dict[str, Any]] | None
+
+
+def scored(times: score.Studies) -> Scored:
     """Times and score.summary of the submissions that were run on every workload with a target: one that was not would count
     as having missed. None where there is nothing to score."""
     workloads = dict.fromkeys(w for _, w in times)
@@ -308,39 +313,60 @@ def workload_table(track: str, tables: Tables) -> str:
     return f"## `{track}`\n\n{about}\n\n" + markdown_table(head, rows)
 
 
-def report(folder: Path) -> str:
-    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them. Raises
-    UsageError: there is no table, or no trial that ended well, or a workload's trials are of two compute types."""
-    tables = read_tables(folder)
+class Contents(NamedTuple):
+    """What follows from the tables."""
+
+    texts: dict[str, str]  # file -> content
+    pictures: dict[str, Any]  # name -> what it is drawn from
+    times: score.Studies  # of the profiles; empty: no score yet
+
+
+def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> Contents:
+    """place: the folder, as README.md names it. before: what tuned.json holds (`winners`). Raises UsageError: there is no
+    table, or no trial that ended well, or a workload's trials are of two compute types."""
     every = [table for of in tables.values() for table in of.values()]
     if not every:
-        raise UsageError(f"{folder} holds no finished trial: ./run.sh compare tune --optimizers ...")
+        raise UsageError(f"{place} holds no finished trial: ./run.sh compare tune --optimizers ...")
     if not any(row.status == "ok" for table in every for row in table.rows.values()):
-        raise UsageError(f"{folder}: every trial diverged or crashed: nothing to choose from")
+        raise UsageError(f"{place}: every trial diverged or crashed: nothing to choose from")
     times = studies(tables)
     lines = ["submission,workload,study,seconds"]
     lines += [f"{s},{w},{n},{t:.5g}" for (s, w), each in sorted(times.items()) for n, t in enumerate(each)]
-    atomic_write(folder / "studies.csv", "\n".join(lines) + "\n")
-    chosen = folder / "tuned.json"
-    atomic_write(chosen, json.dumps(winners(tables, read_json(chosen) if chosen.exists() else {}), indent=1) + "\n")
-    text = [ABOUT, *score_section(folder, tables, times), *beaten(every)]
+    texts = {"studies.csv": "\n".join(lines) + "\n", "tuned.json": json.dumps(winners(tables, before), indent=1) + "\n"}
+    result = scored(times)
+    text, pictures = [ABOUT, *score_section(place, tables, times, result), *beaten(every)], {}
+    if result:
+        pictures["profile"] = texts["studies.csv"]
     for track, of in tables.items():
         text += ["", workload_table(track, of)]
         if any(table.best() for table in of.values()):
-            draw_sensitivity(folder, track, of)
+            pictures[f"sensitivity-{track}"] = {name: [cells(row) for row in table.rows.values()] for name, table in of.items()}
             text += ["", f"![loss of every trial](sensitivity-{track}.png)"]
-    atomic_write(folder / "README.md", "\n".join(text) + "\n")
-    return f"{sum(len(table.rows) for table in every)} trials on {len(tables)} workloads: {folder / 'README.md'}"
+    texts["README.md"] = "\n".join(text) + "\n"
+    return Contents(texts, pictures, result[0] if result else {})
 
 
-def score_section(folder: Path, tables: dict[str, Tables], times: score.Studies) -> list[str]:
-    """The AlgoPerf score over the workloads that have a target, as Markdown, with its profiles drawn; who is not in it, and
-    why."""
+def report(folder: Path) -> str:
+    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them. Raises
+    UsageError: see `contents`."""
+    tables = read_tables(folder)
+    chosen = folder / "tuned.json"
+    made = contents(tables, str(folder), read_json(chosen) if chosen.exists() else {})
+    for name, text in made.texts.items():
+        atomic_write(folder / name, text)
+    for name, data in made.pictures.items():
+        drawn = score.draw(score.medians(made.times), {}, score.TAU_MAX) if name == "profile" else None
+        plots.save(drawn or draw_sensitivity(name.partition("-")[2], tables[name.partition("-")[2]]), folder, name, data)
+    count = sum(len(table.rows) for of in tables.values() for table in of.values())
+    return f"{count} trials on {len(tables)} workloads: {folder / 'README.md'}"
+
+
+def score_section(place: str, tables: dict[str, Tables], times: score.Studies, result: Scored) -> list[str]:
+    """The AlgoPerf score over the workloads that have a target, as Markdown; who is not in it, and why."""
     lines = ["No score yet: it needs two submissions that were run on every workload, and two workloads with a target."]
-    if result := scored(times):
-        whole, summary = result
-        score.draw(score.medians(whole), {}, score.TAU_MAX, folder / "profile")
-        command = f"./run.sh compare score --studies {folder}/studies.csv"
+    if result:
+        summary = result[1]
+        command = f"./run.sh compare score --studies {place}/studies.csv"
         command += f" --reference {summary['reference']}" if summary["reference"] else ""
         lines = ["## Score", "", f"Over {', '.join(summary['workloads'])}: `{command}`", "", score.score_table(summary)]
         lines += ["", "![profiles](profile.png)"]
@@ -351,7 +377,7 @@ def score_section(folder: Path, tables: dict[str, Tables], times: score.Studies)
     return lines
 
 
-def draw_sensitivity(folder: Path, track: str, tables: Tables) -> None:
+def draw_sensitivity(track: str, tables: Tables) -> Any:
     """Final loss of every search trial against its learning rate; the best one joined with half and twice its rate."""
     shown = {name: table for name, table in tables.items() if table.best()}
     figure, axes = plots.panels(len(shown), 6, 2.3, 1.9)
@@ -374,4 +400,4 @@ def draw_sensitivity(folder: Path, track: str, tables: Tables) -> None:
     figure.suptitle(track, fontsize=9)
     figure.supxlabel("learning rate (orange: the best, and half and twice its rate; triangle: above, or diverged)", fontsize=8)
     figure.supylabel("final loss, nats", fontsize=8)
-    plots.save(figure, folder, f"sensitivity-{track}")
+    return figure

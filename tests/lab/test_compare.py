@@ -79,7 +79,7 @@ class FakeTrainer:
 def fake(tmp_path, monkeypatch):
     """fake(horizons, paces) replaces the trainer by a FakeTrainer. Pictures are not drawn."""
     monkeypatch.setattr(trials, "RUNS", tmp_path / "work")
-    monkeypatch.setattr(plots, "save", lambda figure, folder, name: plots.pyplot().close(figure) or name)
+    monkeypatch.setattr(plots, "save", lambda figure, folder, name, data: plots.pyplot().close(figure) or name)
 
     def install(*args, **kwargs):
         trainer = FakeTrainer(*args, **kwargs)
@@ -171,7 +171,7 @@ def test_interrupted_comparison_trains_nothing_twice(fake, tmp_path, monkeypatch
 def test_runs_of_an_earlier_plan_confirm_nothing_but_say_where_the_horizon_is(fake, tmp_path, monkeypatch):
     fake({"baseline": 200, "modern": 100})
     drawn = []
-    monkeypatch.setattr(plots, "loss_curves", lambda folder, names, curves, target: drawn.append(curves) or "loss")
+    monkeypatch.setattr(plots, "loss_curves", lambda names, curves, target: drawn.append(curves))
     words = ["--recipes", "baseline", "modern", "--seeds", "5", "--horizon", "baseline=215"]
     assert compare.main(command(tmp_path / "c", *words, "modern=150")) == 0
     assert compare.main(command(tmp_path / "c", *words, "modern=110")) == 0
@@ -205,7 +205,7 @@ def test_runs_of_other_settings_or_code_under_an_arms_name_are_left_out(fake, tm
     """Flags after `--`, tuned settings and the trainer change what an arm's name stands for."""
     out, trainer = tmp_path / "c", fake({"baseline": 200, "modern": 100})
     drawn = []
-    monkeypatch.setattr(plots, "loss_curves", lambda folder, names, curves, target: drawn.append(curves) or "loss")
+    monkeypatch.setattr(plots, "loss_curves", lambda names, curves, target: drawn.append(curves))
     words = command(out, "--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=215", "modern=110")
     assert compare.main([*words, "--clip", "0.5"]) == 0 and summary(out)["left_out"] == []
     first = {row.run for row in read_rows(out / "trials.csv")}

@@ -690,15 +690,14 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
         assert (out / name).stat().st_size > 100, name
 
 
-def test_the_survival_picture_shows_open_ends_and_sizes_without_a_figure(monkeypatch, tmp_path):
-    monkeypatch.setattr(plots, "save", lambda figure, folder, name: figure)
+def test_the_survival_picture_shows_open_ends_and_sizes_without_a_figure():
     sizes = [{"size": name, "parameters": n} for name, n in (("10k", 1e4), ("100k", 1e5), ("1M", 1e6))]
     measured = [
         {"ratios": {"tokens": 1.2}, "intervals": {"tokens": [1.1, None]}}, {"words": "unclear"}, {"words": "> 8x", "low": 8.0}
     ]  # fmt: skip
     measured = [size | found for size, found in zip(sizes, measured, strict=True)]
     tricks = [{"trick": f"+{i}", "sizes": measured, "trends": {"tokens": None}} for i in range(5)]
-    axes = plots.survival(tmp_path, {"at": 1e7, "sizes": sizes, "tricks": tricks}).axes[:5]
+    axes = plots.survival({"at": 1e7, "sizes": sizes, "tricks": tricks}).axes[:5]
     markers = [line.get_marker() for line in axes[0].lines]
     assert markers.count("_") == 1 and markers.count(6) == 1  # a cap below, an arrowhead above
     assert [text.get_text() for text in axes[0].texts] == ["?"]

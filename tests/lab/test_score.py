@@ -114,12 +114,10 @@ def test_intervals_from_studies(tmp_path, capsys):
     assert order != sorted(order) and (spread[0][order] == spread[1]).all()
 
 
-def test_a_picture_names_the_best_few(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(score.plots, "save", lambda figure, folder, stem: figures.append(figure))
+def test_a_picture_names_the_best_few():
     times = score.Times([f"s{i:02}" for i in range(9)], ["a", "b"], np.linspace(1, 2, 18).reshape(9, 2))
-    score.draw(times, {}, 4.0, tmp_path / "profile")
-    words = [text.get_text().split()[0] for text in figures[0].axes[0].get_legend().get_texts()]
+    figure = score.draw(times, {}, 4.0)
+    words = [text.get_text().split()[0] for text in figure.axes[0].get_legend().get_texts()]
     assert words == ["s00", "s01", "s02", "s03", "s04", "s05", "3"]
 
 

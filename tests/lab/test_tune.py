@@ -74,7 +74,7 @@ def fake(monkeypatch, tmp_path):
     """A FakeTrainer for two short workloads. Pictures are not drawn."""
     trainer = FakeTrainer()
     monkeypatch.setattr(trials, "train", trainer)
-    monkeypatch.setattr(plots, "save", lambda figure, folder, name: plots.pyplot().close(figure) or name)
+    monkeypatch.setattr(plots, "save", lambda figure, folder, name, data: plots.pyplot().close(figure) or name)
     monkeypatch.setattr(trials, "RUNS", tmp_path)
     for name in ("wiki", "tokens"):
         short = tricks.TRACKS[name].settings | {"steps": 40}

@@ -1,0 +1,187 @@
+"""Judging what is kept: verdicts, and what every kept run must keep, in a record's logs as in a line of trials.csv."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any, NamedTuple
+
+from scipy.special import stdtrit
+
+from data.shards import dataset_folder, read_manifest
+from engine import run_folder
+from engine.spec import UsageError
+from lab import ledger, plots, trials
+from lab.stats import Sample
+from lab.trials import Trial
+
+Points = Sequence[tuple[int, float]]  # (step, loss)
+MOST_GAP = {500: 0.25, 0: 0.5}  # nats between the last validation and the training loss before it, by least steps of the run
+MOST_GAP_BEFORE = 1.0  # at earlier validations: the schedule has hardly begun to fall
+ALIKE = 0.1  # of the scatter from step to step: seeds differ by about as much as steps do
+STALLED = 1.1  # train time over robust time
+LEAST_MEMORY = 200_000_000  # bytes of a process that has imported torch
+OLDER_SOURCES = ("data", "optimizers")  # folders that ran, beside all files at the top; and at first those were tools no more:
+TOOLS = ("compare.py", "cost.py", "operations.py", "sample.py", "scaling.py")
+
+
+class Verdict(NamedTuple):
+    rule: str
+    verdict: str  # pass, fail or not checkable
+    words: str
+
+
+class Broken(Exception):
+    """A rule is broken; its text says how."""
+
+
+class NotCheckable(Exception):
+    """A rule cannot be checked here; its text says why."""
+
+
+def need(condition: bool, words: str) -> None:
+    if not condition:
+        raise Broken(words)
+
+
+def judge(kept: Any, rules: Mapping[str, Callable[[Any], str]]) -> list[Verdict]:
+    """The verdict of every rule. What breaks the rule `schema` gets the verdict on that alone."""
+    verdicts = []
+    for name, rule in rules.items():
+        try:
+            verdicts.append(Verdict(name, "pass", rule(kept)))
+        except NotCheckable as reason:
+            verdicts.append(Verdict(name, "not checkable", str(reason)))
+        except (Broken, UsageError) as problem:
+            verdicts.append(Verdict(name, "fail", str(problem)))
+        except Exception as problem:  # a file of another shape, or none; sizes that no machine has
+            verdicts.append(Verdict(name, "fail", f"cannot be read: {type(problem).__name__} {problem}"))
+        if name == "schema" and verdicts[-1].verdict == "fail":
+            break
+    return verdicts
+
+
+def only_files(folder: Path, expected: set[str], what: str, folders: Collection[str] = ()) -> dict[str, str]:
+    """The texts of a folder by name. Broken: a file is missing, not expected or a link, or names a path of the machine that it
+    is from."""
+    there = {path.name for path in folder.iterdir()}
+    need(not expected - there, f"missing: {', '.join(sorted(expected - there))}")
+    need(not there - expected, f"not part of a {what}: {', '.join(sorted(there - expected))}")
+    links = [name for name in sorted(there) if (folder / name).is_symlink()]
+    need(not links, f"a link: {', '.join(links)}")
+    texts = {name: (folder / name).read_text() for name in there - set(folders) if not name.endswith(".png")}
+    for text in texts.values():
+        path = re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\)\S*", text)
+        need(path is None, f"a path of a machine: {path and path[0]}")
+    return texts
+
+
+def smooth(who: str, steps: int, train: Points, val: Points, future: bool = False) -> None:
+    """Validation losses are numbers and lie near the training losses just before them. future: training also predicted tokens
+    after the next."""
+    need(
+        all(isinstance(loss, (int, float)) and math.isfinite(loss) for _, loss in (*train, *val)), f"{who}: a loss is no number"
+    )
+    last = max(1, len(train) // 20)
+    for at, loss in val:
+        before = mean([x for step, x in train if step <= at][-last:] or [math.inf])
+        most = next(gap for least, gap in MOST_GAP.items() if steps >= least) if at == steps else MOST_GAP_BEFORE * (1 + future)
+        words = f"{who}: the validation loss at step {at} is {loss:.4f}, the training loss before it {before:.4f}"
+        need(abs(loss - before) <= most, f"{words}: further apart than {most:g}")
+
+
+def unlike(runs: Mapping[str, Sequence[float]]) -> None:
+    """Broken: two runs of one recipe, whose seeds differ, have nearly the same training losses. runs: losses of equal steps."""
+    late = {name: losses[len(losses) // 2 :] for name, losses in runs.items()}  # where the trend is small
+    for (one, a), (other, b) in combinations(late.items(), 2):
+        if len(a) == len(b) >= 8:
+            apart = pstdev([y - x for x, y in zip(a, b, strict=True)])
+            scatter = pstdev([x - 2 * y + z for x, y, z in zip(a, a[1:], a[2:])]) / math.sqrt(3)  # the same, of steps
+            need(apart >= ALIKE * scatter, f"{one} and {other} are the same run: their losses differ by {apart:.2g} only")
+
+
+def used(who: str, device: str, cores: int, train_time: float, end: Mapping[str, float]) -> None:
+    """CPU time and memory are those that a process can have. end: process_time, peak_memory."""
+    words = f"{who}: {end['process_time']:.1f} s of CPU time in {train_time:.1f} s on {cores} cores"
+    need(0 <= end["process_time"] <= STALLED * cores * train_time + 1, words)
+    least = LEAST_MEMORY if device == "cpu" else 1
+    need(end["peak_memory"] >= least, f"{who}: {end['peak_memory']:,} bytes of memory, torch alone needs more")
+
+
+@cache
+def at_commit(commit: str) -> tuple[set[str], datetime]:
+    """Hashes of what trained at a commit, one for each way in which they were made since the first; and its time. NotCheckable:
+    the commit is not here."""
+    stamp = run_folder.git("show", "-s", "--format=%ct", commit) if re.fullmatch(r"[0-9a-f]{7,64}", commit) else None
+    if not stamp:
+        raise NotCheckable(f"commit {commit} is not here")
+    archive = subprocess.run(["git", "archive", commit, "--", "*.py"], capture_output=True, check=True, cwd=run_folder.ROOT)
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        texts = {Path(m.name): tar.extractfile(m).read() for m in tar if m.isfile()}
+    flat = [path for path in texts if str(path.parent) in (".", *OLDER_SOURCES)]
+    ways = ([(str(p), p) for p in texts if len(p.parts) < 3 and p.parts[0] in run_folder.TRAINING],)
+    ways += ([(p.name, p) for p in flat], [(p.name, p) for p in flat if p.name not in TOOLS])
+    hashes = set()
+    for way in ways:
+        digest = hashlib.sha256()
+        for name, path in sorted(way, key=lambda named: named[1]):
+            digest.update(name.encode() + b"\0" + texts[path])
+        hashes.add(digest.hexdigest())
+    return hashes, datetime.fromtimestamp(int(stamp), timezone.utc).replace(tzinfo=None)
+
+
+def made_at(commit: str, source: str, ended: Iterable[str]) -> None:
+    """Broken: the commit has another source than the runs, or is younger than one of them; a run is from the future."""
+    times = sorted(map(ledger.moment, filter(None, ended)))
+    need(not times or times[-1] <= ledger.moment(run_folder.now_utc()), f"a run ended in the future: {times and times[-1]}")
+    hashes, begun = at_commit(commit)
+    need(any(known.startswith(source) for known in hashes), f"commit {commit[:12]} has not the source {source[:12]}")
+    need(not times or begun <= times[0], f"a run of {times and times[0]} is older than its commit {commit[:12]}, of {begun}")
+
+
+def pictured(folder: Path, names: Iterable[str], data: Any) -> None:
+    """Broken: a picture was drawn from other data than these."""
+    for name in names:
+        drawn = plots.drawn_from(folder / f"{name}.png")
+        need(drawn == plots.data_hash(name, data), f"{name}.png was not drawn from these data: draw it again")
+
+
+def manifest(corpus: str, tokenizer: str) -> dict[str, Any]:
+    """dataset.json of a corpus that is prepared here. NotCheckable: it is not."""
+    if (there := read_manifest(dataset_folder(run_folder.ROOT / "corpora", corpus, tokenizer))) is None:
+        raise NotCheckable(f"the corpus is not here: ./run.sh data prepare {corpus} --tokenizer {tokenizer}")
+    return there
+
+
+def fingerprint(splits: Mapping[str, Any]) -> str:
+    """As env.json has it, from the shards of both splits."""
+    texts = [json.dumps(splits[split], sort_keys=True) for split in ("train", "val")]
+    return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+
+
+def trained_again(trial: Trial, kept: Sample) -> str:
+    """Train it here in a fresh folder: a result that lies in runs/ proves nothing. Broken: it ends outside the 99 % prediction
+    interval of the runs that were kept. NotCheckable: today's trainer refuses it."""
+    with tempfile.TemporaryDirectory() as fresh:
+        try:
+            outcome = trials.train(dataclasses.replace(trial, root=Path(fresh)))
+        except UsageError as error:
+            raise NotCheckable(f"today's trainer cannot train this: {error}") from None
+    need(outcome.result is not None, f"it crashed: {outcome.error}")
+    half = float(stdtrit(kept.n - 1, 0.995)) * kept.sd * math.sqrt(1 + 1 / kept.n)
+    words = (
+        f"{trial.arm.name}, seed {trial.seed}: {outcome.loss:.4f}, the runs that were kept end at {kept.mean:.4f} +- {half:.4f}"
+    )
+    need(abs(outcome.loss - kept.mean) <= half, words)
+    return words

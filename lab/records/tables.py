@@ -1,0 +1,140 @@
+"""The tuning tables kept in records/, and the rules that they must keep."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+import tricks
+from engine.run_folder import read_json
+from lab import ledger
+from lab.records import judge as judging
+from lab.records.judge import NotCheckable, need
+from lab.tuning import tuned
+from lab.tuning.space import EXTRAS, points, submission
+from lab.tuning.tuned import Row
+from optimizers import OPTIMIZERS
+
+LONE = 1.0  # nats by which one validation may lie below all others of its run
+LEAST_SHARE = 0.1  # of the wall-clock time of a trial is CPU time of its steps, as the median over a table
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The folder records/tuning."""
+
+    folder: Path
+    label = "tuning"
+
+    @cached_property
+    def tables(self) -> dict[str, tuned.Tables]:
+        return tuned.read_tables(self.folder)
+
+    @cached_property
+    def contents(self) -> tuned.Contents:
+        return tuned.contents(self.tables, "records/tuning", read_json(self.folder / "tuned.json"))
+
+    def rows(self) -> Iterator[tuple[str, str, str, list[Row]]]:
+        """(workload/submission, workload, submission, its trials as they stand in the file)."""
+        for track, of in self.tables.items():
+            for name, table in of.items():
+                yield f"{track}/{name}", track, name, ledger.read(table.path, Row)
+
+
+def files(tuning: Tuning) -> str:
+    """The expected files are there and no others: a table of each submission, which is a registered one or somebody's file."""
+    pictures = {f"{name}.png" for name in tuning.contents.pictures}
+    judging.only_files(tuning.folder, {*tuning.tables, *tuning.contents.texts, *pictures}, "tuning report", set(tuning.tables))
+    for track, of in tuning.tables.items():
+        need(track in tricks.TRACKS, f"there is no workload {track}")
+        judging.only_files(tuning.folder / track, {f"{name}.csv" for name in of}, "workload")
+        strange = {name for name in of if name not in (*OPTIMIZERS, *EXTRAS) and ".py-" not in name}
+        need(not strange, f"{track}: there is no submission {min(strange, default='')}")
+    return f"{sum(map(len, tuning.tables.values()))} tables of {len(tuning.tables)} workloads"
+
+
+def trials(tuning: Tuning) -> str:
+    """No trial stands in a table twice. A loss is that at the end of its curve, which has no lone low point; CPU time is what a
+    process that computes takes."""
+    count = 0
+    for who, _, _, rows in tuning.rows():
+        need(len({row.key for row in rows}) == len(rows), f"{who}: a trial stands there twice")
+        ended = [row for row in rows if row.status == "ok"]
+        for row in ended:
+            name = f"{who}, {row.kind} {row.study}, {row.number}"
+            step, last = row.losses[-1] if row.losses else (0, math.nan)
+            need(
+                step == row.steps and math.isclose(last, row.val_loss, rel_tol=1e-4),
+                f"{name}: {row.val_loss}, by its curve {last}",
+            )
+            lowest = sorted(loss for _, loss in row.losses)[:2]
+            need(lowest[-1] - lowest[0] <= LONE, f"{name}: one validation, {lowest[0]}, lies far below all others")
+        share = median([row.seconds / max(row.wall, 0.1) for row in ended] or [1])
+        need(share >= LEAST_SHARE, f"{who}: {share:.1%} of the trials' time is CPU time of their steps")
+        count += len(rows)
+    return f"{count} trials"
+
+
+def studies(tuning: Tuning) -> str:
+    """Settings and seed of each trial are those of its study: points of the space, one setting off them, or the same again."""
+    own = []
+    for who, track, name, rows in tuning.rows():
+        if ".py-" in name:
+            own.append(who)
+            continue
+        entry, search = submission(name), defaultdict(dict)
+        for row in (row for row in rows if row.kind == "search"):
+            need(row.space == entry.version, f"{who}: trials of another space than today's")
+            search[row.study][row.number] = row
+        for study, of in search.items():
+            need(sorted(of) == list(range(len(of))), f"{who}: study {study} has the trials {sorted(of)}")
+            for number, settings in enumerate(points(entry.dimensions, len(of), study)):
+                need(of[number].settings == settings, f"{who}: trial {number} of study {study} is no point of it")
+        for row in rows:
+            allowed = planned(row, search, tricks.track(track).settings["steps"])
+            need((row.seed, row.steps, row.settings) in allowed, f"{who}: {row.kind} {row.study}, {row.number} was not planned")
+    if own:
+        raise NotCheckable(f"the space of an optimizer of one's own is not here: {', '.join(own)}")
+    return "as drawn"
+
+
+def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tuple[int, int, dict[str, float]]]:
+    """(seed, steps, settings) that such a trial may have, as tune.Contest makes them."""
+    every = [trial for of in search.values() for trial in of.values()]
+    if row.kind == "search":
+        return [(1000 * row.study + row.number, length, row.settings)]
+    if row.kind == "neighbour":
+        of = search.get(row.study, {}).get(row.number // 10)
+        return [(of.seed, of.steps, settings) for settings in tuned.neighbours(of.settings).values()] if of else []
+    if row.kind == "target":
+        of = search.get(row.study // 1000, {}).get(row.study % 1000)
+        return [(100_000 + row.number, round(tuned.SHORT * length), of.settings)] if of else []
+    if row.kind == "timing":  # of the best, or of the defaults where there is none
+        seed, steps = 1000 * row.study + row.number, max(1, round(tuned.TIMED * length))
+        return [(seed, steps, settings) for settings in ([of.settings for of in every] or [row.settings])]
+    return []
+
+
+def results(tuning: Tuning) -> str:
+    """README.md, studies.csv and tuned.json follow from the tables."""
+    for name, text in tuning.contents.texts.items():
+        there = (tuning.folder / name).read_text().splitlines()
+        follow = text.splitlines()
+        line = next(
+            (n for n, (a, b) in enumerate(zip(there, follow, strict=False), 1) if a != b), min(len(there), len(follow)) + 1
+        )
+        need(there == follow, f"{name} line {line} does not follow from the tables: ./run.sh compare tune --report")
+    return ", ".join(tuning.contents.texts)
+
+
+def pictures(tuning: Tuning) -> str:
+    """The pictures were drawn from these tables: each names the hash of what it shows."""
+    for name, data in tuning.contents.pictures.items():
+        judging.pictured(tuning.folder, [name], data)
+    return f"{len(tuning.contents.pictures)} pictures"
+
+
+RULES = {rule.__name__: rule for rule in (files, trials, studies, results, pictures)}
