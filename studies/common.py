@@ -180,6 +180,7 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 def gif(path: Path, frames: Iterable[Any], milliseconds: int = 80) -> None:
     """matplotlib figures as one GIF, with 64 colours, so that it stays small."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.pyplot import close
     from PIL import Image
 
     pictures = []
@@ -187,4 +188,5 @@ def gif(path: Path, frames: Iterable[Any], milliseconds: int = 80) -> None:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64, dither=Image.Dither.NONE))
+        close(figure)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=True)
