@@ -67,13 +67,14 @@ def verdict(figures: dict) -> tuple[bool, str]:
 
 def draw(figures: dict):
     figure, axis = common.axes()
-    for (name, x), colour in zip(figures["mean"].items(), (common.RED, common.BLUE, common.GREEN)):
-        times = torch.linspace(0, figures["steps"], len(x))
+    axis.set(title="Adam walks to the worst point", xlabel="step", ylabel="x", ylim=(-1.3, 1.1), yticks=(-1, 0, 1))
+    colours, times = (common.RED, common.BLUE, common.GREEN), torch.linspace(0, figures["steps"], 200)
+    for (name, x), colour in zip(figures["mean"].items(), colours):
         for one in figures["some"][name]:
             axis.plot(times, one, color=colour, linewidth=0.6, alpha=0.5)
         axis.plot(times, x, color=colour)
-        common.say(axis, times[-1], x[-1] + (0.1 if name == "SGD" else 0), name, colour)
+    named = zip(figures["mean"].items(), colours)
+    common.ends(axis, [(figures["steps"], x[-1], name, colour) for (name, x), colour in named])
     axis.axhline(-1, color=common.GREY, linestyle=":")
     axis.text(0, -1.08, "minimum", color=common.GREY, va="top")
-    axis.set(title="Adam walks to the worst point", xlabel="step", ylabel="x", ylim=(-1.3, 1.1), yticks=(-1, 0, 1))
     return figure

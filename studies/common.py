@@ -172,6 +172,17 @@ def say(axis, x: float, y: float, text: str, colour: str, **options: Any) -> Non
     axis.annotate(text, (x, y), color=colour, **(where | options))
 
 
+def ends(axis, labels: Sequence[tuple[float, float, str, str]], gap: float = 22) -> None:
+    """`say` for several (x, y, text, colour), moved apart to `gap` points at least; when the limits of the axis are set."""
+    placed, height = -math.inf, {}
+    for x, y, text, _ in sorted(labels, key=lambda label: label[1]):
+        here = axis.transData.transform((x, y))[1] * 72 / axis.figure.dpi
+        placed = max(here, placed + gap)
+        height[text] = placed - here
+    for x, y, text, colour in labels:
+        say(axis, x, y, text, colour, xytext=(6, height[text]))
+
+
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
     """Means over `window` neighbours: [n - window + 1]."""
     return np.convolve(np.asarray(values, dtype=float), np.ones(window) / window, mode="valid")

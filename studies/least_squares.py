@@ -89,10 +89,12 @@ def draw(figures: dict):
     colours = (common.BLUE, common.GREEN, common.ORANGE, common.PURPLE, common.RED)
     titles = {"consistent": "Consistent: to machine precision", "inconsistent": "Inconsistent: a floor for every step"}
     for axis, (name, curves) in zip(panels, figures["curves"].items()):
+        axis.set(title=titles[name], xlabel="step k", ylim=(1e-17, 1e5), yscale="log")
+        labels = []
         for size, curve, colour in zip(SIZES, curves, colours):
             inside = [(k, y) for k, y in zip(figures["k"], curve) if y and y < 1e4]
-            axis.semilogy(*zip(*inside), color=colour)
-            common.say(axis, *inside[-1], f"{size:g}/L", colour)
-        axis.set(title=titles[name], xlabel="step k", ylim=(1e-17, 1e5))
+            axis.plot(*zip(*inside), color=colour)
+            labels.append((*inside[-1], f"{size:g}/L", colour))
+        common.ends(axis, labels)
     panels[0].set_ylabel("distance to the solution")
     return figure

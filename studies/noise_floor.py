@@ -2,7 +2,7 @@
 
 f(x) = mu/2 |x|^2 + 1/m sum_i log(1 + exp(-y_i <a_i, x>)), m = 200, n = 10, mu = 1; two examples a step, 64 seeds. The gap is
 f(x_k) - min f. Gradient descent: gap <= (1 - mu/L)^k. SGD with a constant step a: a floor proportional to a. SGD with the step
-a / (1 + mu a k / 2): gap ~ C / k. Momentum 0.9 (with a tenth of the step) changes C, not the slope.
+10 a / (1 + 10 mu a k / 2): gap ~ C / k. Momentum 0.9 changes floor and C, not the slope.
 
 Source: slides 1-10; Bottou, Curtis and Nocedal 2018 (arXiv 1606.04838), theorems 4.6 and 4.7.
 """
@@ -81,7 +81,7 @@ def sgd(kinds: list[str], momentum: float, steps: int, seeds: int, seed: int) ->
         rows = torch.randint(EXAMPLES, (len(point.w), BATCH), generator=dice)
         scale = torch.tensor([rate[kind] for kind in kinds], dtype=torch.float64).repeat_interleave(seeds)
         optimizer.zero_grad()
-        ((1 - momentum) * scale * losses(point.w, X[rows], y[rows])).sum().backward()
+        (scale * losses(point.w, X[rows], y[rows])).sum().backward()
         optimizer.step()
     return torch.tensor(times), torch.stack(gaps).unflatten(1, (len(kinds), seeds))
 
@@ -136,9 +136,9 @@ def draw(figures: dict):
     colours = (common.RED, common.ORANGE, common.BLUE, common.PURPLE, common.SKY)
     for (name, gap), colour in zip(gaps.items(), colours):
         right.loglog(k, gap, color=colour, linestyle="--" if "momentum" in name else "-")
-        common.say(right, k[-1], gap[-1], name, colour)
     start = gaps["SGD, step ~ 1/k"][-1] / 3
     right.loglog([k[-1] / 8, k[-1]], [8 * start, start], color=common.GREY, linestyle=":")
-    common.say(right, k[-1], start, "slope -1", common.GREY)
+    labels = [(k[-1], gap[-1], name, colour) for (name, gap), colour in zip(gaps.items(), colours)]
+    common.ends(right, [*labels, (k[-1], start, "slope -1", common.GREY)])
     right.set(title="With noise: a floor, or 1/k", xlabel="step k", ylabel="f(x) - min f")
     return figure
