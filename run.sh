@@ -13,6 +13,7 @@
 #   ./run.sh optimizers      the optimizers, their settings and search ranges
 #   ./run.sh schedules       draw learning-rate schedules
 #   ./run.sh records         add, check and draw kept records
+#   ./run.sh study           the lecture's claims, one small experiment each (study NAME, study all)
 #   ./run.sh docs            write the generated tables and pictures of the pages anew
 #   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
@@ -182,6 +183,7 @@ case "$verb" in
   optimizers) run "" -m optimizers "$@" ;;
   schedules) run lab -m engine.schedules "$@" ;;
   records) run lab -m lab.records "$@" ;;
+  study) run studies -m studies "$@" ;;
   docs) run lab -m lab.docs "$@" ;;
   *) unknown "$verb" ;;
 esac

@@ -117,7 +117,7 @@ class Method:
     roles: tuple[str, ...] = ROLES  # what the method itself updates; AdamW takes the rest
     state_per_parameter = 8.0  # bytes of fp32 state for each parameter it updates; of a matrix method: at 1024 x 1024
     schedule_free = False  # does it bring its own schedule? Then it runs at a constant learning rate
-    toy_lr = 0.1  # solves logistic regression in 400 steps (studies/toys.py): 0.1 where a step is about lr long
+    toy_lr = 0.1  # solves logistic regression in 400 steps (studies/noise_floor.py): 0.1 where a step is about lr long
     # Power of the width that `lr` goes with (lab/scaling), by muP's rule (arXiv 2203.03466, 2310.17813): the update's largest
     # singular value stays. -1 for updates whose entries all have one size; 0 for plain gradients and rates found by the method.
     transfer = -1.0

@@ -1,1 +1,3 @@
-"""Experiments that show one claim each, small."""
+"""The lecture's claims, one short experiment each."""
+
+import engine  # noqa: F401  before torch

@@ -12,7 +12,7 @@ import compare
 from engine.spec import UsageError
 from lab.tuning import score
 
-PUBLISHED = Path(__file__).with_name("algoperf_external.csv")
+PUBLISHED = Path(__file__).parents[2] / "records" / "published" / "algoperf_external.csv"
 HELD_OUT = (
     "criteo1tb_embed_init=criteo1tb,fastmri_tanh=fastmri,imagenet_resnet_large_bn_init=imagenet_resnet,"
     "librispeech_conformer_layernorm=librispeech_conformer,ogbg_model_size=ogbg,wmt_glu_tanh=wmt"
