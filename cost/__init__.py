@@ -4,5 +4,4 @@ predict      flags -> memory, traffic, time and dollars of a run
 step         one training step of one rank, gone through on tensors without memory
 operations   how such a step is recorded
 time         seconds of a recorded step on a card; seconds of real steps on this CPU
-fit          the constants of `time`, fitted to published speedruns: `python -m cost.fit`
 """

@@ -46,7 +46,7 @@ class Constants:
     latency: float = 3e-5  # seconds a collective
 
 
-FITTED = Constants(products=0.676, attention=0.453, bandwidth=0.783, overhead=1.72e-3)  # by python -m cost.fit
+FITTED = Constants(products=0.676, attention=0.453, bandwidth=0.783, overhead=1.72e-3)  # by tests/cost/published_steps.py
 
 
 def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation], float]:

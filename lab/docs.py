@@ -127,7 +127,7 @@ def optimizer_figures() -> dict[str, str]:
 
 
 def cost_tables() -> dict[str, str]:
-    """What cost/fit.py left, and the cards that the cost model knows."""
+    """What tests/cost/published_steps.py left, and the cards that the cost model knows."""
     figures = read(BENCHMARKS / "cost.json")
     errors = [(what, str(e["n"]), f"{e['median']:.1%}") for what, e in figures["errors"].items()]
     elsewhere = []

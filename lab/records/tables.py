@@ -51,7 +51,7 @@ def files(tuning: Tuning) -> str:
     for track, of in tuning.tables.items():
         need(track in tricks.TRACKS, f"there is no workload {track}")
         judging.only_files(tuning.folder / track, {f"{name}.csv" for name in of}, "workload")
-        strange = {name for name in of if name not in (*OPTIMIZERS, *EXTRAS) and ".py-" not in name}
+        strange = {name for name in of if name not in (*OPTIMIZERS, *EXTRAS) and ":" not in name}
         need(not strange, f"{track}: there is no submission {min(strange, default='')}")
     return f"{sum(map(len, tuning.tables.values()))} tables of {len(tuning.tables)} workloads"
 
@@ -82,7 +82,7 @@ def studies(tuning: Tuning) -> str:
     """Settings and seed of each trial are those of its study: points of the space, one setting off them, or the same again."""
     own = []
     for who, track, name, rows in tuning.rows():
-        if ".py-" in name:
+        if ":" in name:
             own.append(who)
             continue
         entry, search = submission(name), defaultdict(dict)

@@ -7,13 +7,13 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import published_steps as published
 import pytest
 import torch
 import torch.distributed as dist
 
 import optimizers
 from config import Config, resolve
-from cost import fit as published
 from cost.operations import Operation, Recorder, operations, peak
 from cost.predict import TooLittleMemory, machine, predict, report
 from cost.step import FINEWEB_MEDIAN, FINEWEB_SIGMA, Documents, Step, attended, communication, in_window, record_step

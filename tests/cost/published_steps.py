@@ -1,6 +1,6 @@
 """The constants of the cost model, fitted to half of the published speedruns and judged by the other half.
 
-    python -m cost.fit           fit, print constants and errors, write benchmarks/cost.json (a minute)
+    .venv/bin/python tests/cost/published_steps.py       fit, print constants and errors, write benchmarks/cost.json (a minute)
 
 The step times are those of modded-nanogpt's logs (records/published/modded_records.csv, modded_stage_times.csv), all on 8 H100.
 What each run did, as far as its time can tell, stands in SETUPS, from the sources that the logs begin with.
@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -21,6 +22,8 @@ from scipy.optimize import least_squares
 from torch import nn
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
 from config import Config
 from cost.operations import Operation
 from cost.step import Step, fineweb_lengths, record_step
@@ -29,7 +32,7 @@ from engine.hardware import CARDS
 from layers.shape import ModelConfig
 from model import GPT
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PUBLISHED = ROOT / "records" / "published"
 RESULTS = ROOT / "benchmarks" / "cost.json"
 FREE = ("products", "attention", "bandwidth", "overhead")  # what is fitted
