@@ -12,13 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-TRAINS = ("train_gpt", "config", "optimizers", "data", "tricks", "model", "layers", "engine")
+TRAINS = ("train_gpt", "config", "optimizers", "data", "tricks", "hub", "model", "layers", "engine")
 ALL = (*TRAINS, "cost", "lab", "compare", "scaling", "sample")
 MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself aside
     "engine": (),
     "layers": ("engine",),
     "data": ("engine",),
     "model": ("layers", "engine"),
+    "hub": ("model", "layers", "engine"),
     "optimizers": ("model", "layers", "engine"),
     "tricks": ("layers", "engine"),
     "config": TRAINS[2:],
@@ -28,6 +29,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
     "compare": ALL,
     "scaling": ALL,
     "sample": ALL,
+    "export": (*ALL, "hub"),
     "benchmarks": (*ALL, "studies"),
     "studies": (*ALL, "benchmarks"),
 }
