@@ -3,9 +3,9 @@
 python evaluate.py --run runs/gpt2-small/record-s0-1a2b3c4d hellaswag --file hellaswag_val.jsonl
 python evaluate.py bits-per-byte --file my.txt                                                of the newest run
 
-hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four. acc: by the sum of the ending's
-log-probabilities; acc_norm: by their mean over its tokens, as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the
-public one, a question a line. bits-per-byte: of any text; each token sees at least half a context of what precedes it.
+hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four. acc: by the sum of its
+tokens' log-probabilities; acc_norm: by their mean, as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
+one, a question a line. bits-per-byte: of any text; each token sees at least half a context of what precedes it.
 """
 
 import argparse
