@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import hub
@@ -117,7 +116,7 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
     if "optimizer" in given:  # its keys go over those of the tricks, where it is the same method
         given["optimizer"] = tricks.merge_optimizer(settings["optimizer"], given["optimizer"])
-    settings |= hub.read(Path(given["init_from"].removeprefix("hf:")))[0] if given.get("init_from") else {}
+    settings |= hub.read(given["init_from"])[0] if given.get("init_from") else {}
     settings |= given
     words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
     settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)

@@ -1,7 +1,7 @@
 """Weights that travel: GPT-2 in the form of Hugging Face, and of nanoGPT's ckpt.pt.
 
-    shape, weights = read(Path("gpt2"))        a folder of Hugging Face, a ckpt.pt of nanoGPT, or a run folder
-    write(gpt, Path("out"))                    the folder that transformers' GPT2LMHeadModel.from_pretrained loads
+    shape, weights = read("gpt2")        a folder of Hugging Face, a ckpt.pt of nanoGPT, or a run folder
+    write(gpt, Path("out"))              the folder that transformers' GPT2LMHeadModel.from_pretrained loads
 
 What is read is somebody else's: tensors and numbers are taken from it, never code.
 """
@@ -35,9 +35,10 @@ PUBLISHED = ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_r
              "end_of_text")  # fmt: skip
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields of ModelConfig, and weights by our names. Raises UsageError: it is none of the three forms, damaged, or a model
     that ours cannot be."""
+    path = Path(source.removeprefix("hf:"))
     try:
         if path.is_file():
             return of_nanogpt(torch.load(path, map_location="cpu", weights_only=True))
@@ -100,8 +101,11 @@ def ours(state: dict[str, Tensor], transposed: tuple[str, ...]) -> dict[str, Ten
     return {"head.weight": weights["embedding.weight"]} | weights
 
 
-def fill(gpt: GPT, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights. Raises UsageError: the model has other ones."""
+def fill(gpt: GPT, source: str) -> None:
+    """Load weights; "" leaves them as they are. Raises UsageError: as `read`, or the model has other ones."""
+    if not source:
+        return
+    weights = read(source)[1]
     wanted = {name: tuple(w.shape) for name, w in gpt.state_dict().items()}
     given = {name: tuple(w.shape) for name, w in weights.items()}
     if differs := sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name)):

@@ -203,8 +203,7 @@ class Training:
         config, world = self.config, self.world
         torch.manual_seed(config.seed)
         self.gpt = GPT(self.model_config).to(world.device)
-        if config.init_from:
-            hub.fill(self.gpt, hub.read(Path(config.init_from.removeprefix("hf:")))[1], config.init_from)
+        hub.fill(self.gpt, config.init_from)
         self.gpt.compute_dtype = self.dtype
         self.gpt.head.fp8, self.head_note = hardware.pick_fp8(self.model_config.head_dtype, world.device)
         if config.tied_until:

@@ -29,7 +29,8 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
     "compare": ALL,
     "scaling": ALL,
     "sample": ALL,
-    "export": (*ALL, "hub"),
+    "evaluate": ALL,
+    "export": ALL,
     "benchmarks": (*ALL, "studies"),
     "studies": (*ALL, "benchmarks"),
 }

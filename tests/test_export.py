@@ -29,9 +29,8 @@ def published(**changed):
 
 
 def read(path) -> GPT:
-    shape, weights = hub.read(path)
-    gpt = GPT(ModelConfig(**shape)).eval()
-    hub.fill(gpt, weights, str(path))
+    gpt = GPT(ModelConfig(**hub.read(str(path))[0])).eval()
+    hub.fill(gpt, str(path))
     return gpt
 
 
@@ -87,12 +86,12 @@ def test_what_is_no_model_is_one_line(tmp_path):
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"x" * 100)
     for name in ("evil.pt", "empty", "cut", "nowhere"):
         with pytest.raises(UsageError) as refused:
-            hub.read(tmp_path / name)
+            hub.read(f"hf:{tmp_path / name}")
         assert name in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "mark").exists()
-    shape, weights = hub.of_huggingface(published().config.to_dict(), published().state_dict())
+    published().save_pretrained(tmp_path / "whole")
     with pytest.raises(UsageError, match=r"blocks\.1"):
-        hub.fill(GPT(ModelConfig(**shape | {"layers": 1})), weights, "it")
+        hub.fill(small(layers=1), str(tmp_path / "whole"))
 
 
 MODERN = dict(positions="half_rotary", norm="rmsnorm", qk_norm=True, activation="relu2", bias=False, tied_head=False)
