@@ -16,6 +16,7 @@
 #   ./run.sh optimizers      the optimizers, their settings and search ranges
 #   ./run.sh schedules       draw learning-rate schedules
 #   ./run.sh records         add, check and draw kept records
+#   ./run.sh page            one page to look at, with all results and your runs: site/index.html
 #   ./run.sh docs            write the generated tables and pictures of the pages anew
 #   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
@@ -166,6 +167,7 @@ case "$verb" in
   optimizers) run "" -m optimizers "$@" ;;
   schedules) run lab -m engine.schedules "$@" ;;
   records) run lab -m lab.records "$@" ;;
+  page) run page -m lab.page "$@" ;;
   docs) run lab -m lab.docs "$@" ;;
   *) unknown "$verb" ;;
 esac

@@ -36,7 +36,7 @@ def test_runs_are_listed_watched_and_compared(tmp_path, capsys):
     assert [r["run"] for r in json.loads(runs.run(["--root", str(tmp_path), "--json"]))] == [str(live), str(old), str(dead)]
     lines = runs.run(["--root", str(tmp_path), "tiny", "--sort", "loss"]).splitlines()
     assert len(lines) == 4 and str(live) in lines[2] and "2.0000" in lines[2] and "4.0 s" in lines[3]
-    with pytest.raises(UsageError, match="no run in .* with tiny and x"):
+    with pytest.raises(UsageError, match=r"no run in .* with tiny and x"):
         runs.run(["--root", str(tmp_path), "tiny", "x"])
     said = runs.run(["diff", str(old), str(live)])
     assert "seed" in said and "nested.a" in said and "steps" not in said
