@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import hub
 import optimizers
 import tricks
 from engine.command import Parser
@@ -46,6 +47,7 @@ class Config:
     tied_until: float = setting(0.0, "part of the run in which an untied head is tied (modded-nanogpt #51, #53: 2/3)", most=1)
     weights: str = setting("fp32", "hidden matrices; bf16: half in the optimizer (modded-nanogpt #57)", ("fp32", "bf16"))
     reduce: str = setting("fp32", "gradients between ranks: as they are, or bf16 at half the bytes", ("fp32", "bf16"))
+    init_from: str = setting("", "start from these weights: a run folder, a folder of Hugging Face, or a ckpt.pt of nanoGPT")
     seed: int = setting(0, "seed of weights, dropout and data order", most=2**32 - 1)
     corpus: str = setting("sotu", "what to train on: `./run.sh data list`")
     tokenizer: str = setting("bytes", "bytes, gpt2, or mod97 of the corpus division")
@@ -114,6 +116,7 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
     if "optimizer" in given:  # its keys go over those of the tricks, where it is the same method
         given["optimizer"] = tricks.merge_optimizer(settings["optimizer"], given["optimizer"])
+    settings |= hub.read(given["init_from"])[0] if given.get("init_from") else {}
     settings |= given
     words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
     settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)

@@ -2,7 +2,6 @@
 
     GPT(ModelConfig())                         GPT-2 124M as published
     GPT(ModelConfig(**PRESETS["1.5B"]))        its largest size
-    GPT.from_huggingface(GPT2LMHeadModel(...)) the same logits as Hugging Face's
 
 Published GPT-2 (Radford et al. 2019, github.com/openai/gpt-2): learned positions, pre-LayerNorm with bias, biases in
 every linear layer, tanh-GELU, head tied to the token embedding, weights N(0, 0.02), positions N(0, 0.01), residual
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.spec import UsageError
 from layers.attention import KeyValues, attention
 from layers.kernels import cross_entropy, fp8_linear, linear_relu2, rms_norm, softcap
 from layers.ngrams import NgramEmbedding
@@ -314,31 +312,6 @@ class GPT(nn.Module):
         if self.config.yarn:
             for table, now in zip((self.cos, self.sin), rotary_tables(self.config, parts), strict=True):
                 table.copy_(now)
-
-    @classmethod
-    def from_huggingface(cls, hf: nn.Module) -> "GPT":
-        """Copy the weights of a transformers GPT2LMHeadModel (its Conv1D stores weights transposed). Raises UsageError: its
-        config says what this model cannot do."""
-        c = hf.config
-        same = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-        same |= dict(
-            activation_function="gelu_new", embd_pdrop=c.resid_pdrop, attn_pdrop=c.resid_pdrop, add_cross_attention=False
-        )
-        if differs := [f"{key} {getattr(c, key)}" for key, value in same.items() if getattr(c, key) != value]:
-            raise UsageError(f"a GPT-2 with {', '.join(differs)} cannot be taken over")
-        how = dict(mlp_ratio=(c.n_inner or 4 * c.n_embd) // c.n_embd, tied_head=c.tie_word_embeddings, dropout=c.resid_pdrop)
-        gpt = cls(ModelConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, **how))
-        names = {"wte": "embedding", "wpe": "positions", "ln_f": "norm", "h": "blocks", "ln_1": "norm1", "ln_2": "norm2",
-                 "attn": "attention", "c_attn": "qkv", "c_fc": "up", "c_proj": "projection"}  # fmt: skip
-        transposed = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
-        state = {}
-        for name, value in hf.transformer.state_dict().items():
-            ours = ".".join(names.get(part, part) for part in name.split("."))
-            if ours in gpt.state_dict():  # older releases also store the causal mask
-                state[ours] = value.t() if name.endswith(transposed) else value
-        state["head.weight"] = hf.lm_head.weight
-        gpt.load_state_dict(state)
-        return gpt
 
 
 def roles(gpt: nn.Module) -> dict[str, str]:

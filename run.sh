@@ -5,6 +5,9 @@
 #   ./run.sh test            the tests (--fast: one case of each, none of the slow ones; --device cuda: on a GPU)
 #   ./run.sh train           train one model; the main job without summary and sample
 #   ./run.sh sample          text from a trained model
+#   ./run.sh eval            its score: HellaSwag, or bits per byte of your text
+#   ./run.sh export          its weights and tokenizer in the form of Hugging Face
+#   ./run.sh runs            list run folders, compare two, watch those in progress
 #   ./run.sh plot            draw loss against time of runs
 #   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, compare score)
 #   ./run.sh scaling         does a trick still help at larger sizes?
@@ -14,6 +17,7 @@
 #   ./run.sh schedules       draw learning-rate schedules
 #   ./run.sh records         add, check and draw kept records
 #   ./run.sh study           the lecture's claims, one small experiment each (study NAME, study all)
+#   ./run.sh page            one page to look at, with all results and your runs: site/index.html
 #   ./run.sh docs            write the generated tables and pictures of the pages anew
 #   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
@@ -170,6 +174,9 @@ case "$verb" in
   test) tests "$@" ;;
   train) run "" train_gpt.py "$@" ;;
   sample) run "" sample.py "$@" ;;
+  eval) run "" evaluate.py "$@" ;;
+  export) run "" -m export "$@" ;;
+  runs) run "" -m lab.runs "$@" ;;
   plot) run lab -m lab.plots "$@" ;;
   compare) run lab compare.py "$@" ;;
   scaling) run lab scaling.py "$@" ;;
@@ -184,6 +191,7 @@ case "$verb" in
   schedules) run lab -m engine.schedules "$@" ;;
   records) run lab -m lab.records "$@" ;;
   study) run studies -m studies "$@" ;;
+  page) run page -m lab.page "$@" ;;
   docs) run lab -m lab.docs "$@" ;;
   *) unknown "$verb" ;;
 esac

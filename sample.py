@@ -42,6 +42,15 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     return gpt.eval(), config
 
 
+def newest_run() -> Path:
+    """The run in runs/ that was trained last, and says so. Raises UsageError: there is none."""
+    run = next((run for run in found(Path("runs")) if any((run / "checkpoints").glob("step-*"))), None)
+    if run is None:
+        raise UsageError("runs/ holds no trained model: ./run.sh trains one, --run names one elsewhere")
+    print(f"the newest run: {run}", file=sys.stderr)
+    return run
+
+
 @torch.no_grad()
 def generate(
     gpt: GPT, tokens: list[int], count: int, *, temperature: float, top_k: int, top_p: float, seed: int, vocabulary: int
@@ -93,12 +102,7 @@ def sample(argv: list[str]) -> str:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 0 and a usual number, got {value}")
     if not 0 < options.top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
-    if options.run is None:
-        options.run = next((run for run in found(Path("runs")) if any((run / "checkpoints").glob("step-*"))), None)
-        if options.run is None:
-            raise UsageError("runs/ holds no trained model: ./run.sh trains one, --run names one elsewhere")
-        print(f"the newest run: {options.run}", file=sys.stderr)
-    gpt, config = load_model(options.run)
+    gpt, config = load_model(options.run or newest_run())
     tokenizer = tokenizers.get(config["tokenizer"], options.data_root)  # not where the run folder says: it may be a stranger's
     try:
         start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]

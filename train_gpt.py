@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import hub
 import optimizers
 from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
@@ -202,6 +203,7 @@ class Training:
         config, world = self.config, self.world
         torch.manual_seed(config.seed)
         self.gpt = GPT(self.model_config).to(world.device)
+        hub.fill(self.gpt, config.init_from)
         self.gpt.compute_dtype = self.dtype
         self.gpt.head.fp8, self.head_note = hardware.pick_fp8(self.model_config.head_dtype, world.device)
         if config.tied_until:

@@ -1,0 +1,133 @@
+"""Scores of a trained model that users know.
+
+python evaluate.py --run runs/gpt2-small/record-s0-1a2b3c4d hellaswag --file hellaswag_val.jsonl
+python evaluate.py bits-per-byte --file my.txt                                                of the newest run
+
+hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four. acc: by the sum of its
+tokens' log-probabilities; acc_norm: by their mean, as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
+one, a question a line. bits-per-byte: of any text; each token sees at least half a context of what precedes it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import tokenizers
+from engine.command import Parser, command
+from engine.spec import UsageError
+from model import GPT
+from sample import load_model, newest_run
+
+BATCH_TOKENS = 8192
+
+
+@torch.no_grad()
+def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int], bar: tqdm) -> list[float]:
+    """Of the last `count` tokens of each row, given those before, in all, nats. A row longer than the context loses its
+    beginning. Rows of like length share a batch."""
+    room, sums = gpt.config.sequence_length + 1, [0.0] * len(rows)
+    cut = [row[-room:] for row in rows]
+    for batch in batches([len(row) for row in cut]):
+        tokens = torch.zeros(len(batch), max(len(cut[i]) for i in batch), dtype=torch.long)
+        for at, i in enumerate(batch):
+            tokens[at, : len(cut[i])] = torch.tensor(cut[i])
+        logits = gpt(tokens[:, :-1])
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(batch), -1)
+        for at, i in enumerate(batch):
+            sums[i] = -float(losses[at, max(0, len(cut[i]) - 1 - counts[i]) : len(cut[i]) - 1].double().sum())
+        bar.update(len(batch))
+    return sums
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of rows, the longest first: as many in a batch as BATCH_TOKENS allow."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, BATCH_TOKENS // max(1, lengths[order[0]]))
+        yield order[:size]
+        order = order[size:]
+
+
+def questions(path: Path) -> list[tuple[str, list[str], int]]:
+    """(context, endings, number of the right one) of a file of HellaSwag. Raises UsageError: a line of another form."""
+    read = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            q = json.loads(line)
+            context, endings, label = q["ctx"], q["endings"], int(q["label"])
+            if not (isinstance(context, str) and all(isinstance(e, str) for e in endings) and 0 <= label < len(endings)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UsageError(f"{path}, line {number}: no question with ctx, endings and label") from None
+        read.append((context, endings, label))
+    if not read:
+        raise UsageError(f"{path} has no question")
+    return read
+
+
+def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> str:
+    asked, rows, counts = questions(path), [], []
+    for context, endings, _ in asked:
+        start = [int(t) for t in tokenizer.encode(context)]
+        for ending in endings:
+            end = [int(t) for t in tokenizer.encode(" " + ending)]
+            rows.append(start + end)
+            counts.append(len(end))
+    with tqdm(total=len(rows), unit="ending", disable=None) as bar:
+        sums = iter(log_probabilities(gpt, rows, counts, bar))
+    lengths, right = iter(counts), [0, 0]
+    for _, endings, label in asked:
+        of = [next(sums) for _ in endings]
+        mean = [value / max(1, next(lengths)) for value in of]
+        for at, scores in enumerate((of, mean)):
+            right[at] += max(range(len(of)), key=scores.__getitem__) == label
+    acc, norm = (r / len(asked) for r in right)
+    half = 1.96 * math.sqrt(max(acc * (1 - acc), norm * (1 - norm)) / len(asked))
+    return f"hellaswag: acc {acc:.4f}, acc_norm {norm:.4f} of {len(asked):,} questions (+- {half:.4f})"
+
+
+def bits_per_byte(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> str:
+    text = path.read_text(errors="strict")
+    tokens = [tokenizer.eot, *(int(t) for t in tokenizer.encode(text))]
+    if len(tokens) < 2:
+        raise UsageError(f"{path} is empty")
+    room = gpt.config.sequence_length
+    step = max(1, room // 2)
+    ends = [*range(min(room + 1, len(tokens)), len(tokens), step), len(tokens)]
+    ends = sorted(set(ends))
+    counts = [end - (ends[i - 1] if i else 1) for i, end in enumerate(ends)]
+    with tqdm(total=len(ends), unit="sequence", disable=None) as bar:
+        nats = -sum(log_probabilities(gpt, [tokens[max(0, end - room - 1) : end] for end in ends], counts, bar))
+    size = len(text.encode())
+    return f"bits per byte: {nats / math.log(2) / size:.4f} ({len(tokens) - 1:,} tokens, {size:,} bytes)"
+
+
+TASKS = {"hellaswag": hellaswag, "bits-per-byte": bits_per_byte}
+
+
+def run(argv: list[str]) -> str:
+    flags = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("task", choices=TASKS, help="what to score")
+    flags.add_argument("--file", type=Path, required=True, help="hellaswag_val.jsonl, or a text")
+    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
+    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
+    options = flags.parse_args(argv)
+    if not options.file.is_file():
+        raise UsageError(f"no file {options.file}; hellaswag_val.jsonl is at github.com/rowanz/hellaswag")
+    gpt, config = load_model(options.run or newest_run())
+    tokenizer = tokenizers.get(config["tokenizer"], options.data_root)
+    try:
+        return TASKS[options.task](gpt, tokenizer, options.file)
+    except UnicodeDecodeError:
+        raise UsageError(f"{options.file} is no UTF-8 text") from None
+
+
+if __name__ == "__main__":
+    sys.exit(command("evaluate.py", lambda: run(sys.argv[1:])))

@@ -1,0 +1,113 @@
+"""python -m export --run runs/cpu/record-s0-1a2b3c4d --to hf OUT"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+import export
+import hub
+from data import tokenizers
+from engine.command import Parser, command
+from engine.run_folder import atomic_write, read_json
+from engine.spec import UsageError
+from model import GPT
+from sample import load_model
+
+CODE = Path(__file__).with_name("modeling_speedrun.py")
+
+
+def write_speedrun(gpt: GPT, out: Path) -> None:
+    """config.json, model.safetensors and the code that reads them, of any model of ours."""
+    name = CODE.stem
+    shape = asdict(gpt.config) | {"padded_vocab": gpt.config.padded_vocab}
+    shape |= {"windows": [int(block.attention.window) for block in gpt.blocks]}  # as at the end of the run
+    about = {
+        "model_type": "speedrun_gpt",
+        "architectures": ["SpeedrunGPT"],
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    auto = {"AutoConfig": f"{name}.SpeedrunConfig", "AutoModelForCausalLM": f"{name}.SpeedrunGPT"}
+    weights = {f"model.{key}": value.float().contiguous().clone() for key, value in gpt.state_dict().items()}
+    if gpt.positions is None:
+        weights |= {"model.cos": gpt.cos.clone(), "model.sin": gpt.sin.clone()}
+    atomic_write(out / "config.json", json.dumps(about | {"auto_map": auto} | shape, indent=1))
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    atomic_write(out / CODE.name, CODE.read_text())
+
+
+def byte_characters() -> dict[str, int]:
+    """The printable character by which GPT-2's byte-level encoding writes each byte -> the byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def write_tokenizer(tokenizer: Any, out: Path) -> str:
+    """What AutoTokenizer loads; returns a sentence for the model card."""
+    if tokenizer.name == "gpt2":
+        cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+        for cached, name in zip(tokenizer.CACHE, ("merges.txt", "vocab.json"), strict=True):
+            atomic_write(out / name, (cache / cached).read_bytes())
+        about = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    elif tokenizer.name == "bytes":
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        bpe = {"type": "BPE", "vocab": byte_characters(), "merges": []}
+        parts = {"model": bpe, "pre_tokenizer": level, "decoder": level, "added_tokens": []}
+        atomic_write(out / "tokenizer.json", json.dumps({"version": "1.0"} | parts))
+        about = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        return f"Its tokens are those of `{tokenizer.name}`, for which transformers has no tokenizer."
+    atomic_write(out / "tokenizer_config.json", json.dumps(about, indent=1))
+    return f"The tokenizer is `{tokenizer.name}`."
+
+
+def card(run: Path, config: dict[str, Any], own_code: bool, of_tokens: str) -> str:
+    """README.md of the folder: settings, figures, and how to load it."""
+    result = read_json(run / "result.json") if (run / "result.json").exists() else {}
+    trust = ", trust_remote_code=True" if own_code else ""
+    figures = {
+        "validation loss, nats per token": result.get("val_loss"),
+        "steps": result.get("steps"),
+        "tokens": result.get("tokens"),
+    }
+    figures |= {"parameters": result.get("parameters"), "training time, s": result.get("train_time")}
+    rows = [f"| {what} | {value:,.4g} |" for what, value in figures.items() if isinstance(value, (int, float))]
+    settings = ("track", "tricks", "optimizer", "schedule", "steps", "batch_tokens", "seed", "corpus", "tokenizer")
+    rows += [f"| {key} | `{config[key]}` |" for key in settings if config.get(key) not in (None, "")]
+    lines = [f"# {config.get('recipe', 'GPT')} on {config.get('corpus', '?')}", ""]
+    lines += ["Trained with the NanoGPT speedrun repository.", "", "| | |", "|-|-|", *rows, "", of_tokens, "", "```python"]
+    lines += ["from transformers import AutoModelForCausalLM", ""]
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("this folder"{trust})', "```"]
+    return "\n".join(lines) + "\n"
+
+
+def run(argv: list[str]) -> str:
+    flags = Parser(prog="export", description=export.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--run", type=Path, required=True, help="run folder of the trained model")
+    flags.add_argument("--to", choices=("hf",), default="hf", help="form: hf, of Hugging Face's transformers")
+    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
+    flags.add_argument("out", type=Path, help="folder to write")
+    options = flags.parse_args(argv)
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UsageError(f"{options.out} is not empty: name a new folder")
+    gpt, config = load_model(options.run)
+    options.out.mkdir(parents=True, exist_ok=True)
+    of_tokens = write_tokenizer(tokenizers.get(config["tokenizer"], options.data_root), options.out)
+    odd = hub.is_published(gpt.config)
+    if odd:
+        write_speedrun(gpt, options.out)
+    else:
+        hub.write(gpt, options.out)
+    atomic_write(options.out / "README.md", card(options.run, config, bool(odd), of_tokens))
+    return f"{options.out}: " + ("load it with trust_remote_code=True" if odd else "a GPT2LMHeadModel")
+
+
+if __name__ == "__main__":
+    sys.exit(command("export", lambda: run(sys.argv[1:])))

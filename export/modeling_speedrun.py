@@ -1,0 +1,243 @@
+"""A GPT of the NanoGPT speedrun repository, for transformers: loaded with trust_remote_code=True, for inference.
+
+The fields of config.json are those of ModelConfig in that repository's layers/shape.py, where the source of each stands;
+`windows` is what each block sees, tokens (0: all). Without a cache: each token computes the whole context.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class SpeedrunConfig(PretrainedConfig):
+    model_type = "speedrun_gpt"
+    attribute_map = {"num_hidden_layers": "layers", "hidden_size": "width", "num_attention_heads": "heads"}
+
+
+class Norm(nn.Module):
+    def __init__(self, c, width):
+        super().__init__()
+        self.rms = c.norm == "rmsnorm"
+        self.weight = nn.Parameter(torch.ones(width)) if c.norm_gains else None
+        self.bias = nn.Parameter(torch.zeros(width)) if c.bias and c.norm_gains and not self.rms else None
+
+    def forward(self, x):
+        if self.rms:
+            return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
+
+
+class Gate(nn.Module):
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, min(12, width)))
+
+    def forward(self, x):
+        return F.linear(x[..., : self.weight.size(1)], self.weight).sigmoid()
+
+
+def value_table(c, layer):
+    n = min(c.value_embeddings, c.layers)
+    if layer < n:
+        return layer
+    return layer - (c.layers - n) if layer >= c.layers - n else None
+
+
+class ValueMix(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate = Gate(c.width, c.heads) if c.value_gates else None
+        self.weights = None if c.value_gates else nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, v, e, x):
+        e = e.view_as(v)
+        return self.weights[0] * v + self.weights[1] * e if self.gate is None else v + 2 * self.gate(x).unsqueeze(-1) * e
+
+
+class Extras(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.values = ValueMix(c) if value_table(c, layer) is not None else None
+        self.gate = Gate(c.width, c.heads) if c.attention_gate else None
+        if c.exclusive_attention:
+            self.exclusion = nn.Module()
+            self.exclusion.strength = nn.Parameter(torch.zeros(c.heads))
+
+
+class Attention(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.c = c
+        self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
+        self.projection = nn.Linear(c.width, c.width, bias=c.bias)
+        wanted = c.key_offset or c.exclusive_attention or c.attention_gate or value_table(c, layer) is not None
+        self.extras = Extras(c, layer) if wanted else None
+
+    def forward(self, x, cos, sin, values, mask):
+        (B, T, C), c = x.shape, self.c
+        q, k, v = self.qkv(x).view(B, T, 3, c.heads, C // c.heads).unbind(2)
+        if c.qk_norm:
+            q, k = (F.rms_norm(z, z.shape[-1:], eps=1e-6) for z in (q, k))
+        if c.positions != "learned":
+            cos, sin = (table[:T, None].to(x.dtype) for table in (cos, sin))
+            halves = (z.chunk(2, -1) for z in (q, k))
+            q, k = (torch.cat([a * cos + b * sin, b * cos - a * sin], -1) for a, b in halves)
+        if self.extras is not None and self.extras.values is not None:
+            v = self.extras.values(v, values, x)
+        if c.key_offset:
+            before = torch.cat([k[:, :1], k[:, :-1]], dim=1).chunk(4, -1)
+            now = k.chunk(4, -1)
+            k = torch.cat([now[0], before[1], now[2], before[3]], -1)
+        scale = c.attention_scale or (C // c.heads) ** -0.5
+        q, k, z = (part.transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, z, attn_mask=mask, scale=scale).transpose(1, 2)
+        if c.exclusive_attention:
+            own = F.normalize(v, dim=-1, eps=1e-4)
+            y = y - self.extras.exclusion.strength.tanh().unsqueeze(-1) * (y * own).sum(-1, keepdim=True) * own
+        if c.attention_gate:
+            y = y * self.extras.gate(x).unsqueeze(-1)
+        return self.projection(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.relu2 = c.activation == "relu2"
+        self.up = nn.Linear(c.width, c.mlp_ratio * c.width, bias=c.bias)
+        self.projection = nn.Linear(c.mlp_ratio * c.width, c.width, bias=c.bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.projection(F.relu(x).square() if self.relu2 else F.gelu(x, approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.norm1, self.attention = Norm(c, c.width), Attention(c, layer)
+        self.norm2, self.mlp = Norm(c, c.width), MLP(c)
+
+    def forward(self, x, *about):
+        x = x + self.attention(self.norm1(x), *about)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Tokens [B, T] -> logits [B, T, vocab_size]; the parts and their names are those of the trainer's model.py."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.embedding = nn.Embedding(c.padded_vocab, c.width)
+        if c.positions == "learned":
+            self.positions = nn.Embedding(c.sequence_length, c.width)
+        else:
+            for name in ("cos", "sin"):
+                self.register_buffer(name, torch.zeros(c.sequence_length, c.width // c.heads // 2))
+        if c.ngram_buckets:
+            self.orders = [int(n) for n in c.ngram_orders.split(",")]
+            self.ngrams = nn.Module()
+            self.ngrams.table = nn.Embedding(len(self.orders) * c.ngram_buckets, c.width)
+        if c.smear:
+            self.smear = nn.Module()
+            self.smear.gate, self.smear.strength = Gate(c.width, 1), nn.Parameter(torch.zeros(()))
+        self.embed_norm = Norm(c, c.width) if c.embed_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.paths = self.make_paths() if c.value_embeddings or c.skips != "none" or c.input_shortcut or c.backout else None
+        self.norm = Norm(c, c.width)
+        self.head = nn.Linear(c.width, c.padded_vocab, bias=False)
+
+    def make_paths(self):
+        c, paths = self.c, nn.Module()
+        if c.value_embeddings:
+            paths.values = nn.Module()
+            n = min(c.value_embeddings, c.layers)
+            paths.values.tables = nn.ModuleList(nn.Embedding(c.padded_vocab, c.width) for _ in range(n))
+        if c.skips != "none" and c.layers > 1:
+            paths.skips = nn.Module()
+            if c.skips == "unet":
+                paths.skips.weights = nn.Parameter(torch.ones(c.layers // 2))
+            else:
+                paths.skips.strength, paths.skips.gate = nn.Parameter(torch.tensor(-1.5)), Gate(c.width, 1)
+        if c.input_shortcut:
+            paths.shortcut = nn.Module()
+            paths.shortcut.stream, paths.shortcut.inputs = (nn.Parameter(torch.ones(c.layers)) for _ in range(2))
+        if c.backout:
+            paths.backout = nn.Module()
+            paths.backout.strength = nn.Parameter(torch.tensor(0.5))
+        return paths
+
+    def ngram_rows(self, tokens):
+        digest, rows = torch.zeros_like(tokens), {}
+        for back in range(max(self.orders)):
+            digest = (digest * 1000003 + F.pad(tokens, (back, 0))[:, : tokens.size(1)] + 1) % 2147483647
+            mixed = (digest ^ (digest >> 15)) * 69621 % 2147483647
+            rows[back + 1] = (mixed ^ (mixed >> 13)) % self.c.ngram_buckets
+        return torch.stack([rows[n] + i * self.c.ngram_buckets for i, n in enumerate(self.orders)], -1)
+
+    def around(self, layer, x, inputs, outputs):
+        """What the paths make of the stream before a block."""
+        c, paths = self.c, self.paths
+        mirror = c.layers - 1 - layer
+        if c.layers > 1 and c.skips == "unet" and mirror < layer:
+            x = x + paths.skips.weights[mirror] * outputs[mirror]
+        source = min(c.layers // 3, c.layers // 2 - 1)
+        if c.layers > 1 and c.skips == "single" and mirror == source:
+            x = x + paths.skips.strength.sigmoid() * 2 * paths.skips.gate(inputs) * outputs[source]
+        return paths.shortcut.stream[layer] * x + paths.shortcut.inputs[layer] * inputs if c.input_shortcut else x
+
+    def forward(self, tokens):
+        c, T = self.c, tokens.size(1)
+        x = self.embedding(tokens)
+        if c.positions == "learned":
+            x = x + self.positions.weight[:T]
+        if c.ngram_buckets:
+            x = x + self.ngrams.table(self.ngram_rows(tokens)).sum(-2)
+        if c.smear:
+            gated = self.smear.strength * self.smear.gate(x[:, 1:]) * x[:, :-1]
+            x = torch.cat([x[:, :1], x[:, 1:] + gated], dim=1)
+        x = self.embed_norm(x)
+        cos, sin = (None, None) if c.positions == "learned" else (self.cos, self.sin)
+        distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
+        document = (tokens == c.end_of_text).cumsum(1)
+        same = document[:, None, :, None] == document[:, None, None, :] if c.document_mask else True
+        inputs, outputs = x, []
+        for layer, block in enumerate(self.blocks):
+            mask = (distance >= 0) & (distance < (c.windows[layer] or T)) & same
+            values = None
+            if self.paths is not None:
+                x = self.around(layer, x, inputs, outputs)
+                table = value_table(c, layer)
+                values = None if table is None else self.paths.values.tables[table](tokens)
+            x = block(x, cos, sin, values, mask)
+            outputs.append(x)
+        if c.backout:
+            x = x - self.paths.backout.strength * outputs[2 * c.layers // 3]
+        logits = self.head(self.norm(x))[..., : c.vocab_size].float()
+        if not c.logit_softcap:
+            return logits
+        if c.softcap_form == "sigmoid":
+            return c.logit_softcap * ((logits + 5) / 7.5).sigmoid()
+        if c.softcap_form == "tanh":
+            return c.logit_softcap * (logits / c.logit_softcap).tanh()
+        return c.logit_softcap * logits / (logits.square() + c.logit_softcap**2).sqrt()
+
+
+class SpeedrunGPT(PreTrainedModel, GenerationMixin):
+    config_class = SpeedrunConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = GPT(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+    def forward(self, input_ids, labels=None, **_):
+        """Logits [B, T, vocab_size]; with labels [B, T] also the mean cross-entropy of the next token, nats."""
+        logits = self.model(input_ids[:, -self.config.sequence_length :])
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)

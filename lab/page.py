@@ -1,0 +1,310 @@
+"""One page with everything that is kept: records, losses, the contest, scaling, the lecture's studies, the published history.
+
+    ./run.sh page                        site/index.html, which needs no server and no network
+    ./run.sh page --runs runs/tiny/*     with your own runs
+
+Charts are Vega-Lite's, by Altair, with its JavaScript inside the page; text of others (names, descriptions) is escaped.
+"""
+
+import argparse
+import base64
+import csv
+import functools
+import html
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.command import Parser, command
+from engine.run_folder import ROOT, atomic_write
+from engine.spec import UsageError
+from lab import runner
+from lab.records import record as records
+from lab.runs import see
+from lab.tuning import score, tuned
+
+RECORDS = ROOT / "records"
+TEMPLATE = Path(__file__).with_name("page.html")
+POINTS = 60  # of a loss curve
+FROM = 0.1  # part of a curve that is left out at its start, where the loss falls by nats
+Rows = list[dict[str, Any]]
+
+
+def altair() -> Any:
+    """The library, imported when a page is made. Raises UsageError: it is not installed."""
+    if not all(importlib.util.find_spec(name) for name in ("altair", "vl_convert")):
+        raise UsageError("the page needs Altair: .venv/bin/pip install -e .[page]")
+    import altair
+
+    return altair
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def chain() -> Rows:
+    """Every kept record: its time, and how its settings differ from the record before it."""
+    rows, before = [], {}
+    for track in sorted(p.name for p in RECORDS.iterdir() if any(p.glob("*/record.json"))):
+        for record in records.of_track(track):
+            about = record.about
+            s, key = about["statistics"], (track, about["category"])
+            old = before.get(key, {})
+            changed = [f"{k}={v}" for k, v in about["settings"].items() if old and old.get(k) != v]
+            before[key] = about["settings"]
+            ratio = about["against"] and f"{about['against']['ratio']:.3g} times as fast as {about['against']['record']}"
+            row = dict(record=record.folder.name, track=track, category=about["category"], seconds=s["train_time"], n=s["n"])
+            row |= dict(loss=s["mean"], steps=about["steps"], date=about["date"], recipe=about["recipe"], why=about["why"])
+            rows.append(row | dict(against=ratio or "-", changed=", ".join(changed) or "-", machine=about["machine"]["cpu"]))
+    return rows
+
+
+def losses() -> Rows:
+    """Training losses of the confirming runs of every comparison, the mean over seeds at each step."""
+    rows = []
+    for path in sorted(RECORDS.glob("comparisons/*/curves.csv")):
+        lines = [line for line in runner.read_curves(path) if (line["phase"], line["kind"]) == ("confirm", "train")]
+        length = {line["arm"]: line["steps"] for line in lines}  # of the last plan
+        of: dict[tuple[str, int], Rows] = {}
+        for line in lines:
+            if line["steps"] == length[line["arm"]] and line["step"] >= FROM * line["steps"]:
+                of.setdefault((line["arm"], line["step"]), []).append(line)
+        for (arm, step), runs in of.items():
+            tokens, seconds, loss = (float(np.mean([run[key] for run in runs])) for key in ("tokens", "train_time", "loss"))
+            about = dict(comparison=path.parent.name, arm=arm, step=step, tokens=int(tokens))
+            rows.append(about | dict(seconds=round(seconds, 2), loss=round(loss, 4)))
+    return rows
+
+
+def own(folders: Iterable[Path]) -> Rows:
+    """Losses of run folders, finished or not. Raises UsageError: one holds no log."""
+    rows = []
+    for folder in folders:
+        if not (folder / "log.jsonl").exists():
+            raise UsageError(f"{folder} holds no log: name run folders, such as runs/tiny/*")
+        kept = see(folder).losses
+        every = max(1, len(kept) // POINTS)
+        name = str(folder)
+        rows += [dict(run=name, step=i + 1, loss=loss) for i, loss in enumerate(kept) if i % every == 0 and math.isfinite(loss)]
+    return rows
+
+
+@functools.cache
+def contest() -> tuple[Rows, Rows, Rows]:
+    """Scores, profiles and the trials behind them."""
+    times = score.medians(score.read_studies(RECORDS / "tuning" / "studies.csv"))
+    tau, (_, r) = np.linspace(1, score.TAU_MAX, 60), score.ratios(times, {})
+    value, met = score.scores(times, {}), np.isfinite(r).sum(1)
+    ranked = [
+        dict(rank=rank, submission=name, score=f"{value[i]:.3f}", met=int(met[i]))
+        for i, (name, rank) in enumerate(zip(times.submissions, score.ranks(value), strict=True))
+    ]
+    rho = score.profile(r, tau)
+    profiles = [
+        dict(submission=name, tau=round(float(t), 3), share=float(share))
+        for name, of in zip(times.submissions, rho, strict=True)
+        for t, share in zip(tau, of, strict=True)
+    ]
+    trials = [
+        dict(workload=track, submission=name, lr=row.settings["lr"], loss=row.val_loss)
+        for track, tables in tuned.read_tables(RECORDS / "tuning").items()
+        for name, table in tables.items()
+        for row in table.of("search")
+        if "lr" in row.settings and math.isfinite(row.val_loss)
+    ]
+    return sorted(ranked, key=lambda row: row["rank"]), profiles, trials
+
+
+def scaling() -> Rows:
+    """Speed-ups at each size, with intervals."""
+    rows = []
+    for path in sorted(RECORDS.glob("scaling/*/scaling.json")):
+        for trick in json.loads(path.read_text())["tricks"]:
+            for size in trick["sizes"]:
+                if "ratios" in size:
+                    low, high = size["intervals"]["tokens"]
+                    about = dict(experiment=path.parent.name, trick=trick["trick"], parameters=size["parameters"])
+                    rows.append(about | dict(ratio=size["ratios"]["tokens"], low=low, high=high))
+    return [row for row in rows if all(row[key] and math.isfinite(row[key]) for key in ("ratio", "low", "high"))]
+
+
+def published() -> Rows:
+    with (RECORDS / "published" / "modded_records.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["record"].startswith("T1-") and r["train_time_s"]]
+    return [
+        dict(record=r["record"], date=r["date"], minutes=float(r["train_time_s"]) / 60, what=r["description"]) for r in rows
+    ]
+
+
+# ---------------------------------------------------------------- charts
+
+
+def charts(folders: Sequence[Path]) -> dict[str, Any]:
+    """Vega-Lite charts by the name of their place in the page."""
+    alt = altair()
+    wide = dict(width="container", height=320)
+
+    def data(rows: Rows) -> Any:
+        return alt.Data(values=rows)
+
+    drawn: dict[str, Any] = {}
+    shape = alt.Chart(data(chain()), description="Training time of every kept record, seconds", **wide)
+    tips = [f"{key}:N" for key in ("record", "category", "recipe", "against", "changed", "why", "machine", "date")]
+    drawn["chain"] = shape.mark_point(filled=True, size=140).encode(
+        alt.X("record:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30)),
+        alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="training time, s (log)"),
+        alt.Color("category:N"),
+        tooltip=[*tips, "seconds:Q", "steps:Q", "loss:Q", "n:Q"],
+    )
+    drawn["losses"] = curves(alt, data(losses()), wide)
+    ranked, profiles, trials = contest()
+    best = [row["submission"] for row in ranked]
+    arm = alt.selection_point(fields=["submission"], bind="legend", value=[{"submission": name} for name in best[:6]])
+    seen = alt.condition(arm, alt.value(1.0), alt.value(0.08))
+    drawn["profiles"] = (
+        alt.Chart(data(profiles), description="Share of workloads within tau times the best time", **wide)
+        .mark_line(interpolate="step-after", strokeWidth=2)
+        .encode(
+            alt.X("tau:Q", title="time / best time of the field", scale=alt.Scale(domain=[1, score.TAU_MAX])),
+            alt.Y("share:Q", title="share of workloads"),
+            alt.Color("submission:N", sort=best, legend=alt.Legend(symbolLimit=40)),
+            opacity=seen,
+            tooltip=["submission:N", "tau:Q", "share:Q"],
+        )
+        .add_params(arm)
+    )
+    workloads, names = (sorted({t[key] for t in trials}) for key in ("workload", "submission"))
+    where = alt.param(value=workloads[0], bind=alt.binding_select(options=workloads, name="workload "))
+    who = alt.param(value=best[0], bind=alt.binding_select(options=names, name="optimizer "))
+    drawn["sensitivity"] = (
+        alt.Chart(data(trials), description="Final loss against learning rate of one optimizer's trials", **wide)
+        .mark_point(filled=True, size=70)
+        .transform_filter((alt.datum.workload == where) & (alt.datum.submission == who))
+        .encode(
+            alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate (log)"),
+            alt.Y("loss:Q", scale=alt.Scale(zero=False), title="final loss, nats"),
+            tooltip=["submission:N", "lr:Q", "loss:Q"],
+        )
+        .add_params(where, who)
+    )
+    sizes = scaling()
+    names = sorted({row["experiment"] for row in sizes})
+    which = alt.param(value=names[0], bind=alt.binding_select(options=names, name="experiment "))
+    base = alt.Chart(data(sizes)).transform_filter(alt.datum.experiment == which)
+    x = alt.X("parameters:Q", scale=alt.Scale(type="log"), title="non-embedding parameters (log)")
+    y = alt.Y("low:Q", title="speed-up in tokens (log)", scale=alt.Scale(type="log"))
+    tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
+    spans = base.mark_rule().encode(x, y, alt.Y2("high:Q"), alt.Color("trick:N"))
+    lines = base.mark_line(point=True).encode(x, y="ratio:Q", color="trick:N", tooltip=tips)
+    drawn["scaling"] = alt.layer(spans, lines, description="Speed-up of each trick at each model size", **wide).add_params(
+        which
+    )
+    drawn["published"] = (
+        alt.Chart(data(published()), description="Published records of modded-nanogpt, minutes to 3.28 on 8 H100", **wide)
+        .mark_point(filled=True, size=70)
+        .encode(
+            alt.X("date:T", title=None),
+            alt.Y("minutes:Q", scale=alt.Scale(type="log"), title="minutes to 3.28 on 8 H100 (log)"),
+            tooltip=["record:N", "date:T", "minutes:Q", "what:N"],
+        )
+    )
+    if folders:
+        run = alt.selection_point(fields=["run"], bind="legend")
+        drawn["runs"] = (
+            alt.Chart(data(own(folders)), description="Training loss of your runs", **wide)
+            .mark_line()
+            .encode(
+                alt.X("step:Q"),
+                alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats"),
+                alt.Color("run:N", legend=alt.Legend(columns=1, labelLimit=300)),
+                opacity=alt.condition(run, alt.value(1.0), alt.value(0.1)),
+                tooltip=["run:N", "step:Q", "loss:Q"],
+            )
+            .add_params(run)
+        )
+    return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
+
+
+def curves(alt: Any, rows: Any, wide: dict[str, Any]) -> Any:
+    """Loss against what the reader chooses, of the comparison that the reader chooses; a click in the legend picks arms."""
+    names = sorted({row["comparison"] for row in rows.values})
+    which = alt.param(value=names[0], bind=alt.binding_select(options=names, name="comparison "))
+    against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
+    arm = alt.selection_point(fields=["arm"], bind="legend", toggle="true")
+    return (
+        alt.Chart(rows, description="Training loss of the arms of a comparison", **wide)
+        .mark_line()
+        .transform_filter(alt.datum.comparison == which)
+        .transform_calculate(x=f"datum[{against.name}]")
+        .encode(
+            alt.X("x:Q", title="seconds, steps or tokens"),
+            alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats"),
+            alt.Color("arm:N", legend=alt.Legend(columns=1, labelLimit=300)),
+            opacity=alt.condition(arm, alt.value(1.0), alt.value(0.1)),
+            tooltip=["arm:N", "step:Q", "seconds:Q", "tokens:Q", "loss:Q"],
+        )
+        .add_params(which, against, arm)
+    )
+
+
+# ---------------------------------------------------------------- the page
+
+
+def score_table() -> str:
+    """The contest as a table whose columns sort."""
+    head = ("rank", "optimizer", "AlgoPerf score", "targets met")
+    rows = [row.values() for row in contest()[0]]
+    heads = "".join(f'<th scope="col"><button type="button">{html.escape(h)}</button></th>' for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def studies(folder: Path) -> str:
+    """The lecture's studies in its order: claim, verdict, picture."""
+    parts = []
+    found = [json.loads(path.read_text()) | {"name": path.stem} for path in folder.glob("*.json")]
+    for study in sorted(found, key=lambda s: s["slide"]):
+        picture = folder / f"{study['name']}.png"
+        claim, verdict = html.escape(study["claim"]), html.escape(study["verdict"])
+        image = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
+        shown = f'<img loading="lazy" alt="{claim}" src="data:image/png;base64,{image}">' if image else ""
+        mark = "holds here" if study["holds"] else "does not hold here"
+        caption = f"<figcaption><code>./run.sh study {study['name']}</code> <strong>{mark}</strong>: {verdict}</figcaption>"
+        parts.append(f"<article><h3>{claim}</h3><figure>{shown}{caption}</figure></article>")
+    return "".join(parts) or "<p>None yet: <code>./run.sh study all</code></p>"
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The HTML. Raises UsageError: Altair is missing, or a folder is no run."""
+    drawn = {name: chart.to_dict() for name, chart in charts(folders).items()}
+    import vl_convert
+
+    specs = json.dumps(drawn).replace("<", "\\u003c")  # so that no name of a run can end the script
+    text = TEMPLATE.read_text()
+    filled = {"SCORES": score_table(), "STUDIES": studies(ROOT / "studies" / "results"), "SPECS": specs}
+    filled |= {"RUNS": '<section><h2>Your runs</h2><div class="chart" id="runs"></div></section>' if folders else ""}
+    filled |= {"VEGA": vl_convert.javascript_bundle()}
+    for name, content in filled.items():
+        text = text.replace(f"<!-- {name} -->", content, 1)
+    return text
+
+
+def run(argv: list[str]) -> str:
+    flags = Parser(prog="page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="run folders to draw too")
+    flags.add_argument("--out", type=Path, default=Path("site/index.html"), help="file to write (default: site/index.html)")
+    options = flags.parse_args(argv)
+    text = page(options.runs)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(options.out, text)
+    return f"wrote {options.out}, {len(text.encode()) / 1e6:.1f} MB: open it in a browser"
+
+
+if __name__ == "__main__":
+    sys.exit(command("page", lambda: run(sys.argv[1:])))

@@ -1,0 +1,170 @@
+"""Run folders: which there are, what differs between two, and those in progress.
+
+python -m lab.runs                                 all in runs/, the newest first
+python -m lab.runs tiny --sort loss                those whose path contains a word, the lowest loss first
+python -m lab.runs diff runs/tiny/a runs/tiny/b    settings and results that differ
+python -m lab.runs watch                           runs in progress, drawn anew every two seconds
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.command import Parser, command
+from engine.run_folder import found, read_json
+from engine.spec import UsageError
+from lab.markdown import table
+
+BARS = "▁▂▃▄▅▆▇█"
+SORTS = {"new": lambda run: -run.written, "loss": lambda run: run.loss or math.inf, "time": lambda run: run.seconds}
+LIVE = 120  # seconds since its log was written in which a run counts as in progress
+LAST = 200_000  # bytes of a log that are read: thousands of steps
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run, by its log alone."""
+
+    run: str
+    state: str  # training, stopped, or the status of its end
+    step: int
+    steps: int  # 0: not known
+    loss: float | None  # of the last validation, or of the last step where there was none
+    seconds: float  # trained
+    written: float  # when its log was
+    losses: tuple[float, ...]
+
+    @property
+    def left(self) -> float:
+        """Seconds to its end, at the pace so far."""
+        return self.seconds / self.step * (self.steps - self.step) if self.step and self.steps else math.nan
+
+
+def see(folder: Path) -> Seen:
+    """Lines that are no JSON are passed over: the last one may be half written."""
+    path = folder / "log.jsonl"
+    written, step, seconds, val, losses, state = path.stat().st_mtime, 0, 0.0, None, [], ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST))
+        lines = file.read().splitlines()
+    for line in lines:
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        step = event.get("step") or step
+        if kind == "train":
+            seconds = event.get("train_time") or seconds
+            losses.append(event.get("loss") or math.nan)
+            state = ""
+        elif kind == "val":
+            val = event.get("loss")
+        elif kind == "end":
+            state = str(event.get("status"))
+    try:
+        steps = int(read_json(folder / "config.json").get("steps") or 0)
+    except (OSError, UsageError, ValueError, TypeError):
+        steps = 0
+    state = state or ("training" if time.time() - written < LIVE else "stopped")
+    loss = val if val is not None else losses[-1] if losses else None
+    return Seen(str(folder), state, int(step), steps, loss, float(seconds), written, tuple(losses))
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Means of `width` equal pieces, as bars between the smallest and the largest."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    count = min(width, len(finite))
+    pieces = [finite[i * len(finite) // count : (i + 1) * len(finite) // count] for i in range(count)]
+    means = [sum(piece) / len(piece) for piece in pieces]
+    low, high = min(means), max(means)
+    return "".join(BARS[round((m - low) / (high - low or 1) * (len(BARS) - 1))] for m in means)
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def listed(runs: Sequence[Seen], live: bool = False) -> str:
+    """A table for a terminal."""
+    head = ["run", "state", "step", "loss", "time"] + (["left", "training loss"] if live else ["ended"])
+    rows = []
+    for r in runs:
+        loss = "-" if r.loss is None else f"{r.loss:.4f}"
+        row = [r.run, r.state, f"{r.step}/{r.steps}" if r.steps else str(r.step), loss, duration(r.seconds)]
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(r.written))
+        rows.append(row + ([duration(r.left), sparkline(r.losses)] if live else [when]))
+    return table(head, rows, aligned=True)
+
+
+def differences(first: Path, second: Path) -> str:
+    """Settings and results that two runs do not share. Raises UsageError: one of them is no run."""
+    rows = []
+    for name in ("config.json", "result.json"):
+        sides = [flat(read_or_empty(folder / name)) for folder in (first, second)]
+        if name == "config.json" and not all(sides):
+            raise UsageError(f"{(first, second)[bool(sides[0])]} is no run: it has no config.json")
+        keys = dict.fromkeys([*sides[0], *sides[1]])
+        rows += [(key, *(str(side.get(key, "-")) for side in sides)) for key in keys if sides[0].get(key) != sides[1].get(key)]
+    return table(("", str(first), str(second)), rows, aligned=True) if rows else "the same settings and results"
+
+
+def read_or_empty(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    items: dict[str, Any] = {}
+    for key, value in values.items():
+        items |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return items
+
+
+def watch(root: Path, every: float, times: int | None = None) -> None:
+    """Draw the runs in progress until interrupted."""
+    drawn = 0
+    while times is None or drawn < times:
+        live = [run for run in map(see, found(root)) if run.state == "training"]
+        clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+        print(clear + (listed(live, live=True) if live else f"no run in progress in {root}"), flush=True)
+        drawn += 1
+        if drawn != times:
+            time.sleep(every)
+
+
+def run(argv: list[str]) -> str | None:
+    flags = Parser(prog="runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("words", nargs="*", metavar="WORD", help="list: words of the path; diff A B; watch [DIR]")
+    flags.add_argument("--root", type=Path, default=Path("runs"), help="folder to look in (default: runs)")
+    flags.add_argument("--sort", choices=SORTS, default="new", help="new, loss or time (default: new)")
+    flags.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    options = flags.parse_args(argv)
+    verb, *rest = options.words or [""]
+    if verb == "diff":
+        if len(rest) != 2:
+            raise UsageError("diff takes two run folders: ./run.sh runs diff A B")
+        return differences(*map(Path, rest))
+    if verb == "watch":
+        return watch(Path(rest[0]) if rest else options.root, every=2)
+    runs = [r for r in map(see, found(options.root)) if all(word in r.run for word in options.words)]
+    runs.sort(key=SORTS[options.sort])
+    if options.json:
+        return json.dumps([{k: v for k, v in asdict(r).items() if k != "losses"} for r in runs], indent=1)
+    if not runs:
+        raise UsageError(f"no run in {options.root}" + (f" with {' and '.join(options.words)}" if options.words else ""))
+    return listed(runs)
+
+
+if __name__ == "__main__":
+    sys.exit(command("runs", lambda: run(sys.argv[1:])))
