@@ -418,8 +418,7 @@ class Training:
         """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
         self.clock.pause()
         bad = [name for name, p in self.gpt.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        finite = self.world.gather(bool(self.loss_here.isfinite()))
-        ranks = [rank for rank, fine in enumerate(finite) if not fine]
+        ranks = [rank for rank, fine in enumerate(self.world.gather(bool(self.loss_here.isfinite()))) if not fine]
         self.gpt.zero_grad(set_to_none=True)
         progress = self.progress
         progress.skipped += 1
@@ -504,8 +503,7 @@ class Training:
         else:  # other ranks than before: dropout cannot repeat itself, but must not repeat what it began with
             seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
         self.progress = self.clock.progress = Progress(**saved["progress"])
-        if not self.world.main:
-            self.progress.process_time = 0.0  # rank 0 has the sum of all ranks
+        self.progress.process_time *= self.world.main  # rank 0 has the sum of all ranks
         self.saved = None if self.branched else self.progress.step
         return saved
 

@@ -148,42 +148,62 @@ def published() -> Rows:
 def charts(folders: Sequence[Path]) -> dict[str, Any]:
     """Vega-Lite charts by the name of their place in the page."""
     alt = altair()
-    wide = dict(width="container", height=320)
+    drawn = {"chain": chain_chart(alt), "losses": curves(alt, losses()), "scaling": scaling_chart(alt)}
+    drawn |= {"profiles": profile_chart(alt), "sensitivity": sensitivity_chart(alt), "published": published_chart(alt)}
+    if folders:
+        drawn["runs"] = runs_chart(alt, own(folders))
+    return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
 
-    def data(rows: Rows) -> Any:
-        return alt.Data(values=rows)
 
-    drawn: dict[str, Any] = {}
-    shape = alt.Chart(data(chain()), description="Training time of every kept record, seconds", **wide)
+def wide(alt: Any, rows: Rows, what: str) -> Any:
+    """An empty chart of the page's width; what: its description for those who do not see it."""
+    return alt.Chart(alt.Data(values=rows), description=what, width="container", height=320)
+
+
+def choice(alt: Any, name: str, options: Iterable[str], first: str = "") -> Any:
+    """What the reader chooses of a list."""
+    options = sorted(set(options))
+    return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{name} "))
+
+
+def chain_chart(alt: Any) -> Any:
     tips = [f"{key}:N" for key in ("record", "category", "recipe", "against", "changed", "why", "machine", "date")]
-    drawn["chain"] = shape.mark_point(filled=True, size=140).encode(
-        alt.X("record:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30)),
-        alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="training time, s (log)"),
-        alt.Color("category:N"),
-        tooltip=[*tips, "seconds:Q", "steps:Q", "loss:Q", "n:Q"],
+    return (
+        wide(alt, chain(), "Training time of every kept record, seconds")
+        .mark_point(filled=True, size=140)
+        .encode(
+            alt.X("record:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30)),
+            alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="training time, s (log)"),
+            alt.Color("category:N"),
+            tooltip=[*tips, "seconds:Q", "steps:Q", "loss:Q", "n:Q"],
+        )
     )
-    drawn["losses"] = curves(alt, data(losses()), wide)
-    ranked, profiles, trials = contest()
+
+
+def profile_chart(alt: Any) -> Any:
+    ranked, profiles, _ = contest()
     best = [row["submission"] for row in ranked]
     arm = alt.selection_point(fields=["submission"], bind="legend", value=[{"submission": name} for name in best[:6]])
-    seen = alt.condition(arm, alt.value(1.0), alt.value(0.08))
-    drawn["profiles"] = (
-        alt.Chart(data(profiles), description="Share of workloads within tau times the best time", **wide)
+    return (
+        wide(alt, profiles, "Share of workloads within tau times the best time")
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             alt.X("tau:Q", title="time / best time of the field", scale=alt.Scale(domain=[1, score.TAU_MAX])),
             alt.Y("share:Q", title="share of workloads"),
             alt.Color("submission:N", sort=best, legend=alt.Legend(symbolLimit=40)),
-            opacity=seen,
+            opacity=alt.condition(arm, alt.value(1.0), alt.value(0.08)),
             tooltip=["submission:N", "tau:Q", "share:Q"],
         )
         .add_params(arm)
     )
-    workloads, names = (sorted({t[key] for t in trials}) for key in ("workload", "submission"))
-    where = alt.param(value=workloads[0], bind=alt.binding_select(options=workloads, name="workload "))
-    who = alt.param(value=best[0], bind=alt.binding_select(options=names, name="optimizer "))
-    drawn["sensitivity"] = (
-        alt.Chart(data(trials), description="Final loss against learning rate of one optimizer's trials", **wide)
+
+
+def sensitivity_chart(alt: Any) -> Any:
+    ranked, _, trials = contest()
+    where = choice(alt, "workload", (t["workload"] for t in trials))
+    who = choice(alt, "optimizer", (t["submission"] for t in trials), ranked[0]["submission"])
+    return (
+        wide(alt, trials, "Final loss against learning rate of one optimizer's trials")
         .mark_point(filled=True, size=70)
         .transform_filter((alt.datum.workload == where) & (alt.datum.submission == who))
         .encode(
@@ -193,20 +213,22 @@ def charts(folders: Sequence[Path]) -> dict[str, Any]:
         )
         .add_params(where, who)
     )
+
+
+def scaling_chart(alt: Any) -> Any:
     sizes = scaling()
-    names = sorted({row["experiment"] for row in sizes})
-    which = alt.param(value=names[0], bind=alt.binding_select(options=names, name="experiment "))
-    base = alt.Chart(data(sizes)).transform_filter(alt.datum.experiment == which)
+    which = choice(alt, "experiment", (row["experiment"] for row in sizes))
+    base = wide(alt, sizes, "Speed-up of each trick at each model size").transform_filter(alt.datum.experiment == which)
     x = alt.X("parameters:Q", scale=alt.Scale(type="log"), title="non-embedding parameters (log)")
     y = alt.Y("low:Q", title="speed-up in tokens (log)", scale=alt.Scale(type="log"))
     tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
     spans = base.mark_rule().encode(x, y, alt.Y2("high:Q"), alt.Color("trick:N"))
-    lines = base.mark_line(point=True).encode(x, y="ratio:Q", color="trick:N", tooltip=tips)
-    drawn["scaling"] = alt.layer(spans, lines, description="Speed-up of each trick at each model size", **wide).add_params(
-        which
-    )
-    drawn["published"] = (
-        alt.Chart(data(published()), description="Published records of modded-nanogpt, minutes to 3.28 on 8 H100", **wide)
+    return (spans + base.mark_line(point=True).encode(x, y="ratio:Q", color="trick:N", tooltip=tips)).add_params(which)
+
+
+def published_chart(alt: Any) -> Any:
+    return (
+        wide(alt, published(), "Published records of modded-nanogpt, minutes to 3.28 on 8 H100")
         .mark_point(filled=True, size=70)
         .encode(
             alt.X("date:T", title=None),
@@ -214,31 +236,31 @@ def charts(folders: Sequence[Path]) -> dict[str, Any]:
             tooltip=["record:N", "date:T", "minutes:Q", "what:N"],
         )
     )
-    if folders:
-        run = alt.selection_point(fields=["run"], bind="legend")
-        drawn["runs"] = (
-            alt.Chart(data(own(folders)), description="Training loss of your runs", **wide)
-            .mark_line()
-            .encode(
-                alt.X("step:Q"),
-                alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats"),
-                alt.Color("run:N", legend=alt.Legend(columns=1, labelLimit=300)),
-                opacity=alt.condition(run, alt.value(1.0), alt.value(0.1)),
-                tooltip=["run:N", "step:Q", "loss:Q"],
-            )
-            .add_params(run)
+
+
+def runs_chart(alt: Any, rows: Rows) -> Any:
+    run = alt.selection_point(fields=["run"], bind="legend")
+    return (
+        wide(alt, rows, "Training loss of your runs")
+        .mark_line()
+        .encode(
+            alt.X("step:Q"),
+            alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats"),
+            alt.Color("run:N", legend=alt.Legend(columns=1, labelLimit=300)),
+            opacity=alt.condition(run, alt.value(1.0), alt.value(0.1)),
+            tooltip=["run:N", "step:Q", "loss:Q"],
         )
-    return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
+        .add_params(run)
+    )
 
 
-def curves(alt: Any, rows: Any, wide: dict[str, Any]) -> Any:
+def curves(alt: Any, rows: Rows) -> Any:
     """Loss against what the reader chooses, of the comparison that the reader chooses; a click in the legend picks arms."""
-    names = sorted({row["comparison"] for row in rows.values})
-    which = alt.param(value=names[0], bind=alt.binding_select(options=names, name="comparison "))
+    which = choice(alt, "comparison", (row["comparison"] for row in rows))
     against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
     arm = alt.selection_point(fields=["arm"], bind="legend", toggle="true")
     return (
-        alt.Chart(rows, description="Training loss of the arms of a comparison", **wide)
+        wide(alt, rows, "Training loss of the arms of a comparison")
         .mark_line()
         .transform_filter(alt.datum.comparison == which)
         .transform_calculate(x=f"datum[{against.name}]")
