@@ -253,11 +253,18 @@ def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Laun
 
 
 def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
-    """Lines of curves.csv; `steps` is the length of the run that a line belongs to, whose lines stand together.
+    """Lines of curves.csv, see `curves_by_run`. rows: the runs wanted (default: all); by their clocks, since a trial trained
+    again has the name of the first."""
+    runs = curves_by_run(path)
+    if rows is not None:
+        clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
+        runs = [run for run in runs if (run[-1]["arm"], run[-1]["seed"], run[-1]["train_time"]) in clocks]
+    return [line for run in runs for line in run]
 
-    rows: the runs wanted (default: all); by their clocks, since a trial trained again has the name of the first. Raises
-    UsageError: a line is damaged.
-    """
+
+def curves_by_run(path: Path) -> list[list[dict[str, Any]]]:
+    """Lines of curves.csv by run: those of its training loss, then its validations; `steps` is its length. Raises UsageError:
+    a line is damaged."""
     number = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
     runs: list[list[dict[str, Any]]] = []
     for place, cells in enumerate(csv.DictReader(io.StringIO(whole_lines(path))), start=2):
@@ -270,7 +277,4 @@ def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str,
         if not same or (line["kind"] == "train" and (last["kind"] == "val" or line["step"] <= last["step"])):
             runs.append([])
         runs[-1].append(line)
-    if rows is not None:
-        clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
-        runs = [run for run in runs if (run[-1]["arm"], run[-1]["seed"], run[-1]["train_time"]) in clocks]
-    return [line | {"steps": max(x["step"] for x in run)} for run in runs for line in run]
+    return [[line | {"steps": max(x["step"] for x in run)} for line in run] for run in runs]

@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     add("--against", type=Path, nargs="+", metavar="RUN", default=[], help=rival)
     add("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
     checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
-    checker.add_argument("names", nargs="*", metavar="TRACK/NNN-NAME", help="or comparisons/NAME, scaling/NAME (default: all)")
+    checker.add_argument(
+        "names", nargs="*", metavar="TRACK/NNN-NAME", help="or comparisons/NAME, scaling/NAME, tuning, records (default: all)"
+    )
     checker.add_argument("--rerun", action="store_true", help="also train one seed again and compare")
     verbs.add_parser("render", help="rewrite the tables and pictures of records/README.md")
     verbs.add_parser("summary", help="one run beside the track's records").add_argument("run", type=Path)
@@ -164,7 +166,7 @@ def verify(names: list[str], rerun: bool) -> int:
     counts = [sum(isinstance(one, kind) for one in kept) for kind in (Record, Report)]
     print(f"{counts[0]} records, {counts[1]} reports, {broken} with a broken rule")
     print(
-        "not found is what was invented as a whole, so that each number follows from another: --rerun trains it again and sees"
+        "verify cannot find what was invented as a whole, every number following from another: --rerun would, by training again"
     )
     return 2 if broken else 0
 

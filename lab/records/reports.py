@@ -21,7 +21,7 @@ from lab import comparison, ledger, plots
 from lab.records import judge as judging
 from lab.records import plans
 from lab.records.judge import STALLED, Broken, NotCheckable, Verdict, judge, need, only_files
-from lab.runner import POINTS, read_curves
+from lab.runner import POINTS, curves_by_run, read_curves
 from lab.scaling import ladder, survival
 from lab.scaling import report as survival_report
 from lab.stats import Sample
@@ -85,15 +85,7 @@ class Report:
 
     @cached_property
     def curves(self) -> list[list[dict[str, Any]]]:
-        """Lines of curves.csv by run: those of its training loss, then its validations."""
-        runs: list[list[dict[str, Any]]] = []
-        for line in read_curves(self.folder / "curves.csv"):
-            last = runs[-1][-1] if runs else {}
-            same = all(line[key] == last.get(key) for key in ("arm", "seed", "phase", "steps"))
-            if not same or (line["kind"] == "train" and last["kind"] == "val"):
-                runs.append([])
-            runs[-1].append(line)
-        return runs
+        return curves_by_run(self.folder / "curves.csv")
 
 
 def all_reports(root: Path) -> list[Report]:

@@ -267,7 +267,7 @@ def test_ladders_have_one_dial_and_their_rules():
         and {s.width // s.heads for s in cpu.sizes} == {32}
         and {s.width // s.layers for s in cpu.sizes} == {32}
     )
-    rungs = [ladder.rung(s, cpu, cpu.tokens_per_parameter, ["--tricks", "modern"]) for s in cpu.sizes]
+    rungs = [ladder.rung(s, cpu, cpu.tokens_per_parameter, ("--tricks", "modern")) for s in cpu.sizes]
     n = [r.parameters for r in rungs]
     assert n[-1] / n[0] > 10**1.5 and all(12 * r.size.layers * r.size.width**2 < r.parameters for r in rungs)
     for r in rungs:
@@ -276,7 +276,7 @@ def test_ladders_have_one_dial_and_their_rules():
         assert r.batch_tokens == 2 ** round(math.log2(4096 * (r.tokens / (2400 * 4096)) ** 0.383))
         assert abs(r.steps(1) * r.batch_tokens - r.tokens) <= r.batch_tokens / 2
     assert 2 * rungs[-1].tokens < 10_896_718  # training bytes of the corpus: nothing is seen twice
-    rung = ladder.rung(gpt2.sizes[0], gpt2, 20, ["--tricks", "baseline"])
+    rung = ladder.rung(gpt2.sizes[0], gpt2, 20, ("--tricks", "baseline"))
     assert rung.parameters == 85_056_000 and rung.size.name == "124M"  # GPT-2's 124.4M without 39.4M of embeddings
 
 
@@ -298,7 +298,7 @@ def test_own_sizes():
 
 def test_learning_rates_go_with_the_width():
     cpu = ladder.LADDERS["cpu"]
-    rung = ladder.rung(cpu.sizes[2], cpu, 1.25, ["--tricks", "modern"])  # width 128, half of the track's
+    rung = ladder.rung(cpu.sizes[2], cpu, 1.25, ("--tricks", "modern"))  # width 128, half of the track's
 
     def sized(rule, *words, factor=1.0):
         flags = ("--track", "cpu", "--tricks", "modern", *words)
