@@ -28,8 +28,9 @@ import torch
 from tqdm import tqdm
 
 from engine.command import Parser, command
-from engine.run_folder import atomic_write, source_hash
+from engine.run_folder import ROOT, atomic_write, source_hash
 from engine.spec import UsageError, nearest
+from lab.markdown import escaped
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "README.md"
@@ -154,9 +155,9 @@ def page() -> str:
             moving = (RESULTS / f"{name}.gif").exists()
             parts += [f"![{name}](results/{name}.{ending})" for ending in ("png", *(["gif"] if moving else []))]
             there = "Holds" if result["holds"] else "Does not hold here"
-            parts += ["", f"{there}: {result['verdict']}", ""]
-        parts += [of["text"], "", f"`./run.sh study {name}`, {of['minutes']:g} minutes. Source: {of['source']}", ""]
-    return "\n".join(parts)
+            parts += ["", f"{there}: {result['verdict']}.", ""]
+        parts += [of["text"], "", f"`./run.sh study {name}`, {of['minutes']:g} min. Source: {of['source']}", ""]
+    return escaped("\n".join(parts))
 
 
 # ---------------------------------------------------------------- the command
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> str:
         return listed()
     if options.name == "page":
         atomic_write(PAGE, page())
-        return f"wrote {PAGE}"
+        return f"wrote {PAGE.relative_to(ROOT)}"
     if options.name == "all" and options.run:
         raise UsageError("--run goes with one study, not with all")
     try:
