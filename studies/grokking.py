@@ -2,10 +2,10 @@
 
 The table: a / b = c modulo 97, 9,312 equations, a random half to train on (the project's corpus `division`). The project's
 GPT, 2 layers of width 128 with 4 heads, reads a and b and predicts c. Optimizers: AdamW at rate 1e-3 with batches of 512 and
-weight decay 0.5, and Muon for the hidden matrices with the same decay a step. Measured: the first step at which the accuracy on
+weight decay 0.7, and Muon for the hidden matrices with the same decay a step. Measured: the first step at which the accuracy on
 each half is at least 99 %, in steps of 50.
 The wait depends on decay and start. The weights begin as in the source, with PyTorch's defaults (embeddings N(0, 1)). Single
-runs of AdamW with decay 1, the source's: 4.4 times as many steps; and from GPT-2's small weights, with decay 1, twice as many.
+runs of AdamW: 10 times as many steps with decay 0.5, 4.4 times with the source's 1; twice as many from GPT-2's small weights.
 
 Source: Power et al. 2022 (arXiv 2201.02177); Muon: Tveit, Remseth, Pedersen Skogvold 2025 (arXiv 2504.16041).
 """
@@ -26,8 +26,8 @@ MINUTES = 6.0
 SLIDE = 18
 MODULUS, WIDTH, BATCH, EVERY, WARMUP, ENOUGH = 97, 128, 512, 50, 10, 0.99
 SPECS = {
-    "AdamW": "adamw:lr=1e-3,beta2=0.98,weight_decay=0.5",
-    "Muon": "muon:lr=0.02,weight_decay=0.025,adamw_lr=1e-3,adamw_beta2=0.98,adamw_weight_decay=0.5",
+    "AdamW": "adamw:lr=1e-3,beta2=0.98,weight_decay=0.7",
+    "Muon": "muon:lr=0.02,weight_decay=0.035,adamw_lr=1e-3,adamw_beta2=0.98,adamw_weight_decay=0.7",
 }
 
 
@@ -64,7 +64,7 @@ def course(spec: str, gpt: GPT, halves: tuple[Tensor, Tensor], seed: int, steps:
     for step in progress(range(1, steps + 1), what):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, step / WARMUP)
-        rows = train[torch.randint(len(train), (BATCH,), generator=dice)]
+        rows = train[torch.randint(len(train), (min(BATCH, len(train)),), generator=dice)]
         optimizer.zero_grad()
         F.cross_entropy(answers(gpt, rows), rows[:, 2]).backward()
         optimizer.step()
@@ -84,7 +84,7 @@ def first(seen: dict[str, Any], half: str) -> int | None:
 def run(seed: int = 0, quick: bool = False) -> dict[str, Any]:
     specs = {"AdamW": SPECS["AdamW"]} if quick else SPECS
     train, val = table()
-    halves, layers, steps = ((train[:500], val), 1, 250) if quick else ((train, val), 2, 8000)
+    halves, layers, steps = ((train[:300], val[:1000]), 1, 150) if quick else ((train, val), 2, 8000)
     return rounded({name: course(spec, made(seed, layers), halves, seed, steps, name) for name, spec in specs.items()}, 4)
 
 
