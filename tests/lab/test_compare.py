@@ -97,6 +97,33 @@ def summary(out):
     return json.loads((out / "comparison.json").read_text())
 
 
+def test_a_wide_interval_says_how_many_pairs_would_decide():
+    """Of the user who had 2.98x (1.5-5.92), p = 0.018: no difference shown at 99 %, shown at 95 %."""
+    wide = stats.paired_ratio([2.0, 2.6, 4.2], [1.0, 1.0, 1.0])
+    said = comparison.judged(wide, wide.sd)
+    assert said["verdict"] == "no difference shown" and wide.low > 1 and 3 < said["pairs"] < 12
+    effect = math.log(wide.ratio) / wide.sd
+    few, enough = (stats.power(n, effect, comparison.ALPHA, two_sided=True) for n in (said["pairs"] - 1, said["pairs"]))
+    assert few < 0.9 <= enough
+    words = comparison.in_words(said, vars(wide), "adamw") + comparison.pairs_words(said)
+    assert (
+        words.startswith("faster than adamw at 95 %, not at the 99 % asked for, 2.8x") and "pairs would show this one" in words
+    )
+    sure = stats.paired_ratio([2.0, 2.1, 2.05], [1.0, 1.0, 1.0])
+    assert comparison.judged(sure, sure.sd) | {"smallest_difference": 0} == {
+        "verdict": "faster", "smallest_difference": 0, "pairs": None
+    }  # fmt: skip
+    none = stats.paired_ratio([1.0, 1.1, 0.91], [1.0, 1.0, 1.0])
+    assert comparison.judged(none, none.sd)["pairs"] is None
+    assert comparison.in_words(comparison.judged(none, none.sd), vars(none), "adamw").startswith("no difference shown to adamw")
+
+
+def test_a_path_of_this_machine_is_refused_before_anything_is_trained(capsys):
+    for path in ("/somewhere/mine.py", "../mine.py"):
+        assert compare.main(["--track", "tiny", "--optimizers", "adamw", f"{path}:Mine"]) == 2
+        assert "is a path of this machine: put the file beside" in capsys.readouterr().err
+
+
 def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "save", SAVE)
     trainer = fake({"baseline": 200, "+modern": 100, "+no_bias": 202}, {"+modern": 0.12}, noise=0.002)
@@ -110,7 +137,7 @@ def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys, m
     assert modern["confirmed"]["tokens"]["ratio"] == pytest.approx(modern["confirmed"]["steps"]["ratio"])
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines[0].startswith("+modern: faster than baseline, ") and "n = 5 pairs" in lines[0]
-    assert "would have been shown" in lines[1]
+    assert "would have been shown" in lines[1] and modern["steps"]["verdict"] == "faster" and "; faster, " in lines[0]
     # every confirming run is at one length with fresh seeds, and the arms take turns
     confirming = [t for t in trainer.trained if t[2] < 1000]
     assert [t[0] for t in confirming[:4]] == ["baseline", "+modern", "+no_bias", "baseline"]
