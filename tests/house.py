@@ -33,7 +33,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
 }
 
 
-MOST_LINES = 15_900  # of product; only ever lowered
+MOST_LINES = 15_660  # of product; only ever lowered
 
 
 def product() -> dict[str, str]:
