@@ -105,7 +105,7 @@ def findings() -> list[tuple[str, str, str]]:
         (f"Best AlgoPerf score of {entries} tuned optimizers", best, "records/tuning"),
         ("Tricks expected to help at ten times the largest size tried", larger, "docs/scaling.md"),
         ("Error of `./run.sh plan` on published GPU runs", f"{off['median']:.1%} (median of {off['n']})", "benchmarks"),
-        (f"Runs lost to {faults} kills, full disks and damaged files", f"{lost}", "benchmarks"),
+        (f"Runs lost to {faults} kills and full disks", f"{lost}", "benchmarks"),
     ]
     pages = {link: link if link.endswith(".md") else f"{link}/README.md" for *_, link in rows}
     return [(question, answer, f"[{Path(link).stem}]({pages[link]})") for question, answer, link in rows]
@@ -149,7 +149,7 @@ def cost_tables() -> dict[str, str]:
 def benchmark_tables() -> dict[str, str]:
     keys = ("what", "faults", "recovered", "lost", "seconds_per_fault")
     chaos = [tuple(str(c[key] if c[key] is not None else "-") for key in keys) for c in read(BENCHMARKS / "chaos.json")]
-    head = ("what", "faults", "recovered or refused", "lost", "s lost a fault")
+    head = ("what", "faults", "recovered", "lost", "s lost a fault")
     return optimizer_figures() | cost_tables() | {"chaos": table(head, chaos)}
 
 

@@ -155,6 +155,7 @@ class Wrong(torch.optim.SGD):
 
 
 def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuned, "draw_sensitivity", lambda *_: None)
     (file := tmp_path / "mine.py").write_text(OWN)
     plain, matrices, declared, like, wrong = names = [f"{file}:{c}" for c in ("Plain", "Matrices", "Declared", "Like", "Wrong")]
     trust(names)
@@ -341,8 +342,9 @@ def test_damaged_tables_are_refused_by_name(fake, tmp_path, capsys):
     assert call(tmp_path, *words) == 2 and "another version of the space" in capsys.readouterr().err
 
 
-def test_tables_of_own_optimizers_keep_apart(fake, tmp_path, capsys):
+def test_tables_of_own_optimizers_keep_apart(fake, tmp_path, capsys, monkeypatch):
     """By name, though both would be the same in a file's letters; and by the code that the file held."""
+    monkeypatch.setattr(tuned, "draw_sensitivity", lambda *_: None)
     names = []
     for path in ("x/b.py", "x-b.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
