@@ -4,7 +4,7 @@ If the loss does not change when the weights are scaled, L(c w) = L(w), as behin
 constant rate h and weight decay d visits the same functions as SGD without decay at the rate h a^(-2t-1), where a < 1 is the
 larger root of a^2 - (1 + g - h d) a + g = 0 and the momentum begins at -(1 - a) w0 / (h a): its weights are a^(-t) times as
 large. Here: an MLP of normalised weights on noisy labels, float64; compared are the outputs on fixed inputs after each step.
-Controls: the constant rate without decay goes another way, and a net without normalisation is lost at the growing rate.
+Controls: the constant rate without decay goes another way, and so do the two rates on a net without normalisation.
 The theorem is exact, arithmetic is not: where training is chaotic, rounding of 1e-16 grows until the two runs part (with ReLU,
 h = 0.2 and d = 0.002 after 900 steps). The net here is smooth and the rate mild.
 
@@ -90,9 +90,12 @@ def run(seed: int = 0, quick: bool = False) -> dict[str, Any]:
         decayed, growing = course(number, steps, decay=DECAY), course(number, steps, grows=True)
         figures["worst"].append(difference(decayed["outputs"], growing["outputs"]).max())
         if number == seed:
-            constant, plain = course(number, steps), course(number, steps, grows=True, normalised=False)
-            figures |= {"control": difference(decayed["outputs"], constant["outputs"]).max(), "plain": plain["loss"][-1]}
-            runs = {"decay": decayed, "growing": growing, "constant": constant, "plain": plain}
+            constant, plain, lost = (course(number, steps, **how) for how in (
+                {}, {"decay": DECAY, "normalised": False}, {"grows": True, "normalised": False}
+            ))  # fmt: skip
+            figures["control"] = difference(decayed["outputs"], constant["outputs"]).max()
+            figures["plain"] = difference(plain["outputs"], lost["outputs"]).max()
+            runs = {"decay": decayed, "growing": growing, "constant": constant}
             drawn = {name: {key: r[key][:: max(1, steps // 500)] for key in ("loss", "rate", "norm")} for name, r in runs.items()}
             figures |= {"runs": drawn, "difference": difference(decayed["outputs"], growing["outputs"])[:: max(1, steps // 500)]}
     return rounded(figures)
@@ -103,8 +106,8 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
     rates = figures["runs"]["growing"]["rate"]
     words = f"over {figures['steps']} steps, while the rate grows {rates[-1] / rates[0]:,.0f} times, outputs differ by at most "
     words += f"{worst:.1e} (relative, {len(figures['worst'])} seeds), by {control:.1g} from those of the constant rate without "
-    words += f"decay; without normalisation the growing rate ends at a loss of {figures['plain'] or float('inf'):.3g}"
-    return worst < 1e-4 and control > 0.1, words
+    words += f"decay; without normalisation the two rates differ by {figures['plain']:.1g}"
+    return worst < 1e-4 and min(control, figures["plain"]) > 0.1, words
 
 
 def draw(figures: dict[str, Any]):
