@@ -105,7 +105,9 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
     for name, part in figures.items():
         n, peak, first, second = (part[key] for key in ("samples", "peak", "first", "second"))
         holds &= abs(peak - n) <= 1 and (second < first or "noise" in name)
-        words.append(f"{name}: error peaks at {peak} parameters for {n} samples; minimum {first:.3g} before, {second:.3g} after")
+        words.append(
+            f"{name}: error peaks at {peak} parameters for {n} samples; minimum {first:.3g} before, {second:.3g} after"
+        )
     return holds, "; ".join(words) + f" (medians of {part['draws']} draws)"
 
 

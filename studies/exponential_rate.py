@@ -12,6 +12,7 @@ Source: Li, Arora 2019 (arXiv 1910.07454), theorem 2.12.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ class Net(nn.Module):
         super().__init__()
         dice, sizes = torch.Generator().manual_seed(seed), (16, 64, 64, CLASSES)
         self.layers = nn.ParameterList(
-            torch.randn(out, into, generator=dice, dtype=torch.float64) * (2 / into) ** 0.5
-            for into, out in zip(sizes[:-1], sizes[1:], strict=True)
+            torch.randn(out, into, generator=dice, dtype=torch.float64) * (2 / into) ** 0.5 for into, out in pairwise(sizes)
         )
         self.normalised = normalised
 
@@ -51,7 +51,7 @@ def larger_root(momentum: float, lr: float, decay: float) -> float:
 
 
 def course(seed: int, steps: int, *, decay: float = 0.0, grows: bool = False, normalised: bool = True) -> dict[str, Any]:
-    """Train; the loss and the outputs [64, CLASSES] on fixed inputs after each step, and the rate and the norm of the weights."""
+    """Train. After each step: the loss, the outputs [64, CLASSES] on fixed inputs, the rate, the norm of the weights."""
     dice = torch.Generator().manual_seed(seed)
     x = torch.randn(512, 16, generator=dice, dtype=torch.float64)
     y = (x @ torch.randn(16, CLASSES, generator=dice, dtype=torch.float64)).argmax(1)
@@ -96,8 +96,13 @@ def run(seed: int = 0, quick: bool = False) -> dict[str, Any]:
             figures["control"] = difference(decayed["outputs"], constant["outputs"]).max()
             figures["plain"] = difference(plain["outputs"], lost["outputs"]).max()
             runs = {"decay": decayed, "growing": growing, "constant": constant}
-            drawn = {name: {key: r[key][:: max(1, steps // 500)] for key in ("loss", "rate", "norm")} for name, r in runs.items()}
-            figures |= {"runs": drawn, "difference": difference(decayed["outputs"], growing["outputs"])[:: max(1, steps // 500)]}
+            drawn = {
+                name: {key: r[key][:: max(1, steps // 500)] for key in ("loss", "rate", "norm")} for name, r in runs.items()
+            }
+            figures |= {
+                "runs": drawn,
+                "difference": difference(decayed["outputs"], growing["outputs"])[:: max(1, steps // 500)],
+            }
     return rounded(figures)
 
 
@@ -116,12 +121,21 @@ def draw(figures: dict[str, Any]):
     at = torch.linspace(0, steps, len(runs["decay"]["rate"]))
     for name, colour, words in (("growing", ORANGE, "growing, no decay"), ("decay", BLUE, "constant, with decay")):
         left.semilogy(at, runs[name]["rate"], color=colour)
-        say(left, float(at[len(at) // 2]), runs[name]["rate"][len(at) // 2], words, colour, xytext=(12, 10 if name == "decay" else -4))
+        say(
+            left,
+            float(at[len(at) // 2]),
+            runs[name]["rate"][len(at) // 2],
+            words,
+            colour,
+            xytext=(12, 10 if name == "decay" else -4),
+        )
     left.set(title="two learning rates ...", xlabel="step", ylabel="learning rate")
     for name, colour, width in (("constant", GREY, 1.2), ("decay", BLUE, 6), ("growing", ORANGE, 2)):
         loss = smooth(runs[name]["loss"], 10)
         right.plot(at[: len(loss)], loss, color=colour, linewidth=width)
     say(right, float(at[len(loss) - 1]), loss[-1], "both", BLACK)
     say(right, float(at[len(loss) - 1]), smooth(runs["constant"]["loss"], 10)[-1], "constant,\nno decay", GREY)
-    right.set(title=f"... the same function: outputs differ by {max(figures['worst']):.0e}", xlabel="step", ylabel="training loss")
+    right.set(
+        title=f"... the same function: outputs differ by {max(figures['worst']):.0e}", xlabel="step", ylabel="training loss"
+    )
     return figure

@@ -1,9 +1,9 @@
 """Weights must not start all equal, and with depth their scale decides whether a net learns at all.
 
 Equal: an MLP whose weights all start at one constant is trained by Adam; the units of a layer stay identical, bit for bit.
-Scale: ReLU nets of 22 and 30 layers of width 64 on the 8 x 8 digits of scikit-learn, weights from N(0, s^2): s = 0.01, 0.1 and 0.25,
-Xavier's s^2 = 1 / n and He's 2 / n for n inputs, three seeds of each trained at once by SGD with momentum. Before training a
-layer multiplies the mean square of its input by n s^2 / 2. And the project's GPT with all of its weights scaled, by AdamW.
+Scale: ReLU nets of 22 and 30 layers of width 64 on the 8 x 8 digits of scikit-learn, weights from N(0, s^2): s = 0.01,
+0.1 and 0.25, Xavier's s^2 = 1 / n and He's 2 / n for n inputs; three seeds of each, trained by SGD with momentum. Before
+training a layer multiplies the mean square of its input by n s^2 / 2. And the project's GPT, its weights scaled, by AdamW.
 At 22 layers He should be faster than Xavier; at 30 layers Xavier should stall (loss above 2.2; chance is 2.30) and He learn
 (below 1.8).
 
@@ -36,8 +36,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 class Deep(nn.Module):
-    """Several ReLU nets without biases side by side, [nets] of standard deviation each: weights [layers, nets, WIDTH, WIDTH], and
-    a last layer that is He's for all."""
+    """ReLU nets without biases side by side, one for each standard deviation: hidden weights [nets, WIDTH, WIDTH], and a last
+    layer that is the same for all."""
 
     def __init__(self, deviations: list[float], layers: int, seed: int):
         super().__init__()
@@ -146,7 +146,9 @@ def draw(figures: dict[str, Any]):
         left.semilogy(range(1, 30), part["squares"], color=COLOURS[name])
         shown = max(i for i, square in enumerate(part["squares"]) if square > 1e-33)
         say(left, shown + 1, part["squares"][shown], name, COLOURS[name])
-    left.set(xlim=(0, 39), title="signal before training", xlabel="layer", ylabel="mean square of activations", ylim=(1e-36, 1e10))
+    left.set(
+        xlim=(0, 39), title="signal before training", xlabel="layer", ylabel="mean square of activations", ylim=(1e-36, 1e10)
+    )
     for axis, (layers, nets) in zip(others, figures["depths"].items(), strict=True):
         for name in ("Xavier", "He"):
             loss = smooth(nets[name]["losses"], 10)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from studies import surfaces
-from studies.common import BLACK, BLUE, GREY, ORANGE, axes, batches, of_run, rounded, say, tiny_gpt, tokens, train
+from studies.common import BLUE, GREY, ORANGE, axes, batches, of_run, rounded, say, tiny_gpt, tokens, train
 
 MINUTES = 2.0
 SLIDE = 12
@@ -35,7 +35,7 @@ def lines(model, loss, at: Tensor, seeds: range) -> dict[str, Tensor]:
 def small(seed: int, quick: bool) -> dict[str, Any]:
     """Lines of the small GPT: name of RUNS -> kind -> [models x directions, points]."""
     text = tokens("repository") if quick else tokens()
-    steps, models, at = (60, 1, torch.linspace(-1, 1, 11)) if quick else (500, 3, torch.linspace(-1, 1, 41))
+    steps, models, at = (150, 1, torch.linspace(-1, 1, 9)) if quick else (500, 3, torch.linspace(-1, 1, 41))
     loss, found = surfaces.text_loss(text, 64, 8 if quick else 32), {name: [] for name in RUNS}
     for number in range(seed, seed + models):
         for dropout in (0.0, 0.2):
@@ -63,35 +63,44 @@ def run(seed: int = 0, quick: bool = False, folder: Path | None = None) -> dict[
     return rounded(of_folder(folder, quick) if folder else small(seed, quick))
 
 
-def lowest(figures: dict[str, Any], when: str) -> tuple[int, int, float]:
-    """Of the lines whose name begins with `when`: those with their minimum at a = 0, all, and the largest rise over the line
-    as a multiple of the loss at 0."""
-    found = [line for name, kinds in figures["lines"].items() if name.startswith(when) for part in kinds.values() for line in part]
-    middle = len(figures["at"]) // 2
-    rises = [(max(x for x in line if x is not None) - line[middle]) / line[middle] for line in found]
-    return sum(line[middle] <= min(x for x in line if x is not None) for line in found), len(found), max(rises)
+def shape(figures: dict[str, Any], when: str) -> tuple[int, float, float]:
+    """Of the lines whose name begins with `when`: how many; how far a = 0 lies above the lowest point at most, as part of the
+    height; and the largest height, as a multiple of the loss at 0."""
+    offsets, heights, middle = [0.0], [0.0], len(figures["at"]) // 2
+    for name, kinds in figures["lines"].items():
+        for line in (line for lines in kinds.values() for line in lines if name.startswith(when)):
+            known = [x for x in line if x is not None]
+            offsets.append((line[middle] - min(known)) / (max(known) - min(known)))
+            heights.append((max(known) - min(known)) / line[middle])
+    return len(offsets) - 1, max(offsets), max(heights)
 
 
 def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
-    basins, ends, rise = lowest(figures, "end")
-    _, starts, flat = lowest(figures, "start") if len(figures["lines"]) > 1 else (0, 0, 0.0)
+    ends, offset, height = shape(figures, "end")
+    starts, _, flat = shape(figures, "start")
     typical = figures["parameters"] ** -0.5
-    words = f"{basins} of {ends} lines through trained weights have their minimum at 0 and rise up to {rise:.1f} times the loss"
-    words += f"; the {starts} through weights at the start rise by at most {flat:.1%}" if starts else ""
+    words = (
+        f"on {ends} lines trained weights lie at the bottom (above it by at most {offset:.1%} of the height, which is up to "
+    )
+    words += f"{height:.2f} times the loss there)"
+    words += f"; {starts} lines around the start vary by at most {flat:.1%} of the loss" if starts else ""
     words += f"; cosine of two random directions {figures['cosine']:.4f}, 1 / sqrt(p) = {typical:.4f}"
-    return basins == ends and abs(figures["cosine"]) < 4 * typical and flat < rise / 10, words
+    return offset < 0.02 and abs(figures["cosine"]) < 4 * typical and flat < height / 4, words
 
 
 def draw(figures: dict[str, Any]):
     figure, parts = axes(2, width=14, sharey=True)
     titles = {"random": "random direction", "filters": "filter-normalised direction"}
+    places = {"start, dropout 0": -20, "end, dropout 0": -18, "end, dropout 0.2": 18}
+    middle = len(figures["at"]) // 2
     for axis, kind in zip(parts, KINDS, strict=True):
         for name, kinds in figures["lines"].items():
             colour = RUNS.get(name, BLUE)
             for line in kinds[kind]:
                 axis.plot(figures["at"], line, color=colour, linewidth=1.2)
-            if "dropout 0.2" not in name or "end" in name:
-                say(axis, 1, kinds[kind][0][-1], name.replace(", dropout 0.2", ",\ndropout 0.2"), colour)
-        axis.set(title=titles[kind], xlabel="a", xlim=(-1, 1.35), ylabel="loss at w + a direction")
-        axis.axvline(0, color=BLACK, linewidth=0.8, linestyle=":")
+            if name not in RUNS or name in places:
+                below = min(line[middle] for line in kinds[kind])
+                say(axis, 0, below, name, colour, xytext=(0, places.get(name, -18)), ha="center")
+        axis.set(title=titles[kind], xlabel="a", xlim=(-1, 1))
+    parts[0].set_ylabel("loss at w0 + a w1")
     return figure

@@ -1,10 +1,10 @@
 """On a plane around trained weights the loss is a basin; without residual connections it is rougher.
 
-L(a, b) = L(w0 + a w1 + b w2) for a, b from -1 to 1, w1 and w2 random and filter-normalised: each row of a matrix as long as that
-row of w0. w0: a small GPT (4 blocks of width 64, bytes of the State of the Union) before and after training, with its residual
-connections, and trained the same way without them: a block is then f(x) instead of x + f(x). Roughness, after the source: the
-curvature at each point of the plane, from second differences; |smallest / largest| where the smallest is negative, else 0; its
-mean over the plane is 0 for a convex surface.
+L(a, b) = L(w0 + a w1 + b w2) for a, b from -1 to 1, w1 and w2 random and filter-normalised: each row of a matrix as long
+as that row of w0. w0: a small GPT (4 blocks of width 64, bytes of the State of the Union) before and after training, with its
+residual connections, and trained the same way without them: a block is then f(x) instead of x + f(x). Roughness, after the
+source: the curvatures at each point of the plane, from second differences; |smallest / largest| where the smallest is negative,
+else 0; its mean over the plane is 0 for a convex surface.
 
 Source: slide "loss surface" of the lecture; Li, Xu, Taylor, Studer, Goldstein 2018 (arXiv 1712.09913), section 6.
 """
@@ -55,8 +55,7 @@ def roughness(z: Tensor) -> float:
     bb = z[2:, 1:-1] - 2 * z[1:-1, 1:-1] + z[:-2, 1:-1]
     ab = (z[2:, 2:] - z[2:, :-2] - z[:-2, 2:] + z[:-2, :-2]) / 4
     curvatures = torch.linalg.eigvalsh(torch.stack([torch.stack([aa, ab], -1), torch.stack([ab, bb], -1)], -1))
-    small, large = curvatures.unbind(-1)
-    worst = curvatures.abs().amax(-1)
+    small, worst = curvatures[..., 0], curvatures.abs().amax(-1)
     return float(torch.where(small < 0, small.abs() / worst, 0.0).mean())
 
 

@@ -126,8 +126,11 @@ def search(name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def run(seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    steps, seeds = (150, 1) if quick else (1500, 2)
-    found = {name: [search(name, number, steps) for number in range(seed, seed + seeds)] for name in list(PATTERNS)[: 1 if quick else 2]}
+    steps, seeds = (300, 1) if quick else (800, 2)
+    found = {
+        name: [search(name, number, steps) for number in range(seed, seed + seeds)]
+        for name in list(PATTERNS)[: 1 if quick else 2]
+    }
     return rounded({
         name: {"losses": parts[0]["losses"]} | {key: [part[key] for part in parts] for key in ("correlation", "between")}
         for name, parts in found.items()

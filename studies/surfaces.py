@@ -6,13 +6,11 @@ losses(model, loss, directions, points)     the loss at w + sum of coefficient x
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model import GPT
-from studies.common import batches, of_run, progress, tiny_gpt, tokens, train
+from studies.common import batches, progress
 
 Direction = dict[str, Tensor]  # parameter name -> change
 
