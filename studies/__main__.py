@@ -34,7 +34,7 @@ from lab.markdown import escaped
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "README.md"
-SHARED = ("common",)  # files beside the studies that are none
+SHARED = ("common", "surfaces")  # files beside the studies that are none
 HEAD = """# The lecture, run
 
 Each study tries one claim of a lecture on optimization methods for neural networks, at a size that two cores manage.

@@ -36,13 +36,14 @@ def small(seed: int, quick: bool) -> dict[str, Any]:
     """Lines of the small GPT: name of RUNS -> kind -> [models x directions, points]."""
     text = tokens("repository") if quick else tokens()
     steps, models, at = (150, 1, torch.linspace(-1, 1, 9)) if quick else (500, 3, torch.linspace(-1, 1, 41))
-    loss, found = surfaces.text_loss(text, 64, 8 if quick else 32), {name: [] for name in RUNS}
+    size = {"length": 32, "layers": 1, "width": 32} if quick else {"length": 64}
+    loss, found = surfaces.text_loss(text, size["length"]), {name: [] for name in RUNS}
     for number in range(seed, seed + models):
         for dropout in (0.0, 0.2):
-            gpt = tiny_gpt(seed=number, dropout=dropout)
+            gpt = tiny_gpt(seed=number, dropout=dropout, **size)
             for when in ("start", "end"):
                 if when == "end":
-                    train(gpt, "adamw:lr=3e-3", batches(text, 64, 16, number), steps)
+                    train(gpt, "adamw:lr=3e-3", batches(text, size["length"], 16, number), steps)
                 found[f"{when}, dropout {dropout:g}"].append(lines(gpt, loss, at, range(2)))
     cosine = surfaces.cosine(*(surfaces.random_direction(gpt, seed) for seed in (0, 1)))
     joined = {name: {kind: torch.cat([part[kind] for part in parts]) for kind in KINDS} for name, parts in found.items()}

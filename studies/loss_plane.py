@@ -30,9 +30,9 @@ class PlainBlock(Block):
         return self.mlp(self.norm2(self.attention(self.norm1(x), rotary, values, documents)))
 
 
-def made(skips: bool, seed: int, layers: int) -> nn.Module:
+def made(skips: bool, seed: int, layers: int, **size: int) -> nn.Module:
     """The small GPT, with its residual connections or without them."""
-    gpt = tiny_gpt(layers=layers, seed=seed)
+    gpt = tiny_gpt(layers=layers, seed=seed, **size)
     if not skips:
         plain = [PlainBlock(gpt.config, layer) for layer in range(layers)]
         for block, old in zip(plain, gpt.blocks, strict=True):
@@ -62,15 +62,16 @@ def roughness(z: Tensor) -> float:
 def small(seed: int, quick: bool) -> dict[str, Any]:
     """Planes of the first model of each kind, and of all of them loss and roughness."""
     text, layers = tokens("repository") if quick else tokens(), 2 if quick else 4
-    steps, models, at = (40, 1, torch.linspace(-1, 1, 9)) if quick else (400, 3, torch.linspace(-1, 1, 21))
-    loss = surfaces.text_loss(text, 64, 4 if quick else 16)
+    steps, models, at = (60, 1, torch.linspace(-1, 1, 7)) if quick else (400, 3, torch.linspace(-1, 1, 21))
+    size = {"length": 32, "width": 32} if quick else {"length": 64}
+    loss = surfaces.text_loss(text, size["length"], 16)
     figures: dict[str, Any] = {"at": at, "planes": {}, "roughness": {}, "loss": {}}
     for number in range(seed, seed + models):
         for skips in (True, False):
-            gpt, kind = made(skips, number, layers), "with skips" if skips else "without skips"
+            gpt, kind = made(skips, number, layers, **size), "with skips" if skips else "without skips"
             for when in ("start", "end"):
                 if when == "end":
-                    train(gpt, "adamw:lr=3e-3", batches(text, 64, 16, number), steps)
+                    train(gpt, "adamw:lr=3e-3", batches(text, size["length"], 16, number), steps)
                 z = plane(gpt, loss, at, number)
                 name = f"{when}, {kind}"
                 figures["planes"].setdefault(name, z)
