@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studies.common import BLACK, BLUE, GREY, ORANGE, axes, gif, mean_and_interval, rounded, say, train
+from studies.common import BLUE, GREY, ORANGE, axes, gif, mean_and_interval, rounded, say, train
 
-MINUTES = 0.1
+MINUTES = 0.2
 SLIDE = 11
 SEEDS, STARTS, WIDE, LR = 5, 200, 4.0, 0.05
 SLOPES = 5.0 * torch.linspace(-1, 1, 10)  # c_i, beside slopes of f of at most pi / 2 + 4 / 3
@@ -64,8 +64,14 @@ def run(seed: int = 0, quick: bool = False) -> dict[str, Any]:
     seen = torch.linspace(0, steps, 61).long()
     return rounded(
         {"share": home, "moved": (well(gd[-1]) != well(starts)).float().mean(), "steps": steps}
-        | {"gd": gd[seen, :60], "sgd": sgd[seen, :60], "ends": {"gd": gd[-1, :STARTS], "sgd": sgd[-1, :STARTS]}}
+        | {"gd": gd[seen, :60], "sgd": sgd[seen, :60], "wells": {"gd": shares(gd[-1]), "sgd": shares(sgd[-1])}}
     )
+
+
+def shares(x: Tensor) -> dict[int, float]:
+    """Number of the well -> part of the points in it."""
+    wells, counts = well(x).unique(return_counts=True)
+    return {int(k): count / len(x) for k, count in zip(wells, counts.tolist(), strict=True)}
 
 
 def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
@@ -75,24 +81,23 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
     return sgd[1] > gd[2] and figures["moved"] < 0.005, words + f"{SEEDS} seeds of {STARTS} starts"
 
 
-def scene(axis, x: list[float], name: str, colour: str, title: str) -> None:
-    """The function, and the points of one method on it."""
+def scene(axis, x: Tensor, colour: str, title: str) -> None:
+    """The function, and points on it."""
     line = torch.linspace(-WIDE - 0.5, WIDE + 0.5, 600)
     axis.plot(line, f(line), color=GREY, zorder=0)
-    axis.scatter(x, f(torch.tensor(x)), s=70, color=colour, alpha=0.6, linewidth=0)
-    axis.set(xlim=(-WIDE - 0.5, WIDE + 0.5), ylim=(-0.35, 3.9), yticks=[], ylabel="f(x)", title=title)
-    say(axis, 0, -0.2, "global minimum", BLACK, xytext=(0, 0), ha="center", fontsize=11)
+    axis.scatter(x, f(x), s=70, color=colour, alpha=0.6, linewidth=0)
+    axis.set(xlim=(-WIDE - 0.5, WIDE + 0.5), ylim=(-0.5, 3.9), yticks=[], ylabel="f(x)", title=title)
 
 
 def draw(figures: dict[str, Any]):
-    figure, (left, right) = axes(2, width=13, height=5)
-    for axis, name, colour, label in ((left, "gd", BLUE, "GD stays"), (right, "sgd", ORANGE, "SGD jumps out")):
-        share = sum(figures["share"][name]) / SEEDS
-        scene(axis, figures["ends"][name], name, colour, f"{label}: {share:.0%} end in the global basin")
-        axis.set_xlabel("x at the end, with the share of 200 starts")
-        wells, counts = well(torch.tensor(figures["ends"][name])).unique(return_counts=True)
-        for k, count in zip(wells.tolist(), counts.tolist(), strict=True):
-            say(axis, k, float(f(torch.tensor(k))), f"{count / STARTS:.0%}", colour, xytext=(0, 16), ha="center")
+    figure, parts = axes(2, width=13, height=5)
+    for axis, name, colour, words in zip(parts, ("gd", "sgd"), (BLUE, ORANGE), ("GD stays", "SGD jumps out"), strict=True):
+        wells = {int(k): share for k, share in figures["wells"][name].items()}
+        bottoms = torch.tensor([k / (1 + 1 / (3 * torch.pi**2)) for k in wells])
+        scene(axis, bottoms, colour, f"{words}: {wells[0]:.0%} end in the global basin")
+        axis.set_xlabel("x at the end, with the share of 1,000 starts")
+        for x, share in zip(bottoms, wells.values(), strict=True):
+            say(axis, float(x), float(f(x)), f"{share:.0%}" if share > 0.01 else "< 1%", colour, xytext=(0, -18), ha="center")
     return figure
 
 
@@ -102,7 +107,7 @@ def animate(figures: dict[str, Any], path: Path) -> None:
             figure, parts = axes(2, width=9, height=3.4)
             step = figures["steps"] * i // 60
             for axis, name, colour in zip(parts, ("gd", "sgd"), (BLUE, ORANGE), strict=True):
-                scene(axis, figures[name][i], name, colour, f"{name.upper()}, step {step}")
+                scene(axis, torch.tensor(figures[name][i]), colour, f"{name.upper()}, step {step}")
             yield figure
             figure.clear()
 

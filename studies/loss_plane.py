@@ -4,7 +4,9 @@ L(a, b) = L(w0 + a w1 + b w2) for a, b from -1 to 1, w1 and w2 random and filter
 as that row of w0. w0: a small GPT (4 blocks of width 64, bytes of the State of the Union) before and after training, with its
 residual connections, and trained the same way without them: a block is then f(x) instead of x + f(x). Roughness, after the
 source: the curvatures at each point of the plane, from second differences; |smallest / largest| where the smallest is negative,
-else 0; its mean over the plane is 0 for a convex surface.
+else 0; its mean over the plane is 0 for a convex surface. Where the second half of the claim fails at this size, the reason is
+in the losses: attention without a residual connection mixes each token with all before it, so that the net without them learns
+little more than how frequent each byte is; and what has not been learnt leaves no rough surface.
 
 Source: slide "loss surface" of the lecture; Li, Xu, Taylor, Studer, Goldstein 2018 (arXiv 1712.09913), section 6.
 """
@@ -104,7 +106,11 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
         return offset < 0.01, f"{words}; roughness " + ", ".join(f"{x[0]:.3f} {key}" for key, x in rough.items())
     pairs = zip(rough["end, without skips"], rough["end, with skips"], strict=True)
     mean, low, high = mean_and_interval(without - skips for without, skips in pairs)
-    words += "; roughness {:.3f} with residual connections, {:.3f} without".format(
+    loss = {name: sum(values) / count for name, values in figures["loss"].items()}
+    words += (
+        f", at a loss of {loss['end, with skips']:.2f} with residual connections and {loss['end, without skips']:.2f} without; "
+    )
+    words += "roughness {:.3f} with, {:.3f} without".format(
         *(sum(rough[f"end, {kind}"]) / count for kind in ("with skips", "without skips"))
     )
     return offset < 0.01 and low > 0, f"{words}; difference {mean:.3f} (95 % interval {low:.3f} to {high:.3f}, {count} seeds)"
@@ -113,12 +119,12 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
 def draw(figures: dict[str, Any]):
     chosen = [name for name in ("start, with skips", "end, with skips", "end, without skips") if name in figures["planes"]]
     chosen = chosen or list(figures["planes"])
-    figure, parts = axes(len(chosen), width=5.2 * len(chosen), height=6, squeeze=False)
+    figure, parts = axes(len(chosen), width=4.6 * len(chosen), height=5.4, squeeze=False)
     for axis, name in zip(parts[0], chosen, strict=True):
         z = torch.tensor(figures["planes"][name])
         axis.contourf(figures["at"], figures["at"], z, levels=24, cmap="cividis")
         lines = axis.contour(figures["at"], figures["at"], z, levels=8, colors="white", linewidths=0.8)
-        axis.clabel(lines, fontsize=11)
+        axis.clabel(lines, fontsize=10)
         axis.plot(0, 0, "+", color=BLACK, markersize=14, markeredgewidth=2)
         axis.set(title=name, xlabel="a", ylabel="b", aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     return figure

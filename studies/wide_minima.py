@@ -125,7 +125,7 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
     words = (
         f"at equal training loss the large batch's largest eigenvalue is {ratio:.2f} times the small batch's (95 % interval "
     )
-    words += f"{low:.2f} to {high:.2f}, {len(figures['train'])} seeds); its test loss is higher by {worse:.4f} "
+    words += f"{low:.2f} to {high:.2f}, {len(figures['train'])} seeds); test loss, large minus small: {worse:.4f} "
     words += f"({least:.4f} to {most:.4f})"
     return low > 1, words
 
