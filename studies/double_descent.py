@@ -116,7 +116,7 @@ def curve(axis, part: dict[str, Any], colour: str, title: str) -> None:
     axis.fill_between(p, part["low"], part["high"], color=colour, alpha=0.25, linewidth=0)
     axis.loglog(p, part["median"], color=colour)
     axis.axvline(n, color=GREY, linestyle=":")
-    say(axis, n, max(part["median"]), f"{n} samples", GREY)
+    say(axis, n, 0.97, f"{n} samples", GREY, xycoords=("data", "axes fraction"))
     axis.set(title=title, xlabel="parameters", ylabel="test error")
 
 

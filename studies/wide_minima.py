@@ -23,7 +23,7 @@ from studies import surfaces
 from studies.common import BLACK, BLUE, GREY, RED, axes, mean_and_interval, of_run, progress, rounded, say
 from studies.initialisation import digits
 
-MINUTES = 1.0
+MINUTES = 0.3
 SLIDE = 15
 SMALL, LARGE, LR, DEPTH, ITERATIONS = 10, 1000, 0.2, 0.05, 30
 
@@ -140,12 +140,12 @@ def draw(figures: dict[str, Any]):
     at = figures["at"]
     for name, colour, words in (("train", BLUE, "training"), ("test", RED, "test")):
         for line in figures[name]:
-            left.semilogy(at, line, color=colour, linewidth=1.2)
+            left.plot(at, line, color=colour, linewidth=1.2)
         say(left, at[-1], figures[name][0][-1], words, colour)
     for a, words in ((0, f"batch {SMALL}"), (1, f"batch {LARGE}")):
         left.axvline(a, color=GREY, linestyle=":")
         left.annotate(words, (a, 1), xycoords=("data", "axes fraction"), ha="center", color=BLACK)
-    left.set(xlabel="line through the two minima", ylabel="loss", xticks=[0, 1])
+    left.set(xlabel="line through the two minima", ylabel="loss", xticks=[0, 1], ylim=(0, None))
     sharp = figures["sharpness"]
     for small, large in zip(sharp[str(SMALL)], sharp[str(LARGE)], strict=True):
         right.plot([0, 1], [small, large], "o-", color=BLUE, markersize=9)
