@@ -191,7 +191,7 @@ case "$verb" in
   schedules) run lab -m engine.schedules "$@" ;;
   records) run lab -m lab.records "$@" ;;
   study) run studies -m studies "$@" ;;
-  page) run page -m lab.page "$@" ;;
+  page) run page -m page "$@" ;;
   docs) run lab -m lab.docs "$@" ;;
   *) unknown "$verb" ;;
 esac

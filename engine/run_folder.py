@@ -134,7 +134,7 @@ def code_version() -> dict[str, Any]:
 
 
 # What trains: a change of any other file leaves finished trials what they are.
-TRAINING = ("train_gpt.py", "config.py", "model.py", "tricks.py", "optimizers", "layers", "engine", "data")
+TRAINING = ("train_gpt.py", "config.py", "hub.py", "model.py", "tricks.py", "optimizers", "layers", "engine", "data")
 
 
 def sources() -> list[Path]:

@@ -32,6 +32,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
     "evaluate": ALL,
     "export": ALL,
     "benchmarks": (*ALL, "studies"),
+    "page": (*ALL, "studies"),
     "studies": (*ALL, "benchmarks"),
 }
 

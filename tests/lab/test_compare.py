@@ -301,7 +301,7 @@ def test_the_runs_of_a_turn_lie_together(fake, tmp_path, capsys):
     trainer.trained.clear()
     path = tmp_path / "c" / "trials.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    for folder in (tmp_path / "work" / "runs" / "tiny").glob("modern-s2-*"):
+    for folder in (tmp_path / "work" / "runs" / "tiny").glob("modern-*-s2-*"):
         shutil.rmtree(folder)
     assert compare.main(words("c", "modern", "3")) == 0
     assert trainer.trained == [("baseline", 215, 2), ("modern", 110, 2)] and "apart" not in summary(tmp_path / "c")

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import signal
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -156,7 +157,8 @@ class Wrong(torch.optim.SGD):
 
 def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuned, "draw_sensitivity", lambda *_: None)
-    (file := tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    (file := Path("mine.py")).write_text(OWN)
     plain, matrices, declared, like, wrong = names = [f"{file}:{c}" for c in ("Plain", "Matrices", "Declared", "Like", "Wrong")]
     trust(names)
     spaces = {name: {d.name: (d.low, d.high) for d in submission(name).dimensions} for name in names[:4]}

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from engine.spec import UsageError
-from lab import page
+from page import __main__ as page
 
 pytest.importorskip("altair", reason="pip install -e .[page]")
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e .[test]")

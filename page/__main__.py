@@ -28,6 +28,7 @@ from lab import runner
 from lab.records import record as records
 from lab.runs import see
 from lab.tuning import score, tuned
+from studies import __main__ as studies
 
 RECORDS = ROOT / "records"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -287,18 +288,19 @@ def score_table() -> str:
     return f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def studies(folder: Path) -> str:
+def studies_shown() -> str:
     """The lecture's studies in its order: claim, verdict, picture."""
     parts = []
-    found = [json.loads(path.read_text()) | {"name": path.stem} for path in folder.glob("*.json")]
-    for study in sorted(found, key=lambda s: s["slide"]):
-        picture = folder / f"{study['name']}.png"
-        claim, verdict = html.escape(study["claim"]), html.escape(study["verdict"])
-        image = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
-        shown = f'<img loading="lazy" alt="{claim}" src="data:image/png;base64,{image}">' if image else ""
-        mark = "holds here" if study["holds"] else "does not hold here"
-        caption = f"<figcaption><code>./run.sh study {study['name']}</code> <strong>{mark}</strong>: {verdict}</figcaption>"
-        parts.append(f"<article><h3>{claim}</h3><figure>{shown}{caption}</figure></article>")
+    for name, about in studies.studies().items():
+        result, picture = studies.RESULTS / f"{name}.json", studies.RESULTS / f"{name}.png"
+        if result.exists() and picture.exists():
+            found = json.loads(result.read_text())
+            claim, verdict = html.escape(about["claim"]), html.escape(found["verdict"])
+            image = base64.b64encode(picture.read_bytes()).decode()
+            mark = "holds here" if found["holds"] else "does not hold here"
+            caption = f"<figcaption><code>./run.sh study {name}</code> <strong>{mark}</strong>: {verdict}</figcaption>"
+            shown = f'<img loading="lazy" alt="{claim}" src="data:image/png;base64,{image}">'
+            parts.append(f"<article><h3>{claim}</h3><figure>{shown}{caption}</figure></article>")
     return "".join(parts) or "<p>None yet: <code>./run.sh study all</code></p>"
 
 
@@ -309,7 +311,7 @@ def page(folders: Sequence[Path]) -> str:
 
     specs = json.dumps(drawn).replace("<", "\\u003c")  # so that no name of a run can end the script
     text = TEMPLATE.read_text()
-    filled = {"SCORES": score_table(), "STUDIES": studies(ROOT / "studies" / "results"), "SPECS": specs}
+    filled = {"SCORES": score_table(), "STUDIES": studies_shown(), "SPECS": specs}
     filled |= {"RUNS": '<section><h2>Your runs</h2><div class="chart" id="runs"></div></section>' if folders else ""}
     filled |= {"VEGA": vl_convert.javascript_bundle()}
     for name, content in filled.items():
