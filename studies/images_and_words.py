@@ -1,8 +1,10 @@
 """Adam beats SGD on language by far more than on images.
 
-A small CNN on scikit-learn's 1,797 digits (8 x 8), and a small GPT on GPT-2 tokens of State of the Union addresses; SGD with
-momentum 0.9 and Adam, each at the best of five learning rates in a line to 0, then three fresh seeds. Compared is the final
-training loss (mean of the last tenth): how much of Adam's progress does SGD lack? (L_SGD - L_Adam) / (L_start - L_Adam).
+A small CNN on scikit-learn's 1,797 digits (8 x 8), and a small GPT on 14,400 GPT-2 tokens of State of the Union addresses: both
+see their data 14 times. SGD with momentum 0.9 and Adam, each at the best of five learning rates in a line to 0, then three
+fresh seeds. Compared is the final training loss (mean of the last tenth): what part of Adam's progress does SGD lack,
+(L_SGD - L_Adam) / (L_start - L_Adam)? In a single pass over 200,000 tokens (8,729 different) there was no such gap: SGD lacked
+0.2 % (-6.1 % to 6.6 %), for in 400 steps neither method came to rare tokens (study rare_tokens).
 
 Source: Zhang et al. 2020 (arXiv 1912.03194); Ahn et al. 2023 (arXiv 2310.01082).
 """
@@ -21,7 +23,7 @@ SLIDE = 8
 METHODS = {"SGD": "sgd:momentum=0.9,lr={}", "Adam": "adam:lr={}"}
 RATES = {
     "images": {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 0.1)},
-    "words": {"SGD": (0.03, 0.1, 0.3, 1.0, 3.0), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 0.1)},
+    "words": {"SGD": (0.03, 0.1, 0.3, 1.0, 3.0), "Adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
 }
 LENGTH = 32
 
@@ -86,7 +88,7 @@ def compare(fresh: Callable, rates: dict[str, tuple[float, ...]], steps: int, se
 
 def run(seed: int = 0, quick: bool = False) -> dict:
     steps, seeds = (20, range(seed, seed + 2)) if quick else (400, range(seed, seed + 3))
-    text, counts = common.by_frequency(common.tokens("words")[:10_000] if quick else common.tokens("sotu-gpt2")[:200_000])
+    text, counts = common.by_frequency(common.tokens("words")[:10_000] if quick else common.tokens("sotu-gpt2")[:14_400])
     few = {"SGD": (0.3,), "Adam": (1e-2,)}
     figures = {"steps": steps, "seeds": len(seeds), "vocabulary": len(counts)}
     figures["images"] = compare(images, few if quick else RATES["images"], steps, seeds)

@@ -19,7 +19,7 @@ import optimizers
 from model import GPT
 from studies import common
 
-MINUTES = 6.0
+MINUTES = 4.0
 SLIDE = 9
 METHODS = {"SGD": "sgd:momentum=0.9,lr={}", "sign descent": "signum:momentum=0.9,weight_decay=0,lr={}", "Adam": "adam:lr={}"}
 RATES = {"SGD": (0.1, 0.3, 1.0), "sign descent": (3e-4, 1e-3, 3e-3), "Adam": (3e-3, 1e-2, 3e-2)}
@@ -163,16 +163,17 @@ def verdict(figures: dict) -> tuple[bool, str]:
         there = [loss for loss in figures["losses"] if loss is not None]
         words = f"the rarest tenth of the tokens of {figures['run']} has {there[-1]:.2f} nats, the most frequent {there[0]:.2f}"
         return there[-1] > there[0], words
-    words, rare, often = [], falls(figures, GROUPS - 1), falls(figures, 0)
-    ends = {name: common.mean_and_interval(of) for name, of in rare.items()}
-    words = [f"{name} {mean:.2f} ({low:.2f} to {high:.2f})" for name, (mean, low, high) in ends.items()]
-    share = common.mean_and_interval([sgd / adam for sgd, adam in zip(often["SGD"], often["Adam"])])
+    rare, often = falls(figures, GROUPS - 1), falls(figures, 0)
+    words = ", ".join(f"{name} {common.mean_and_interval(of)[0]:.2f}" for name, of in rare.items())
+    behind, often_behind = (  # of runs with the same seed, so with the same batches
+        common.mean_and_interval(adam - sgd for sgd, adam in zip(of["SGD"], of["Adam"])) for of in (rare, often)
+    )
     zipf, even = (common.mean_and_interval(gaps(figures, kind, -1)) for kind in ("zipf", "balanced"))
-    holds = ends["SGD"][2] < ends["Adam"][1] / 2 and ends["Adam"][1] > 0.2 and share[1] > 0.8
-    return holds and zipf[1] > max(0.5, 3 * abs(even[0])), (
-        f"the loss of the rarest tenth of the text falls by {', '.join(words)} nats; on the most frequent tenth SGD makes"
-        f" {share[0]:.0%} of Adam's progress; control without noise, at the best rates with which the loss never explodes:"
-        f" SGD is {zipf[0]:.2f} nats ({zipf[1]:.2f} to {zipf[2]:.2f}) behind Adam on the rarest classes, {even[0]:.2f}"
+    return behind[1] > max(0.0, often_behind[2]) and zipf[1] > max(0.5, 3 * abs(even[0])), (
+        f"the loss of the rarest tenth of the text falls by {words} nats: SGD is {behind[0]:.2f} ({behind[1]:.2f} to"
+        f" {behind[2]:.2f}) behind Adam, on the most frequent tenth {often_behind[0]:.2f} ({often_behind[1]:.2f} to"
+        f" {often_behind[2]:.2f}), in pairs of equal seed; control without noise, at the best rates with which the loss never"
+        f" explodes: SGD is {zipf[0]:.2f} ({zipf[1]:.2f} to {zipf[2]:.2f}) behind on the rarest classes, {even[0]:.2f}"
         f" ({even[1]:.2f} to {even[2]:.2f}) where classes are balanced; {figures['seeds']} seeds"
     )
 
@@ -192,8 +193,9 @@ def draw(figures: dict):
         for g in range(GROUPS):
             colour = COLOURS[name] if g == GROUPS - 1 else shades[g]
             axis.plot(steps, mean[:, g], color=colour, linewidth=4 if g == GROUPS - 1 else 1.6)
-        axis.set(title=name, xlabel="step", ylim=(0, math.ceil(float(mean[0].max())) + 0.5))
-        axis.text(steps[-1], mean[-1, -1] + 0.2, "rarest tenth", color=COLOURS[name], ha="right", va="bottom")
+        axis.set(title=name, xlabel="step", ylim=(0, 12))
+        axis.text(steps[-1], mean[5, -1] + 0.4, "rarest tenth", color=COLOURS[name], ha="right", va="bottom")
+        axis.text(steps[-1], 0.4, "most frequent", color="0.5", ha="right")
     panels[0].set_ylabel("training loss by frequency, nats")
     kinds, width = ("zipf", "balanced"), 0.38
     for i, name in enumerate(("SGD", "Adam")):
@@ -204,6 +206,6 @@ def draw(figures: dict):
                 k + width * (i - 0.5), height, f"{name}\n{height:.2g}", ha="center", va="bottom", color=COLOURS[name]
             )
     panels[3].set_xticks(range(2), ["rare\nclasses", "balanced\nclasses"])
-    panels[3].set(title="No noise: softmax", yticks=[])
+    panels[3].set(title="No noise: loss\nof rare classes", yticks=[])
     panels[3].margins(y=0.25)
     return figure

@@ -74,11 +74,12 @@ def without_decay(spec: str, rate: float) -> str:
 def run(seed: int = 0, quick: bool = False) -> dict:
     steps, seeds = (300, 4) if quick else (3000, 16)
     paths = {name: path(without_decay(spec, RATE), steps, seeds, seed) for name, spec in METHODS.items()}
+    shown = (torch.linspace(0, 1, 181) ** 2 * steps).long().unique()  # dense at first, where most moves
     away = {name: (of[-steps // 10 :] - torch.tensor(GOAL)).norm(dim=-1).mean(0) for name, of in paths.items()}
     return common.rounded(
         {
-            "steps": steps, "seeds": seeds, "rate": RATE, "every": steps // 150, "distances": away,
-            "paths": {name: of[:: steps // 150, 0] for name, of in paths.items()},
+            "steps": steps, "seeds": seeds, "rate": RATE, "distances": away,
+            "paths": {name: of[shown, 0] for name, of in paths.items()},
         }, 4,
     )  # fmt: skip
 
@@ -89,7 +90,7 @@ def verdict(figures: dict) -> tuple[bool, str]:
     words = ", ".join(f"{name} {ends[name][0]:.2g} ({ends[name][1]:.2g} to {ends[name][2]:.2g})" for name in order)
     holds = ends[order[-1]][1] > 10 * ends[order[0]][2]
     return holds, (
-        f"mean distance to the minimum over the last tenth of {figures['steps']} steps at learning rate {RATE:g}: {words};"
+        f"mean distance to the minimum over the last tenth of {figures['steps']:,} steps at learning rate {RATE:g}: {words};"
         f" {figures['seeds']} seeds"
     )
 
@@ -116,8 +117,13 @@ def draw(figures: dict):
     panels[0].set_title(f"{figures['steps']:,} noisy steps, learning rate {RATE:g}")
     ends = {name: common.mean_and_interval(of) for name, of in figures["distances"].items()}
     order = sorted(ends, key=lambda name: -ends[name][0])
-    panels[2].barh(order, [ends[name][0] for name in order], color=[COLOURS[names.index(name) % 6] for name in order])
+    for row, name in enumerate(order):
+        colour, (mean, low, high) = COLOURS[names.index(name) % 6], ends[name]
+        panels[2].plot([low, high], [row, row], color=colour, linewidth=5, solid_capstyle="butt")
+        panels[2].plot(mean, row, "o", color=colour, markersize=9)
+    panels[2].set_yticks(range(len(order)), order)
     panels[2].set(title="Distance to the minimum", xscale="log")
+    panels[2].grid(axis="x", alpha=0.4)
     return figure
 
 
@@ -130,7 +136,7 @@ def animate(figures: dict, path) -> None:
         for i in range(60):
             figure, panels = common.axes(2, width=9, height=4.4)
             for axis, some in zip(panels, (names[:6], names[6:])):
-                scene(axis, figures, some, round((i / 59) ** 2 * (count - 1)))  # slow at first, where most moves
+                scene(axis, figures, some, round(i / 59 * (count - 1)))
                 for j, (name, colour) in enumerate(zip(some, COLOURS)):
                     axis.text(0.98, 0.5 - 0.085 * j, name, color=colour, transform=axis.transAxes, ha="right", fontsize=12)
             yield figure
