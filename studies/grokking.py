@@ -22,7 +22,7 @@ from layers.shape import ModelConfig
 from model import GPT
 from studies.common import CORPORA, GREEN, GREY, PURPLE, axes, progress, rounded, say
 
-MINUTES = 6.0
+MINUTES = 5.5
 SLIDE = 18
 MODULUS, WIDTH, BATCH, EVERY, WARMUP, ENOUGH = 97, 128, 512, 50, 10, 0.99
 SPECS = {
@@ -110,10 +110,13 @@ def draw(figures: dict[str, Any]):
             ("val", PURPLE if name == "Muon" else GREEN, "other half"),
         ):
             axis.semilogx(seen["step"], [100 * value for value in seen[half]], color=colour)
-            step = first(seen, half)
-            if step:
+            if (step := first(seen, half)) is not None:
                 axis.axvline(step, color=colour, linewidth=1, linestyle=":")
-                say(axis, step, 45 if half == "train" else 20, f"{words}:\nstep {step}", colour, xytext=(-6, 0), ha="right")
-        axis.set(title=name, xlabel="step", ylim=(0, 103))
+            rising = next(
+                (step for step, value in zip(seen["step"], seen[half], strict=True) if value >= 0.5), seen["step"][-1]
+            )
+            say(axis, rising, 60, words, colour, xytext=(-12, 0), ha="right")
+        known, understood = first(seen, "train"), first(seen, "val")
+        axis.set(title=f"{name}: 99 % at steps {known} and {understood}", xlabel="step", ylim=(0, 103))
     parts[0, 0].set_ylabel("accuracy, %")
     return figure

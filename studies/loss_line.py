@@ -92,7 +92,8 @@ def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
 def draw(figures: dict[str, Any]):
     figure, parts = axes(2, width=14, sharey=True)
     titles = {"random": "random direction", "filters": "filter-normalised direction"}
-    places = {"start, dropout 0": -20, "end, dropout 0": -18, "end, dropout 0.2": 18}
+    places = {"start, dropout 0": ("before training", -24), "end, dropout 0": ("trained without dropout", -16)}
+    places |= {"end, dropout 0.2": ("trained with dropout 0.2", 34)}
     middle = len(figures["at"]) // 2
     for axis, kind in zip(parts, KINDS, strict=True):
         for name, kinds in figures["lines"].items():
@@ -101,7 +102,9 @@ def draw(figures: dict[str, Any]):
                 axis.plot(figures["at"], line, color=colour, linewidth=1.2)
             if name not in RUNS or name in places:
                 below = min(line[middle] for line in kinds[kind])
-                say(axis, 0, below, name, colour, xytext=(0, places.get(name, -18)), ha="center")
+                words, shift = places.get(name, (name, -16))
+                say(axis, 0, below, words, colour, xytext=(0, shift), ha="center")
+        axis.margins(y=0.15)
         axis.set(title=titles[kind], xlabel="a", xlim=(-1, 1))
     parts[0].set_ylabel("loss at w0 + a w1")
     return figure
