@@ -7,13 +7,11 @@ What is read is somebody else's: tensors and numbers are taken from it, never co
 """
 
 import json
-import pickle
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,18 +43,11 @@ def read(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if (path / "log.jsonl").exists():
             return of_run(path)
         return of_huggingface(read_json(path / "config.json"), load_file(path / "model.safetensors"))
-    except (
-        OSError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-    ) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a damaged file, or one of somebody else's, makes its reader raise
         forms = "a folder with config.json and model.safetensors, a ckpt.pt of nanoGPT, or a run folder"
-        raise UsageError(f"{path} is not {forms} ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise UsageError(f"{path} is not {forms} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from None
 
 
 def of_huggingface(config: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -222,7 +222,7 @@ class Cases:
         settings, model_config, recipe = config.resolve([*TINY, *argv])
         config.shares(settings, model_config, 1, "cpu")
         config.mean_flops(settings, model_config)
-        run_folder.default_folder(run_folder.all_settings(settings, model_config, recipe), recipe)
+        run_folder.default_folder(run_folder.all_settings(settings, model_config, recipe))
 
     def verb(self, dice: random.Random) -> int:
         """Words of the other verbs; they train nothing."""

@@ -65,9 +65,10 @@ def test_bits_per_byte(gpt, tmp_path, length):
 
 
 def test_wrong_input_is_one_line(tmp_path):
-    for words, why in ((["hellaswag", "--file", "none"], "no file none"), (["hellaswg", "--file", "x"], "hellaswag")):
-        with pytest.raises((UsageError, SystemExit), match=why if why[0] == "n" else ""):
-            evaluate.run(words)
+    with pytest.raises(UsageError, match="no file none"):
+        evaluate.run(["hellaswag", "--file", "none"])
+    with pytest.raises(UsageError, match="hellaswg"):
+        evaluate.run(["hellaswg", "--file", "x"])
     (tmp_path / "t.txt").write_bytes(b"")
     with pytest.raises(UsageError, match="is empty"):
         evaluate.bits_per_byte(awake(small(vocab_size=256)), BYTES, tmp_path / "t.txt")
