@@ -100,7 +100,10 @@ def train(
 
 
 def tuned(spec: str, rates: Sequence[float], final: Callable[[str], float]) -> tuple[str, dict[str, float]]:
-    """The SPEC, which has `{}` for the learning rate, with the rate of the smallest final loss; and the losses of all."""
+    """The SPEC, which has `{}` for the learning rate, with the rate of the smallest final loss; and the losses of all. A single
+    rate is not tried."""
+    if len(rates) == 1:
+        return spec.format(f"{rates[0]:g}"), {}
     losses = {f"{rate:g}": final(spec.format(f"{rate:g}")) for rate in rates}
     finite = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
     return spec.format(min(finite, key=finite.__getitem__)), losses

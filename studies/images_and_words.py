@@ -87,7 +87,7 @@ def compare(fresh: Callable, rates: dict[str, tuple[float, ...]], steps: int, se
 
 
 def run(seed: int = 0, quick: bool = False) -> dict:
-    steps, seeds = (20, range(seed, seed + 2)) if quick else (400, range(seed, seed + 3))
+    steps, seeds = (16, range(seed, seed + 2)) if quick else (400, range(seed, seed + 3))
     text, counts = common.by_frequency(common.tokens("words")[:10_000] if quick else common.tokens("sotu-gpt2")[:14_400])
     few = {"SGD": (0.3,), "Adam": (1e-2,)}
     figures = {"steps": steps, "seeds": len(seeds), "vocabulary": len(counts)}
@@ -109,7 +109,7 @@ def verdict(figures: dict) -> tuple[bool, str]:
 
 
 def at_edge(of: dict, name: str) -> bool:
-    first, *_, last = of["grids"][name] if len(of["grids"][name]) > 1 else "--"
+    first, *_, last = of["grids"][name] or "--"
     return of["specs"][name] in (METHODS[name].format(first), METHODS[name].format(last))
 
 

@@ -95,7 +95,7 @@ def slopes(k: Tensor, gaps: Tensor) -> list[float]:
 
 
 def run(seed: int = 0, quick: bool = False) -> dict:
-    steps, seeds = (2000, 64) if quick else (10_000, SEEDS)
+    steps, seeds = (1500, 64) if quick else (10_000, SEEDS)
     k, plain = sgd(["a", "a/4", "1/k"], 0.0, steps, seeds, seed)
     _, moving = sgd(["a", "1/k"], 0.9, steps, seeds, seed)
     gaps = torch.cat([plain, moving], 1).unflatten(2, (GROUPS, -1)).mean(-1)  # [t, kinds, groups of seeds]

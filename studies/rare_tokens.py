@@ -124,7 +124,7 @@ def run(seed: int = 0, quick: bool = False, folder: Path | None = None) -> dict:
             return language(name, spec, text, groups, steps, seed + 1000)[-1].mean().item()
 
         rates = RATES[name][1:2] if quick else RATES[name]
-        best, grid = (spec.format(rates[0]), {}) if quick else common.tuned(spec, rates, final)
+        best, grid = common.tuned(spec, rates, final)
         figures["specs"][name], figures["grids"][name] = best, grid
         figures["losses"][name] = [language(name, best, text, groups, steps, seed + i) for i in range(seeds)]
     factors = (1.0, 3.16) if quick else (0.1, 0.316, 1.0, 3.16, 10.0)
