@@ -37,7 +37,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
 }
 
 
-MOST_LINES = 17_500  # of product; only ever lowered
+MOST_LINES = 17_500  # of product; CONTRIBUTING.md says when it grows
 
 
 def product() -> dict[str, str]:
