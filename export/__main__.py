@@ -17,7 +17,7 @@ from engine.command import Parser, command
 from engine.run_folder import atomic_write, read_json
 from engine.spec import UsageError
 from model import GPT
-from sample import load_model
+from sample import load_model, newest_run
 
 CODE = Path(__file__).with_name("modeling_speedrun.py")
 
@@ -88,16 +88,17 @@ def card(run: Path, config: dict[str, Any], own_code: bool, of_tokens: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def run(argv: list[str]) -> str:
+def write(argv: list[str]) -> str:
     flags = Parser(prog="export", description=export.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--run", type=Path, required=True, help="run folder of the trained model")
+    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
     flags.add_argument("--to", choices=("hf",), default="hf", help="form: hf, of Hugging Face's transformers")
     flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
     flags.add_argument("out", type=Path, help="folder to write")
     options = flags.parse_args(argv)
     if options.out.exists() and any(options.out.iterdir()):
         raise UsageError(f"{options.out} is not empty: name a new folder")
-    gpt, config = load_model(options.run)
+    run = options.run or newest_run()
+    gpt, config = load_model(run)
     options.out.mkdir(parents=True, exist_ok=True)
     of_tokens = write_tokenizer(tokenizers.get(config["tokenizer"], options.data_root), options.out)
     odd = hub.is_published(gpt.config)
@@ -105,9 +106,9 @@ def run(argv: list[str]) -> str:
         write_speedrun(gpt, options.out)
     else:
         hub.write(gpt, options.out)
-    atomic_write(options.out / "README.md", card(options.run, config, bool(odd), of_tokens))
+    atomic_write(options.out / "README.md", card(run, config, bool(odd), of_tokens))
     return f"{options.out}: " + ("load it with trust_remote_code=True" if odd else "a GPT2LMHeadModel")
 
 
 if __name__ == "__main__":
-    sys.exit(command("export", lambda: run(sys.argv[1:])))
+    sys.exit(command("export", lambda: write(sys.argv[1:])))

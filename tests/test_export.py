@@ -130,13 +130,13 @@ def test_our_code_for_transformers_gives_our_logits(tmp_path):
 @pytest.mark.slow
 def test_a_run_is_exported_and_trained_further(train, tmp_path, capsys):
     folder = train("--steps", "3")
-    assert export.run(["--run", str(folder), str(tmp_path / "out")]).endswith("a GPT2LMHeadModel")
+    assert export.write(["--run", str(folder), str(tmp_path / "out")]).endswith("a GPT2LMHeadModel")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Fellow citizens, é 中\n"
     assert tokenizer(text)["input_ids"] == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
     assert f"| steps | {result(folder)['steps']} |" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(UsageError, match="is not empty"):
-        export.run(["--run", str(folder), str(tmp_path / "out")])
+        export.write(["--run", str(folder), str(tmp_path / "out")])
     for source in (tmp_path / "out", folder):
         further = train("--steps", "1", "--optimizer", "sgd:lr=0", "--init-from", str(source), out=f"further-{source.name}")
         assert result(further)["val_loss"] == pytest.approx(result(folder)["val_loss"], rel=1e-5)
