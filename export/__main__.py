@@ -68,23 +68,23 @@ def write_tokenizer(tokenizer: Any, out: Path) -> str:
     return f"The tokenizer is `{tokenizer.name}`."
 
 
-def card(run: Path, config: dict[str, Any], own_code: bool, of_tokens: str) -> str:
+def card(run: Path, own_code: bool, of_tokens: str) -> str:
     """README.md of the folder: settings, figures, and how to load it."""
-    result = read_json(run / "result.json") if (run / "result.json").exists() else {}
+    config, result = read_json(run / "config.json"), read_json(run / "result.json") if (run / "result.json").exists() else {}
     trust = ", trust_remote_code=True" if own_code else ""
-    figures = {
-        "validation loss, nats per token": result.get("val_loss"),
-        "steps": result.get("steps"),
-        "tokens": result.get("tokens"),
+    figures = {"validation loss, nats per token": result.get("val_loss"), "tokens": result.get("tokens")}
+    figures |= {"parameters": result.get("parameters", {}).get("total"), "training time, s": result.get("train_time")}
+    shown = {
+        what: f"{x:,}" if isinstance(x, int) else f"{x:,.4f}" for what, x in figures.items() if isinstance(x, (int, float))
     }
-    figures |= {"parameters": result.get("parameters"), "training time, s": result.get("train_time")}
-    rows = [f"| {what} | {value:,.4g} |" for what, value in figures.items() if isinstance(value, (int, float))]
+    rows = [f"| {what} | {words} |" for what, words in shown.items()]
     settings = ("track", "tricks", "optimizer", "schedule", "steps", "batch_tokens", "seed", "corpus", "tokenizer")
     rows += [f"| {key} | `{config[key]}` |" for key in settings if config.get(key) not in (None, "")]
     lines = [f"# {config.get('recipe', 'GPT')} on {config.get('corpus', '?')}", ""]
     lines += ["Trained with the NanoGPT speedrun repository.", "", "| | |", "|-|-|", *rows, "", of_tokens, "", "```python"]
-    lines += ["from transformers import AutoModelForCausalLM", ""]
-    lines += [f'model = AutoModelForCausalLM.from_pretrained("this folder"{trust})', "```"]
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("this folder"{trust})']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})', "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -106,7 +106,7 @@ def write(argv: list[str]) -> str:
         write_speedrun(gpt, options.out)
     else:
         hub.write(gpt, options.out)
-    atomic_write(options.out / "README.md", card(run, config, bool(odd), of_tokens))
+    atomic_write(options.out / "README.md", card(run, bool(odd), of_tokens))
     return f"{options.out}: " + ("load it with trust_remote_code=True" if odd else "a GPT2LMHeadModel")
 
 

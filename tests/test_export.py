@@ -134,7 +134,10 @@ def test_a_run_is_exported_and_trained_further(train, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Fellow citizens, é 中\n"
     assert tokenizer(text)["input_ids"] == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
-    assert f"| steps | {result(folder)['steps']} |" in (tmp_path / "out" / "README.md").read_text()
+    about = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"| parameters | {result(folder)['parameters']['total']:,} |" in about and "| schedule | `linear:warmup=0.1` |" in about
+    )
     with pytest.raises(UsageError, match="is not empty"):
         export.write(["--run", str(folder), str(tmp_path / "out")])
     for source in (tmp_path / "out", folder):
