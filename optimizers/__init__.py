@@ -33,15 +33,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust, typed_keys
 from model import roles as roles_of
-from optimizers import elementwise, schedule_free  # they fill the registry, in the order of these imports
+from optimizers import base, elementwise, schedule_free  # they fill the registry, in the order of these imports
 
 # isort: split
 from optimizers import matrix
 from optimizers.average import AVERAGES, Averaged, build_average
-from optimizers.base import OPTIMIZERS, ROLES, USUAL, Chain, Method, call, decay_groups, groups, is_range, keep_fp32
-
-# isort: split
-from optimizers.base import label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
 __all__ += ["elementwise", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
@@ -73,7 +70,7 @@ class Choice:
         1 without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
         if issubclass(self.cls, Method):
             return {f.name: (f.default, f.metadata["search"]) for f in dataclasses.fields(self.cls)}
-        usual, defaults = {key: field(0.0).metadata["search"] for key, field in USUAL.items()}, {}
+        usual, defaults = {key: field(0.0).metadata["search"] for key, field in base.USUAL.items()}, {}
         for key in typed_keys(self.cls):
             value = Choice(self.spec, self.cls, {}).setting(key)
             defaults |= {f"{key}/{n}": part for n, part in enumerate(value, 1)} if isinstance(value, tuple) else {key: value}
@@ -85,7 +82,7 @@ class Choice:
             defaults["adamw_lr"], usual["adamw_lr"] = Choice("adamw", OPTIMIZERS["adamw"], {}).hyperparameters["lr"]
         ranges = getattr(self.cls, "search", usual)
         for key, limits in ranges.items() if ranges is not usual else ():
-            if key not in defaults or not is_range(limits):
+            if key not in defaults or not base.is_range(limits):
                 known = f"(low, high, linear, log, complement or choice) for one of {', '.join(defaults)}"
                 raise UsageError(f"optimizer {self.spec!r}: search has {key!r}: {limits!r}, which is not {known}")
         return {key: (default, ranges.get(key)) for key, default in defaults.items()}
@@ -189,7 +186,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
     try:
         optimizer.load_state_dict(state)
         if not isinstance(optimizer, (Method, Chain)) and "param_groups" in state:
-            keep_fp32(optimizer, state)
+            base.keep_fp32(optimizer, state)
         for p, own in optimizer.state.items() if all(isinstance(part, Method) for part in parts(optimizer)) else ():
             if any(isinstance(x, Tensor) and 0 < x.dim() == p.dim() and x.shape != p.shape for x in own.values()):
                 raise ValueError("another shape")  # which arithmetic could take all the same
