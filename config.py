@@ -144,8 +144,8 @@ def flags_given(argv: list[str], description: str) -> dict[str, Any]:
         hint = {"--lr": "a learning rate is a key of the optimizer, such as --optimizer adamw:lr=0.01"}.get(name)
         hint = hint or ("lists are written with commas, such as --tricks modern,muon" if name[:1] != "-" else "")
         raise UsageError(f"unknown flag {name}: {hint or nearest(name, flags._option_string_actions)}")
-    return {
-        key: convert(value, FIELDS[key].type, flag_of(key)) if isinstance(value, str) else value
+    return {  # argparse makes an empty list of the value `--`
+        key: value if isinstance(value, bool) else convert("--" if value == [] else value, FIELDS[key].type, flag_of(key))
         for key, value in vars(options).items()
     }
 

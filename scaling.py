@@ -36,19 +36,7 @@ from lab import plots, runner
 from lab.ledger import Row
 from lab.scaling import ladder, published, survival
 from lab.scaling import report as survival_report
-from lab.scaling.ladder import (
-    LADDERS,
-    POINTS,
-    RETUNE_SEED,
-    TIME_PAIRS,
-    TIME_SEED,
-    Cell,
-    Ladder,
-    Rung,
-    retune_factors,
-    size_of,
-    size_words,
-)
+from lab.scaling.ladder import LADDERS, RETUNE_SEED, TIME_PAIRS, TIME_SEED, Cell, Ladder, Rung, size_of, size_words
 from lab.scaling.plan import plan
 
 REPORT = "scaling.json"
@@ -78,7 +66,7 @@ class Experiment:
         return Cell(phase, name, rung, budget, factor, steps, arm)
 
     def retunes(self) -> list[Cell]:
-        factors = retune_factors(self.options.retune, self.options.retune_step) if self.options.retune > 1 else []
+        factors = ladder.retune_factors(self.options.retune, self.options.retune_step) if self.options.retune > 1 else []
         return [self.cell("retune", name, rung, 1, f) for rung in self.rungs for f in factors for name in self.arms]
 
     def curves(self, factors: Factors) -> list[Cell]:
@@ -168,7 +156,7 @@ def run(options: argparse.Namespace) -> str:
 def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> str:
     """`run` in its output folder: re-tune, curves, further runs of the base where needed, timing; then the report."""
     options = experiment.options
-    trainer, seeds = runner.Runner(out, options.keep_checkpoints, POINTS), range(options.seeds)
+    trainer, seeds = runner.Runner(out, options.keep_checkpoints, ladder.POINTS), range(options.seeds)
     beside, alone = runner.make_launcher(options, side_by_side=True), runner.make_launcher(options, side_by_side=False)
 
     def trained(phase: str, cells: Sequence[Cell], seeds: Iterable[int]) -> None:

@@ -214,14 +214,14 @@ def listing(folder: Path) -> list[Path]:
 def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
     """The newest complete and intact checkpoint, and what was passed over: a line each. log_bytes: of the run's log, which
     should reach to the checkpoint."""
-    passed, intact = [], None
+    passed, whole = [], None
     for path in listing(folder):
         if not (problem := damage(path)):
             if read_json(path / STATE)["log_bytes"] <= log_bytes:
                 return path, passed
-            intact, problem = intact or path, "log.jsonl ends before it"
+            whole, problem = whole or path, "log.jsonl ends before it"
         passed.append(f"checkpoint {path} passed over: {problem}")
-    return intact, passed
+    return whole, passed
 
 
 def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: Callable[[int], int]) -> Path | None:

@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -231,7 +232,7 @@ class Run:
         self.log_hash = hashlib.sha256(kept)
         if stem:
             log.write_bytes(kept)
-        self.log, self.display = log.open("ab"), display
+        self.log, self.display, self.flushed = log.open("ab"), display, 0.0
         self.log.truncate(log_bytes)
         self.log.seek(0, os.SEEK_END)
         if kept and saved.get("log_sha256", self.log_hash.hexdigest()) != self.log_hash.hexdigest():
@@ -246,8 +247,9 @@ class Run:
         line = (json.dumps({"event": event, **logged}) + "\n").encode()
         self.log.write(line)
         self.log_hash.update(line)
-        if event != "train":
+        if event != "train" or time.monotonic() - self.flushed > 1:  # so that who watches the log sees every second
             self.log.flush()
+            self.flushed = time.monotonic()
         self.display.event(event, note, values)
 
     def logged(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""All kept results, and the user's own runs, on one page: `./run.sh page`."""

@@ -23,6 +23,8 @@ from data import corpora
 from data.shards import Dataset
 from engine import schedules
 from engine.spec import UsageError
+from lab import plots
+from lab.stats import Sample
 from layers.shape import ModelConfig
 from model import GPT
 from sample import load_model
@@ -49,13 +51,10 @@ def rounded(x: Any, digits: int = 5) -> Any:
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float, float]:
     """(mean, low, high): Student's 95 % interval. Raises ValueError: fewer than two values."""
-    from scipy.special import stdtrit
-
-    x = np.asarray(list(values), dtype=float)
-    if len(x) < 2:
+    x = Sample.of(list(values))
+    if x.n < 2:
         raise ValueError("an interval needs at least two values")
-    half = float(stdtrit(len(x) - 1, 0.975)) * x.std(ddof=1) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    return (x.mean, *x.interval())
 
 
 def progress(steps: Iterable, what: str = "") -> Iterable:
@@ -180,11 +179,7 @@ STYLE = {
 
 def axes(columns: int = 1, rows: int = 1, width: float = 10, height: float = 5.6, **options: Any):
     """(figure, axes) of a slide's size in inches, with its large letters. options: of pyplot.subplots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot()
     pyplot.rcParams.update(STYLE)
     return pyplot.subplots(rows, columns, figsize=(width, height), constrained_layout=True, **options)
 

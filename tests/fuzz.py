@@ -347,7 +347,7 @@ def quiet(work: Path):
     try:
         with (
             mock.patch.object(trials, "run_to_end", return_value=(2, "not started")),
-            mock.patch.object(plots, "save", lambda figure, folder, name: plots.pyplot().close(figure) or name),
+            mock.patch.object(plots, "save", lambda figure, folder, name, data=None: plots.pyplot().close(figure) or name),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):

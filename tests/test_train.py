@@ -673,6 +673,7 @@ def test_a_place_that_cannot_be_written_is_one_line(sotu, tmp_path, capsys):
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--optimizer", "schedule_free_adamw"], "add --schedule constant"),
         (["--optimizer", "shampoo:grafting=adan"], "did you mean 'adam'?"),
+        (["--skips=--"], "--skips takes none, unet, single; not '--'"),
         (["--batch-stages", "1/2"], "--batch-stages has 2 sizes, --batch-rates 1 rates"),
         (["--batch-stages", "1/x", "--batch-rates", "1/1"], "--batch-stages takes a value of type float, not 'x'"),
         (["--reduce", "fp16"], "--reduce takes fp32, bf16"),

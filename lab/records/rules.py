@@ -425,6 +425,8 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
 
 def category_problem(settings: dict[str, Any], category: str) -> str:
     """What of these settings the category does not allow; empty if nothing."""
+    if settings.get("init_from"):
+        return f"it starts from the weights of {settings['init_from']}: a record's are random at first"
     sets = {name: json.loads(json.dumps(tricks.apply(settings["track"], name)[0])) for name in ("baseline", "modern")}
     fixed = [("the track's", key, value) for key, value in sets["baseline"].items() if key in FIXED_SETTINGS]
     if category == "optimizer":

@@ -356,6 +356,7 @@ TAMPERED = {  # file, change (None: the file is gone), the rule that finds it, i
     "another rival": ("record.json", lambda about: about["against"].update(record="000-slow"), "rival", "the previous record"),
     "another target": ("record.json", lambda about: about.update(target_loss=3.5), "track", "the target is not the track's"),
     "easier corpus": ("record.json", lambda about: about["settings"].update(corpus="easy"), "track", "corpus is 'easy', the"),
+    "trained before": ("record.json", lambda about: about["settings"].update(init_from="w"), "track", "the weights of w: a"),
     "no field": ("record.json", lambda about: about.pop("seeds"), "schema", "'seeds' is a required property"),
     "no commit": ("record.json", lambda about: about.update(commit="\x1b[2J"), "schema", "$.commit"),
 }  # fmt: skip

@@ -1,12 +1,15 @@
 """What is said of run folders, from their files alone."""
 
+import hashlib
 import json
 import math
 import os
 import time
+from unittest import mock
 
 import pytest
 
+from engine import run_folder
 from engine.command import command
 from engine.spec import UsageError
 from lab import runs
@@ -47,3 +50,16 @@ def test_runs_are_listed_watched_and_compared(tmp_path, capsys):
     runs.watch(tmp_path, 0, times=1)
     assert "12.0 s" in (out := capsys.readouterr().out) and "█▅▃▁" in out.replace("▆", "▅") and str(old) not in out
     assert runs.sparkline([]) == "" and runs.sparkline([1.0, 1.0]) == "▁▁" and runs.duration(7200) == "2.0 h"
+
+
+def test_a_log_is_on_the_disk_within_a_second(tmp_path, monkeypatch):
+    """So `watch` sees a run whose next validation is far away; no step waits for the disk more often."""
+    run, now = run_folder.Run.__new__(run_folder.Run), [10.0]
+    run.main, run.display, run.flushed, run.log_hash = True, mock.Mock(), 0.0, hashlib.sha256()
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
+    with (tmp_path / "log.jsonl").open("wb") as run.log:
+        lines = []
+        for now[0] in (10.0, 10.5, 10.9, 11.5):
+            run.event("train", step=len(lines))
+            lines.append((tmp_path / "log.jsonl").read_text().count("\n"))
+    assert lines == [1, 1, 1, 4]

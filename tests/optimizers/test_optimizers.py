@@ -17,14 +17,7 @@ from optimizers.base import ROLES, Chain, Elementwise
 from optimizers.elementwise import Lion
 from optimizers.matrix import COEFFICIENTS, Muon, balance, orthogonalize, tiles
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small lose more to threads than they win, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(vocab_size: int = 61, **fields) -> GPT:

@@ -14,13 +14,7 @@ from studies import adam_fails, algoperf, common, images_and_words, least_square
 # isort: split
 from studies import rare_tokens, rosenbrock, speedrun
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mean(values: list[float]) -> float:
