@@ -13,8 +13,8 @@ from engine.run_folder import read_json
 from lab import ledger
 from lab.records import judge as judging
 from lab.records.judge import NotCheckable, need
-from lab.tuning import tuned
-from lab.tuning.space import EXTRAS, points, submission
+from lab.tuning import descent, report, tuned
+from lab.tuning.space import EXTRAS, Submission, points, submission
 from lab.tuning.tuned import Row
 from optimizers import OPTIMIZERS
 
@@ -34,8 +34,8 @@ class Tuning:
         return tuned.read_tables(self.folder)
 
     @cached_property
-    def contents(self) -> tuned.Contents:
-        return tuned.contents(self.tables, "records/tuning", read_json(self.folder / "tuned.json"))
+    def contents(self) -> report.Contents:
+        return report.contents(self.tables, "records/tuning", read_json(self.folder / "tuned.json"))
 
     def rows(self) -> Iterator[tuple[str, str, str, list[Row]]]:
         """(workload/submission, workload, submission, its trials as they stand in the file)."""
@@ -79,7 +79,8 @@ def trials(tuning: Tuning) -> str:
 
 
 def studies(tuning: Tuning) -> str:
-    """Settings and seed of each trial are those of its study: points of the space, one setting off them, or the same again."""
+    """Settings and seed of each trial are those of its study: points of the space, one setting off them, or the same again; a
+    descent's trials are those that the losses before them lead to."""
     own = []
     for who, track, name, rows in tuning.rows():
         if ":" in name:
@@ -93,12 +94,26 @@ def studies(tuning: Tuning) -> str:
             need(sorted(of) == list(range(len(of))), f"{who}: study {study} has the trials {sorted(of)}")
             for number, settings in enumerate(points(entry.dimensions, len(of), study)):
                 need(of[number].settings == settings, f"{who}: trial {number} of study {study} is no point of it")
+        length, of_descent = tricks.track(track).settings["steps"], descended(who, entry, tuning.tables[track][name])
         for row in rows:
-            allowed = planned(row, search, tricks.track(track).settings["steps"])
+            allowed = planned(row, search, length) + [(seed, length, each) for seed, each in of_descent.get(row.kind, ())]
             need((row.seed, row.steps, row.settings) in allowed, f"{who}: {row.kind} {row.study}, {row.number} was not planned")
     if own:
         raise NotCheckable(f"the space of an optimizer of one's own is not here: {', '.join(own)}")
     return "as drawn"
+
+
+def descended(who: str, entry: Submission, table: tuned.Table) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """(seed, settings) that trials may have which belong to a descent, by their kind. Its own must have come in this order."""
+    if not (rows := descent.rows_of(table)):
+        return {}
+    start = table.best(tuned.FIRST_STUDY).settings
+    tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in rows])
+    need([row.settings for row in rows] == tried, f"{who}: the losses of the descent lead elsewhere")
+    end = descent.found(table).settings
+    kinds = {"descent": tried, "around": descent.changes(entry.dimensions, end)}
+    allowed = {kind: [(descent.SEED, each) for each in settings] for kind, settings in kinds.items()}
+    return allowed | {"final": [(descent.SEED + 1 + n, end) for n in range(descent.SEEDS)]}
 
 
 def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tuple[int, int, dict[str, float]]]:

@@ -3,6 +3,7 @@
     ./run.sh compare tune --optimizers adamw muon soap --trials 5                 on every workload
     ./run.sh compare tune --optimizers all --trials 5 --machine-hours 8 --plan    what that would train, and stop
     ./run.sh compare tune --optimizers my_optimizer.py:Mine                       one's own, into the same tables
+    ./run.sh compare tune --optimizers adamw muon --descend                       on from there, one setting at a time
     ./run.sh compare tune --report                                                tables, plots and tuned.json anew
 
 As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is so many quasi-random trials of a submission's
@@ -10,13 +11,14 @@ space, the same points on every workload; --studies repeats that with other poin
 settings, come their neighbours (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
 set a workload's target are rerun at three quarters of its length: the target is the best median of these reruns. A submission
 that met a target on a machine or with code that AdamW was not trained on is timed beside AdamW, in a few short interleaved
-runs: only such steps compare.
+runs: only such steps compare. --descend goes on from the best point of the first study (lab/tuning/descent.py).
 
 A trial that diverged counts as the worst. Every trial is a line of --out/<workload>/<optimizer>.csv and is never trained again.
 A workload keeps the compute type (--dtype) of its first trial.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import shutil
@@ -35,7 +37,7 @@ from engine.spec import UsageError, nearest
 from lab import trials
 from lab.runner import Scheduler, alone_in, at_least
 from lab.trials import Arm, Trial
-from lab.tuning import tuned
+from lab.tuning import descent, report, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
 from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table
 from optimizers import OPTIMIZERS
@@ -96,7 +98,8 @@ class Contest(Scheduler):
 
     def wanted(self, kind: str, track: str, entry: Submission) -> list[Job]:
         """The trials of a submission on a workload: `search`, `target` (the best settings of the first study of those that set
-        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs)."""
+        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs); once a
+        descent has ended, `around` (the changes that it has not tried) and `final` (its end on new seeds)."""
         options, table, steps = self.options, self.tables[track, entry.name], length(track)
         if kind == "search":
             tried = [(study, points(entry.dimensions, options.trials, study)) for study in range(options.studies)]
@@ -107,6 +110,14 @@ class Contest(Scheduler):
             study, steps = best and tuned.target_study(best), round(SHORT * steps)
             numbers = range(options.target_seeds if best else 0)
             return [Job(kind, track, entry, study, n, 100_000 + n, steps, best.settings) for n in numbers]
+        if kind in ("around", "final"):
+            if not (best := descent.found(table)):
+                return []
+            done = [row.settings for row in descent.rows_of(table)]
+            left = [each for each in descent.changes(entry.dimensions, best.settings) if each not in done]
+            chosen = left if kind == "around" else [best.settings] * descent.SEEDS
+            first = descent.SEED + (kind == "final")
+            return [Job(kind, track, entry, 0, n, first + n * (kind == "final"), steps, each) for n, each in enumerate(chosen)]
         best = table.best() if options.neighbours else None
         off = enumerate(tuned.neighbours(best.settings).values() if best else ())
         return [Job(kind, track, entry, best.study, 10 * best.number + n, best.seed, best.steps, each) for n, each in off]
@@ -150,6 +161,25 @@ class Contest(Scheduler):
         loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
 
+    def descend(self, first: Job) -> str:
+        """A submission's descent on a workload, from where it stands to its end."""
+        table, space = self.tables[first.table], first.submission.dimensions
+        while not (self.interrupted.is_set() or self.late) and (settings := descent.following(space, table)):
+            number = len(descent.rows_of(table))
+            line = self.one(dataclasses.replace(first, number=number, settings=settings))
+            if len(descent.rows_of(table)) == number:  # it crashed, or no time was left
+                return line
+            print(f"descent  {line}", flush=True)
+        return f"{first.track}  {first.submission.name}: {len(descent.rows_of(table))} trials"
+
+    def descents(self) -> list[Job]:
+        """The first job of each."""
+        pairs = product(self.options.tracks, self.options.submissions)
+        return [Job("descent", track, entry, 0, 0, descent.SEED, length(track), {}) for track, entry in pairs]
+
+    def has_descended(self, job: Job) -> bool:
+        return descent.following(job.submission.dimensions, self.tables[job.table]) is None
+
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
@@ -182,6 +212,8 @@ class Contest(Scheduler):
             left = searching + 4 * options.neighbours + SHORT * options.target_seeds * (entry.name in SETTERS)
         else:
             left = count("neighbour") + SHORT * count("target")
+        if options.descend:  # at most
+            left += descent.BUDGET - options.trials - len(descent.rows_of(self.tables[track, entry.name])) + descent.SEEDS
         alongside = "adamw" in [other.name for other in options.submissions]
         timed = alongside or tuned.timed(self.tables[track, entry.name], self.tables[track, "adamw"])
         return left if timed else left + 2 * TIMINGS * TIMED
@@ -211,6 +243,10 @@ class Contest(Scheduler):
         self.plan()
         for kind in ("search", "target", "neighbour"):
             self.run_through(kind, self.all_wanted(kind), self.ended, self.one, self.options.side_by_side)
+        if self.options.descend:
+            self.run_through("descent", self.descents(), self.has_descended, self.descend, self.options.side_by_side)
+            for kind in ("around", "final"):
+                self.run_through(kind, self.all_wanted(kind), self.ended, self.one, self.options.side_by_side)
         self.run_through("timing", self.timings(), self.ended, self.one, self.options.side_by_side)
         if self.late:
             print(f"the hours are over: {self.late} trials were not begun; the same command continues", flush=True)
@@ -240,6 +276,8 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=5, help="of each study (default: 5)")
     add("--studies", type=int, default=1, help="of each submission and workload (default: 1; AlgoPerf: 3)")
     add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
+    further = f"then coordinate descent, {descent.BUDGET} trials in all, and {descent.SEEDS} new seeds"
+    add("--descend", action="store_true", help=further)
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
     dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=dtype)
@@ -279,7 +317,7 @@ def run(argv: list[str]) -> str:
     if not options.report:
         alone_in(options.out, lambda: Contest(options).run())
     with intact(options.out):
-        return tuned.report(options.out)
+        return report.report(options.out)
 
 
 def main(argv: list[str]) -> int:

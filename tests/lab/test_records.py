@@ -28,7 +28,7 @@ from lab.records import record as records
 from lab.records.record import Record
 from lab.records.reports import Report, difference
 from lab.records.tables import Tuning
-from lab.tuning import tuned
+from lab.tuning import report
 from layers.attention import ATTENTION
 from tricks import TRACKS
 
@@ -912,7 +912,7 @@ def few_tables(tmp_path_factory):
     for name in ("adamw", "sgd"):
         (folder / "tokens").mkdir(parents=True, exist_ok=True)
         shutil.copy(records.RECORDS / "tuning" / "tokens" / f"{name}.csv", folder / "tokens")
-    tuned.report(folder)
+    report.report(folder)
     (folder / "README.md").write_text((folder / "README.md").read_text().replace(str(folder), "records/tuning"))
     return folder
 

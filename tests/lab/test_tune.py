@@ -21,8 +21,10 @@ from config import resolve
 from engine import hardware, spec
 from engine.spec import UsageError, split, trust
 from lab import plots, trials
+from lab.records import tables
+from lab.records.judge import Broken
 from lab.trials import Arm, Outcome, Trial
-from lab.tuning import tune, tuned
+from lab.tuning import descent, report, tune, tuned
 from lab.tuning.space import EXTRAS, Dimension, points, submission
 from lab.tuning.tuned import Row, Table
 from model import GPT
@@ -239,6 +241,72 @@ def test_an_interrupted_search_goes_on(fake, tmp_path):
     assert len(fake.trained) == 2 * 2 * 3 + 2 and len(set(fake.trained)) == len(fake.trained)
     lion = submission("lion").dimensions
     assert [row.settings for row in table(tmp_path, "lion").of("search")] == points(lion, 3, 0)
+
+
+def test_a_descent_ends_where_no_single_change_is_better(fake, tmp_path, capsys):
+    """With the bowl of the rate alone as the loss; interrupted on the way, its order proved by the rule of records/."""
+    words = ("--optimizers", "adamw", "sgd", "--trials", "3", "--no-neighbours", "--target-seeds", "1", "--descend")
+    fake.stop_after = 22
+    assert call(tmp_path, *words) == 130
+    fake.stop_after = math.inf
+    assert call(tmp_path, *words) == 0
+    for name in ("adamw", "sgd"):
+        rows, entry = descent.rows_of(table(tmp_path, name)), submission(name)
+        end = descent.found(table(tmp_path, name))
+        assert rows[0].settings == table(tmp_path, name).best().settings and {row.seed for row in rows} == {descent.SEED}
+        assert abs(math.log2(end.settings["lr"] / 3e-3)) < 0.6 and len(rows) <= descent.BUDGET - 3, (
+            end
+        )  # a factor of 2 is a move
+        finals = table(tmp_path, name).of("final")
+        assert [(r.seed - descent.SEED, r.settings) for r in finals] == [(n, end.settings) for n in (1, 2, 3)]
+        ending = descent.ending(entry.dimensions, table(tmp_path, name))
+        assert len(ending.rise) == len(descent.changes(entry.dimensions, end.settings)) and ending.rise[0][0] > -0.005
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "In 4 of 4 cases no change is better; of " in text and "| `adamw` | 1.00 | " in text
+    count = len(fake.trained)
+    assert call(tmp_path, *words) == 0 and len(fake.trained) == count
+
+    of_tables = tables.Tuning(tmp_path / "out")
+    assert tables.studies(of_tables) == "as drawn"
+    path = tmp_path / "out" / "wiki" / "sgd.csv"
+    forged = table(tmp_path, "sgd")
+    middle = descent.rows_of(forged)[3]
+    forged.add(dataclasses.replace(middle, val_loss=1.0))
+    with pytest.raises(Broken, match="wiki/sgd: the losses of the descent lead elsewhere"):
+        tables.studies(tables.Tuning(path.parent.parent))
+
+
+def test_moves_of_a_descent(tmp_path):
+    lr, beta, decay = (
+        Dimension("optimizer", *d)
+        for d in (("lr", 0.001, 0.1, "log"), ("b", 0.8, 0.98, "complement"), ("weight_decay", 0.01, 1, "log"))
+    )
+    choice, warmup = Dimension("optimizer", "nesterov", 0, 1, "choice"), Dimension("schedule", "warmup", 0.01, 0.2, "log")
+    at = {"lr": 0.1, "b": 0.97, "weight_decay": 0.01, "nesterov": 0.0, "schedule_warmup": 0.15}
+    found = [
+        (key, each[key])
+        for each in descent.changes((lr, beta, decay, choice, warmup), at)
+        for key in at
+        if each[key] != at[key]
+    ]
+    rates = [("lr", 0.2), ("lr", 0.05), ("b", 0.98), ("b", 0.94), ("weight_decay", 0.04), ("weight_decay", 0.0)]
+    assert found == [*rates, ("nesterov", 1.0), ("schedule_warmup", 0.2), ("schedule_warmup", 0.075)]
+    losses = {0.1: 2.0, 0.2: 1.9, 0.4: 1.897, 0.05: 9.0}  # 0.4 is better by less than what counts
+    tried, following = [], at
+    while following:
+        tried.append(losses[following["lr"]])
+        order, following = descent.order((lr,), at, tried)
+    assert [each["lr"] for each in order] == [0.1, 0.2, 0.4]
+    curves = {"adamw": [(20, 3.0), (40, 2.0)], "fast": [(20, 2.0), (40, 1.0)]}
+    finals = {
+        name: [row("final", n, curve[-1][1], losses=curve, seconds=s) for n in range(3)]
+        for (name, curve), s in zip(curves.items(), (1, 1.5), strict=True)
+    }
+    held = {
+        name: made(tmp_path, name, row("descent", 0, 2.0), row("search", 1, seconds=s), *finals[name])
+        for name, s in (("adamw", 1), ("fast", 1.5))
+    }
+    assert descent.speed_ups(held) == {"adamw": (1, 1), "fast": (2, pytest.approx(2 / 1.5))}
 
 
 def test_a_crashed_trial_is_tried_again_with_its_own_settings(fake, tmp_path, capsys):
@@ -474,10 +542,10 @@ def test_a_step_is_not_cheaper_for_who_has_more_trials(tmp_path):
 
 def test_columns_that_nobody_has_are_left_out(tmp_path):
     found = made(tmp_path, "adamw", row())
-    head = tuned.workload_table("wiki", {"adamw": found}).splitlines()[4]
+    head = report.workload_table("wiki", {"adamw": found}).splitlines()[4]
     assert "best loss" in head and "lr / 2" not in head
     found = made(tmp_path, "adamw", row("neighbour", settings=tuned.neighbours(row().settings)["lr / 2"]))
-    head = tuned.workload_table("wiki", {"adamw": found, "sgd": made(tmp_path, "sgd", row())}).splitlines()[4]
+    head = report.workload_table("wiki", {"adamw": found, "sgd": made(tmp_path, "sgd", row())}).splitlines()[4]
     assert "lr / 2" in head and "lr x 2" not in head
 
 
@@ -521,7 +589,7 @@ def test_of_several_studies_the_median_counts_and_of_an_unfinished_one_nothing(t
     assert list(found.studies()) == [0, 1, 2] and found.typical() == 1.2
     assert found.steps_of_studies(2.0) == [10, 5, 10] and found.steps_of_studies(1.3) == [math.inf, 20, 20]
     assert found.best().val_loss == 0.5  # settings are worth having wherever they are from
-    assert "| 7 | 0 | 1.2000 |" in tuned.workload_table("wiki", {"adamw": found})
+    assert "| 7 | 0 | 1.2000 |" in report.workload_table("wiki", {"adamw": found})
     assert made(tmp_path / "none", "adamw", row(status="diverged", loss=math.inf)).typical() == math.inf
 
 
@@ -548,7 +616,7 @@ def test_who_was_not_trained_beside_adamw_is_timed_beside_it(fake, tmp_path):
     for track in ("wiki", "tokens"):  # as it was before it had been timed
         path = out / track / "muon.csv"
         path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("timing")))
-    tuned.report(out)
+    report.report(out)
     text = (out / "README.md").read_text()
     assert "| `muon` |" not in text and "of them does so): `muon` on tokens, `muon` on wiki." in text
     fake.crashing = {"muon"}  # what failed is tried again
@@ -577,7 +645,7 @@ def test_the_report_has_score_settings_and_plots(fake, tmp_path, monkeypatch):
     assert config.schedule == "wsd" and float(split(config.optimizer)[1]["lr"]) == best.settings["lr"]
     config, _, _ = resolve(["--track", "wiki", "--optimizer", "lion"])  # not tuned
     assert config.optimizer == "lion" and config.schedule == "cosine:warmup=0.05"
-    assert tuned.report(out) and (out / "README.md").read_text() == text  # the same again
+    assert report.report(out) and (out / "README.md").read_text() == text  # the same again
 
 
 @pytest.mark.slow
