@@ -33,7 +33,7 @@ from config import resolve
 from engine.command import Parser, command
 from engine.run_folder import intact, read_json
 from engine.spec import UsageError, nearest, split
-from lab import comparison, plots, runner, stats
+from lab import comparison, levers, plots, runner, stats
 from lab.comparison import MARGIN, MODES
 from lab.horizon import Search, search, search_at
 from lab.ledger import Row
@@ -272,6 +272,8 @@ def run(options: argparse.Namespace) -> list[str]:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
         return command("compare.py score", lambda: score.run(argv[1:]))
+    if argv[:1] == ["levers"]:
+        return command("compare.py levers", lambda: levers.run(argv[1:]), argv)
     if argv[:1] == ["tune"]:
         return tune.main(argv[1:])
     return command("compare.py", lambda: "\n".join(run(parse(argv))), argv)

@@ -32,8 +32,10 @@ class Config:
     tricks: str = setting("baseline", "comma-separated tricks or a recipe (baseline, record); README lists them")
     optimizer: str = setting("adamw", "optimizer SPEC, name or name:key=value,...; or path/to/file.py:Class")
     average: str = setting("none", "average of the weights to evaluate at, SPEC: " + ", ".join(optimizers.AVERAGES))
+    outer: str = setting("none", "a method around the optimizer, SPEC: " + ", ".join(optimizers.OUTER))
     rates: str = setting("", "factors on learning rates, by role or part of a parameter's name: embedding=2,smear=0.1")
     schedule: str = setting("constant", "learning-rate schedule SPEC")
+    decay_schedule: str = setting("constant", "schedule SPEC of the weight decay; a step decays by this times the rate")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
     steps: int = setting(1000, "optimizer updates", least=1)
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
@@ -172,7 +174,7 @@ def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
 def check(config: Config, model_config: ModelConfig) -> None:
     """Raises UsageError: settings that contradict each other, or a SPEC with a wrong word."""
     allowed_skips(config.nonfinite)
-    optimizer, _ = optimizers.find(config.optimizer), optimizers.build_average(config.average, config.steps)
+    optimizer, _ = optimizers.find(config.optimizer), optimizers.build_around(config.outer, config.average, config.steps)
     course = Course(config)
     T = model_config.sequence_length
     if not re.fullmatch(r"[\w,+-][\w.,+-]*", config.name):
@@ -246,7 +248,9 @@ def shared_steps(config: Config, steps: int) -> int:
     """The first steps that a run of `steps` steps, with these settings otherwise, has in common with this one. Raises
     UsageError: settings of the optimizer are fractions of the run's length."""
     optimizer = optimizers.find(config.optimizer)
-    this, other = [(optimizer.of_length(n), optimizers.build_average(config.average, n)) for n in (config.steps, steps)]
+    this, other = [
+        (optimizer.of_length(n), optimizers.build_around(config.outer, config.average, n)) for n in (config.steps, steps)
+    ]
     if this != other:
         raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
     this, other, both = Course(config), Course(config, steps), min(config.steps, steps)

@@ -218,7 +218,7 @@ class Training:
 
     def build_optimizer(self) -> None:
         config = self.config
-        self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average, config.rates)
+        self.optimizer = optimizers.build(config.optimizer, self.gpt, config.steps, config.average, config.rates, config.outer)
         if config.weights == "bf16":
             self.optimizer = keep_mantissas(self.optimizer, self.mantissas)
         if optimizers.find(config.optimizer).own_schedule and config.schedule != "constant":
@@ -281,7 +281,7 @@ class Training:
         if config.clip and norm > config.clip:
             torch._foreach_mul_(self.gradients(), config.clip / norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * now.lr
+            group["lr"], group["weight_decay"] = group["initial_lr"] * now.lr, group["initial_decay"] * now.decay
             if now.momentum is not None and "momentum" in group:
                 group["momentum"] = now.momentum
         world.beat(f"step {step + 1}: update")

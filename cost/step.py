@@ -89,7 +89,7 @@ def build(config: Config, gpt: GPT, dtype: torch.dtype) -> torch.optim.Optimizer
     if config.weights == "bf16":
         role = roles(gpt)
         lower = to_bf16([p for name, p in gpt.named_parameters() if role[name] == "matrix"])
-    optimizer = optimizers.build(config.optimizer, gpt, config.steps, config.average, rates=config.rates)
+    optimizer = optimizers.build(config.optimizer, gpt, config.steps, config.average, config.rates, config.outer)
     return keep_mantissas(optimizer, lower) if lower else optimizer
 
 

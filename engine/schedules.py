@@ -83,21 +83,53 @@ class Exponential(Decaying):
         return self.final ** (t / total)
 
 
+@dataclass(frozen=True)
+class Power(Decaying):
+    """final + (1 - final) (1 - p^inner)^outer (modded-nanogpt's optimizer track: pull request #345 has inner = 0.4)."""
+
+    inner: float = setting(1.0, "power of p", least=1e-3)
+    outer: float = setting(1.0, "power of what it leaves of 1", least=1e-3)
+
+    def shape(self, t, total):
+        return self.final + (1 - self.final) * (1 - (t / total) ** self.inner) ** self.outer
+
+
+@dataclass(frozen=True)
+class FastSlow(Decaying):
+    """1 for `hold`; then fast, 1 - (1 - level) q^power, down to `level` at `knee`; then in a straight line to final
+    (modded-nanogpt's optimizer track, pull request #351: 200 and 1,750 of 3,125 steps)."""
+
+    hold: float = setting(0.064, "steps or fraction of the run", least=0)
+    knee: float = setting(0.56, "steps or fraction of the run", least=0)
+    level: float = setting(0.2, "multiplier at the knee", most=1)
+    power: float = setting(0.6, "of the fast part", least=1e-3)
+
+    def value(self, step, steps):
+        hold, knee = length(self.hold, steps), length(self.knee, steps)
+        if step < knee:
+            down = 1 - (1 - self.level) * (max(0.0, step - hold) / max(knee - hold, 1e-9)) ** self.power
+        else:
+            down = self.level + (self.final - self.level) * (step - knee) / max(steps - knee, 1e-9)
+        return min(down, super().value(step, steps))
+
+
 FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
 
 @dataclass(frozen=True)
 class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
-    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down)."""
+    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down); that to a
+    power (modded-nanogpt's optimizer track #46: linear, 1.2)."""
 
     cooldown: float = setting(0.4, "steps or fraction of the whole run", least=1e-6)
     form: str = setting("linear", "of the cool-down", choices=tuple(FORMS))
+    power: float = setting(1.0, "of the form", least=1e-3)
 
     def value(self, step, steps):
         decay = length(self.cooldown, steps) if self.cooldown != 1 else steps
         q = max(0.0, (step - (steps - decay)) / decay)
-        down = self.final + (1 - self.final) * FORMS[self.form](q)
+        down = self.final + (1 - self.final) * max(0.0, FORMS[self.form](q)) ** self.power
         return min(down, super().value(step, steps))
 
 
@@ -151,7 +183,7 @@ class Ramp:
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "linear": Linear, "cosine": Cosine, "wsd": WSD}
-SCHEDULES |= {"exponential": Exponential, "cyclic": Cyclic, "inverse_sqrt": InverseSqrt}
+SCHEDULES |= {"power": Power, "fast_slow": FastSlow, "exponential": Exponential, "cyclic": Cyclic, "inverse_sqrt": InverseSqrt}
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 
 
@@ -172,6 +204,7 @@ class Moment:
     """Everything in one step of a run that depends on the step."""
 
     lr: float  # multiplier of the peak learning rates
+    decay: float  # multiplier of the weight decay
     momentum: float | None  # None: the optimizer's own
     batch: int  # in units of --batch-tokens
     windows: tuple[float, ...]  # parts of the long attention window, in all stages so far; the last holds now
@@ -192,6 +225,7 @@ class Course:
     def __init__(self, config: Any, steps: int | None = None):
         self.steps = config.steps if steps is None else steps
         self.rate, self.momentum = build(config.schedule, self.steps), build_momentum(config.momentum_schedule, self.steps)
+        self.decay = build(config.decay_schedule, self.steps)
         self.batches, self.batch_rates = config.batch_stages, config.batch_rates
         self.windows, self.lengths = config.window_stages, config.length_stages
         self.future_tokens, self.tied_until = config.future_tokens, config.tied_until
@@ -209,6 +243,7 @@ class Course:
         batch = stage(self.batches, step, self.steps)
         return Moment(
             lr=self.rate(step) * self.batch_rates[batch],
+            decay=self.decay(step),
             momentum=self.momentum(step),
             batch=int(self.batches[batch]),
             windows=self.windows[: stage(self.windows, step, self.steps) + 1],

@@ -73,7 +73,11 @@ def optimizer_tables() -> dict[str, str]:
         ratio = next((f"{row['ratio']:.2g}" for row in steps.get(name, []) if row["what"] == "ours"), "-")
         rows.append((f"`{name}`", rule(cls), f"{cls.state_per_parameter:g}", ratio, source(cls)))
     head = ("optimizer", "rule", "bytes of state a weight", "step, x AdamW", "source")
-    return {"optimizers": table(head, rows), "averages": settable("average", optimizers.AVERAGES)}
+    return {
+        "optimizers": table(head, rows),
+        "averages": settable("average", optimizers.AVERAGES),
+        "outer": settable("outer method", optimizers.OUTER),
+    }
 
 
 def times(comparison: str, arm: str) -> str:

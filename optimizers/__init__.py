@@ -6,7 +6,8 @@
     build("heavyball.ForeachSOAP:lr=1e-3", gpt)      a class of torch.optim or a public collection that is installed
 
     base.py            hyperparameters, the base classes     elementwise.py  the classics, Adam and its relatives
-    schedule_free.py   methods without a schedule            matrix.py       Muon, Shampoo, CASPR, SOAP, Kron
+    schedule_free.py   methods without a schedule            matrix.py       Muon and its relatives
+    kronecker.py       Shampoo, CASPR, SOAP, Kron
     average.py         averages of the weights               mantissa.py     bf16 weights of which nothing is lost
     this file          the way in
 
@@ -36,12 +37,12 @@ from model import roles as roles_of
 from optimizers import base, elementwise, schedule_free  # they fill the registry, in the order of these imports
 
 # isort: split
-from optimizers import matrix
-from optimizers.average import AVERAGES, Averaged, build_average
+from optimizers import kronecker, matrix
+from optimizers.average import AVERAGES, OUTER, Averaged, build_around
 from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
 
-__all__ = ["AVERAGES", "OPTIMIZERS", "Choice", "build", "build_average", "compile_update", "copy_state", "find"]
-__all__ += ["elementwise", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
+__all__ = ["AVERAGES", "OPTIMIZERS", "OUTER", "Choice", "build", "build_around", "compile_update", "copy_state", "find"]
+__all__ += ["elementwise", "kronecker", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
 
@@ -132,10 +133,13 @@ def find(spec: str) -> Choice:
     return Choice(spec, *parse(of_collection(spec), OPTIMIZERS, "optimizer"))
 
 
-def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", rates: str = "") -> torch.optim.Optimizer:
+def build(
+    spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", rates: str = "", outer: str = "none"
+) -> torch.optim.Optimizer:
     """The optimizer that `spec` names (see the top of this file), over all trainable parameters of `gpt`, which may be wrapped
     in DistributedDataParallel or compiled. steps: of the run, for settings that are a fraction of it. average: SPEC of an
-    average of the weights to evaluate at (AVERAGES), or none. rates: factors on learning rates, see `multiply_rates`.
+    average of the weights to evaluate at (AVERAGES), or none. rates: factors on learning rates, see `multiply_rates`. outer:
+    SPEC of a method around it (OUTER), or none.
 
     Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label). `train()` and
     `eval()` exist on the result: call eval() before validation and checkpoints, train() after. Raises UsageError: unknown name
@@ -157,13 +161,14 @@ def build(spec: str, gpt: nn.Module, steps: int = 1000, average: str = "none", r
         if p.requires_grad and times[p] != 1:
             raise UsageError(f"optimizer {spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
     multiply_rates(optimizer, gpt, rates)
-    if (averaging := build_average(average, steps)) is not None:
-        optimizer = Averaged(optimizer, averaging)
     role = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True))
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("weight_decay", 0.0)
+        group.setdefault("initial_decay", group["weight_decay"])
         group.setdefault("roles", label(role[p] for p in group["params"]))
+    if around := build_around(outer, average, steps):
+        optimizer = Averaged(optimizer, *around)
     for name in ("train", "eval"):
         if not hasattr(optimizer, name):
             setattr(optimizer, name, lambda: None)
@@ -286,7 +291,7 @@ def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: n
     """Have `target` go on with the state that `source` has, where both are updated by the same method."""
     optimizer.state[target] = tree_map_only(Tensor, Tensor.clone, optimizer.state[source])
     if isinstance(optimizer, Averaged):
-        optimizer.kept[target] = [w.clone() for w in optimizer.kept[source]]
+        optimizer.copy(source, target)
 
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:

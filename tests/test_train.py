@@ -482,6 +482,12 @@ def test_average_is_what_is_validated_and_stored(train):
     assert all(any(torch.equal(mean, w) for w in weights.values() if w.shape == mean.shape) for mean in means)
 
 
+def test_weight_decay_follows_its_own_schedule(train):
+    flags = ("--optimizer", "adamw:weight_decay=0.2", "--schedule", "constant", "--decay-schedule", "power:outer=2.25")
+    _, state = stored(train("--steps", "4", *flags), *flags)
+    assert sorted({group["weight_decay"] for group in state["param_groups"]}) == [0, pytest.approx(0.2 * 0.25**2.25)]
+
+
 def test_a_run_tells_where_it_is_to_who_asks(train, tmp_path, monkeypatch):
     monkeypatch.setenv("RUN_FOLDER_GOES_TO", str(tmp_path / "told"))
     folder = train("--steps", "1")
@@ -584,7 +590,7 @@ def test_code_that_a_file_names_is_not_loaded(train, tmp_path, monkeypatch, caps
     code.write_text(MARKS.format(str(mark)))
     folder = train("--steps", "2")
     settings = json.loads((folder / "config.json").read_text())
-    for key in ("schedule", "momentum_schedule", "optimizer", "average"):
+    for key in ("schedule", "decay_schedule", "momentum_schedule", "optimizer", "average", "outer"):
         (folder / "config.json").write_text(json.dumps(settings | {key: f"{code}:Mine", "data_root": str(tmp_path / "else")}))
         assert sample.main(["--run", str(folder), "--tokens", "2"]) == 0
     tuned = {"tiny": {"adamw": {"optimizer": "adamw:lr=0.1", "schedule": f"{code}:Mine"}}}

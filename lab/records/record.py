@@ -183,7 +183,9 @@ def next_number(track: str) -> int:
 
 def config_of(settings: dict[str, Any]) -> Config:
     """A run's settings, without the schedules of rates: these may name code, and a record may be a stranger's."""
-    return Config(**only(Config, settings) | {"schedule": "constant", "momentum_schedule": "keep"})
+    return Config(
+        **only(Config, settings) | {"schedule": "constant", "decay_schedule": "constant", "momentum_schedule": "keep"}
+    )
 
 
 def parameters(settings: dict[str, Any]) -> dict[str, int]:
@@ -333,9 +335,10 @@ def command_of(about: dict[str, Any]) -> str:
     recipe says the rest."""
     words = ["./run.sh", "train", "--track", about["track"], "--tricks", about["recipe"]]
     if about["category"] == "optimizer":
-        for key in ("optimizer", "average", "schedule", "momentum_schedule", "clip"):
-            value = str(about["settings"][key])
-            words += [f"--{key.replace('_', '-')}", value] * (value not in ("none", "keep"))
+        for key in ("optimizer", "outer", "average", "schedule", "decay_schedule", "momentum_schedule", "clip"):
+            value = str(about["settings"].get(key, "none"))
+            says = value not in ("none", "keep") and (key, value) != ("decay_schedule", "constant")
+            words += [f"--{key.replace('_', '-')}", value] * says
     return shlex.join([*words, "--steps", str(about["steps"]), "--seed", "N"])
 
 

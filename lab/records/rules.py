@@ -40,13 +40,13 @@ LARGEST = 300_000  # bytes of a record
 ALPHA = 0.01  # largest p of the claim that the mean loss is below the target
 MOST_OVERLAP = 0.02  # of the validation sequences; a corpus quotes itself, and a leak is of whole documents
 # What an entry of the `optimizer` category may choose; all else is what the track has with `modern`.
-OPTIMIZER_SETTINGS = ("tricks", "recipe", "optimizer", "average", "schedule", "momentum_schedule", "steps", "clip", "compile")
+SPECS = ("optimizer", "outer", "average", "schedule", "decay_schedule", "momentum_schedule")  # settings that may name code
+OPTIMIZER_SETTINGS = ("tricks", "recipe", *SPECS, "steps", "clip", "compile")
 # What no record may choose: it defines the track.
 FIXED_SETTINGS = ("corpus", "tokenizer", "vocab_size", "val_tokens", "val_spread", "target_loss")
 # Settings that older trainers had and today's has not, with the value at which they changed nothing.
 GONE = dict.fromkeys(("batch_schedule", "window_schedule", "length_schedule"), "constant")
 GONE |= {"shard_optimizer": False, "table_optimizer": "sparse_adagrad", "ngram_sparse": False}
-SPECS = ("optimizer", "average", "schedule", "momentum_schedule")  # settings that may name code
 EVENTS = {"start", "resume", "branch", "stopped", "train", "val", "target", "epoch", "checkpoint", "note", "end"}
 
 

@@ -79,12 +79,10 @@ def rows_of(table: Table) -> list[Row]:
     return sorted((row for row in table.of("descent") if row.status != "crashed"), key=lambda row: row.number)
 
 
-def following(space: Sequence[Dimension], table: Table) -> Settings | None:
-    """The next trial of a table's descent; None: it has ended, or cannot begin."""
-    first, rows = table.best(FIRST_STUDY), rows_of(table)
-    if first is None or len(table.of("search", FIRST_STUDY)) + len(rows) >= BUDGET:
-        return None
-    return order(space, first.settings, [row.val_loss for row in rows])[1]
+def following(space: Sequence[Dimension], table: Table, start: Settings | None, most: int) -> Settings | None:
+    """The next trial of a table's descent; None: it has ended, or cannot begin. most: trials of it."""
+    rows = rows_of(table)
+    return order(space, start, [row.val_loss for row in rows])[1] if start and len(rows) < most else None
 
 
 def found(table: Table) -> Row | None:

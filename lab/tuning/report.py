@@ -19,7 +19,6 @@ from lab.tuning import descent, score
 from lab.tuning.space import EXTRAS, submission
 from lab.tuning.tuned import (
     CHANGES,
-    Row,
     Scored,
     Table,
     Tables,
@@ -28,6 +27,7 @@ from lab.tuning.tuned import (
     plain,
     read_tables,
     scored,
+    setting_words,
     step_seconds,
     studies,
     target_of,
@@ -146,10 +146,6 @@ def contest(tables: dict[str, Tables]) -> list[str]:
     columns = ["workload", "submission", "trials", "loss", "changes tried", "the best of them", "settings"]
     first = markdown_table(["submission", "mean speed-up", *tracks], rows)
     return [CONTEST, "", first, "", count, "", markdown_table(columns, sorted(details)), ""]
-
-
-def setting_words(row: Row) -> str:
-    return " ".join(f"{key}={value:g}" for key, value in row.settings.items())
 
 
 class Contents(NamedTuple):

@@ -22,7 +22,7 @@ WARMUP = (0.01, 0.2, "log")  # fraction of the run
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting to search: `part` of the command it belongs to (optimizer, schedule, average), its range and scale."""
+    """One setting to search: `part` of the command it belongs to (`Submission.parts`), its range and scale."""
 
     part: str
     key: str
@@ -51,6 +51,8 @@ class Submission:
     optimizer: str
     schedule: str = "cosine"
     average: str = ""
+    outer: str = ""
+    decay_schedule: str = ""
     extra: tuple[Dimension, ...] = ()
 
     @property
@@ -68,15 +70,21 @@ class Submission:
         return (*space, *self.extra)
 
     @property
+    def parts(self) -> dict[str, str]:
+        """Trainer setting -> SPEC, without what is searched."""
+        return {part: getattr(self, part) for part in ("optimizer", "schedule", "average", "outer", "decay_schedule")}
+
+    @property
     def version(self) -> str:
         """A hash of all that a study's trials have in common; trials of another version are of another study."""
         about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average} | own_code(self.optimizer)
+        about |= {part: spec for part, spec in self.parts.items() if spec}
         text = json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def flags(self, values: dict[str, float]) -> tuple[str, ...]:
         """Trainer flags for these settings, by the names of the dimensions."""
-        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}
+        parts = self.parts
         given: dict[tuple[str, str], list[str]] = {}  # part and key -> its numbers, of which a tuple has several
         for d in self.dimensions:
             if d.name in values:
@@ -86,7 +94,7 @@ class Submission:
                 numbers[int(place or 1) - 1] = str(round(values[d.name])) if key == "every" else f"{values[d.name]:g}"
         for (part, key), numbers in given.items():
             parts[part] += f"{',' if '=' in parts[part] else ':'}{key}={'/'.join(numbers)}"
-        return tuple(word for part, spec in parts.items() if spec for word in (f"--{part}", spec))
+        return tuple(word for part, spec in parts.items() if spec for word in (f"--{part.replace('_', '-')}", spec))
 
     def defaults(self) -> dict[str, float]:
         """The optimizer's own settings for every dimension."""

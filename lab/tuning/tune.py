@@ -163,8 +163,8 @@ class Contest(Scheduler):
 
     def descend(self, first: Job) -> str:
         """A submission's descent on a workload, from where it stands to its end."""
-        table, space = self.tables[first.table], first.submission.dimensions
-        while not (self.interrupted.is_set() or self.late) and (settings := descent.following(space, table)):
+        table = self.tables[first.table]
+        while not (self.interrupted.is_set() or self.late) and (settings := self.next_settings(first)):
             number = len(descent.rows_of(table))
             line = self.one(dataclasses.replace(first, number=number, settings=settings))
             if len(descent.rows_of(table)) == number:  # it crashed, or no time was left
@@ -177,8 +177,14 @@ class Contest(Scheduler):
         pairs = product(self.options.tracks, self.options.submissions)
         return [Job("descent", track, entry, 0, 0, descent.SEED, length(track), {}) for track, entry in pairs]
 
+    def next_settings(self, job: Job) -> dict[str, float] | None:
+        """Of a descent that `job` begins: its next trial."""
+        table = self.tables[job.table]
+        start, most = table.best(tuned.FIRST_STUDY), descent.BUDGET - len(table.of("search", tuned.FIRST_STUDY))
+        return descent.following(job.submission.dimensions, table, start and start.settings, most)
+
     def has_descended(self, job: Job) -> bool:
-        return descent.following(job.submission.dimensions, self.tables[job.table]) is None
+        return self.next_settings(job) is None
 
     # ---------------------------------------------------------------- the plan
 
@@ -266,10 +272,26 @@ def compute_types(options: argparse.Namespace) -> dict[str, str]:
     return types
 
 
+def add_running(made: argparse.ArgumentParser) -> None:
+    """How trials are trained, or not."""
+    add, cores = made.add_argument, os.cpu_count() or 1
+    dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=dtype)
+    add("--side-by-side", type=int, default=cores, help=f"trials at a time, the cores shared (default: {cores})")
+    add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
+    add("--plan", action="store_true", help="print the plan and stop")
+    add("--report", action="store_true", help="train nothing: tables, plots and settings of what is there")
+
+
+def threads(options: argparse.Namespace) -> int:
+    """Of a trial."""
+    return max(1, (os.cpu_count() or 1) // options.side_by_side)
+
+
 def parser() -> argparse.ArgumentParser:
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made = Parser(prog="compare.py tune", description=__doc__, **how)
-    add, cores = made.add_argument, os.cpu_count() or 1
+    add = made.add_argument
     entries = f"registered optimizers, {', '.join(EXTRAS)}, one's own path.py:Class, or all; keys given stay fixed"
     add("--optimizers", nargs="+", default=[], metavar="SPEC", help=entries)
     add("--workloads", nargs="+", default=WORKLOADS, metavar="TRACK", help=f"default: {' '.join(WORKLOADS)}")
@@ -279,12 +301,7 @@ def parser() -> argparse.ArgumentParser:
     further = f"then coordinate descent, {descent.BUDGET} trials in all, and {descent.SEEDS} new seeds"
     add("--descend", action="store_true", help=further)
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
-    dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=dtype)
-    add("--side-by-side", type=int, default=cores, help=f"trials at a time, the cores shared (default: {cores})")
-    add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
-    add("--plan", action="store_true", help="print the plan and stop")
-    add("--report", action="store_true", help="train nothing: tables, plots and tuned.json of what is there")
+    add_running(made)
     add("--out", type=Path, default=Path("records/tuning"), help="default: records/tuning")
     return made
 
@@ -305,7 +322,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         (first,) = points(entry.dimensions, 1, 0)
         for track in options.tracks:
             resolve(["--track", track, *entry.flags(first)])
-    options.threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
+    options.threads = threads(options)
     return options
 
 

@@ -31,6 +31,10 @@ TIMED = 0.25  # of a workload's length: a run that times a step beside AdamW's
 CHANGES = ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")  # of the best settings, one at a time
 
 
+def setting_words(row: "Row") -> str:
+    return " ".join(f"{key}={value:g}" for key, value in row.settings.items())
+
+
 def plain(name: str) -> str:
     """A submission's name as a file's, from which `read_tables` has it back."""
     return quote(name, safe="=,")

@@ -66,6 +66,8 @@ KINDS = [
     ("nadamw", "linear", ("--average", "lawa_ema:decay=0.8")),
     ("muon", "exponential", ("--tricks", "ngram_embedding", "--micro-batch-tokens", "256")),
     ("soap:every=4", "cyclic", ()),
+    ("muown", "power", ("--decay-schedule", "linear")),
+    ("muon:slow=0.9,slow_start=3", "fast_slow", ("--outer", "ema_nesterov:start=2,stop=9", "--average", "tail_ema:start=4")),
     ("kron", "inverse_sqrt", ()),  # draws random numbers
     ("schedule_free_prodigy", "constant", ()),
 ]

@@ -39,6 +39,15 @@ CLOSED_FORMS = {
     "wsd:cooldown=0.5,warmup=10": lambda s: min(1.0, (s + 1) / 10, (200 - s) / 100),
     "wsd:cooldown=0.5,form=sqrt": lambda s: 1.0 if s < 100 else 1 - math.sqrt((s - 100) / 100),
     "wsd:cooldown=0.5,form=exponential": lambda s: 1.0 if s < 100 else (100 ** (1 - (s - 100) / 100) - 1) / 99,
+    "wsd:cooldown=0.5,power=1.2": lambda s: 1.0 if s < 100 else ((200 - s) / 100) ** 1.2,
+    "power": lambda s: 1 - s / 200,
+    "power:inner=0.4,outer=2,final=0.1,warmup=20": lambda s: (
+        (s + 1) / 20 if s < 20 else 0.1 + 0.9 * (1 - ((s - 20) / 180) ** 0.4) ** 2
+    ),
+    "fast_slow:hold=0.1,knee=100,level=0.2,power=0.6,final=0.05": lambda s: (
+        1.0 if s <= 20 else 1 - 0.8 * ((s - 20) / 80) ** 0.6 if s < 100 else 0.2 - 0.15 * (s - 100) / 100
+    ),
+    "fast_slow": lambda s: 1 - 0.8 * max(0, (s - 12.8) / 99.2) ** 0.6 if s < 112 else 0.2 * (200 - s) / 88,
     "cyclic": lambda s: 0.5 + 0.5 * math.cos(math.pi * (s % 50) / 50),
     "cyclic:cycles=2,decay=0.5,final=0.1": lambda s: (
         (0.5 if s >= 100 else 1.0) * (0.55 + 0.45 * math.cos(math.pi * (s % 100) / 100))

@@ -195,12 +195,13 @@ def test_command_of_an_optimizer_record_trains_its_settings(kept):
     about = kept[1].about | {"category": "optimizer", "recipe": "modern"}
     flags = ["--tricks", "modern", "--optimizer", "muon:lr=0.01"]
     flags += ["--average", "lawa_ema:decay=0.9", "--schedule", "wsd", "--clip", "0"]
+    flags += ["--outer", "ema_nesterov", "--decay-schedule", "linear"]
     for words in flags, flags[:4]:
         settings = dataclasses.asdict(resolve(["--track", "tiny", *words])[0])
         told = records.readme(about | {"settings": settings}).splitlines()[4].split("`")[1].split()
         assert told[:3] == ["./run.sh", "train", "--track"] and told[-2:] == ["--seed", "N"]
         again = dataclasses.asdict(resolve(told[2:-2])[0])
-        keys = ("tricks", "optimizer", "average", "schedule", "momentum_schedule", "clip", "compile")
+        keys = ("tricks", *rules.SPECS, "clip", "compile")
         assert [again[key] for key in keys] == [settings[key] for key in keys]
 
 

@@ -158,7 +158,7 @@ class Wrong(torch.optim.SGD):
 
 
 def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tuned, "draw_sensitivity", lambda *_: None)
+    monkeypatch.setattr(report, "draw_sensitivity", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     (file := Path("mine.py")).write_text(OWN)
     plain, matrices, declared, like, wrong = names = [f"{file}:{c}" for c in ("Plain", "Matrices", "Declared", "Like", "Wrong")]
@@ -414,7 +414,7 @@ def test_damaged_tables_are_refused_by_name(fake, tmp_path, capsys):
 
 def test_tables_of_own_optimizers_keep_apart(fake, tmp_path, capsys, monkeypatch):
     """By name, though both would be the same in a file's letters; and by the code that the file held."""
-    monkeypatch.setattr(tuned, "draw_sensitivity", lambda *_: None)
+    monkeypatch.setattr(report, "draw_sensitivity", lambda *_: None)
     names = []
     for path in ("x/b.py", "x-b.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)

@@ -270,7 +270,7 @@ def test_frozen_parameters_are_left_out():
 
 
 NAMES = """sgd signum adagrad rmsprop adadelta adam adamw cautious_adamw nadamw nadamp generalized_adam amos lion ademamix adopt
-mars schedule_free_adamw schedule_free_sgd prodigy schedule_free_prodigy muon shampoo caspr soap kron"""
+mars schedule_free_adamw schedule_free_sgd prodigy schedule_free_prodigy muon muown shampoo caspr soap kron"""
 
 
 def test_registered_methods_are_documented():
@@ -337,11 +337,11 @@ def test_a_method_learns_and_continues_identically_from_its_state(name):
 
 def check_state_bytes(cls: type, gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
     if cls.roles == ("matrix",):  # stated for square matrices
-        p = nn.Parameter(torch.randn(64, 64))
-        p.grad = torch.randn(64, 64)
+        p = nn.Parameter(torch.randn(128, 128))
+        p.grad = torch.randn(128, 128)
         method = cls([p])
         method.step()
-        assert state_bytes(method) == pytest.approx(cls.state_per_parameter * 64**2, rel=0.04)
+        assert state_bytes(method) == pytest.approx(cls.state_per_parameter * 128**2, rel=0.04)
         return
     role = roles(gpt)
     expected = sum((cls.state_per_parameter if role[n] in cls.roles else 8.0) * p.numel() for n, p in gpt.named_parameters())

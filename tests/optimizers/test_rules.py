@@ -22,10 +22,11 @@ import optimizers
 from engine.hardware import can_compile
 from model import GPT, ModelConfig, roles, splits
 from optimizers import OPTIMIZERS, build, state_bytes
-from optimizers.average import Averaged, build_average
+from optimizers.average import Averaged, build_around
 from optimizers.base import Elementwise, Optimizer
 from optimizers.elementwise import Lion, RMSprop
-from optimizers.matrix import SOAP, Kron, Muon, Shampoo, tiles
+from optimizers.kronecker import SOAP, Kron, Shampoo
+from optimizers.matrix import Muon, Muown, tiles
 
 STEPS = 20
 
@@ -320,7 +321,7 @@ def test_elementwise_method_is_its_rule(name):
 
 
 def test_every_method_has_its_rule_here():
-    elsewhere = {"prodigy", "schedule_free_prodigy", "muon", "shampoo", "caspr", "soap", "kron"}
+    elsewhere = {"prodigy", "schedule_free_prodigy", "muon", "muown", "shampoo", "caspr", "soap", "kron"}
     assert {name.split()[0] for name in ELEMENTWISE} | elsewhere == set(OPTIMIZERS)
 
 
@@ -404,11 +405,16 @@ def root_of(A: torch.Tensor, power: float, ridge: float) -> torch.Tensor:
     return vectors @ torch.diag((values.clamp(min=0) + ridge) ** -power) @ vectors.T
 
 
-def muon_updates(gs, momentum, nesterov, normuon, normuon_beta2):
-    m, rows = 0, 0
-    for g in gs:
-        m = momentum * m + (1 - momentum) * g
-        u = (1 - momentum) * g + momentum * m if nesterov else m
+def muon_updates(gs, momentum, nesterov, normuon, normuon_beta2, slow=0, fast=0, fast_share=1, slow_start=99, equal_rows=False):
+    m, n, rows = 0, 0, 0
+    for t, g in enumerate(gs, 1):
+        if t <= slow_start:
+            m = n = momentum * m + (1 - momentum) * g
+        else:
+            m, n = fast * m + (1 - fast) * g, slow * n + (1 - slow) * g
+        both = fast_share * m + (1 - fast_share) * n
+        u = (1 - momentum) * g + momentum * both if nesterov else both
+        u = u / u.norm(dim=1, keepdim=True) if equal_rows else u
         U, _, V = torch.linalg.svd(u, full_matrices=False)
         o = U @ V  # the cubic iteration's limit
         if normuon:
@@ -435,6 +441,8 @@ def shampoo_updates(gs, beta1, beta2, eps, exponent, one_sided, every, start, gr
             left = root_of(L / correction, power, eps) if "L" in sides else torch.eye(len(L)).double()
             right = root_of(R / correction, power, eps) if "R" in sides else torch.eye(len(R)).double()
         u = left @ mean @ right
+        if grafting == "rms":
+            u = u * 0.04 * math.sqrt(u.size(0) / 768) / u.square().mean().sqrt()
         yield u * graft.norm() / u.norm() if grafting == "adam" else u
 
 
@@ -461,7 +469,7 @@ def caspr_updates(gs, beta1, beta2, eps, every, start, graft_eps):
         yield graft if t <= start else u * graft.norm() / u.norm()
 
 
-def soap_updates(gs, beta1, beta2, shampoo_beta, eps, every):
+def soap_updates(gs, beta1, beta2, shampoo_beta, eps, every, polar=False, kl=False):
     """The first step only starts the factors and their bases; t counts the steps after it."""
     L, R = (1 - shampoo_beta) * gs[0] @ gs[0].T, (1 - shampoo_beta) * gs[0].T @ gs[0]
     left, right = (torch.linalg.eigh(A)[1].flip(-1) for A in (L, R))
@@ -470,8 +478,16 @@ def soap_updates(gs, beta1, beta2, shampoo_beta, eps, every):
     for t, g in enumerate(gs[1:], 1):
         rotated = left.T @ g @ right
         m, v = beta1 * m + (1 - beta1) * rotated, beta2 * v + (1 - beta2) * rotated**2
-        yield left @ (m / (v.sqrt() + eps)) @ right.T * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        L, R = shampoo_beta * L + (1 - shampoo_beta) * g @ g.T, shampoo_beta * R + (1 - shampoo_beta) * g.T @ g
+        u = left @ (m / (v.sqrt() + eps)) @ right.T * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        U, _, V = torch.linalg.svd(u, full_matrices=False)
+        yield U @ V * max(1, g.size(0) / g.size(1)) ** 0.5 if polar else u
+        of_rows, of_columns = (
+            (inverse_by(R, right) / len(R), inverse_by(L, left) / len(L)) if kl else map(torch.eye, reversed(g.shape))
+        )
+        L, R = (
+            shampoo_beta * L + (1 - shampoo_beta) * g @ of_rows.double() @ g.T,
+            shampoo_beta * R + (1 - shampoo_beta) * g.T @ of_columns.double() @ g,
+        )
         if t % every == 0:
             m = left @ m @ right.T
             turned = []
@@ -481,6 +497,12 @@ def soap_updates(gs, beta1, beta2, shampoo_beta, eps, every):
                 turned.append(torch.linalg.qr(A @ Q[:, order])[0])
             left, right = turned
             m = left.T @ m @ right
+
+
+def inverse_by(A, basis):
+    """A^-1 if the basis were A's eigenvectors; eigenvalues lifted by a thousandth of the largest."""
+    values = (basis.T @ A @ basis).diagonal()
+    return basis @ torch.diag(1 / (values + 1e-3 * values.max())) @ basis.T
 
 
 def kron_updates(gs, ids, beta1, rate, flat, least_probability, scale, clip):
@@ -526,8 +548,20 @@ MATRIX = {
     "shampoo": (shampoo_updates, SHAMPOO, 1e-4),
     "shampoo one-sided": (shampoo_updates, SHAMPOO | dict(one_sided=True, exponent=0.2), 1e-4),
     "shampoo ungrafted": (shampoo_updates, SHAMPOO | dict(grafting="none", exponent=0.5, eps=1e-4), 1e-4),
+    "muon two averages": (
+        muon_updates,
+        dict(momentum=0.8, nesterov=True, normuon=False, normuon_beta2=0.9, slow=0.95, fast=0.7, fast_share=0.4, slow_start=4),
+        1e-4,
+    ),
+    "muon equal rows": (
+        muon_updates,
+        dict(momentum=0.8, nesterov=True, normuon=False, normuon_beta2=0.9, equal_rows=True),
+        1e-4,
+    ),
+    "shampoo rms": (shampoo_updates, SHAMPOO | dict(grafting="rms", exponent=1 / 3, eps=1e-4, start=1), 1e-4),
     "caspr": (caspr_updates, dict(beta1=0.8, beta2=0.7, eps=1e-4, every=3, start=4, graft_eps=1e-3), 1e-4),
     "soap": (soap_updates, dict(beta1=0.8, beta2=0.7, shampoo_beta=0.9, eps=1e-3, every=3), 1e-4),
+    "soap kl": (soap_updates, dict(beta1=0.8, beta2=0.7, shampoo_beta=0.9, eps=1e-3, every=3, kl=True), 1e-4),
     "kron": (kron_updates, dict(beta1=0.8, rate=0.1, flat=5, least_probability=0.2, scale=1.5, clip=0.5), 1e-4),
 }
 
@@ -562,6 +596,66 @@ def test_matrix_method_is_its_rule(name, block, monkeypatch):
                 target.mul_(1 - 0.02 * 0.3).sub_(0.02 * u)
         number += len(blocks[0])
         assert error(p, right, before[parameter]) < tolerance, parameter
+
+
+def test_a_sphere_keeps_the_size_and_the_other_levers_of_muon(capsys):
+    """Against plain float64: the sphere's rule for both sizes, from zeros too; Muon+ where the iteration has not ended."""
+    torch.manual_seed(0)
+    for sphere, m, n, zero in (
+        ("frobenius", 8, 6, False),
+        ("frobenius", 8, 6, True),
+        ("spectral", 6, 9, False),
+        ("spectral", 6, 9, True),
+    ):
+        w = nn.Parameter(torch.zeros(m, n) if zero else torch.randn(m, n))
+        size = (lambda x: x.norm()) if sphere == "frobenius" else lambda x: torch.linalg.matrix_norm(x, 2)
+        R = math.sqrt(m / n) if sphere == "spectral" else 0.02 * math.sqrt(m * n) if zero else w.detach().double().norm()
+        right, momentum = w.detach().double(), 0
+        muon = Muon([w], lr=0.1, weight_decay=0.5, sphere=sphere, steps=30, coefficients="cubic", dtype="fp32", nesterov=False)
+        for step in range(6):
+            w.grad = gradient(w, step, 0)
+            muon.step()
+            momentum = 0.95 * momentum + 0.05 * w.grad.double()
+            U, _, V = torch.linalg.svd(momentum, full_matrices=False)
+            right = right - 0.1 * R * (U @ V) / size(U @ V)
+            right = right * (R / size(right))
+            torch.testing.assert_close(w.detach().double(), right, atol=2e-4, rtol=2e-3)
+            near = 2e-3 if sphere == "spectral" else 1e-5  # power iterations
+            assert float(size(w.detach().double())) == pytest.approx(float(R), rel=near)
+    G = torch.randn(3, 8, 5)
+    muon = Muon([nn.Parameter(torch.zeros(24, 5))], fixed_norm=True, dtype="fp32", nesterov=False, scale="none")
+    u = muon.update(muon.param_groups[0] | {"t": 1}, {"momentum": torch.zeros(3, 8, 5)}, G, [0, 1, 2])
+    torch.testing.assert_close(u.norm(dim=(1, 2)), torch.full((3,), math.sqrt(5)))
+    assert torch.linalg.svdvals(u).std() > 0.01, "the iteration had ended: nothing was tested"
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_muown_moves_gain_and_direction_each_by_its_own_gradient(shape):
+    """By autograd through W = g unit(V), in float64."""
+    torch.manual_seed(1)
+    w = nn.Parameter(torch.randn(shape))
+    with torch.no_grad():
+        w[2] = 0
+    muown = Muown([w], lr=0.05, steps=30, coefficients="cubic", dtype="fp32")
+    g, V = w.detach().double().norm(dim=1, keepdim=True), w.detach().double()
+    momentum = m = v = 0
+    for step in range(1, 9):
+        w.grad = gradient(w, step, 0)
+        G = w.grad.double()
+        if step == 1:
+            V[2] = -G[2] / G[2].norm() * 0.02 * math.sqrt(shape[1])
+        muown.step()
+        g.requires_grad_(True), V.requires_grad_(True)
+        (g * V / V.norm(dim=1, keepdim=True) * G).sum().backward()
+        of_gain, of_direction = g.grad, V.grad
+        with torch.no_grad():
+            momentum = 0.95 * momentum + 0.05 * of_direction
+            U, S, Vh = torch.linalg.svd(0.05 * of_direction + 0.95 * momentum, full_matrices=False)
+            U = U * (S > 1e-9)  # the row of zeros has no gradient across its direction in the first step
+            m, v = 0.9 * m + 0.1 * of_gain, 0.95 * v + 0.05 * of_gain**2
+            g = (g - 0.05 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)).clamp(min=1e-8).detach()
+            V = (V - 0.05 * 0.2 * math.sqrt(max(shape)) * U @ Vh).detach()
+            torch.testing.assert_close(w.detach().double(), g * V / V.norm(dim=1, keepdim=True), atol=1e-4, rtol=1e-3)
 
 
 def test_cautious_decay_shrinks_only_where_the_update_does():
@@ -687,7 +781,10 @@ def test_public_package_gives_the_same(name, capsys):
 # ---------------------------------------------------------------- averages, evaluation weights
 
 
-@pytest.mark.parametrize("average", ["lawa_queue:length=3,every=2,start=4", "lawa_ema:decay=0.7,every=2,start=4"])
+TAIL = "tail_ema:decay=0.7,every=2,start=4,blend=0.6"
+
+
+@pytest.mark.parametrize("average", ["lawa_queue:length=3,every=2,start=4", "lawa_ema:decay=0.7,every=2,start=4", TAIL])
 def test_average_is_the_explicit_one(average):
     gpt, twin = small(), small()
     averaged, plain = build("adamw", gpt, average=average), build("adamw", twin)
@@ -707,18 +804,50 @@ def test_average_is_the_explicit_one(average):
             right = kept[0][i]
             for w in kept[1:]:
                 right = 0.7 * right + 0.3 * w[i]
+            right = 0.4 * kept[-1][i] + 0.6 * right if average == TAIL else right
         torch.testing.assert_close(p.detach(), right, atol=1e-6, rtol=1e-5)
     averaged.train()
     assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), twin.parameters(), strict=True))
 
 
-SWAPPING = ["schedule_free_adamw", "schedule_free_sgd", "schedule_free_prodigy", "adamw lawa_ema:decay=0.7", "muon lawa_queue"]
+def test_ema_nesterov_is_its_rule():
+    """Around SGD on a bowl, in float64 beside it; with an average of the same x."""
+    a, b = nn.Parameter(torch.tensor([3.0, -2.0])), nn.Parameter(torch.tensor([1.0]))
+    around = build_around("ema_nesterov:beta=0.5,decay=0.8,start=2,stop=7", "tail_ema:decay=0.5,start=3,blend=0.25", 10)
+    optimizer = Averaged(torch.optim.SGD([dict(params=[a, b], initial_lr=0.2)], lr=0.1), *around)
+    x, m, ema = torch.tensor([3.0, -2.0, 1.0]).double(), 0, None
+    ahead = x
+    for t in range(1, 11):
+        for p in (a, b):
+            p.grad = 2 * p.detach()
+        optimizer.step()
+        before, x = x, ahead - 0.1 * 2 * ahead
+        m = 0.8 * m + 0.2 * (x - before) if t > 3 else 0
+        ahead = x + 0.5 * 0.5 * m if t <= 7 else x
+        ema = (x if ema is None else 0.5 * ema + 0.5 * x) if t > 3 else None
+        torch.testing.assert_close(torch.cat([a, b]).detach().double(), ahead, atol=1e-6, rtol=1e-6)
+        optimizer.eval()
+        torch.testing.assert_close(
+            torch.cat([a, b]).detach().double(), x if ema is None else 0.75 * x + 0.25 * ema, atol=1e-6, rtol=1e-6
+        )
+        optimizer.train()
+
+
+SWAPPING = [
+    "muon lawa_queue ema_nesterov:start=65,stop=80",
+    "adamw tail_ema:start=65",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "schedule_free_prodigy",
+    "adamw lawa_ema:decay=0.7",
+    "muon lawa_queue",
+]
 
 
 @pytest.mark.parametrize("words", SWAPPING)
 def test_evaluation_leaves_training_as_it_was(words):
-    spec, _, average = words.partition(" ")
-    make = lambda gpt: build(spec + (":dtype=fp32" if spec == "muon" else ""), gpt, average=average or "none")  # noqa: E731
+    spec, average, outer = (words.split() + ["none"] * 2)[:3]
+    make = lambda gpt: build(spec + (":dtype=fp32" if spec == "muon" else ""), gpt, average=average, outer=outer)  # noqa: E731
     gpt, twin, third = small(), small(), small()
     one, two = make(gpt), make(twin)
     saved = None
@@ -779,7 +908,7 @@ def test_no_fast_average_is_no_error(spec):
 def test_averages_are_kept_in_fp32():
     """In bf16 a hundredth of a step of 0.25 would be rounded away, each time."""
     w = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    averaged = Averaged(torch.optim.SGD([w], lr=0.0), build_average("lawa_ema:decay=0.99", 1000))
+    averaged = Averaged(torch.optim.SGD([w], lr=0.0), *build_around("none", "lawa_ema:decay=0.99", 1000))
     w.grad = torch.zeros_like(w)
     averaged.step()
     w.data.fill_(1.25)
@@ -1022,12 +1151,13 @@ if world > 1:
     dist.destroy_process_group()
 """
 SHARED = {  # SPEC -> how far the weights may differ, relative to how far they have moved
-    "muon:dtype=fp32,normuon=true": 1e-5,
+    "muon:dtype=fp32,normuon=true,slow=0.98,slow_start=3,equal_rows=true,sphere=spectral": 1e-5,
     "muon:dtype=bf16": 0.04,
     "shampoo:start=3,every=4,block=16": 1e-5,
-    "soap:every=4,block=16": 1e-5,
+    "soap:every=4,block=16,kl=true,sphere=frobenius": 1e-5,
     "kron:block=16,flat=5,least_probability=0.5": 1e-5,
     "caspr:start=3,every=4,block=16": 1e-5,
+    "muown:dtype=fp32,steps=12": 1e-5,
 }
 
 

@@ -1,0 +1,309 @@
+"""The lever board: what each lever of the optimizer race adds to a tuned Muon, alone, tuned, with seeds.
+
+    ./run.sh compare levers --plan                                what that trains, and stop
+    ./run.sh compare levers --workloads bytes-large               train it, write the board
+    ./run.sh compare levers --levers tail_ema --workloads wiki    one of them
+
+Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever begins at Muon's end
+with settings of its own beside; these and its rates are moved, in as many trials as Muon had. Then all train with new seeds,
+interleaved, at one length; Muon at two other lengths too: what a step is worth in loss turns losses into steps.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_1samp
+
+import optimizers
+import tricks
+from engine.command import Parser
+from engine.run_folder import atomic_write
+from engine.spec import UsageError, nearest, split
+from lab import plots, stats
+from lab.markdown import table as markdown_table
+from lab.runner import alone_in, at_least
+from lab.tuning import descent, tune
+from lab.tuning.space import Dimension, Submission, submission
+from lab.tuning.tuned import Row, Tables, read_tables, setting_words
+
+TRIALS = 12  # of a lever, and of Muon
+SEEDS = 6
+LENGTHS = (0.8, 1.25)  # of Muon's other runs, as parts of the workload's length
+SCHEDULE = "wsd:cooldown=0.7"  # of modded-nanogpt's optimizer track
+OUT = Path("records/levers")
+LEVEL = 0.05  # of the verdicts, after Holm's correction
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A change to Muon. own: settings of its own that are moved, and where they start. start: of rates that do not go on from
+    Muon's. claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; numbers are of entries
+    and pull requests of modded-nanogpt's optimizer track."""
+
+    claim: str
+    optimizer: str = "muon"
+    own: tuple[tuple[Dimension, float], ...] = ()
+    start: tuple[tuple[str, float], ...] = ()
+    schedule: str = SCHEDULE
+    average: str = ""
+    outer: str = ""
+    decay_schedule: str = ""
+
+
+def beta(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, float]:
+    return Dimension(part, key, 0.5, 0.999, "complement"), start
+
+
+def share(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, float]:
+    return Dimension(part, key, 0.1, 1.0, "linear"), start
+
+
+def decay(start: float) -> tuple[tuple[Dimension, float], ...]:
+    return ((Dimension("optimizer", "weight_decay", 1e-3, 1.0, "log"), start),)
+
+
+SOAP, SHAMPOO = "soap:every=1,beta2=0.9,shampoo_beta=0.9", "shampoo:every=1,exponent=0.333,grafting=rms,beta1=0.95"
+# fmt: off
+LEVERS: dict[str, Lever] = {
+    "aux_betas": Lever("12 of 17 records of a frozen benchmark raised beta2 to 0.98-0.999; not measured alone",
+                       own=(beta("adamw_beta2", 0.98), beta("embedding_beta2", 0.98), beta("head_beta2", 0.98))),
+    "ema_nesterov": Lever("3,325 to 3,125, n = 20 (#39)", outer="ema_nesterov",
+                          own=(share("beta", 0.6, "outer"), beta("decay", 0.95, "outer"))),
+    "hyperball": Lever("3,250 to 3,250, both tuned (#36, #37)", "muon:sphere=frobenius", start=(("lr", 0.02),)),
+    "hyperball_power": Lever("3,250 to 3,150 (#345)", "muon:sphere=frobenius", start=(("lr", 0.03),),
+                             schedule="power:inner=0.4"),
+    "spectral_sphere": Lever("better at 1.7B; untested at 124M", "muon:sphere=spectral", start=(("lr", 0.02),)),
+    "two_speed": Lever("3,250 to 3,210, n = 8 (#340)",
+                       own=(beta("slow", 0.98), beta("fast", 0.85), share("fast_share", 0.4385))),
+    "tail_ema": Lever("42 fewer, on a stack (#46)", average="tail_ema",
+                      own=(beta("decay", 0.9, "average"), share("blend", 0.6, "average"))),
+    "equal_rows": Lever("very slight (nanochat)", "muon:equal_rows=true"),
+    "fixed_norm": Lever("very slight, with equal rows (nanochat)", "muon:fixed_norm=true"),
+    "normuon": Lever("3,325 to 3,250, n = 20 (#10, #12)", "muon:normuon=true", own=(beta("normuon_beta2", 0.95),)),
+    "cautious": Lever("19 fewer, on a stack (#46)", "muon:cautious=true", own=decay(0.05)),
+    "decay_schedule": Lever("not measured alone", decay_schedule="power:outer=2.25", own=decay(0.1)),
+    "power_cooldown": Lever("part of a stack (#46)", schedule="wsd:cooldown=0.7,power=1.2"),
+    "fast_slow": Lever("MuonH: 3,250 to 3,125, n = 20 (#351)", schedule="fast_slow"),
+    "floor": Lever("part of stacks", schedule="wsd:cooldown=0.7,final=0.1"),
+    "soap": Lever("on the MLP alone 3,225 to 3,150, n = 4 (#14)", SOAP, start=(("lr", 0.01),)),
+    "soap_muon": Lever("backbone of the best stacks (#44 to #46)", SOAP + ",polar=true"),
+    "kl_soap_hyperball": Lever("3,040, n = 5, the best clean entry (#25)", SOAP + ",kl=true,sphere=frobenius",
+                               start=(("lr", 0.018),)),
+    "shampoo_rms": Lever("3,150 at three times the step, n = 4 (#327)", SHAMPOO),
+    "muown": Lever("3,075, n = 30 (#23)", "muown", start=(("lr", 0.01),)),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Entry(Submission):
+    """One whose settings to move are stated."""
+
+    space: tuple[Dimension, ...] = ()
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        return self.space
+
+
+@cache
+def of_muon() -> tuple[Dimension, ...]:
+    return tuple(sorted(submission("muon").dimensions, key=lambda d: d.key != "lr"))
+
+
+def entry(name: str, end: dict[str, float]) -> Submission:
+    """Muon; or a lever, the settings that it does not move fixed where Muon ended."""
+    if name == "muon":
+        return Entry(name, name, SCHEDULE, space=of_muon())
+    lever, method, moved = LEVERS[name], split(LEVERS[name].optimizer)[0], [d for d, _ in LEVERS[name].own]
+    rates = [d for d in of_muon() if "lr" in d.key]
+    free = {"schedule_warmup", *(d.name for d in (*moved, *rates))}
+    fixed = {k: v for k, v in end.items() if k not in free and hasattr(optimizers.OPTIMIZERS[method], k)}
+    optimizer = tricks.merge_optimizer(f"{method}:" + ",".join(f"{k}={v:g}" for k, v in fixed.items()), lever.optimizer)
+    schedule = f"{lever.schedule}{',' if '=' in lever.schedule else ':'}warmup={end['schedule_warmup']:g}"
+    space = (rates[0], *moved, *rates[1:])
+    return Entry(name, optimizer, schedule, lever.average, lever.outer, lever.decay_schedule, space=space)
+
+
+def begin(name: str, end: dict[str, float], known: Tables) -> dict[str, float]:
+    """Where a descent begins: Muon's at its best in records/tuning, a lever's at Muon's end."""
+    if name == "muon":
+        rows = [row for row in (known["muon"].best(), descent.found(known["muon"])) if row] if "muon" in known else []
+        best = min(rows, key=lambda row: row.val_loss, default=None)
+        return best.settings if best else submission("muon").defaults()
+    lever = LEVERS[name]
+    return {"lr": end["lr"]} | {d.name: value for d, value in lever.own} | {"adamw_lr": end["adamw_lr"]} | dict(lever.start)
+
+
+class Board(tune.Contest):
+    """The trials of the board."""
+
+    def __init__(self, options: argparse.Namespace):
+        super().__init__(options)
+        for track in options.tracks:
+            for name in ("muon", *options.levers):
+                self.tables[track, name] = tune.Table(options.out / track / f"{name}.csv")
+        self.known = read_tables(tricks.TUNED.parent)
+
+    def end(self, track: str, name: str) -> dict[str, float]:
+        row = descent.found(self.tables[track, name])
+        return row.settings if row else {}
+
+    def job(self, kind: str, track: str, name: str, number: int = 0, steps: int = 0) -> tune.Job:
+        about = (0, number, descent.SEED + (kind != "descent") * (1 + number), steps or tune.length(track))
+        return tune.Job(kind, track, entry(name, self.end(track, "muon")), *about, self.end(track, name))
+
+    def next_settings(self, job: tune.Job) -> dict[str, float] | None:
+        track, name = job.table
+        start = begin(name, self.end(track, "muon"), self.known.get(track, {}))
+        return descent.following(job.submission.dimensions, self.tables[job.table], start, TRIALS)
+
+    def finals(self) -> list[tune.Job]:
+        """Seed by seed: all levers, and Muon at each of its lengths."""
+        jobs = []
+        for track in self.options.tracks:
+            ended = [name for name in ("muon", *self.options.levers) if self.end(track, name)]
+            lengths = [round(part * tune.length(track)) for part in LENGTHS] if ended else []
+            for n in range(SEEDS):
+                jobs += [self.job("final", track, name, n) for name in ended]
+                jobs += [self.job("length", track, "muon", n, steps) for steps in lengths]
+        return jobs
+
+    def run(self) -> None:
+        for names in (["muon"], self.options.levers):  # a lever's jobs can be made when Muon has ended
+            jobs = [self.job("descent", track, name) for track in self.options.tracks for name in names]
+            self.run_through("descent", jobs, self.has_descended, self.descend, self.options.side_by_side)
+        self.run_through("final", self.finals(), self.ended, self.one, self.options.side_by_side)
+
+    def plan(self) -> None:
+        options = self.options
+        for track in options.tracks:
+            count = (1 + len(options.levers)) * (TRIALS + SEEDS) + len(LENGTHS) * SEEDS
+            hours = count * self.seconds_of_a_trial(track) / options.side_by_side / 3600
+            print(f"{track}: at most {count} trials of about {tune.length(track)} steps, {hours:.1f} hours")
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def finals(table: tune.Table, kind: str = "final") -> list[Row]:
+    """Its runs with new seeds that ended, by seed."""
+    best = descent.found(table)
+    rows = [row for row in table.of(kind) if best and row.settings == best.settings and math.isfinite(row.val_loss)]
+    return sorted(rows, key=lambda row: (row.steps, row.number))
+
+
+def lines_of(tables: Tables) -> list[dict[str, Any]]:
+    """A line for each lever that has all its seeds, the best first. Differences are paired by seed."""
+    lines, muon = [], finals(tables["muon"]) if "muon" in tables else []
+    lengths = [*muon, *finals(tables["muon"], "length")] if muon else []
+    complete = [name for name in LEVERS if name in tables and len(finals(tables[name])) == len(muon) == SEEDS]
+    for name in complete:
+        pairs = list(zip(finals(tables[name]), muon, strict=True))
+        gaps = [lever.val_loss - base.val_loss for lever, base in pairs]
+        d, loss = stats.Sample.of(gaps), statistics.mean(lever.val_loss for lever, _ in pairs)
+        worth = stats.horizon([row.steps for row in lengths], [row.val_loss for row in lengths], loss)
+        steps = [2.0 ** (gap / worth.slope) if worth else math.nan for gap in (d.mean, *d.interval())]
+        line = dict(name=name, loss=loss, difference=d.mean, interval=list(d.interval()), p=float(ttest_1samp(gaps, 0).pvalue))
+        line |= dict(smallest=stats.smallest_difference(SEEDS, d.sd, LEVEL), steps=steps[0], steps_interval=sorted(steps[1:]))
+        lines.append(line | dict(cost=statistics.median(lever.seconds / base.seconds for lever, base in pairs)))
+    highest = 0.0
+    for rank, line in enumerate(sorted(lines, key=lambda line: line["p"])):
+        line["holm"] = highest = max(highest, min(1.0, line["p"] * (len(lines) - rank)))
+        line["verdict"] = "no difference" if highest >= LEVEL else "helps" if line["difference"] < 0 else "hurts"
+    return sorted(lines, key=lambda line: line["difference"])
+
+
+ABOUT = f"""# Levers
+
+Generated by `./run.sh compare levers`. Each lever of modded-nanogpt's optimizer track is added to a tuned Muon, alone. Muon
+and each lever have {TRIALS} trials of coordinate descent at most, on one seed; then all train with {SEEDS} new seeds,
+interleaved, at one length. *Difference*: the final loss minus Muon's on the same seed (95 % interval). *Steps*: how many times
+as many steps Muon needs for the lever's loss, from its runs at {LENGTHS[0]} to {LENGTHS[1]} of the length. *Cost*: CPU time of
+a step, over Muon's. *Time*: steps over cost. A verdict is Holm's at {LEVEL:.0%}. *Would show*: the smallest difference that
+{SEEDS} seeds show with a chance of 90 %. The models are small and the runs short: read the order, not the size. What the
+authors say is on GPT-2 124M, in steps to 3.28.
+"""
+HEAD = ["lever", "verdict", "difference, nats", "p (Holm)", "would show", "steps", "cost", "time", "its authors"]
+
+
+def page(boards: dict[str, list[dict[str, Any]]], tables: dict[str, Tables]) -> str:
+    """README.md."""
+    parts = [ABOUT]
+    for track, lines in boards.items():
+        rows, settings, of = [], [], tables[track]
+        for line in lines:
+            low, high = line["interval"]
+            few, many = line["steps_interval"]
+            cells = [f"`{line['name']}`", line["verdict"], f"{line['difference']:+.4f} ({low:+.4f} to {high:+.4f})"]
+            cells += [f"{line['holm']:.2g}", f"{line['smallest']:.4f}", f"{line['steps']:.2f}x ({few:.2f}-{many:.2f})"]
+            rows.append([*cells, f"{line['cost']:.2f}", f"{line['steps'] / line['cost']:.2f}x", LEVERS[line["name"]].claim])
+        for name in ("muon", *(line["name"] for line in lines)):
+            end, trials = descent.found(of[name]), descent.rows_of(of[name])
+            settings.append([f"`{name}`", str(len(trials)), f"{end.val_loss:.4f}", f"`{setting_words(end)}`"])
+        parts.append(f"## `{track}`: {tricks.track(track).summary.removeprefix('workload: ')}, {tune.length(track)} steps\n")
+        parts += [markdown_table(HEAD, rows), f"\n![difference to Muon](levers-{track}.png)\n"]
+        parts += [markdown_table(["lever", "trials", "loss, tuning seed", "settings"], settings) + "\n"]
+        if missing := sorted(set(LEVERS) - {line["name"] for line in lines}):
+            parts.append(f"Missing here: {', '.join(missing)}.\n")
+    return "\n".join(parts)
+
+
+def draw(track: str, lines: Sequence[dict[str, Any]]) -> Any:
+    """A forest: differences to Muon with their intervals, the best lever on top."""
+    figure, axis = plots.pyplot().subplots(figsize=(8, 0.36 * len(lines) + 1.3), constrained_layout=True)
+    colours = {"helps": "#0072B2", "hurts": "#D55E00", "no difference": "0.6"}
+    for y, line in enumerate(reversed(lines)):
+        axis.plot(line["interval"], [y, y], color=colours[line["verdict"]], linewidth=2)
+        axis.plot(line["difference"], y, "o", color=colours[line["verdict"]])
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(range(len(lines)), [line["name"] for line in reversed(lines)])
+    axis.set_xlabel(f"final loss minus Muon's, nats; left is better ({SEEDS} seeds, 95 % interval)")
+    axis.set_title(f"{track}: blue helps, red hurts, grey shows no difference", fontsize=10)
+    return figure
+
+
+def contents(tables: dict[str, Tables]) -> tuple[dict[str, str], dict[str, list[dict[str, Any]]]]:
+    """What follows from the tables: files, and the lines of each workload's board."""
+    boards = {track: lines for track, of in tables.items() if (lines := lines_of(of))}
+    return {"README.md": page(boards, tables), "levers.json": json.dumps(boards, indent=1) + "\n"}, boards
+
+
+def report(folder: Path) -> str:
+    texts, boards = contents(read_tables(folder))
+    if not boards:
+        raise UsageError(f"{folder} holds no lever with {SEEDS} seeds beside Muon: ./run.sh compare levers")
+    for name, text in texts.items():
+        atomic_write(folder / name, text)
+    for track, lines in boards.items():
+        plots.save(draw(track, lines), folder, f"levers-{track}", lines)
+    return f"{sum(map(len, boards.values()))} levers on {len(boards)} workloads: {folder / 'README.md'}"
+
+
+def run(argv: list[str]) -> str:
+    """Raises UsageError: an unknown lever or workload."""
+    made = Parser(prog="compare.py levers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--levers", nargs="+", default=list(LEVERS), metavar="LEVER", help=f"default: all: {', '.join(LEVERS)}")
+    made.add_argument("--workloads", nargs="+", default=["bytes-large", "wiki"], help="default: bytes-large wiki")
+    tune.add_running(made)
+    made.add_argument("--out", type=Path, default=OUT, help=f"default: {OUT}")
+    options = made.parse_args(argv)
+    at_least(options, side_by_side=1, machine_hours=0)
+    for words, known in ((options.levers, LEVERS), (options.workloads, tune.WORKLOADS)):
+        if unknown := [word for word in words if word not in known]:
+            raise UsageError(f"unknown {unknown[0]!r}: {nearest(unknown[0], known)}")
+    options.tracks, options.submissions = list(dict.fromkeys(options.workloads)), []
+    options.threads = tune.threads(options)
+    if options.plan:
+        Board(options).plan()
+        return ""
+    if not options.report:
+        alone_in(options.out, lambda: Board(options).run())
+    return report(options.out)
