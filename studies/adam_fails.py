@@ -15,7 +15,7 @@ import optimizers
 from engine import schedules
 from studies import common
 
-MINUTES = 1.2
+MINUTES = 1.9
 SLIDE = 4
 METHODS = {
     "Adam": "adam:lr=0.015,beta2=0.99",

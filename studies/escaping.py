@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from studies.common import BLUE, GREY, ORANGE, axes, gif, mean_and_interval, rounded, say, train
 
-MINUTES = 0.2
+MINUTES = 0.1
 SLIDE = 11
 SEEDS, STARTS, WIDE, LR = 5, 200, 4.0, 0.05
 SLOPES = 5.0 * torch.linspace(-1, 1, 10)  # c_i, beside slopes of f of at most pi / 2 + 4 / 3

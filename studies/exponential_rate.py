@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import optimizers
 from studies.common import BLACK, BLUE, GREY, ORANGE, axes, progress, rounded, say, smooth
 
-MINUTES = 0.5
+MINUTES = 1.1
 SLIDE = 16
 LR, MOMENTUM, DECAY, BATCH, CLASSES = 0.02, 0.9, 0.008, 64, 4
 

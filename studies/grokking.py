@@ -22,7 +22,7 @@ from layers.shape import ModelConfig
 from model import GPT
 from studies.common import CORPORA, GREEN, GREY, PURPLE, axes, progress, rounded, say
 
-MINUTES = 5.5
+MINUTES = 5.6
 SLIDE = 18
 MODULUS, WIDTH, BATCH, EVERY, WARMUP, ENOUGH = 97, 128, 512, 50, 10, 0.99
 SPECS = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from studies import common
 
-MINUTES = 4.0
+MINUTES = 4.1
 SLIDE = 8
 METHODS = {"SGD": "sgd:momentum=0.9,lr={}", "Adam": "adam:lr={}"}
 RATES = {

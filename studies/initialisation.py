@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from studies.common import BLUE, GREY, ORANGE, PURPLE, SKY, axes, batches, rounded, say, smooth, tiny_gpt, tokens, train
 
-MINUTES = 1.5
+MINUTES = 1.2
 SLIDE = 10
 WIDTH, CLASSES, LR, BATCH = 64, 10, 0.002, 64
 SCALES = {"0.01": 0.01, "0.1": 0.1, "0.25": 0.25, "Xavier": WIDTH**-0.5, "He": (2 / WIDTH) ** 0.5}

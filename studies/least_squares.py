@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import optimizers
 from studies import common
 
-MINUTES = 0.2
+MINUTES = 0.1
 SLIDE = 2
 EQUATIONS, UNKNOWNS, NOISE = 40, 5, 0.1
 SIZES = (0.1, 0.5, 1.0, 1.9, 2.1)  # of the step, in 1 / L

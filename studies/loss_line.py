@@ -18,7 +18,7 @@ from torch import Tensor
 from studies import surfaces
 from studies.common import BLUE, GREY, ORANGE, axes, batches, of_run, rounded, say, tiny_gpt, tokens, train
 
-MINUTES = 2.5
+MINUTES = 2.6
 SLIDE = 12
 KINDS = {"random": surfaces.random_direction, "filters": surfaces.filter_normalised}
 RUNS = {"start, dropout 0": GREY, "end, dropout 0": BLUE, "start, dropout 0.2": GREY, "end, dropout 0.2": ORANGE}

@@ -21,7 +21,7 @@ from model import Block
 from studies import surfaces
 from studies.common import BLACK, axes, batches, mean_and_interval, of_run, rounded, tiny_gpt, tokens, train
 
-MINUTES = 4.0
+MINUTES = 5.3
 SLIDE = 13
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import optimizers
 from studies import common
 
-MINUTES = 0.5
+MINUTES = 0.4
 SLIDE = 1
 EXAMPLES, FEATURES, MU, BATCH, SEEDS, GROUPS = 200, 10, 1.0, 2, 64, 8
 STEP = 0.02  # a; small beside 2/L, so that the floor is proportional to it

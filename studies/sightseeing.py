@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from studies.common import axes, rounded, train
 
-MINUTES = 1.2
+MINUTES = 0.9
 SLIDE = 14
 PATTERNS = {
     "cat": """

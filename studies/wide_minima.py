@@ -23,7 +23,7 @@ from studies import surfaces
 from studies.common import BLACK, BLUE, GREY, RED, axes, mean_and_interval, of_run, progress, rounded, say
 from studies.initialisation import digits
 
-MINUTES = 0.3
+MINUTES = 0.2
 SLIDE = 15
 SMALL, LARGE, LR, DEPTH, ITERATIONS = 10, 1000, 0.2, 0.05, 30
 

@@ -120,7 +120,7 @@ def contest(tables: dict[str, Tables]) -> list[str]:
     endings: dict[tuple[str, str], descent.Ending] = {}
     speed: dict[tuple[str, str], tuple[float, float]] = {}
     for track, of in tables.items():
-        known = {name: table for name, table in of.items() if name in EXTRAS or split(name) == (name, {})}
+        known = {name: table for name, table in of.items() if ":" not in name and descent.found(table)}
         made = {name: descent.ending(submission(name).dimensions, table) for name, table in known.items()}
         endings |= {(name, track): ending for name, ending in made.items() if ending}
         speed |= {(name, track): pair for name, pair in descent.speed_ups(known).items() if made[name]}
