@@ -30,6 +30,7 @@ from lab import plots, stats
 from lab.markdown import table as markdown_table
 from lab.runner import alone_in, at_least
 from lab.tuning import descent, tune
+from lab.tuning.report import Contents
 from lab.tuning.space import Dimension, Submission, submission
 from lab.tuning.tuned import Row, Tables, read_tables, setting_words
 
@@ -270,21 +271,23 @@ def draw(track: str, lines: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def contents(tables: dict[str, Tables]) -> tuple[dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """What follows from the tables: files, and the lines of each workload's board."""
+def contents(tables: dict[str, Tables]) -> Contents:
+    """What follows from the tables: files, and what each picture is drawn from: the lines of a workload's board."""
     boards = {track: lines for track, of in tables.items() if (lines := lines_of(of))}
-    return {"README.md": page(boards, tables), "levers.json": json.dumps(boards, indent=1) + "\n"}, boards
+    texts = {"README.md": page(boards, tables), "levers.json": json.dumps(boards, indent=1) + "\n"}
+    return Contents(texts, {f"levers-{track}": lines for track, lines in boards.items()}, {})
 
 
 def report(folder: Path) -> str:
-    texts, boards = contents(read_tables(folder))
-    if not boards:
+    made = contents(read_tables(folder))
+    if not made.pictures:
         raise UsageError(f"{folder} holds no lever with {SEEDS} seeds beside Muon: ./run.sh compare levers")
-    for name, text in texts.items():
+    for name, text in made.texts.items():
         atomic_write(folder / name, text)
-    for track, lines in boards.items():
-        plots.save(draw(track, lines), folder, f"levers-{track}", lines)
-    return f"{sum(map(len, boards.values()))} levers on {len(boards)} workloads: {folder / 'README.md'}"
+    for name, lines in made.pictures.items():
+        plots.save(draw(name.partition("-")[2], lines), folder, name, lines)
+    count = sum(map(len, made.pictures.values()))
+    return f"{count} levers on {len(made.pictures)} workloads: {folder / 'README.md'}"
 
 
 def run(argv: list[str]) -> str:

@@ -135,6 +135,17 @@ def scaling() -> Rows:
     return [row for row in rows if all(row[key] and math.isfinite(row[key]) for key in ("ratio", "low", "high"))]
 
 
+def levers() -> Rows:
+    """The lever board: difference to Muon with its interval."""
+    path, rows = RECORDS / "levers" / "levers.json", []
+    for workload, lines in (json.loads(path.read_text()) if path.exists() else {}).items():
+        for line in lines:
+            low, high = line["interval"]
+            about = {key: line[key] for key in ("name", "verdict", "difference", "steps", "cost")}
+            rows.append(about | dict(workload=workload, low=low, high=high))
+    return rows
+
+
 def published() -> Rows:
     with (RECORDS / "published" / "modded_records.csv").open(newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["record"].startswith("T1-") and r["train_time_s"]]
@@ -151,6 +162,8 @@ def charts(folders: Sequence[Path]) -> dict[str, Any]:
     alt = altair()
     drawn = {"chain": chain_chart(alt), "losses": curves(alt, losses()), "scaling": scaling_chart(alt)}
     drawn |= {"profiles": profile_chart(alt), "sensitivity": sensitivity_chart(alt), "published": published_chart(alt)}
+    if rows := levers():
+        drawn["levers"] = levers_chart(alt, rows)
     if folders:
         drawn["runs"] = runs_chart(alt, own(folders))
     return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
@@ -225,6 +238,22 @@ def scaling_chart(alt: Any) -> Any:
     tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
     spans = base.mark_rule().encode(x, y, alt.Y2("high:Q"), alt.Color("trick:N"))
     return (spans + base.mark_line(point=True).encode(x, y="ratio:Q", color="trick:N", tooltip=tips)).add_params(which)
+
+
+def levers_chart(alt: Any, rows: Rows) -> Any:
+    which = choice(alt, "workload", (row["workload"] for row in rows))
+    base = wide(alt, rows, "Final loss minus Muon's, of each lever").transform_filter(alt.datum.workload == which)
+    y = alt.Y("name:N", sort=alt.EncodingSortField("difference"), title=None)
+    colour = alt.Color(
+        "verdict:N", scale=alt.Scale(domain=["helps", "no difference", "hurts"], range=["#0072B2", "#999999", "#D55E00"])
+    )
+    spans = base.mark_rule().encode(
+        alt.X("low:Q", title="final loss minus Muon's, nats: left is better"), alt.X2("high:Q"), y, colour
+    )
+    tips = ["name:N", "verdict:N", "difference:Q", "low:Q", "high:Q", "steps:Q", "cost:Q"]
+    return (spans + base.mark_point(filled=True, size=70).encode(x="difference:Q", y=y, color=colour, tooltip=tips)).add_params(
+        which
+    )
 
 
 def published_chart(alt: Any) -> Any:
@@ -312,6 +341,8 @@ def page(folders: Sequence[Path]) -> str:
     specs = json.dumps(drawn).replace("<", "\\u003c")  # so that no name of a run can end the script
     text = TEMPLATE.read_text()
     filled = {"SCORES": score_table(), "STUDIES": studies_shown(), "SPECS": specs}
+    board = '<section id="levers-board"><h2>Levers on Muon</h2><div class="chart" id="levers"></div></section>'
+    filled |= {"LEVERS": board if "levers" in drawn else ""}
     filled |= {"RUNS": '<section><h2>Your runs</h2><div class="chart" id="runs"></div></section>' if folders else ""}
     filled |= {"VEGA": vl_convert.javascript_bundle()}
     for name, content in filled.items():

@@ -26,7 +26,7 @@ from lab.records.history import Tree
 from lab.records.judge import Verdict, judge
 from lab.records.record import CATEGORIES, FinishedRun, Record
 from lab.records.reports import Report
-from lab.records.tables import Tuning
+from lab.records.tables import Levers, Tuning
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
     add("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
     checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
     checker.add_argument(
-        "names", nargs="*", metavar="TRACK/NNN-NAME", help="or comparisons/NAME, scaling/NAME, tuning, records (default: all)"
+        "names",
+        nargs="*",
+        metavar="TRACK/NNN-NAME",
+        help="or comparisons/NAME, scaling/NAME, tuning, levers, records (default: all)",
     )
     checker.add_argument("--rerun", action="store_true", help="also train one seed again and compare")
     verbs.add_parser("render", help="rewrite the tables and pictures of records/README.md")
@@ -124,8 +127,8 @@ def everything() -> list[Kept]:
     """All that lies in records/, sound or not; records/ itself the last."""
     root = records.RECORDS
     folders = [path for track in tricks.TRACKS for path in sorted((root / track).glob("*")) if path.is_dir()]
-    tuning = [Tuning(root / "tuning")] if (root / "tuning").is_dir() else []
-    return [*map(Record, folders), *reports.all_reports(root), *tuning, Tree(root)]
+    tuned = [kind(root / kind.label) for kind in (Tuning, Levers) if (root / kind.label).is_dir()]
+    return [*map(Record, folders), *reports.all_reports(root), *tuned, Tree(root)]
 
 
 def chosen(names: list[str]) -> list[Kept]:
@@ -144,7 +147,7 @@ def verdicts_on(kept: Kept, rerun: bool = False) -> list[Verdict]:
     """rerun: also train something of it again, where it is a record or report."""
     if isinstance(kept, (Record, Report)):
         return (rules if isinstance(kept, Record) else reports).verdicts(kept, rerun)
-    return judge(kept, tables.RULES if isinstance(kept, Tuning) else history.RULES)
+    return judge(kept, {"tuning": tables.RULES, "levers": tables.LEVER_RULES}.get(kept.label, history.RULES))
 
 
 def verify(names: list[str], rerun: bool) -> int:

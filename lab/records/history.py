@@ -16,7 +16,7 @@ from lab.records.record import CATEGORIES, FinishedRun, Record
 from lab.trials import DTYPES
 
 PICTURE = "time to the target: baseline of the category, in grey, over each of its records"
-FOLDERS = ("comparisons", "scaling", "tuning", "published")  # beside those of the tracks
+FOLDERS = ("comparisons", "scaling", "tuning", "levers", "published")  # beside those of the tracks
 
 
 def gains(chain: list[Record]) -> list[stats.Ratio]:
@@ -55,7 +55,8 @@ def tables() -> dict[str, str]:
     chains = [
         (track, category) for track in tricks.TRACKS for category in (*CATEGORIES, "open") if records.of_track(track, category)
     ]
-    of = {"record": rules.RULES, "report": reports.RULES, "tuning": tuning_tables.RULES, "records/": RULES}
+    of = {"record": rules.RULES, "report": reports.RULES, "tuning": tuning_tables.RULES}
+    of |= {"levers": {"moves": tuning_tables.moves}, "records/": RULES}
     asked = [(kind, f"`{name}`", " ".join(rule.__doc__.split())) for kind, kept in of.items() for name, rule in kept.items()]
     return {
         "history": "\n\n".join(
@@ -91,7 +92,7 @@ class Tree:
 
 
 def tree(tree: Tree) -> str:
-    """records/ holds tracks, comparisons, scaling, tuning and published, and in these no file that nothing names."""
+    """records/ holds tracks, comparisons, scaling, tuning, levers, published, and in these no file that nothing names."""
     chains = {track: chain for track in tricks.TRACKS if (chain := chain_of(track))}
     folders = {path.name for path in tree.folder.iterdir() if path.is_dir()} & {*FOLDERS, *tricks.TRACKS}
     expected = {"README.md", "lessons.md", *(f"history-{track}.png" for track in chains)} & {
@@ -99,7 +100,7 @@ def tree(tree: Tree) -> str:
     }
     judge.only_files(tree.folder, {*expected, "README.md", *folders}, "folder of records", folders)
     page = (tree.folder / "README.md").read_text()
-    for place in sorted(folders - {"tuning"}):
+    for place in sorted(folders - {"tuning", "levers"}):
         inside = {path.name for path in (tree.folder / place).iterdir() if path.is_dir()}
         beside = (tree.folder / place / "README.md").read_text() if place == "published" else ""
         commands = [path.read_text() for path in (tree.folder / place).glob("*/scaling.json")] if place == "scaling" else []

@@ -10,7 +10,7 @@ from statistics import median
 
 import tricks
 from engine.run_folder import read_json
-from lab import ledger
+from lab import ledger, levers
 from lab.records import judge as judging
 from lab.records.judge import NotCheckable, need
 from lab.tuning import descent, report, tuned
@@ -28,6 +28,8 @@ class Tuning:
 
     folder: Path
     label = "tuning"
+    command = "./run.sh compare tune --report"
+    names = (*OPTIMIZERS, *EXTRAS)
 
     @cached_property
     def tables(self) -> dict[str, tuned.Tables]:
@@ -44,6 +46,19 @@ class Tuning:
                 yield f"{track}/{name}", track, name, ledger.read(table.path, Row)
 
 
+@dataclass(frozen=True)
+class Levers(Tuning):
+    """The folder records/levers."""
+
+    label = "levers"
+    command = "./run.sh compare levers --report"
+    names = ("muon", *levers.LEVERS)
+
+    @cached_property
+    def contents(self) -> report.Contents:
+        return levers.contents(self.tables)
+
+
 def files(tuning: Tuning) -> str:
     """The expected files are there and no others: a table of each submission, which is a registered one or somebody's file."""
     pictures = {f"{name}.png" for name in tuning.contents.pictures}
@@ -51,7 +66,7 @@ def files(tuning: Tuning) -> str:
     for track, of in tuning.tables.items():
         need(track in tricks.TRACKS, f"there is no workload {track}")
         judging.only_files(tuning.folder / track, {f"{name}.csv" for name in of}, "workload")
-        strange = {name for name in of if name not in (*OPTIMIZERS, *EXTRAS) and ":" not in name}
+        strange = {name for name in of if name not in tuning.names and ":" not in name}
         need(not strange, f"{track}: there is no submission {min(strange, default='')}")
     return f"{sum(map(len, tuning.tables.values()))} tables of {len(tuning.tables)} workloads"
 
@@ -134,14 +149,14 @@ def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tu
 
 
 def results(tuning: Tuning) -> str:
-    """README.md, studies.csv and tuned.json follow from the tables."""
+    """README.md and the other files beside it follow from the tables."""
     for name, text in tuning.contents.texts.items():
         there = (tuning.folder / name).read_text().splitlines()
         follow = text.splitlines()
         line = next(
             (n for n, (a, b) in enumerate(zip(there, follow, strict=False), 1) if a != b), min(len(there), len(follow)) + 1
         )
-        need(there == follow, f"{name} line {line} does not follow from the tables: ./run.sh compare tune --report")
+        need(there == follow, f"{name} line {line} does not follow from the tables: {tuning.command}")
     return ", ".join(tuning.contents.texts)
 
 
@@ -152,4 +167,24 @@ def pictures(tuning: Tuning) -> str:
     return f"{len(tuning.contents.pictures)} pictures"
 
 
+def moves(board: Levers) -> str:
+    """Trials of a descent are those that the losses before them lead to, a lever's from where Muon's ended. Final runs are of a
+    descent's end, on the planned seeds and lengths."""
+    for who, track, name, rows in board.rows():
+        need("muon" in board.tables[track], f"{track}: there is no Muon")
+        end, length = descent.found(board.tables[track]["muon"]).settings, tricks.track(track).settings["steps"]
+        entry, of = levers.entry(name, end), descent.rows_of(board.tables[track][name])
+        start = of[0].settings if name == "muon" else levers.begin(name, end, {})
+        tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in of])
+        need([row.settings for row in of] == tried, f"{who}: the losses of the descent lead elsewhere")
+        lengths = {"final": {length}, "descent": {length}, "length": {round(part * length) for part in levers.LENGTHS}}
+        best = descent.found(board.tables[track][name]).settings
+        for row in rows:
+            seed = descent.SEED + (row.kind != "descent") * (1 + row.number)
+            fits = row.seed == seed and row.steps in lengths.get(row.kind, ()) and row.space == entry.version
+            need(fits and (row.kind == "descent" or row.settings == best), f"{who}: {row.kind} {row.number} was not planned")
+    return "as they follow"
+
+
 RULES = {rule.__name__: rule for rule in (files, trials, studies, results, pictures)}
+LEVER_RULES = {rule.__name__: rule for rule in (files, trials, moves, results, pictures)}

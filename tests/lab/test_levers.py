@@ -1,5 +1,6 @@
 """compare.py levers: what is trained, and what the board says. A formula stands in the place of the trainer."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,8 @@ import optimizers
 from config import resolve
 from engine.spec import split
 from lab import levers, trials
+from lab.records import rules, tables
+from lab.records.judge import Broken
 from lab.tuning import descent
 from lab.tuning.tuned import Table
 
@@ -55,6 +58,23 @@ def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa
     assert line["cost"] == pytest.approx(1) and line["holm"] >= line["p"]
     text = (out / "README.md").read_text()
     assert "| `tail_ema` | helps | -0.0" in text and "Missing here: aux_betas, " in text
+    board = tables.Levers(out)
+    found = {v.rule: v.verdict for v in rules.judge(board, tables.LEVER_RULES)}
+    assert {found[rule] for rule in ("trials", "moves", "results")} == {"pass"}
+    assert found["pictures"] == "fail", "none was drawn"
+    forged = Table(out / "wiki" / "tail_ema.csv")
+    for row, said in (
+        (
+            dataclasses.replace(descent.rows_of(forged)[1], val_loss=1.0),
+            "wiki/tail_ema: the losses of the descent lead elsewhere",
+        ),
+        (dataclasses.replace(levers.finals(forged)[0], seed=7), "wiki/tail_ema: final 0 was not planned"),
+    ):
+        text = forged.path.read_text()
+        Table(forged.path).add(row)
+        with pytest.raises(Broken, match=said):
+            tables.moves(tables.Levers(out))
+        forged.path.write_text(text)
     count = len(made.trained)
     assert compare.main(words) == 0 and len(made.trained) == count
     capsys.readouterr()
