@@ -9,7 +9,7 @@
 #   ./run.sh export          its weights and tokenizer in the form of Hugging Face
 #   ./run.sh runs            list run folders, compare two, watch those in progress
 #   ./run.sh plot            draw loss against time of runs
-#   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, compare score)
+#   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, score, levers)
 #   ./run.sh scaling         does a trick still help at larger sizes?
 #   ./run.sh plan            memory, time and cost of a run on hardware that you do not have yet
 #   ./run.sh data            prepare a corpus, your own text included
