@@ -186,8 +186,9 @@ def check(config: Config, model_config: ModelConfig) -> None:
     if config.momentum_schedule != "keep" and not optimizer.has_momentum:
         name = split(config.optimizer)[0]
         raise UsageError(f"--momentum-schedule {config.momentum_schedule}: {name} has no momentum that it could change")
-    if config.tied_until and model_config.tied_head:
-        raise UsageError(f"--tied-until {config.tied_until:g} needs a head that can be untied: add --no-tied-head")
+    if config.tied_until and (model_config.tied_head or model_config.embedding_dtype != "same"):
+        words = "needs a head that can be untied, and an embedding of its type: add --no-tied-head or --embedding-dtype same"
+        raise UsageError(f"--tied-until {config.tied_until:g} {words}")
     if any(round(T * part) < 1 or T % round(T * part) for part in course.lengths):
         raise UsageError(f"--length-stages: its parts of {T} tokens must divide them, such as 0.25/0.5/1")
     if config.loss_tokens and min(course.lengths) < 1:

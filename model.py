@@ -52,7 +52,9 @@ class Head(Linear):
             return super().forward(x)
         flat = x.flatten(0, -2)
         scales = (x.size(-1) ** 0.5 / 448, 24 / 448, 1 / len(flat) / 448)
-        return fp8_linear(flat, self.weight.to(x.dtype), scales).unflatten(0, x.shape[:-1])
+        weight, bias = self.cast(x.dtype)
+        y = fp8_linear(flat, weight, scales).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
 
 
 class Norm(nn.Module):
@@ -200,7 +202,8 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.seen: tuple[float, ...] = (1.0,)  # see()
         self.kept: list[KeyValues] = []  # remember()
-        self.embedding = nn.Embedding(config.padded_vocab, config.width)
+        dtype = {"same": None, "bf16": torch.bfloat16}[config.embedding_dtype]
+        self.embedding = nn.Embedding(config.padded_vocab, config.width, dtype=dtype)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.sequence_length, config.width) if learned else None
         self.ngrams = NgramEmbedding(config) if config.ngram_buckets else None
@@ -210,7 +213,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.paths = ResidualPaths(config) if ResidualPaths.wanted(config) else None
         self.norm = Norm(config, config.width)
-        self.head = Head(config.width, config.padded_vocab, bias=False)
+        self.head = Head(config.width, config.padded_vocab, bias=config.head_bias)
         if config.tied_head:
             self.head.weight = self.embedding.weight
         if not learned:
@@ -221,23 +224,26 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """GPT-2's initialisation; zeros where `zero_init_projections` asks for them."""
+        """GPT-2's initialisation or another; zeros where `zero_init_projections` asks for them."""
         config = self.config
         if self.embedding.weight.is_meta:  # nothing to fill, and PyTorch is slow at that
             return
+        fan_in = config.initialisation == "fan_in"
         for name, p in self.named_parameters():
+            std = math.sqrt(0.33 / p.size(1)) if fan_in and p.dim() == 2 else 0.02
             if name.startswith("ngrams") or name.endswith("gate.weight"):
                 nn.init.zeros_(p)
             elif name.endswith("projection.weight"):
                 # residual projections: GPT-2 scales by the square root of the number of residual branches
-                std = 0.0 if config.zero_init_projections else 0.02 / math.sqrt(2 * config.layers)
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=0.0 if config.zero_init_projections else std / math.sqrt(2 * config.layers))
             elif name == "head.weight" and config.zero_init_projections:  # only listed when it is untied
                 nn.init.zeros_(p)
             elif name == "positions.weight":
                 nn.init.normal_(p, std=0.01)
+            elif name == "embedding.weight" and fan_in:
+                nn.init.normal_(p)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -340,5 +346,5 @@ def splits(gpt: nn.Module) -> dict[str, int]:
 def parameter_counts(gpt: nn.Module) -> dict[str, int]:
     """`total`, and `non_embedding` = total without embedding tables and head (the N of scaling laws)."""
     sizes, role = {name: p.numel() for name, p in gpt.named_parameters()}, roles(gpt)
-    tables = sum(size for name, size in sizes.items() if role[name] in ("embedding", "head"))
+    tables = sum(size for name, size in sizes.items() if role[name] in ("embedding", "head") or name == "head.bias")
     return {"total": sum(sizes.values()), "non_embedding": sum(sizes.values()) - tables}

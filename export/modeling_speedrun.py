@@ -147,7 +147,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
         self.paths = self.make_paths() if c.value_embeddings or c.skips != "none" or c.input_shortcut or c.backout else None
         self.norm = Norm(c, c.width)
-        self.head = nn.Linear(c.width, c.padded_vocab, bias=False)
+        self.head = nn.Linear(c.width, c.padded_vocab, bias=c.head_bias)
 
     def make_paths(self):
         c, paths = self.c, nn.Module()

@@ -107,6 +107,7 @@ def test_our_code_for_transformers_gives_our_logits(tmp_path):
     kinds += [dict(skips="single", layers=6, value_embeddings=2, logit_softcap=5.0, softcap_form="sigmoid")]
     kinds += [MODERN | dict(document_mask=True, end_of_text=7, window=16, smear=True, logit_softcap=3.0)]
     kinds += [dict(norm="rmsnorm", logit_softcap=3.0, softcap_form="tanh", positions="rotary")]
+    kinds[-1] |= dict(head_bias=True, embedding_dtype="bf16")
     for i, settings in enumerate(kinds):
         gpt = awake(small(**settings)).eval()
         if settings.get("yarn"):

@@ -168,7 +168,13 @@ def stop_at(step: int):
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpoint"), [(TOGETHER, 5), (TOGETHER, 9), ("muon,bf16_weights", 5), ("cautious_adamw,bf16_weights", 9)]
+    ("name", "checkpoint"),
+    [
+        (TOGETHER, 5),
+        (TOGETHER, 9),
+        ("muon,bf16_weights,reference_script", 5),
+        ("cautious_adamw,bf16_weights,reference_script", 9),
+    ],
 )
 @pytest.mark.slow
 def test_tricks_go_on_from_a_checkpoint(train, monkeypatch, name, checkpoint):
@@ -242,7 +248,7 @@ def test_record_of_gpt2_on_eight_ranks_is_that_on_one(train, tmp_path):
 @pytest.mark.slow
 def test_bf16_weights_on_two_ranks(train, tmp_path):
     """Their gradients are added up in bf16, 8 bits: as near as that allows."""
-    flags = flags_of("muon,bf16_weights", "--steps", "6", "--check-ranks", "2")
+    flags = flags_of("muon,bf16_weights,reference_script", "--steps", "6", "--check-ranks", "2")
     one, two = train(*flags), tmp_path / "two"
     torchrun(2, two, *flags)  # whose --check-ranks compares the weights of both, bit by bit
     assert losses(two) == pytest.approx(losses(one), rel=5e-3)
@@ -795,7 +801,7 @@ def rounded(x: torch.Tensor, scale: float, kind: torch.dtype) -> torch.Tensor:
 
 def test_fp8_head():
     """The products written out, forward and backward, of the model's own normalised stream; evaluation is not touched."""
-    gpt = small(vocab_multiple=16, norm_gains=False, norm="rmsnorm", head_dtype="fp8", tied_head=False)
+    gpt = small(vocab_multiple=16, norm_gains=False, norm="rmsnorm", head_dtype="fp8", tied_head=False, head_bias=True)
     wanted_in_evaluation, stream = gpt(TOKENS), []
     gpt.head.fp8 = True
     assert torch.equal(gpt(TOKENS), wanted_in_evaluation)
@@ -807,14 +813,14 @@ def test_fp8_head():
     assert x.abs().max() <= 32**0.5 and w.abs().max() < 24
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     x8 = rounded(x, 32**0.5 / 448, e4m3)
-    made = (x8 @ rounded(w, 24 / 448, e4m3).T)[:, :61].requires_grad_()
+    made = (x8 @ rounded(w, 24 / 448, e4m3).T + gpt.head.bias.detach())[:, :61].requires_grad_()
     expected = F.cross_entropy(made, TOKENS.roll(-1, 1).flatten())
     torch.testing.assert_close(loss, expected)
     (g,) = torch.autograd.grad(expected, made)
     assert g.abs().max() <= 1 / 48
     torch.testing.assert_close(found[:61], rounded(g, 1 / 48 / 448, e5m2).T @ x8, atol=1e-6, rtol=1e-4)
     assert (found[61:] == 0).all()
-    exact = F.cross_entropy(x @ w[:61].T, TOKENS.roll(-1, 1).flatten())
+    exact = F.cross_entropy(x @ w[:61].T + gpt.head.bias[:61], TOKENS.roll(-1, 1).flatten())
     assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
 
 
@@ -985,6 +991,7 @@ def test_a_branch_shares_no_step_that_a_trick_would_do_otherwise(train):
 def test_contradicting_tricks_are_said():
     for flags, message in (
         (("--tied-until", "0.5"), "--no-tied-head"),
+        (("--tied-until", "0.5", "--no-tied-head", "--embedding-dtype", "bf16"), "--embedding-dtype same"),
         (("--future-tokens", "64"), "0 to 63"),
         (("--key-offset",), "half_rotary"),
         (("--value-gates",), "value_embeddings"),
