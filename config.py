@@ -6,12 +6,15 @@ Settings are taken in this order, later ones win: defaults here, track, tricks a
 """
 
 import argparse
+import bisect
+import csv
 import dataclasses
 import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import hub
@@ -256,6 +259,32 @@ def shared_steps(config: Config, steps: int) -> int:
         raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
     this, other, both = Course(config), Course(config, steps), min(config.steps, steps)
     return next((step for step in range(both) if this.at(step) != other.at(step)), both)
+
+
+# What modded-nanogpt's optimizer track fixes beside the model
+GIVEN = ("corpus", "tokenizer", "batch_tokens", "batch_stages", "window_stages", "length_stages", "future_tokens", "tied_until",
+         "shuffle", "align_documents", "loss_tokens", "val_tokens", "val_spread", "target_loss", "init_from")  # fmt: skip
+
+
+def entries() -> list[dict[str, str]]:
+    """Those of that track, by number: the rows of records/published/modded_track3.csv."""
+    with (Path(__file__).parent / "records" / "published" / "modded_track3.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def standing(config: Config, model_config: ModelConfig, result: dict[str, Any]) -> str:
+    """A line on where the steps of a run that met that track's target stand among its entries; empty for any other run."""
+    theirs, model, _ = resolve(["--track", "gpt2-small", "--tricks", "modern_muon"])
+    same = model_config == dataclasses.replace(model, initialisation=model_config.initialisation)
+    if not (same and result["target_reached"] and all(getattr(config, key) == getattr(theirs, key) for key in GIVEN)):
+        return ""
+    ranked, steps = sorted((int(row["steps_to_target"]), int(row["result"])) for row in entries()), result["steps_to_target"]
+    at = bisect.bisect_left(ranked, (steps, 0))
+    near = ranked[max(0, at - 1) : at + 1]
+    where = "between entries" if len(near) == 2 else "after entry" if at else "before entry"
+    names = " and ".join(f"#{number} ({needed:,})" for needed, number in reversed(near))
+    about = "of modded-nanogpt's optimizer track, most of them means of several runs"
+    return f"\n{steps:,} steps to {config.target_loss:g}: {where} {names} {about}"
 
 
 def more_memory(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> str:

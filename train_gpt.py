@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hub
 import optimizers
-from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares
+from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares, standing
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, seed, set_generators
 from engine.command import Interrupt, command
@@ -573,13 +573,13 @@ def train(argv: list[str]) -> int:
         training = Training(config, model_config, recipe, world)
         folder = training.run_folder.folder
         if result := training.run_folder.finished:
-            print(f"already there; --resume never trains it again\n{display.describe(result, folder)}")
+            print("already there; --resume never trains it again")
         elif (result := training.run()) is None:
             if world.main:
                 print(f"stopped after step {training.progress.step}; the same command continues: {folder}", flush=True)
             return STOPPED
-        elif world.main:
-            print(display.describe(result, folder))
+        if world.main:
+            print(display.describe(result, folder) + standing(config, model_config, result))
         return 3 if result["status"] == "diverged" else 0
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")

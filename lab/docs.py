@@ -12,6 +12,7 @@ from typing import Any
 
 import optimizers
 import tricks
+from config import entries
 from engine import schedules
 from engine.hardware import CARDS
 from lab import markdown, plots
@@ -150,6 +151,15 @@ def cost_tables() -> dict[str, str]:
     }
 
 
+def published_tables() -> dict[str, str]:
+    """The optimizer track of modded-nanogpt: the best family first, in it the fewest steps."""
+    rows = sorted(entries(), key=lambda row: int(row["steps_to_target"]))
+    order = [row["family"] for row in rows]
+    rows.sort(key=lambda row: order.index(row["family"]))
+    cells = [(r["family"], f"#{r['result']}", f"{int(r['steps_to_target']):,}", r["readme_n"], r["settings"]) for r in rows]
+    return {"track 3": table(("family", "entry", "steps to 3.28", "runs", "settings"), cells)}
+
+
 def benchmark_tables() -> dict[str, str]:
     keys = ("what", "faults", "recovered", "lost", "seconds_per_fault")
     chaos = [tuple(str(c[key] if c[key] is not None else "-") for key in keys) for c in read(BENCHMARKS / "chaos.json")]
@@ -173,6 +183,7 @@ DOCUMENTS = {
     ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER / "scaling.json"), "tokens")},
     BENCHMARKS / "README.md": benchmark_tables,
     KEPT / "README.md": history.tables,
+    KEPT / "published" / "README.md": published_tables,
 }
 
 
