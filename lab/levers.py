@@ -62,8 +62,8 @@ def beta(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, fl
     return Dimension(part, key, 0.5, 0.999, "complement"), start
 
 
-def share(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, float]:
-    return Dimension(part, key, 0.1, 1.0, "linear"), start
+def share(key: str, start: float, part: str = "optimizer", most: float = 1.0) -> tuple[Dimension, float]:
+    return Dimension(part, key, 0.1, most, "linear"), start
 
 
 def decay(start: float) -> tuple[tuple[Dimension, float], ...]:
@@ -76,7 +76,7 @@ LEVERS: dict[str, Lever] = {
     "aux_betas": Lever("12 of 17 records of a frozen benchmark raised beta2 to 0.98-0.999; not measured alone",
                        own=(beta("adamw_beta2", 0.98), beta("embedding_beta2", 0.98), beta("head_beta2", 0.98))),
     "ema_nesterov": Lever("3,325 to 3,125, n = 20 (#39)", outer="ema_nesterov",
-                          own=(share("beta", 0.6, "outer"), beta("decay", 0.95, "outer"))),
+                          own=(share("beta", 0.6, "outer", 0.95), beta("decay", 0.95, "outer"))),
     "hyperball": Lever("3,250 to 3,250, both tuned (#36, #37)", "muon:sphere=frobenius", start=(("lr", 0.02),)),
     "hyperball_power": Lever("3,250 to 3,150 (#345)", "muon:sphere=frobenius", start=(("lr", 0.03),),
                              schedule="power:inner=0.4"),

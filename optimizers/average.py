@@ -91,7 +91,7 @@ class EMANesterov:
     Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39, whose steps 500 and 2,400 of 3,125 these fractions are.
     """
 
-    beta: float = hyper(0.6, "at the peak learning rate", (0.1, 1.0, "log"))
+    beta: float = hyper(0.6, "at the peak learning rate", (0.1, 0.95, "log"))
     decay: float = hyper(0.99, "of the average of steps", (0.9, 0.998, "complement"), below=1)
     start: float = hyper(0.16, "steps before the first; below 1: fraction of the run")
     stop: float = hyper(0.77, "the last step; up to 1: fraction of the run")

@@ -99,3 +99,5 @@ def test_every_lever_is_muon_with_one_thing_changed():
         for key in (key for key in fixed if hasattr(optimizers.OPTIMIZERS[method], key)):
             assert float(keys[key]) == end[key], (name, key)
         assert set(start) == {d.name for d in entry.dimensions}, name
+        for point in descent.changes(entry.dimensions, start):  # the trainer takes every move
+            resolve(["--track", "wiki", *entry.flags(point)])
