@@ -1,7 +1,7 @@
 """Speed and memory on this machine, side by side with nanoGPT's loop, interleaved in one run. Prints Markdown.
 
     python -m benchmarks.speed            all of it
-    python -m benchmarks.speed ours-against-nanogpt record-mfu ranks waiting-threads        some of it
+    python -m benchmarks.speed record-mfu where-time-goes ranks        some of it
 
 Ratios are medians over interleaved rounds (A B A B ...) with the smallest and largest beside them.
 """
@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +108,47 @@ def record_mfu() -> None:
     print(f"| MFU | {done / max(peaks):.0%} |")
 
 
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
+
+
+def kind_of(event: Any) -> str:
+    """What an operation of a step is for, by its name and those that called it."""
+    names, parent = [event.name], event.cpu_parent
+    while parent is not None:
+        names, parent = [*names, parent.name], parent.cpu_parent
+    if any(name.startswith("Optimizer.step") for name in names):
+        return "optimizer: matrix products" if event.name in PRODUCTS else "optimizer: the rest"
+    if event.name in PRODUCTS:
+        return "attention: matrix products" if event.name in ("aten::bmm", "aten::baddbmm") else "model: matrix products"
+    if any("CompiledFxGraph" in name or name.startswith("CompiledFunction") for name in names):
+        return "model: fused passes over memory (norms, activations, softmax, casts)"
+    return "model: other operations"
+
+
+def where_time_goes() -> None:
+    """A step of the cpu track's record recipe by what its operations are for, and the least that its products could take."""
+    config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "record", "--out", tempfile.mkdtemp()])
+    training = train_gpt.Training(config, model_config, recipe, World("cpu"))
+    if training.compiled:
+        training.warm_up()
+    for _ in range(3):
+        training.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        for _ in range(ROUNDS):
+            training.step()
+        step = (time.perf_counter() - start) / ROUNDS
+    seconds: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        seconds[kind_of(event)] += event.self_cpu_time_total / 1e6 / ROUNDS
+    seconds["outside of PyTorch's operations: data, Python, waiting"] = step - sum(seconds.values())
+    least = config.batch_tokens * flops_per_token(model_config) / hardware.matmul_peak(torch.device("cpu"), training.dtype)[0]
+    print(f"\n| of a step of {step * 1e3:.0f} ms (with the profiler) | share |\n|---|---|")
+    for kind, each in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"| {kind} | {each / step:.1%} |")
+    print(f"| the model's arithmetic at the peak of matrix products | {least / step:.1%} |")
+
+
 def trained(words: list[str], **environment: str) -> dict:
     """result.json of a run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +198,7 @@ def waiting_threads() -> None:
         print(f"| {what} | {' | '.join(f'{statistics.median(t):.1f} | {ratio(t, usual)}' for t, usual in each)} |", flush=True)
 
 
-PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_nanogpt, record_mfu, ranks, waiting_threads)}
+PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_nanogpt, record_mfu, where_time_goes, ranks, waiting_threads)}
 
 
 def main(names: list[str]) -> None:
