@@ -93,7 +93,7 @@ class Config:
 @functools.cache
 def parser() -> argparse.ArgumentParser:
     """Flags generated from the two dataclasses; absent flags leave no trace, so that tracks and tricks can set them."""
-    flags = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    flags = Parser(argument_default=argparse.SUPPRESS)
     for title, cls in (("run", Config), ("model", ModelConfig)):
         group = flags.add_argument_group(title)
         for f in dataclasses.fields(cls):
@@ -152,6 +152,7 @@ def flags_given(argv: list[str], description: str) -> dict[str, Any]:
     return {  # argparse makes an empty list of the value `--`
         key: value if isinstance(value, bool) else convert("--" if value == [] else value, FIELDS[key].type, flag_of(key))
         for key, value in vars(options).items()
+        if key in FIELDS
     }
 
 

@@ -8,7 +8,6 @@ tokens' log-probabilities; acc_norm: by their mean, as in build-nanogpt (GPT-2 1
 one, a question a line. bits-per-byte: of any text; each token sees at least half a context of what precedes it.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import tokenizers
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.spec import UsageError
 from model import GPT
 from sample import load_model, newest_run
@@ -72,7 +71,7 @@ def questions(path: Path) -> list[tuple[str, list[str], int]]:
     return read
 
 
-def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> str:
+def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
     asked, rows, counts = questions(path), [], []
     for context, endings, _ in asked:
         start = [int(t) for t in tokenizer.encode(context)]
@@ -90,30 +89,31 @@ def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> str:
             right[at] += max(range(len(of)), key=scores.__getitem__) == label
     acc, norm = (r / len(asked) for r in right)
     half = 1.96 * math.sqrt(max(acc * (1 - acc), norm * (1 - norm)) / len(asked))
-    return f"hellaswag: acc {acc:.4f}, acc_norm {norm:.4f} of {len(asked):,} questions (+- {half:.4f})"
+    words = f"hellaswag: acc {acc:.4f}, acc_norm {norm:.4f} of {len(asked):,} questions (+- {half:.4f})"
+    return Answer(words, {"acc": acc, "acc_norm": norm, "questions": len(asked), "half_interval": half})
 
 
-def bits_per_byte(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> str:
+def bits_per_byte(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
     text = path.read_text(errors="strict")
     tokens = [tokenizer.eot, *(int(t) for t in tokenizer.encode(text))]
     if len(tokens) < 2:
         raise UsageError(f"{path} is empty")
     room = gpt.config.sequence_length
     step = max(1, room // 2)
-    ends = [*range(min(room + 1, len(tokens)), len(tokens), step), len(tokens)]
-    ends = sorted(set(ends))
+    ends = sorted({*range(min(room + 1, len(tokens)), len(tokens), step), len(tokens)})
     counts = [end - (ends[i - 1] if i else 1) for i, end in enumerate(ends)]
     with tqdm(total=len(ends), unit="sequence", disable=None) as bar:
         nats = -sum(log_probabilities(gpt, [tokens[max(0, end - room - 1) : end] for end in ends], counts, bar))
     size = len(text.encode())
-    return f"bits per byte: {nats / math.log(2) / size:.4f} ({len(tokens) - 1:,} tokens, {size:,} bytes)"
+    data = {"bits_per_byte": nats / math.log(2) / size, "tokens": len(tokens) - 1, "bytes": size}
+    return Answer("bits per byte: {bits_per_byte:.4f} ({tokens:,} tokens, {bytes:,} bytes)".format(**data), data)
 
 
 TASKS = {"hellaswag": hellaswag, "bits-per-byte": bits_per_byte}
 
 
-def run(argv: list[str]) -> str:
-    flags = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(argv: list[str]) -> Answer:
+    flags = Parser(prog="evaluate.py", description=__doc__)
     flags.add_argument("task", choices=TASKS, help="what to score")
     flags.add_argument("--file", type=Path, required=True, help="hellaswag_val.jsonl, or a text")
     flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
@@ -130,4 +130,4 @@ def run(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("evaluate.py", lambda: run(sys.argv[1:])))
+    sys.exit(command("evaluate.py", lambda: run(sys.argv[1:]), sys.argv))

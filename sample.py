@@ -5,7 +5,6 @@ python sample.py --run runs/cpu/record-s0-1a2b3c4d --stream
 """
 
 from engine import checkpoint  # before torch  # isort: skip
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +81,7 @@ def generate(
 
 
 def parser() -> Parser:
-    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=__doc__)
     flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
     flags.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     flags.add_argument("--tokens", type=int, default=300, help="tokens to add")
@@ -114,7 +113,8 @@ def sample(argv: list[str]) -> str:
     tokens, printed = start[1:], ""
     for token in generate(gpt, start, options.tokens, **how, vocabulary=tokenizer.vocab_size):
         tokens.append(token)
-        if options.stream:  # a character may be several tokens: until it is whole it ends with the replacement character
+        if options.stream and not (options.json or options.quiet):
+            # a character may be several tokens: until it is whole it ends with the replacement character
             text = tokenizer.decode(tokens).rstrip("\ufffd")
             print(text[len(printed) :], end="", flush=True)
             printed = text
@@ -122,7 +122,7 @@ def sample(argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return command("sample.py", lambda: sample(argv))
+    return command("sample.py", lambda: sample(argv), argv)
 
 
 if __name__ == "__main__":

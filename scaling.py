@@ -29,7 +29,7 @@ from typing import Any
 
 from config import resolve
 from data.shards import Dataset, dataset_folder
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.run_folder import intact, settings_hash
 from engine.spec import UsageError, nearest
 from lab import plots, runner
@@ -219,21 +219,21 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
     return more
 
 
-def report(out: Path, summary: dict[str, Any]) -> str:
+def report(out: Path, summary: dict[str, Any]) -> Answer:
     """Write scaling.json, README.md, plots; returns the verdict lines. Raises UsageError: nothing can be said of any trick."""
     summary["plots"] = plots.draw_scaling(out, summary)
     runner.write_report(out, REPORT, summary, survival_report.markdown(summary))
     lines = survival_report.verdict_lines(summary)
     if not any(trick["trends"]["tokens"] for trick in summary["tricks"]):
         raise UsageError(f"nothing can be said: {'; '.join(lines)}; trials are kept in {out}")
-    return "\n".join(lines)
+    return Answer("\n".join(lines), summary)
 
 
 # ---------------------------------------------------------------- command
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(description=__doc__)
     add = made.add_argument
     add("--tricks", nargs="+", default=[], metavar="TRICK", help="tricks or optimizer SPECs, each tried alone on the base")
     add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")

@@ -36,7 +36,7 @@ import optimizers
 from config import Config, allowed_skips, mean_flops, more_memory, resolve, shared_steps, shares, standing
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, seed, set_generators
-from engine.command import Interrupt, command
+from engine.command import Answer, Interrupt, command
 from engine.ranks import Traffic, World, leave, reduce_in_bf16
 from engine.run_folder import Run, all_settings, code_version, default_folder, lock, now_utc, settings_hash, source_hash
 from engine.schedules import Course, Moment
@@ -562,8 +562,8 @@ class Training:
 # ---------------------------------------------------------------- the command
 
 
-def train(argv: list[str]) -> int:
-    """Train as the flags say; the exit code."""
+def train(argv: list[str]) -> Answer | int:
+    """Train as the flags say; the answer, of ranks other than the first the exit code."""
     config, model_config, recipe = resolve(argv, __doc__)
     for package in ("wandb", "tensorboard"):
         if getattr(config, package) and importlib.util.find_spec(package) is None:
@@ -571,6 +571,7 @@ def train(argv: list[str]) -> int:
     training, world = None, World(config.device, config.timeout)
     try:
         training = Training(config, model_config, recipe, world)
+<<<<<<< HEAD
         folder = training.run_folder.folder
         if result := training.run_folder.finished:
             print("already there; --resume never trains it again")
@@ -581,6 +582,15 @@ def train(argv: list[str]) -> int:
         if world.main:
             print(display.describe(result, folder) + standing(config, model_config, result))
         return 3 if result["status"] == "diverged" else 0
+=======
+        folder, there = training.run_folder.folder, training.run_folder.finished
+        if result := there or training.run():
+            said = "already there; --resume never trains it again\n" * bool(there) + display.describe(result, folder)
+            code = 3 if result["status"] == "diverged" else 0
+        else:
+            said, code = f"stopped after step {training.progress.step}; the same command continues: {folder}", STOPPED
+        return Answer(said, result, code) if world.main else code
+>>>>>>> 45d0242 (Every verb answers alike: --quiet prints the answer and errors, --json its data, in one place)
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         advice = more_memory(config, model_config, world.size, world.device.type)

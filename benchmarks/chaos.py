@@ -176,10 +176,7 @@ def main() -> int:
     options = parser.parse_args()
     dice, work = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="chaos-"))
     corpora.prepare("sotu", "bytes", ROOT / "corpora")
-    counts = [
-        write_errors(options.errors, dice, work / "errors"),
-        *kills(options.kills, dice, work / "kills"),
-    ]
+    counts = [write_errors(options.errors, dice, work / "errors"), *kills(options.kills, dice, work / "kills")]
     RESULT.write_text(json.dumps([dataclasses.asdict(c) for c in counts], indent=1) + "\n")
     for c in counts:
         print(f"{c.what:28} {c.faults:4} faults  {c.recovered:4} recovered  {c.lost:3} lost  {c.seconds_per_fault or ''}")

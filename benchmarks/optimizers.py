@@ -9,7 +9,6 @@ values apart, as each method sees them; their time is linear in the layers. A me
 timed over whole periods.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -26,7 +25,7 @@ import torch
 
 import optimizers
 from engine import hardware
-from engine.command import command
+from engine.command import Parser, command
 from engine.spec import UsageError, nearest
 from layers.shape import PRESETS, ModelConfig
 from model import GPT
@@ -170,7 +169,7 @@ def compare(name: str) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="optimizers; all if none is given")
     chosen = parser.parse_args(argv)
     for name in chosen.names:

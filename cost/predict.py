@@ -13,7 +13,7 @@ from config import Config, mean_flops, resolve, shares, stages
 from cost.step import Documents, Step, communication, documents_of, in_window, record_step
 from cost.time import real_step, step_time
 from engine import hardware
-from engine.command import Parser
+from engine.command import Answer, Parser
 from engine.hardware import CARDS, Card
 from engine.spec import UsageError, nearest
 from layers.shape import ModelConfig
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of `plan` itself, and those that are left for the trainer. Raises UsageError: a value of the wrong type."""
     what = "Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written."
     others = "All other flags are the trainer's: ./run.sh train --help."
-    flags = Parser(prog="./run.sh plan", description=what, epilog=others, allow_abbrev=False)
+    flags = Parser(prog="./run.sh plan", description=what, epilog=others)
     add = flags.add_argument
     add("--hardware", default="here", help="8xH100 and the like, or here, where a CPU makes three real steps (default: here)")
     add("--world-size", type=int, default=0, metavar="N", help="ranks, one a card (default: the cards of one machine)")
@@ -197,7 +197,7 @@ def listed(values: dict[str, float], scale: float, form: str) -> str:
     return "   ".join(f"{name.replace('_', ' ')} {value / scale:{form}}" for name, value in values.items())
 
 
-def report(p: Prediction) -> str:
+def report(p: Prediction) -> Answer:
     """What `plan` prints."""
     config, step, card, counts = p.config, p.step, p.where.card, stages(p.config)
     flops = mean_flops(config, p.model_config)
@@ -226,4 +226,7 @@ def report(p: Prediction) -> str:
     total = sum(step.parameters.values()) / 1e6
     head = f"{config.track}, {p.recipe}: {total:.1f}M parameters on {p.ranks} x {p.where.name}, {str(p.dtype)[6:]}"
     rows = [f"{what:<20}{value}" for what, value in lines.items()]
-    return "\n".join([head + ", compiled" * config.compile, *rows, "how far such predictions were off: benchmarks/README.md"])
+    words = [head + ", compiled" * config.compile, *rows, "how far such predictions were off: benchmarks/README.md"]
+    data = {"step_seconds": p.seconds, "steps": config.steps, "tokens_a_step": tokens, "ranks": p.ranks, "times": p.times}
+    data |= {"memory": asdict(step.memory), "parameters": step.parameters, "flops_a_token": flops, "dollars": hours * p.price}
+    return Answer("\n".join(words), data)

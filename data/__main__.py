@@ -15,13 +15,13 @@ from pathlib import Path
 
 from config import resolve
 from data import corpora, shards, tokenizers
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.schedules import Course
 from engine.spec import UsageError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(prog="data", description=__doc__)
     verbs = made.add_subparsers(dest="verb", required=True, parser_class=Parser)
     verbs.add_parser("list", help="the corpora and tokenizers")
     prepare = verbs.add_parser("prepare", help="download, tokenize and write shards")
@@ -51,11 +51,12 @@ def shards_for(recipe: str) -> int:
     return min(wanted, corpora.FINEWEB_SHARDS)
 
 
-def run(argv: list[str]) -> int | str:
+def run(argv: list[str]) -> str:
     options = parser().parse_args(argv)
     if options.verb == "list":
         listed = [f"{name:12s}{corpus.summary}; {corpus.source}" for name, corpus in corpora.CORPORA.items()]
-        return "\n".join([*listed, f"tokenizers: {', '.join(tokenizers.TOKENIZERS)}"])
+        words = "\n".join([*listed, f"tokenizers: {', '.join(tokenizers.TOKENIZERS)}"])
+        return Answer(words, {name: corpus.summary for name, corpus in corpora.CORPORA.items()})
     if options.verb == "prepare":
         count = shards_for(options.recipe) if options.recipe else options.shards
         how = dict(files=options.files, shard_count=count, shard_tokens=options.shard_tokens)
@@ -66,12 +67,11 @@ def run(argv: list[str]) -> int | str:
     if not folders:
         raise UsageError(f"nothing prepared in {options.data_root}; run: ./run.sh data prepare sotu")
     problems = [problem for folder in folders for problem in shards.verify(folder)]
-    print("\n".join(problems) or f"{len(folders)} corpora, every shard as it should be")
-    return 1 if problems else 0
+    return Answer("\n".join(problems) or f"{len(folders)} corpora, every shard as it should be", problems, int(bool(problems)))
 
 
 def main(argv: list[str]) -> int:
-    return command("data", lambda: run(argv))
+    return command("data", lambda: run(argv), argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """How every verb ends: what the user can mend is one line on stderr and an exit code; a signal ends the step first."""
 
 import argparse
+import contextlib
 import errno
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -16,23 +18,42 @@ from engine.spec import UsageError, trust
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
+class Answer(str):
+    """What a verb says. data: the same for scripts, any JSON. code: its exit code."""
+
+    def __new__(cls, text: str, data: Any = None, code: int = 0):
+        answer = super().__new__(cls, text)
+        answer.data, answer.code = data, code
+        return answer
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage and leaving."""
+    """argparse that raises UsageError instead of printing its usage and leaving, with the flags of every verb, which `command`
+    obeys."""
+
+    def __init__(self, **how: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | how)
+        self.add_argument("--json", action="store_true", help="print the answer as JSON, all else on stderr")
+        self.add_argument("--quiet", action="store_true", help="print the answer and errors, no progress")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def command(name: str, work: Callable[[], int | str | None], argv: Sequence[str] = ()) -> int:
-    """Run a verb and return its exit code: 0 or what `work` returns; a text that it returns is printed. 1 ranks died, hang or
-    differ; 2 bad words, no memory or a full disk; 130 interrupted. Of several ranks one speaks. argv: what the user typed,
-    which alone may name code."""
+    """Run a verb, print the text that it returns (of an Answer, with --json, its data), and return its exit code: 0, that of
+    the Answer, or what `work` returns. 1 ranks died, hang or differ; 2 bad words, no memory or a full disk; 130 interrupted. Of
+    several ranks one speaks. argv: what the user typed, which alone may name code."""
     trust(argv)
     try:
-        done = work()
-        if isinstance(done, str):
+        with aside(argv):
+            done = work()
+        if isinstance(done, str) and "--json" in argv:
+            text = json.dumps(getattr(done, "data", str(done)), default=str)
+            print(json.dumps(json.loads(text, parse_constant=lambda word: None), indent=1))  # JSON has no NaN
+        elif isinstance(done, str) and done:
             print(done)
-        return 0 if isinstance(done, str) else done or 0
+        return getattr(done, "code", 0) if isinstance(done, str) else done or 0
     except BrokenPipeError:  # the reader, such as head, has seen enough; what is left unflushed must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -43,6 +64,18 @@ def command(name: str, work: Callable[[], int | str | None], argv: Sequence[str]
         if speaks(error):
             print(f"{name}: {words}", file=sys.stderr, flush=True)
         return code
+
+
+@contextlib.contextmanager
+def aside(argv: Sequence[str]) -> Iterator[None]:
+    """What is said on the way to an answer goes to stderr with --json, nowhere with --quiet."""
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if quiet := "--quiet" in argv:
+            sys.stderr.isatty = lambda: False  # so nobody draws a bar on it
+            stack.callback(delattr, sys.stderr, "isatty")
+        if quiet or "--json" in argv:
+            stack.enter_context(contextlib.redirect_stdout(nowhere if quiet else sys.stderr))
+        yield
 
 
 def explained(error: BaseException) -> tuple[str, int]:

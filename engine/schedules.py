@@ -10,7 +10,6 @@ approached, not reached. Sources: warm-up and cosine as in GPT-3 (arXiv 2005.141
 2405.18392), linear to zero (arXiv 2502.15938), inverse sqrt (arXiv 1706.03762), restarts (arXiv 1608.03983).
 """
 
-import argparse
 import bisect
 import math
 import sys
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from engine.command import command
+from engine.command import Parser, command
 from engine.spec import UsageError, make, setting
 
 
@@ -287,16 +286,14 @@ def future_weights(tokens: int, step: int, steps: int) -> tuple[float, ...]:
 
 def draw() -> str:
     """Draw the named schedules into one picture."""
-    parser = argparse.ArgumentParser(description="Draw learning-rate schedules.")
+    parser = Parser(prog="./run.sh schedules", description="Draw learning-rate schedules.")
     parser.add_argument("specs", nargs="*", default=list(SCHEDULES), help="schedule SPECs (default: all)")
     parser.add_argument("--steps", type=int, default=1000, help="length of the run, steps")
     parser.add_argument("--out", default="schedules.png", help="picture to write (.png or .svg)")
     options = parser.parse_args()
     built = [(spec, build(spec, options.steps)) for spec in options.specs]
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("drawing needs matplotlib: pip install matplotlib") from None
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for spec, schedule in built:
         axes.plot([schedule(step) for step in range(options.steps)], label=spec)

@@ -1,6 +1,5 @@
 """python -m export --run runs/cpu/record-s0-1a2b3c4d --to hf OUT"""
 
-import argparse
 import json
 import os
 import sys
@@ -27,12 +26,8 @@ def write_speedrun(gpt: GPT, out: Path) -> None:
     name = CODE.stem
     shape = asdict(gpt.config) | {"padded_vocab": gpt.config.padded_vocab}
     shape |= {"windows": [int(block.attention.window) for block in gpt.blocks]}  # as at the end of the run
-    about = {
-        "model_type": "speedrun_gpt",
-        "architectures": ["SpeedrunGPT"],
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    }
+    about = {"model_type": "speedrun_gpt", "architectures": ["SpeedrunGPT"]}
+    about |= {"tie_word_embeddings": False, "torch_dtype": "float32"}
     auto = {"AutoConfig": f"{name}.SpeedrunConfig", "AutoModelForCausalLM": f"{name}.SpeedrunGPT"}
     weights = {f"model.{key}": value.float().contiguous().clone() for key, value in gpt.state_dict().items()}
     if gpt.positions is None:
@@ -74,10 +69,8 @@ def card(run: Path, own_code: bool, of_tokens: str) -> str:
     trust = ", trust_remote_code=True" if own_code else ""
     figures = {"validation loss, nats per token": result.get("val_loss"), "tokens": result.get("tokens")}
     figures |= {"parameters": result.get("parameters", {}).get("total"), "training time, s": result.get("train_time")}
-    shown = {
-        what: f"{x:,}" if isinstance(x, int) else f"{x:,.4f}" for what, x in figures.items() if isinstance(x, (int, float))
-    }
-    rows = [f"| {what} | {words} |" for what, words in shown.items()]
+    numbers = {what: x for what, x in figures.items() if isinstance(x, (int, float))}
+    rows = [f"| {what} | {x:,} |" if isinstance(x, int) else f"| {what} | {x:,.4f} |" for what, x in numbers.items()]
     settings = ("track", "tricks", "optimizer", "schedule", "steps", "batch_tokens", "seed", "corpus", "tokenizer")
     rows += [f"| {key} | `{config[key]}` |" for key in settings if config.get(key) not in (None, "")]
     lines = [f"# {config.get('recipe', 'GPT')} on {config.get('corpus', '?')}", ""]
@@ -89,7 +82,7 @@ def card(run: Path, own_code: bool, of_tokens: str) -> str:
 
 
 def write(argv: list[str]) -> str:
-    flags = Parser(prog="export", description=export.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(prog="export", description=export.__doc__)
     flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
     flags.add_argument("--to", choices=("hf",), default="hf", help="form: hf, of Hugging Face's transformers")
     flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
@@ -111,4 +104,4 @@ def write(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("export", lambda: write(sys.argv[1:])))
+    sys.exit(command("export", lambda: write(sys.argv[1:]), sys.argv))

@@ -319,4 +319,4 @@ def draw(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("plot", lambda: draw(sys.argv[1:])))
+    sys.exit(command("plot", lambda: draw(sys.argv[1:]), sys.argv))

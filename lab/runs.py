@@ -3,10 +3,9 @@
 python -m lab.runs                                 all in runs/, the newest first
 python -m lab.runs tiny --sort loss                those whose path contains a word, the lowest loss first
 python -m lab.runs diff runs/tiny/a runs/tiny/b    settings and results that differ
-python -m lab.runs watch                           runs in progress, drawn anew every two seconds
+python -m lab.runs watch [DIR]                     runs in progress, drawn anew every two seconds (./run.sh watch)
 """
 
-import argparse
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.run_folder import found, read_json
 from engine.spec import UsageError
 from lab.markdown import table
@@ -95,7 +94,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def listed(runs: Sequence[Seen], live: bool = False) -> str:
+def listed(runs: Sequence[Seen], live: bool = False) -> Answer:
     """A table for a terminal."""
     head = ["run", "state", "step", "loss", "time"] + (["left", "training loss"] if live else ["ended"])
     rows = []
@@ -104,23 +103,22 @@ def listed(runs: Sequence[Seen], live: bool = False) -> str:
         row = [r.run, r.state, f"{r.step}/{r.steps}" if r.steps else str(r.step), loss, duration(r.seconds)]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(r.written))
         rows.append(row + ([duration(r.left), sparkline(r.losses)] if live else [when]))
-    return table(head, rows, aligned=True)
+    data = [{key: value for key, value in asdict(r).items() if key != "losses"} for r in runs]
+    return Answer(table(head, rows, aligned=True), data)
 
 
-def differences(first: Path, second: Path) -> str:
+def differences(first: Path, second: Path) -> Answer:
     """Settings and results that two runs do not share. Raises UsageError: one of them is no run."""
-    rows = []
+    different = {}
     for name in ("config.json", "result.json"):
-        sides = [flat(read_or_empty(folder / name)) for folder in (first, second)]
+        sides = [flat(read_json(path)) if (path := folder / name).exists() else {} for folder in (first, second)]
         if name == "config.json" and not all(sides):
             raise UsageError(f"{(first, second)[bool(sides[0])]} is no run: it has no config.json")
         keys = dict.fromkeys([*sides[0], *sides[1]])
-        rows += [(key, *(str(side.get(key, "-")) for side in sides)) for key in keys if sides[0].get(key) != sides[1].get(key)]
-    return table(("", str(first), str(second)), rows, aligned=True) if rows else "the same settings and results"
-
-
-def read_or_empty(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+        different |= {k: [side.get(k, "-") for side in sides] for k in keys if sides[0].get(k) != sides[1].get(k)}
+    rows = [(key, *map(str, values)) for key, values in different.items()]
+    words = table(("", str(first), str(second)), rows, aligned=True) if rows else "the same settings and results"
+    return Answer(words, different)
 
 
 def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -131,24 +129,16 @@ def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
     return items
 
 
-def watch(root: Path, every: float, times: int | None = None) -> None:
-    """Draw the runs in progress until interrupted."""
-    drawn = 0
-    while times is None or drawn < times:
-        live = [run for run in map(see, found(root)) if run.state == "training"]
-        clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
-        print(clear + (listed(live, live=True) if live else f"no run in progress in {root}"), flush=True)
-        drawn += 1
-        if drawn != times:
-            time.sleep(every)
+def in_progress(root: Path) -> Answer:
+    live = [run for run in map(see, found(root)) if run.state == "training"]
+    return listed(live, live=True) if live else Answer(f"no run in progress in {root}", [])
 
 
-def run(argv: list[str]) -> str | None:
-    flags = Parser(prog="runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(argv: list[str]) -> Answer:
+    flags = Parser(prog="runs", description=__doc__)
     flags.add_argument("words", nargs="*", metavar="WORD", help="list: words of the path; diff A B; watch [DIR]")
     flags.add_argument("--root", type=Path, default=Path("runs"), help="folder to look in (default: runs)")
     flags.add_argument("--sort", choices=SORTS, default="new", help="new, loss or time (default: new)")
-    flags.add_argument("--json", action="store_true", help="as JSON, for scripts")
     options = flags.parse_args(argv)
     verb, *rest = options.words or [""]
     if verb == "diff":
@@ -156,15 +146,17 @@ def run(argv: list[str]) -> str | None:
             raise UsageError("diff takes two run folders: ./run.sh runs diff A B")
         return differences(*map(Path, rest))
     if verb == "watch":
-        return watch(Path(rest[0]) if rest else options.root, every=2)
+        root, clear = Path(rest[0]) if rest else options.root, "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+        while not options.json:
+            print(clear + in_progress(root), flush=True)
+            time.sleep(2)
+        return in_progress(root)
     runs = [r for r in map(see, found(options.root)) if all(word in r.run for word in options.words)]
     runs.sort(key=SORTS[options.sort])
-    if options.json:
-        return json.dumps([{k: v for k, v in asdict(r).items() if k != "losses"} for r in runs], indent=1)
     if not runs:
         raise UsageError(f"no run in {options.root}" + (f" with {' and '.join(options.words)}" if options.words else ""))
     return listed(runs)
 
 
 if __name__ == "__main__":
-    sys.exit(command("runs", lambda: run(sys.argv[1:])))
+    sys.exit(command("runs", lambda: run(sys.argv[1:]), sys.argv))

@@ -7,7 +7,7 @@ import inspect
 import sys
 
 import tricks
-from engine.command import command
+from engine.command import Answer, Parser, command
 from engine.run_folder import read_json
 from optimizers import OPTIMIZERS, find
 
@@ -29,9 +29,13 @@ def listing() -> str:
     return "\n".join([*lines, "", "add a name to see its settings"])
 
 
-def main(argv: list[str]) -> int:
-    return command("optimizers", lambda: "\n\n".join(show(word) for word in argv if word[:1] != "-") or listing(), argv)
+def run(argv: list[str]) -> Answer:
+    flags = Parser(prog="./run.sh optimizers", description=__doc__)
+    flags.add_argument("names", nargs="*", metavar="NAME", help="an optimizer; none: list them all")
+    names = flags.parse_args(argv).names
+    data = {name: {key: default for key, (default, _) in find(name).hyperparameters.items()} for name in names or OPTIMIZERS}
+    return Answer("\n\n".join(map(show, names)) or listing(), data)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command("optimizers", lambda: run(sys.argv[1:]), sys.argv))

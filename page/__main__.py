@@ -6,7 +6,6 @@
 Charts are Vega-Lite's, by Altair, with its JavaScript inside the page; text of others (names, descriptions) is escaped.
 """
 
-import argparse
 import base64
 import csv
 import functools
@@ -351,7 +350,7 @@ def page(folders: Sequence[Path]) -> str:
 
 
 def run(argv: list[str]) -> str:
-    flags = Parser(prog="page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(prog="page", description=__doc__)
     flags.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="run folders to draw too")
     flags.add_argument("--out", type=Path, default=Path("site/index.html"), help="file to write (default: site/index.html)")
     options = flags.parse_args(argv)
@@ -362,4 +361,4 @@ def run(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("page", lambda: run(sys.argv[1:])))
+    sys.exit(command("page", lambda: run(sys.argv[1:]), sys.argv))

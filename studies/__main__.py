@@ -27,7 +27,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.run_folder import ROOT, atomic_write, source_hash
 from engine.spec import UsageError, nearest
 from lab.markdown import escaped
@@ -62,10 +62,11 @@ def studies() -> dict[str, dict[str, Any]]:
     return {of["name"]: of for of in sorted(map(about, files), key=lambda of: of["slide"])}
 
 
-def listed() -> str:
+def listed() -> Answer:
     rows = [f"  {of['name']:18s}{of['minutes']:4.1f} min   {of['claim']}" for of in studies().values()]
     total = sum(of["minutes"] for of in studies().values())
-    return "\n".join([*rows, f"  {'all':18s}{total:4.1f} min   on two quiet cores; one: ./run.sh study NAME"])
+    rows.append(f"  {'all':18s}{total:4.1f} min   on two quiet cores; one: ./run.sh study NAME")
+    return Answer("\n".join(rows), [*studies().values()])
 
 
 # ---------------------------------------------------------------- one study
@@ -118,9 +119,10 @@ def picture(study: ModuleType, figures: dict[str, Any], path: Path) -> None:
     importlib.import_module("matplotlib.pyplot").close(figure)
 
 
-def said(result: dict[str, Any]) -> str:
+def said(result: dict[str, Any]) -> Answer:
     of, there = studies()[result["study"]], "holds" if result["holds"] else "does not hold here"
-    return f"{of['name']}: {of['claim']}\n  {there}: {result['verdict']}\n  seed {result['seed']}, {result['minutes']:.1f} min"
+    words = f"{of['name']}: {of['claim']}\n  {there}: {result['verdict']}\n  seed {result['seed']}, {result['minutes']:.1f} min"
+    return Answer(words, result)
 
 
 def finished(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -164,7 +166,7 @@ def page() -> str:
 
 
 def main(argv: list[str]) -> str:
-    parser = Parser(prog="./run.sh study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="./run.sh study", description=__doc__)
     parser.add_argument("name", nargs="?", metavar="NAME", help="a study, all, or page; none: list them")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder of the results (default: runs/studies)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tricks
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.run_folder import source_hash
 from engine.spec import UsageError, nearest
 from lab import ledger, trials
@@ -30,7 +30,7 @@ from lab.records.tables import Levers, Tuning
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(prog="records", description=__doc__)
     verbs = made.add_subparsers(dest="verb", required=True)
     adder = verbs.add_parser("add", help="keep finished runs as the track's next record")
     add = adder.add_argument
@@ -40,22 +40,11 @@ def parser() -> argparse.ArgumentParser:
     add("--against-arm", metavar="ARM", help="arm of the comparison that is the previous record")
     add("--name", required=True, help="short name in lower case")
     add("--why", required=True, help="what is new and why it pays, a sentence or two")
-    add(
-        "--category",
-        choices=CATEGORIES,
-        default="gpt",
-        help="gpt: any transformer of that size; optimizer: the fixed `modern` model",
-    )
-    rival = "runs of the previous record, interleaved with these (default: its own logs)"
-    add("--against", type=Path, nargs="+", metavar="RUN", default=[], help=rival)
+    add("--category", choices=CATEGORIES, default="gpt", help="gpt: a transformer of that size; optimizer: the `modern` model")
+    add("--against", type=Path, nargs="+", metavar="RUN", default=[], help="runs of the record before, interleaved with these")
     add("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
     checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
-    checker.add_argument(
-        "names",
-        nargs="*",
-        metavar="TRACK/NNN-NAME",
-        help="or comparisons/NAME, scaling/NAME, tuning, levers, records (default: all)",
-    )
+    checker.add_argument("names", nargs="*", metavar="NAME", help="such as cpu/010-muon, scaling/cpu-modern, tuning, levers")
     checker.add_argument("--rerun", action="store_true", help="also train one seed again and compare")
     verbs.add_parser("render", help="rewrite the tables and pictures of records/README.md")
     verbs.add_parser("summary", help="one run beside the track's records").add_argument("run", type=Path)
@@ -150,11 +139,12 @@ def verdicts_on(kept: Kept, rerun: bool = False) -> list[Verdict]:
     return judge(kept, {"tuning": tables.RULES, "levers": tables.LEVER_RULES}.get(kept.label, history.RULES))
 
 
-def verify(names: list[str], rerun: bool) -> int:
-    """Print the verdicts; 2 if a rule is broken, else 0."""
-    broken, kept, older = 0, chosen(names), defaultdict(list)
+def verify(names: list[str], rerun: bool) -> Answer:
+    """Print the verdicts as they come; returns the last words, all verdicts, and exit code 2 if a rule is broken, else 0."""
+    broken, kept, older, data = 0, chosen(names), defaultdict(list), {}
     for one in kept:
         verdicts = verdicts_on(one, rerun)
+        data[one.label] = [v._asdict() for v in verdicts]
         count = {word: sum(v.verdict == word for v in verdicts) for word in ("fail", "not checkable")}
         broken += count["fail"] > 0
         counted = f"{count['fail']} broken, {count['not checkable']} not checkable"
@@ -167,11 +157,9 @@ def verify(names: list[str], rerun: bool) -> int:
         instead = "verified as text; to train one again, check out its commit"
         print(f"made by other sources than these, at commits {made}: {instead}")
     counts = [sum(isinstance(one, kind) for one in kept) for kind in (Record, Report)]
-    print(f"{counts[0]} records, {counts[1]} reports, {broken} with a broken rule")
-    print(
-        "verify cannot find what was invented as a whole, every number following from another: --rerun would, by training again"
-    )
-    return 2 if broken else 0
+    words = f"{counts[0]} records, {counts[1]} reports, {broken} with a broken rule\nverify cannot find what was invented as a "
+    words += "whole, every number following from another: --rerun would, by training again"
+    return Answer(words, data, 2 if broken else 0)
 
 
 def run(argv: list[str]) -> int | str:
@@ -186,7 +174,7 @@ def run(argv: list[str]) -> int | str:
 
 
 def main(argv: list[str]) -> int:
-    return command("records", lambda: run(argv))
+    return command("records", lambda: run(argv), argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from cost.predict import Prediction, TooLittleMemory, predict
+from engine.command import Answer
 from engine.spec import UsageError
 from lab.markdown import table
 from lab.scaling.ladder import Cell, size_words
@@ -34,7 +35,7 @@ def totals(cell: Cell, runs: int, of: Prediction) -> Counter[str]:
     return Counter(runs=runs, tokens=tokens, flops=tokens * flops_per_token(of.model_config), hours=hours)
 
 
-def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> str:
+def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> Answer:
     """The plan in words, of cells and their numbers of runs: a row for each size, and the sums. Raises as `predict`.
 
     machine: flags of the cost model.
@@ -57,4 +58,4 @@ def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> str:
     work = f"{total['runs']:,} runs, {size_words(total['tokens'])} tokens, {total['flops']:.2g} FLOPs"
     price = f"{total['hours']:.1f} hours{f', {cost:,.0f} $' if cost else ''} on {most.ranks} x {most.where.name}"
     left_out = "Starting processes is not counted. Memory: of the arm that takes most."
-    return f"{table(HEAD, rows)}\n\n{work}, {price}, one run at a time. {left_out}"
+    return Answer(f"{table(HEAD, rows)}\n\n{work}, {price}, one run at a time. {left_out}", [dict(zip(HEAD, r)) for r in rows])

@@ -5,7 +5,6 @@
 The table has the columns optimizer, size, chinchilla (tokens: a ratio) and best_loss; others are ignored.
 """
 
-import argparse
 import csv
 import math
 from pathlib import Path
@@ -52,7 +51,7 @@ def speedups(losses: Losses) -> tuple[dict[str, PowerLaw], dict[tuple[str, str, 
 
 def fit_table(argv: list[str]) -> str:
     """What `scaling.py fit` prints. Raises UsageError: bad flags or a bad table."""
-    flags = Parser(prog="scaling.py fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(prog="scaling.py fit", description=__doc__)
     flags.add_argument("--losses", type=Path, required=True, help="CSV file: optimizer, size, chinchilla, best_loss")
     flags.add_argument("--at", default="", help="size at which to judge each optimizer by its trend at ratio 1, such as 7B")
     options = flags.parse_args(argv)

@@ -20,9 +20,7 @@ how far log(reference time / time) lies on the way from -log(tau_max) to log(tau
 times as fast or more.
 """
 
-import argparse
 import csv
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -34,7 +32,7 @@ import numpy as np
 from scipy import stats
 from scipy.integrate import trapezoid
 
-from engine.command import Parser
+from engine.command import Answer, Parser
 from engine.run_folder import intact
 from engine.spec import UsageError, nearest
 from lab import plots
@@ -227,15 +225,14 @@ def draw(times: Times, held_out: dict[str, str], tau_max: float) -> Any:
     return figure
 
 
-def run(argv: list[str]) -> str:
-    parser = Parser(prog="compare.py score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(argv: list[str]) -> Answer:
+    parser = Parser(prog="compare.py score", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--times", type=Path, help="table of seconds to target")
     source.add_argument("--studies", type=Path, help="table of single studies; gives intervals too")
     parser.add_argument("--held-out", default="", help="variant=base,...: columns that are variants of a workload")
     parser.add_argument("--tau-max", type=float, default=TAU_MAX, help="largest ratio to the best that counts (default: 4)")
     parser.add_argument("--reference", default="", help="also score against this submission alone")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", type=Path, help="draw the profiles: PLOT.png")
     options = parser.parse_args(argv)
     if not options.tau_max > 1:
@@ -247,4 +244,4 @@ def run(argv: list[str]) -> str:
     result = summary(studies, held_out, options.tau_max, options.reference)
     if options.plot:
         plots.save(draw(times, held_out, options.tau_max), options.plot.parent, options.plot.name)
-    return json.dumps(result, indent=1) if options.json else score_table(result, digits=4, aligned=True)
+    return Answer(score_table(result, digits=4, aligned=True), result)

@@ -29,26 +29,36 @@ def make(root, name, losses, end=None, val=None, age=0.0, **config):
     return folder
 
 
-def test_runs_are_listed_watched_and_compared(tmp_path, capsys):
+def test_runs_are_listed_watched_and_compared(tmp_path, capsys, monkeypatch):
     old = make(tmp_path, "tiny/old", [5.0, 4.0], end="ok", val=3.5, age=5000, seed=1, nested={"a": 1})
     live = make(tmp_path, "tiny/live", [5.0, 4.0, 3.0, 2.0], age=1)
     dead = make(tmp_path, "cpu/dead", [math.nan], age=9000)
     seen = {r.run: r for r in map(runs.see, (old, live, dead))}
     assert [(r.state, r.step, r.loss) for r in seen.values()][:2] == [("ok", 2, 3.5), ("training", 4, 2.0)]
     assert seen[str(dead)].state == "stopped" and seen[str(live)].left == 2.0 * 6
-    assert [r["run"] for r in json.loads(runs.run(["--root", str(tmp_path), "--json"]))] == [str(live), str(old), str(dead)]
+    assert [r["run"] for r in runs.run(["--root", str(tmp_path)]).data] == [str(live), str(old), str(dead)]
     lines = runs.run(["--root", str(tmp_path), "tiny", "--sort", "loss"]).splitlines()
     assert len(lines) == 4 and str(live) in lines[2] and "2.0000" in lines[2] and "4.0 s" in lines[3]
     with pytest.raises(UsageError, match=r"no run in .* with tiny and x"):
         runs.run(["--root", str(tmp_path), "tiny", "x"])
     said = runs.run(["diff", str(old), str(live)])
     assert "seed" in said and "nested.a" in said and "steps" not in said
+    assert said.data["seed"] == [1, 0] and "losses" not in runs.run(["--root", str(tmp_path)]).data[0]
     assert runs.run(["diff", str(old), str(old)]) == "the same settings and results"
     for words in (["diff", str(old)], ["diff", str(old), str(tmp_path)]):
         assert command("runs", lambda words=words: runs.run(words)) == 2
     capsys.readouterr()
-    runs.watch(tmp_path, 0, times=1)
-    assert "12.0 s" in (out := capsys.readouterr().out) and "█▅▃▁" in out.replace("▆", "▅") and str(old) not in out
+    monkeypatch.setattr(runs.time, "sleep", mock.Mock(side_effect=[None, KeyboardInterrupt]))
+    assert command("runs", lambda: runs.run(["watch", str(tmp_path)])) == 130
+    assert (
+        "12.0 s" in (out := capsys.readouterr().out)
+        and out.count("left") == 2
+        and "\x1b" not in out
+        and "█▅▃▁" in out.replace("▆", "▅")
+        and str(old) not in out
+    )
+    assert [r["run"] for r in runs.run(["watch", str(tmp_path), "--json"]).data] == [str(live)]
+    assert runs.run(["watch", str(tmp_path / "none"), "--json"]).data == []
     assert runs.sparkline([]) == "" and runs.sparkline([1.0, 1.0]) == "▁▁" and runs.duration(7200) == "2.0 h"
 
 

@@ -28,7 +28,7 @@ from lab.tuning import descent, report, tune, tuned
 from lab.tuning.space import EXTRAS, Dimension, points, submission
 from lab.tuning.tuned import Row, Table
 from model import GPT
-from optimizers.__main__ import main
+from optimizers.__main__ import run as show
 
 EVERYONE = [*optimizers.OPTIMIZERS, *EXTRAS]
 SAVE = plots.save
@@ -191,7 +191,7 @@ def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, caps
     assert call(tmp_path, "--report") == 0
     assert json.loads((tmp_path / "out" / "tuned.json").read_text())["wiki"] == chosen
     monkeypatch.setattr(tricks, "TUNED", tmp_path / "out" / "tuned.json")
-    assert main([plain]) == 0 and f"wiki: {chosen[plain]['optimizer']}" in capsys.readouterr().out
+    assert f"wiki: {chosen[plain]['optimizer']}" in (shown := show([plain])) and "lr" in shown.data[plain]
 
 
 def test_fixed_keys():
