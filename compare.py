@@ -4,6 +4,7 @@
     python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
     python compare.py --base record --leave-out modern compile            each alone out of a stack
     python compare.py --optimizers adamw muon --tuned-on bytes-large      the optimizer alone, with its settings from `tune`
+    python compare.py --optimizers adamw --arm fast=muon:lr=0.04 --steps 300 --seeds 4     no search: which loss is lower then
     python compare.py --recipes baseline record --horizon baseline=2400 record=740
     python compare.py --again record                                      a recipe against itself: must show no difference
     python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each, on workloads: --help
@@ -22,6 +23,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +32,23 @@ from tqdm import tqdm
 import optimizers
 import tricks
 from config import resolve
-from engine.command import Parser, command
+from engine.command import Answer, Parser, command
 from engine.run_folder import intact, read_json
+from engine.schedules import Course
 from engine.spec import UsageError, nearest, split
 from lab import comparison, levers, plots, runner, stats
 from lab.comparison import MARGIN, MODES
-from lab.horizon import Search, search, search_at
+from lab.horizon import FIRST_SEED, Search, search, search_at
 from lab.ledger import Row
+from lab.markdown import table
+from lab.runs import duration
+from lab.scaling.plan import predicted
 from lab.trials import Arm, Trial
 from lab.tuning import score, tune
 
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
 AGAIN = 100  # first seed of the second arm of an A/A comparison
+SEARCHED = 7  # runs that a plan counts for a search: five where it begins next to the horizon, one more for each stride
 REPORT = "comparison.json"
 
 # ---------------------------------------------------------------- arms
@@ -67,16 +74,19 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         if folder in seen:
             raise UsageError(f"{arm.name!r} and {seen[folder]!r} are the same settings: give two seeds to one arm instead")
         seen[folder] = arm.name
+    if len({arm.name for arm in arms}) < len(arms):
+        raise UsageError("two arms have the same name: give each another, as in --arm fast=muon:lr=0.04")
     return arms
 
 
 def optimizer_arm(options: argparse.Namespace, word: str, base: str, common: tuple[str, ...]) -> Arm:
     """An optimizer on the base's model. One that brings its own schedule runs at a constant rate, whatever the others do."""
+    name, word = comparison.named(word)
     spec, schedule = tuned_for(options.tuned_on, word) if options.tuned_on else (word, "")
     flags = ("--tricks", base, "--optimizer", spec, *(("--schedule", schedule) if schedule else ()), *common)
     if optimizers.find(word).own_schedule and resolve(list(flags))[0].schedule != "constant":
         flags += ("--schedule", "constant")
-    return Arm(word, flags)
+    return Arm(name, flags)
 
 
 def tuned_for(workload: str, word: str) -> tuple[str, str]:
@@ -107,11 +117,8 @@ class Comparison:
         self.launch, self.at_once = runner.make_launcher(options, side_by_side=True)  # of the search
         self.base_steps = options.given.get(arms[0].name) or steps_of(arms[0])
 
-    def run(self, settings: dict[str, Any]) -> list[str]:
-        """Search, confirm, write the report; returns its verdict lines.
-
-        settings: what identifies the experiment.
-        """
+    def run(self, settings: dict[str, Any]) -> Answer:
+        """Search, confirm, write the report; returns its verdict lines. settings: what identifies the experiment."""
         options = self.options
         searches = self.find_horizons([arm for arm in self.arms if arm.name not in options.given or arm.name in options.at])
         searches = {name: search for name, search in searches.items() if name not in options.given}
@@ -121,6 +128,7 @@ class Comparison:
         why = {name: search.why for name, search in searches.items()}
         arms = [{"name": (n := a.name), "flags": list(a.flags), "steps": plan.get(n), "why": why.get(n, "")} for a in self.arms]
         settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": arms}
+        settings |= {"steps": options.steps} if options.steps else {}
         names = [arm.name for arm in self.arms if arm.name in plan]
         if len(names) < 2 or names[0] != settings["base"]:
             self.report(settings)
@@ -133,19 +141,20 @@ class Comparison:
 
     def find_horizons(self, arms: list[Arm]) -> dict[str, Search]:
         """The search of each arm."""
-        options, mode = self.options, self.options.mode
         with tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty()) as bar:
-            if mode != "chain":  # a stack less one trick has no length of its own: the whole stack's is where to begin
-                first = {a.name: options.first_steps or (self.base_steps if mode == "leave_out" else steps_of(a)) for a in arms}
-                searches = self.runner.in_turn(arms, lambda arm: self.find(arm, first[arm.name], bar), self.at_once)
+            if self.options.mode != "chain":
+                searches = self.runner.in_turn(arms, lambda arm: self.find(arm, self.first(arm), bar), self.at_once)
                 return {arm.name: search for arm, search in searches}
-            searches, begin = {}, options.first_steps
+            searches, begin = {}, self.first(self.arms[0])
             for arm in arms:  # each begins where the one before ended: far below the recipe's own length
-                begin = begin or options.given.get(self.arms[0].name) or steps_of(arm)
                 searches[arm.name] = self.find(arm, begin, bar)
                 if horizon := searches[arm.name].found:
                     begin = round(horizon.steps)
             return searches
+
+    def first(self, arm: Arm) -> int:
+        """Steps at which its search begins: a stack less one trick has no length of its own, so at the whole stack's."""
+        return self.options.first_steps or (self.base_steps if self.options.mode in ("chain", "leave_out") else steps_of(arm))
 
     def find(self, arm: Arm, first: int, bar: tqdm) -> Search:
         """An arm's horizon, by a search from `first` steps or at the lengths given."""
@@ -160,7 +169,27 @@ class Comparison:
             return search_at(run, options.at[arm.name], self.target)
         return search(run, first, self.target, options.max_steps or 4 * self.base_steps)
 
-    def report(self, settings: dict[str, Any]) -> list[str]:
+    def plan(self) -> Answer:
+        """What `run` has still to train, and how long that takes here by real steps of each arm. Nothing is written."""
+        options, rows = self.options, []
+        for arm in self.arms:
+            first, given = self.first(arm), options.given.get(arm.name)
+            steps = given or math.ceil(first * (1 + options.margin))
+            searched = options.at.get(arm.name, [] if given else [first] * SEARCHED)
+            wanted = [Trial(arm, n, FIRST_SEED + i) for i, n in enumerate(searched)]
+            wanted += [Trial(arm, steps, seed) for seed in range(options.seeds or seeds_needed({}, options.margin))]
+            left = [trial.steps for trial in wanted if not self.runner.done(trial)]
+            of = predicted(Arm(arm.name, tuple(wanted[-1].flags)), [])
+            batch = of.config.batch_tokens * Course(of.config).units_before(steps) / steps
+            validations = 5 * len(left) * of.config.val_tokens / 3 / batch  # five a run, each forward pass a third of a step
+            about = {"tokens": round(sum(left) * batch), "seconds": of.seconds * (sum(left) + validations)}
+            rows.append({"arm": arm.name, "runs": " + ".join(f"{n} x {length}" for length, n in Counter(left).items())} | about)
+        cells = [(row["arm"], row["runs"] or "-", f"{row['tokens']:,}", duration(row["seconds"])) for row in rows]
+        time = f"about {duration(sum(row['seconds'] for row in rows))} here, one run at a time, beside starting and compiling"
+        text = table(("arm", "runs x steps", "tokens", "time"), cells, aligned=True)
+        return Answer(f"{text}\n{time}; a search is counted as {SEARCHED} runs of the length at which it begins", rows)
+
+    def report(self, settings: dict[str, Any]) -> Answer:
         rows, left_out = self.runner.rows(self.arms)
         summary = comparison.summarise(rows, settings | {"left_out": left_out}, self.options.allow_mixed)
         return report(self.out, summary, rows)
@@ -182,20 +211,20 @@ def seeds_needed(searches: dict[str, Search], margin: float) -> int:
     return max([LEAST_SEEDS, *wanted]) if wanted else 5
 
 
-def report(out: Path, summary: dict[str, Any], rows: list[Row]) -> list[str]:
+def report(out: Path, summary: dict[str, Any], rows: list[Row]) -> Answer:
     """Write comparison.json, README.md and the plots; returns the verdict lines."""
     left_out = summary.get("left_out", ())
     curves = runner.read_curves(out / "curves.csv", [row for row in rows if row.run not in left_out])
     summary["plots"] = plots.draw_comparison(out, summary, curves)
     runner.write_report(out, REPORT, summary, comparison.markdown(summary))
-    return comparison.verdict_lines(summary)
+    return Answer("\n".join(comparison.verdict_lines(summary)), summary)
 
 
 # ---------------------------------------------------------------- command
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(description=__doc__)
     add = made.add_argument
     add("--track", default="cpu", help="track of all arms (default: cpu)")
     add("--base", default="", help="recipe or list of tricks to compare with (default: baseline, or modern with --optimizers)")
@@ -204,21 +233,22 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--chain", nargs="+", metavar="TRICK", help="one after the other onto the base")
     modes.add_argument("--leave-out", nargs="+", metavar="TRICK", help="one at a time out of the base")
     modes.add_argument("--recipes", nargs="+", metavar="RECIPE", help="whole recipes; the first is the base")
-    modes.add_argument("--optimizers", nargs="+", metavar="SPEC", help="optimizers on the base's model; the first is the base")
+    arms = dict(nargs="+", action="extend", metavar="[NAME=]SPEC", help="optimizers on the base's model; the first is the base")
+    modes.add_argument("--optimizers", "--arm", **arms)
     modes.add_argument("--again", metavar="RECIPE", help="A/A: a recipe against itself, on other seeds")
     modes.add_argument("--report", type=Path, metavar="FOLDER", help="print the verdicts of a comparison, train nothing")
-    tuned = "with --optimizers: settings and schedules that `compare tune` found best on it; FOLDER/WORKLOAD: of its --out"
-    add("--tuned-on", metavar="WORKLOAD", help=tuned)
+    add("--tuned-on", metavar="WORKLOAD", help="with --optimizers: as `compare tune` found best; FOLDER/WORKLOAD: of its --out")
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
+    add("--steps", type=int, default=0, help="length of all runs, instead of a search; --horizon sets that of one arm")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
     add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths of its search, or of runs beside --horizon")
     add("--first-steps", type=int, default=0, help="length that a search begins at (default: the recipe's or the stack's)")
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
     add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
-    seeds = f"confirming runs of each arm (default: {LEAST_SEEDS} to {MOST_SEEDS}, as the measured variance needs)"
-    add("--seeds", type=int, default=0, help=seeds)
+    add("--seeds", type=int, default=0, help=f"confirming runs (default: {LEAST_SEEDS} to {MOST_SEEDS}, as the variance needs)")
     add("--side-by-side", type=int, default=1, help="arms searched at once, the cores shared; confirming is one at a time")
     runner.add_launcher_flags(made)
+    add("--plan", action="store_true", help="print runs, steps, tokens and time, and stop")
     add("--allow-mixed", action="store_true", help="compare times of several machines all the same")
     add("--out", type=Path, help="output folder (default: comparisons/<track>-<what>)")
     return made
@@ -231,7 +261,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
     if options.tuned_on and not options.optimizers:
         raise UsageError("--tuned-on goes with --optimizers")
-    runner.at_least(options, seeds=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
+    runner.at_least(options, seeds=0, steps=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
+    if options.steps and (options.first_steps or options.max_steps or "--steps" in options.flags):
+        raise UsageError("--steps is the length of all runs: leave out --first-steps, --max-steps and the --steps after --")
     options.mode = next((mode for mode in MODES if getattr(options, mode)), "")
     options.given = {name: steps[0] for name, steps in steps_of_arms("--horizon", options.horizon, "2400").items()}
     options.at = steps_of_arms("--lengths", options.lengths, "2400,2000")
@@ -251,8 +283,8 @@ def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[i
     return steps
 
 
-def run(options: argparse.Namespace) -> list[str]:
-    """The verdict lines of the comparison that was asked for."""
+def run(options: argparse.Namespace) -> Answer:
+    """The verdict lines of the comparison that was asked for, or its plan."""
     if options.report:
         summary, rows = runner.read_report(options.report, REPORT)
         with intact(options.report / REPORT):
@@ -262,21 +294,24 @@ def run(options: argparse.Namespace) -> list[str]:
     for flag, given in (("--horizon", options.given), ("--lengths", options.at)):
         if unknown := set(given) - set(names):
             raise UsageError(f"{flag} {min(unknown)}: there is no such arm: {nearest(min(unknown), names)}")
+    options.given = dict.fromkeys(names if options.steps else (), options.steps) | options.given
     what = f"{options.track}-{options.mode.replace('_', '-')}-{names[0].split(':')[0]}"
     out, target = options.out or Path("comparisons") / what, target_of(options)
     settings = {"track": options.track, "target": target, "base": names[0], "mode": options.mode}
     runner.check_folder(out, REPORT, settings)
+    if options.plan:
+        return Comparison(arms, options, out).plan()
     return runner.alone_in(out, lambda: Comparison(arms, options, out).run(settings))
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["score"]:
-        return command("compare.py score", lambda: score.run(argv[1:]))
+        return command("compare.py score", lambda: score.run(argv[1:]), argv)
     if argv[:1] == ["levers"]:
         return command("compare.py levers", lambda: levers.run(argv[1:]), argv)
     if argv[:1] == ["tune"]:
         return tune.main(argv[1:])
-    return command("compare.py", lambda: "\n".join(run(parse(argv))), argv)
+    return command("compare.py", lambda: run(parse(argv)), argv)
 
 
 if __name__ == "__main__":

@@ -571,26 +571,13 @@ def train(argv: list[str]) -> Answer | int:
     training, world = None, World(config.device, config.timeout)
     try:
         training = Training(config, model_config, recipe, world)
-<<<<<<< HEAD
-        folder = training.run_folder.folder
-        if result := training.run_folder.finished:
-            print("already there; --resume never trains it again")
-        elif (result := training.run()) is None:
-            if world.main:
-                print(f"stopped after step {training.progress.step}; the same command continues: {folder}", flush=True)
-            return STOPPED
-        if world.main:
-            print(display.describe(result, folder) + standing(config, model_config, result))
-        return 3 if result["status"] == "diverged" else 0
-=======
         folder, there = training.run_folder.folder, training.run_folder.finished
         if result := there or training.run():
             said = "already there; --resume never trains it again\n" * bool(there) + display.describe(result, folder)
-            code = 3 if result["status"] == "diverged" else 0
+            said, code = said + standing(config, model_config, result), 3 if result["status"] == "diverged" else 0
         else:
             said, code = f"stopped after step {training.progress.step}; the same command continues: {folder}", STOPPED
         return Answer(said, result, code) if world.main else code
->>>>>>> 45d0242 (Every verb answers alike: --quiet prints the answer and errors, --json its data, in one place)
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         advice = more_memory(config, model_config, world.size, world.device.type)

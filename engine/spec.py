@@ -167,8 +167,8 @@ TRUSTED: set[str] = set()  # words of the user's own command line: the only ones
 
 
 def trust(argv: Iterable[str]) -> None:
-    """Code may be imported where these words name it, as `name:key=value` or `--flag=name`. For what the user typed alone."""
-    TRUSTED.update(word.partition("=")[2] if word.startswith("--") else word for word in argv)
+    """Code may be imported where these words name it, alone or behind the first `=`. For what the user typed alone."""
+    TRUSTED.update(part for word in argv for part in (word, word.partition("=")[2]))
 
 
 def check_trusted(name: str, what: str) -> None:

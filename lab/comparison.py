@@ -32,6 +32,13 @@ MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of
 MOST_PAIRS = 100  # that a verdict asks for
 ALPHA = 0.01  # of a claim: the speedrun's rule
 LEVEL = 0.95  # of every interval
+Rows = Sequence[Row]
+
+
+def named(word: str) -> tuple[str, str]:
+    """[NAME=]SPEC -> the arm's name, which is the SPEC where it has no other, and the SPEC."""
+    name, equals, spec = word.partition("=")
+    return (name, spec) if equals and ":" not in name else (word, word)
 
 
 def words_of_arms(options: Any, base: str) -> list[tuple[str, list[str]]]:
@@ -113,8 +120,17 @@ def ratios(matched: Sequence[tuple[Row, Row]], per_step: bool) -> dict[str, stat
     return by_cost
 
 
-def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_target: bool = False) -> dict[str, Any]:
-    """What `arm` saves against `base`: a verdict, and a ratio with interval and p for each cost."""
+def loss_difference(matched: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    """How far the arm's final loss lies below the base's, nats per token, by a paired t-test: with interval, p, verdict."""
+    sample = stats.Sample.of([base.val_loss - arm.val_loss for base, arm in matched])
+    p = stats.product([(sample.mean, sample.sd / math.sqrt(sample.n), sample.n - 1)]).p
+    verdict = "no difference shown" if p >= ALPHA or sample.n < 3 else "lower" if sample.mean > 0 else "higher"
+    return {"below": sample.mean, "interval": sample.interval(LEVEL), "p": p, "verdict": verdict}
+
+
+def compare(base: Rows, arm: Rows, target: float, base_sets_target: bool = False, at_steps: bool = False) -> dict[str, Any]:
+    """What `arm` saves against `base`: a verdict, and a ratio with interval and p for each cost. at_steps: lengths were given
+    without a search: equal ones say which loss is lower then, and nothing about the time to the target."""
     matched = pairs(base, arm)
     made: dict[str, Any] = {"n": len(matched), "confirmed": {}, "equal_loss": {}}
     few = {"verdict": "not decided", "why": f"{len(matched)} pairs of confirming runs: at least three are needed"}
@@ -126,12 +142,16 @@ def compare(base: Sequence[Row], arm: Sequence[Row], target: float, base_sets_ta
         lengths = [(math.log(h.steps) * sign, h.se, h.df) for h, sign in zip(horizons, (1, -1), strict=True)]
         for cost, r in ratios(matched, per_step=True).items():
             equal[cost] = stats.product([*lengths, (math.log(r.ratio), r.sd / math.sqrt(r.n), r.n - 1)], LEVEL)
-    for kind, by_cost in (("confirmed", whole), ("equal_loss", equal)):
+    if given := at_steps and matched[0][0].steps == matched[0][1].steps:
+        made["loss"] = loss_difference(matched)
+    for kind, by_cost in (("confirmed", {} if given else whole), ("equal_loss", equal)):
         made[kind] = {cost: dataclasses.asdict(ratio) for cost, ratio in by_cost.items()}
     claims = {"base": confirmed(base, target, base_sets_target), "arm": confirmed(arm, target)}
     missing = [name for name, claim in claims.items() if not claim["met"]]
-    if not equal and missing:
-        return made | few | {"why": f"no horizon, and not confirmed at the target: {' and '.join(missing)}"}
+    if not equal and (missing or given):
+        why = "the time to the target, since no search chose these lengths" if given else "no horizon"
+        why += f", and not confirmed at the target: {' and '.join(missing)}" if missing else ""
+        return made | few | {"why": why}
     made["basis"] = "equal loss" if equal else "confirmed runs"
     if len(matched) < 3:  # two agree by luck too often
         return made | few
@@ -185,7 +205,7 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
     wanted = [(base, name) for name in steps if name != base]
     if settings["mode"] == "chain":
         wanted += pairwise(name for name in steps if name != base)
-    ratios = [{"arm": b, "base": a} | compare(of[a], of[b], target, sets[a]) for a, b in wanted]
+    ratios = [{"arm": b, "base": a} | compare(of[a], of[b], target, sets[a], "steps" in settings) for a, b in wanted]
     sources = sorted({row.source for row in rows if row.source})
     made = {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
     apart = turns_apart(rows)
@@ -196,7 +216,7 @@ def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = Fals
     """The summary of the same comparison, made anew from its trials. Raises UsageError: see check_machines."""
     settings = {key: summary[key] for key in ("track", "target", "base", "mode", "command", "margin", "seeds")}
     settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
-    settings |= {key: summary[key] for key in ("left_out",) if key in summary}  # comparisons from before have none
+    settings |= {key: summary[key] for key in ("left_out", "steps") if key in summary}  # comparisons from before have none
     return summarise(rows, settings, allow_mixed)
 
 
@@ -230,6 +250,18 @@ def pairs_words(made: dict[str, Any]) -> str:
     return f"{shown}; about {made['pairs']} pairs would show this one)" if made["pairs"] else f"{shown})"
 
 
+def loss_line(arm: dict[str, Any], ratio: dict[str, Any]) -> str:
+    """One line: an arm's final loss at the length that was given, and how far below the base's it lies. ratio: empty of the
+    base."""
+    claim, of = arm["confirmed"], ratio.get("loss")
+    loss = claim.get("why") or "loss {:.4f} ({:.4f}-{:.4f})".format(claim["mean"], *claim["interval"])
+    line = f"{arm['name']}: after {arm['steps']:,} steps {loss}"
+    if not of:
+        return line
+    below = "{:.4f} ({:.4f} to {:.4f}) below".format(of["below"], *of["interval"])
+    return f"{line}, {below} {ratio['base']}: {of['verdict']}, p = {of['p']:.2g}, n = {ratio['n']} pairs"
+
+
 def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
     """One line: the verdict on an arm, with n, p and interval."""
     verdict = ratio["verdict"]
@@ -253,6 +285,9 @@ def verdict_lines(summary: dict[str, Any]) -> list[str]:
     """One of each ratio, then one of each turn whose times are not to be compared."""
     by_name = {arm["name"]: arm for arm in summary["arms"]}
     lines = [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]]
+    if "steps" in summary:
+        against = {ratio["arm"]: ratio for ratio in reversed(summary["ratios"])}  # the first: against the base
+        lines = [loss_line(arm, against.get(name, {})) for name, arm in by_name.items() if arm["confirmed"]] + lines
     why = "too far for its times: the same command trains it again"
     return lines + [f"pair {t['pair']} lies {t['hours']:.1f} hours apart, {why}" for t in summary.get("apart", ())]
 

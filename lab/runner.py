@@ -179,7 +179,7 @@ def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.N
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.flags, options.command = tuple(argv[cut + 1 :]), shlex.join(argv)
-    for file in (Path(word.partition(":")[0]) for word in argv if ".py:" in word):
+    for file in (Path(word.partition(":")[0].rpartition("=")[2]) for word in argv if ".py:" in word):
         if file.is_absolute() or ".." in file.parts:  # a report or record that names it would be refused after all training
             raise UsageError(f"{file} is a path of this machine: put the file beside the repository's, as in own/{file.name}")
     if options.seeds == 1:

@@ -30,7 +30,8 @@ def words_of(command: str) -> dict[str, list[str]]:
     for word in words[:cut]:
         if word.startswith("--"):
             here, _, value = word.partition("=")
-            said[here] = [value] * bool(value)
+            here = "--optimizers" if here == "--arm" else here
+            said[here] = said.get(here, []) * (here == "--optimizers") + [value] * bool(value)
         else:
             said.setdefault(here, []).append(word)
     return said | {"--": words[cut + 1 :]}
@@ -47,7 +48,7 @@ def registered(flags: Iterable[str]) -> list[str]:
 def agree(summary: Summary, planned: dict[str, Any]) -> None:
     """Broken: the summary has another value than the command."""
     for key, value in planned.items():
-        need(summary[key] == value, f"{key} is {summary[key]!r}, by the command {value!r}")
+        need(summary.get(key) == value, f"{key} is {summary.get(key)!r}, by the command {value!r}")
 
 
 def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
@@ -58,29 +59,28 @@ def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
     track, base = said.get("--track", ["cpu"])[0], said.get("--base", [""])[0]
     target = float(said.get("--target", [0])[0])
     about = {"track": track, "mode": mode, "target": target or tricks.track(track).target_loss}
-    about |= {"margin": float(said.get("--margin", [comparison.MARGIN])[0])}
+    about |= {"margin": float(said.get("--margin", [comparison.MARGIN])[0]), "steps": int(said.get("--steps", [0])[0]) or None}
     about |= {"seeds": int(said["--seeds"][0])} if said.get("--seeds", ["0"]) != ["0"] else {}
     options = SimpleNamespace(**of | {"track": track, "base": base, "again": (of["again"] or [""])[0]})
     base = base or ("modern" if of["optimizers"] else "baseline")
-    stacks = (
-        dict(comparison.words_of_arms(options, base)) if not of["optimizers"] else {word: [base] for word in of["optimizers"]}
-    )
+    specs = dict(map(comparison.named, of["optimizers"]))
+    stacks = {name: [base] for name in specs} or dict(comparison.words_of_arms(options, base))
     agree(summary, about | {"base": next(iter(stacks))})
-    names, given = [arm["name"] for arm in summary["arms"]], dict(word.rsplit("=", 1) for word in said.get("--horizon", []))
+    names = [arm["name"] for arm in summary["arms"]]
+    given = dict.fromkeys(names if about["steps"] else (), about["steps"])
+    given |= dict(word.rsplit("=", 1) for word in said.get("--horizon", []))
     need(names == list(stacks), f"arms {names}, by the command {list(stacks)}")
     common = ["--track", track, *said["--"], *(["--target-loss", str(target)] if target else [])]
     for arm in summary["arms"]:
         name, flags = arm["name"], list(arm["flags"])
         wanted = ["--tricks", ",".join(stacks[name]) or "baseline"]
         if of["optimizers"]:
-            spec = flags[3] if "--tuned-on" in said and split(flags[3])[0] == split(name)[0] else name
+            spec = flags[3] if "--tuned-on" in said and split(flags[3])[0] == split(specs[name])[0] else specs[name]
             wanted, flags = [*wanted, "--optimizer", spec], without(flags, "--schedule")
             common = without(common, "--schedule")
         need(flags == [*wanted, *common], f"{name}: flags {' '.join(flags)}, by the command {' '.join([*wanted, *common])}")
-        need(
-            name not in given or arm["steps"] == int(given[name]),
-            f"{name}: {arm['steps']} steps, by the command {given.get(name)}",
-        )
+        planned = int(given.get(name, arm["steps"] or 0))
+        need(planned == (arm["steps"] or 0), f"{name}: {arm['steps']} steps, by the command {planned}")
         searched(name, [r for r in rows if (r.arm, r.phase) == (name, "search")], summary, said)
     return {arm["name"]: tuple(arm["flags"]) for arm in summary["arms"]}
 

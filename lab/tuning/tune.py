@@ -289,14 +289,8 @@ def threads(options: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-<<<<<<< HEAD
-    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    made = Parser(prog="compare.py tune", description=__doc__, **how)
-    add = made.add_argument
-=======
     made = Parser(prog="compare.py tune", description=__doc__)
-    add, cores = made.add_argument, os.cpu_count() or 1
->>>>>>> 45d0242 (Every verb answers alike: --quiet prints the answer and errors, --json its data, in one place)
+    add = made.add_argument
     entries = f"registered optimizers, {', '.join(EXTRAS)}, one's own path.py:Class, or all; keys given stay fixed"
     add("--optimizers", nargs="+", default=[], metavar="SPEC", help=entries)
     add("--workloads", nargs="+", default=WORKLOADS, metavar="TRACK", help=f"default: {' '.join(WORKLOADS)}")
@@ -306,15 +300,7 @@ def parser() -> argparse.ArgumentParser:
     further = f"then coordinate descent, {descent.BUDGET} trials in all, and {descent.SEEDS} new seeds"
     add("--descend", action="store_true", help=further)
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
-<<<<<<< HEAD
     add_running(made)
-=======
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="default: as the trials that are there")
-    add("--side-by-side", type=int, default=cores, help=f"trials at a time, the cores shared (default: {cores})")
-    add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
-    add("--plan", action="store_true", help="print the plan and stop")
-    add("--report", action="store_true", help="train nothing: tables, plots and tuned.json of what is there")
->>>>>>> 45d0242 (Every verb answers alike: --quiet prints the answer and errors, --json its data, in one place)
     add("--out", type=Path, default=Path("records/tuning"), help="default: records/tuning")
     return made
 

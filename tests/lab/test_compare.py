@@ -7,6 +7,7 @@ import random
 import shlex
 import shutil
 import signal
+import types
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -30,6 +31,7 @@ ENV = {
 }  # fmt: skip
 
 
+ROW = dict.fromkeys((f.name for f in dataclasses.fields(Row)), 0) | {"val_loss": 2.0}
 SAVE = plots.save
 
 
@@ -168,6 +170,95 @@ def test_lengths_of_a_search_may_be_given(fake, tmp_path, capsys):
     capsys.readouterr()
     assert compare.main(command(tmp_path / "d", *words[:-1], "modern=105,105,105")) == 2
     assert "modern: fewer than three runs, or all of one length" in capsys.readouterr().err
+
+
+def test_a_given_length_says_which_loss_is_lower_and_nothing_about_time(fake, tmp_path, capsys, monkeypatch):
+    """Labelled arms, no search; the rules of kept reports hold, and see through a summary that says otherwise."""
+    trainer = fake({"adamw": 200, "fast": 100, "same": 200}, {"fast": 0.12}, noise=0.002)
+    monkeypatch.setattr(plots, "save", SAVE)
+    out = tmp_path / "comparisons" / "c"
+    words = [
+        "--optimizers",
+        "adamw",
+        "--arm",
+        "fast=muon:lr=0.04",
+        "--steps",
+        "80",
+        "--seeds",
+        "4",
+        "--arm",
+        "same=adamw:lr=0.1",
+    ]
+    words = [*words, "--track", "tiny", "--target", "3.0", "--out", str(out), "--", *FLAGS[2:]]
+    assert compare.main(words) == 0
+    assert trainer.trained == [(name, 80, seed) for seed in range(4) for name in ("adamw", "fast", "same")]
+    found, said = summary(out), capsys.readouterr().out
+    fast, same = found["ratios"]
+    assert found["steps"] == 80 and found["plots"] == ["loss"] and found["base"] == "adamw"
+    assert (
+        fast["loss"]["below"] == pytest.approx(0.1, abs=0.01)
+        and fast["loss"]["verdict"] == "lower"
+        and fast["loss"]["p"] < 1e-3
+    )
+    assert same["loss"]["verdict"] == "no difference shown" and not fast["confirmed"] and fast["verdict"] == "not decided"
+    low, high = found["arms"][1]["confirmed"]["interval"]
+    assert f"fast: after 80 steps loss {found['arms'][1]['confirmed']['mean']:.4f} ({low:.4f}-{high:.4f}), 0." in said
+    assert "below adamw: lower, p = " in said and "adamw: after 80 steps loss 3.1" in said and "in wall-clock" not in said
+    assert (
+        "fast: not decided: the time to the target, since no search chose these lengths, and not confirmed at the target"
+        in said
+    )
+    assert "--optimizer muon:lr=0.04" in (out / "README.md").read_text() and "| `fast` |" in (out / "README.md").read_text()
+    broken = lambda: {v.rule: v.words for v in reports.verdicts(reports.Report(out)) if v.verdict == "fail"}  # noqa: E731
+    others = {
+        "files",
+        "runs",
+        "settings",
+        "curves",
+        "data",
+        "code",
+    }  # which a stand-in for the trainer and a folder for tests cannot keep
+    assert broken().keys() <= others
+    for change, words_of in (({"steps": 90}, "steps is 90, by the command 80"), ({}, "arms ['adamw', 'fast', 'sane']")):
+        changed = found | change
+        changed["arms"] = [arm | {"name": arm["name"].replace("same", "same" if change else "sane")} for arm in found["arms"]]
+        (out / "comparison.json").write_text(json.dumps(changed))
+        assert words_of in broken()["command"]
+    (out / "comparison.json").write_text(json.dumps(found))
+    assert compare.main(["--report", str(out)]) == 0 and summary(out) == found
+    # an arm's own length, and runs of several lengths beside it, lead back to verdicts on time
+    words[words.index("--seeds") : words.index("--seeds")] = [
+        "--horizon",
+        "fast=110",
+        "--lengths",
+        "adamw=100,120,150",
+        "fast=90",
+    ]
+    assert compare.main(words) == 0 and [arm["steps"] for arm in summary(out)["arms"]] == [80, 110, 80]
+    assert "loss" not in (own := summary(out)["ratios"][0]) and own["verdict"] == "faster" and own["basis"] == "equal loss"
+    none = comparison.loss_difference([(Row(**ROW), Row(**ROW))] * 3)
+    assert none["p"] == 1 and none["verdict"] == "no difference shown"
+
+
+def test_a_plan_says_what_is_left_and_writes_nothing(fake, tmp_path, capsys, monkeypatch):
+    trainer, asked = fake({"baseline": 200, "modern": 100}), []
+    monkeypatch.chdir(tmp_path)
+
+    def predicted(arm, machine):
+        asked.append(arm)
+        return types.SimpleNamespace(config=resolve(list(arm.flags))[0], seconds=2.0)
+
+    monkeypatch.setattr(compare, "predicted", predicted)
+    words = command(tmp_path / "c", "--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=60")
+    assert compare.main(["--plan", "--json", *words]) == 0 and not trainer.trained and not list(tmp_path.iterdir())
+    base, modern = json.loads(capsys.readouterr().out)
+    assert (base["runs"], modern["runs"]) == ("3 x 60", "7 x 100 + 3 x 105")
+    assert base["tokens"] == 3 * 60 * 256 and base["seconds"] == pytest.approx(2 * (180 + 5 * 3 * 512 / 3 / 256))
+    assert [arm.flags[-4:] for arm in asked] == [("--steps", "60", "--seed", "2"), ("--steps", "105", "--seed", "2")]
+    assert compare.main(words) == 0
+    capsys.readouterr()
+    assert compare.main(["--plan", *words]) == 0
+    assert "| baseline | -" in (said := capsys.readouterr().out) and "about " in said and "one run at a time" in said
 
 
 def test_interrupted_comparison_trains_nothing_twice(fake, tmp_path, monkeypatch):
@@ -476,6 +567,14 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--optimizers", "adamw", "muon", "--tuned-on", "wikki"], "nothing was tuned for it: did you mean 'wiki'?"),
         (["--tricks", "muon", "--track", "tniy"], "unknown track 'tniy'"),
         (["--report", "nowhere"], "holds no experiment"),
+        (["--tricks", "muon", "--steps", "20", "--max-steps", "30"], "--steps is the length of all runs: leave out"),
+        (["--tricks", "muon", "--steps", "20", "--", "--steps", "30"], "and the --steps after --"),
+        (["--tricks", "muon", "--steps", "-1"], "--steps must be at least 0"),
+        (["--tricks", "muon", "--arm", "fast=muon"], "not allowed with argument --tricks"),
+        (["--optimizers", "adamw", "--arm", "fast=muno"], "unknown optimizer 'muno'"),
+        (["--arm", "a=adamw", "b=adamw"], "'b' and 'a' are the same settings"),
+        (["--arm", "a=adamw", "a=muon"], "two arms have the same name"),
+        (["--arm", "a=adamw", "b=/x/mine.py:Mine"], "is a path of this machine"),
         (["--tricks", "muon", "--", "--layres", "2"], "unknown flag --layres: did you mean '--layers'?"),
     ],
 )
