@@ -7,7 +7,8 @@
 #   ./run.sh sample          text from a trained model
 #   ./run.sh eval            its score: HellaSwag, or bits per byte of your text
 #   ./run.sh export          its weights and tokenizer in the form of Hugging Face
-#   ./run.sh runs            list run folders, compare two, watch those in progress
+#   ./run.sh runs            list run folders, compare two
+#   ./run.sh watch           runs in progress, with loss and time left
 #   ./run.sh plot            draw loss against time of runs
 #   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, score, levers)
 #   ./run.sh scaling         does a trick still help at larger sizes?
@@ -19,6 +20,7 @@
 #   ./run.sh study           the lecture's claims, one small experiment each (study NAME, study all)
 #   ./run.sh page            one page to look at, with all results and your runs: site/index.html
 #   ./run.sh docs            write the generated tables and pictures of the pages anew
+#   ./run.sh completion      the script by which bash completes verbs, flags and names
 #   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
 user=$PWD me=$0
@@ -34,18 +36,19 @@ page() { sed -n '2,/^set /s/^# \{0,1\}//p' run.sh; }
 
 words=()
 from_there() { # the command line in `words`, its paths as seen from the user's folder, where they stand in it
-  local word flag="" value
+  local word verb="" flag="" value
   for word in "$@"; do
     value=${word#--*=}
     case "$word" in --*) flag=${word%%=*} ;; esac
-    case "$flag:$value" in
-      *:--* | *:/* | *:) ;;
-      --out:* | --data-root:* | --run:*) value=$user/$value ;;
+    case "$flag:$verb:$value" in
+      *:-* | *:/* | *:) ;;
+      --out:* | --data-root:* | --run:* | :export:*) value=$user/$value ;; # there or not
       *:*.py:*) [ ! -f "$user/${value%%.py:*}.py" ] || value=$user/$value ;;
-      *:*/* | *:*.*) [ ! -e "$user/$value" ] || value=$user/$value ;;
+      *:*/* | *:*.* | :plot:* | :watch:*) [ ! -e "$user/$value" ] || value=$user/$value ;;
     esac
     case "$word" in --*=*) words+=("$flag=$value") ;; *) words+=("$value") ;; esac
-    case "$flag" in --out | --data-root | --run) [ "$word" = "$flag" ] || flag="" ;; esac
+    case "$flag" in --out | --data-root | --run | --to) [ "$word" = "$flag" ] || flag="" ;; esac
+    verb=${verb:-$word}
   done
 }
 verbs() { page | awk '$1 == "./run.sh" && $2 ~ /^[a-z]+$/ { print $2 }'; }
@@ -145,7 +148,7 @@ help() {
   verbs | grep -qx -- "$1" || unknown "$1"
   page | grep "^  ./run.sh $1 "
   case "$1" in
-    test | optimizers | docs | help) ;;
+    test | docs | help) ;;
     *) exec ./run.sh "$1" --help ;;
   esac
 }
@@ -177,6 +180,7 @@ case "$verb" in
   eval) run "" evaluate.py "$@" ;;
   export) run "" -m export "$@" ;;
   runs) run "" -m lab.runs "$@" ;;
+  watch) run "" -m lab.runs watch "$@" ;;
   plot) run lab -m lab.plots "$@" ;;
   compare) run lab compare.py "$@" ;;
   scaling) run lab scaling.py "$@" ;;
@@ -192,6 +196,10 @@ case "$verb" in
   records) run lab -m lab.records "$@" ;;
   study) run studies -m studies "$@" ;;
   page) run page -m page "$@" ;;
-  docs) run lab -m lab.docs "$@" ;;
+  docs)
+    [ $# -eq 0 ] || die "docs takes no words: it writes the generated tables and pictures anew"
+    run lab -m lab.docs
+    ;;
+  completion) PYTHONWARNINGS=ignore run lab -m lab.completion "$@" ;;
   *) unknown "$verb" ;;
 esac

@@ -158,7 +158,7 @@ CHECKS = {
     "sample": lambda words: sample.parser().parse_args(words),
     "data": lambda words: data_parser().parse_args(words),
     "records": lambda words: records_parser().parse_args(words),
-    "optimizers": lambda words: [show(name) for name in words],
+    "optimizers": lambda words: [show(name) for name in words if name != "--json"],
 }
 
 
@@ -239,5 +239,16 @@ def test_paths_are_those_of_the_user_s_folder(tmp_path):
         ["./run", "data", "prepare", "muon", "--files", "mine.txt", "none.txt"], cwd=away, capture_output=True, text=True
     )
     assert done.stdout.split()[3:] == ["prepare", "muon", "--files", f"{away}/mine.txt", "none.txt"]
+    for words, mapped in {
+        "export OUT": "{}/OUT",
+        "export --to hf --run none a/b": "--to hf --run {}/none {}/a/b",
+        "export --to=hf OUT --data-root d": "--to=hf {}/OUT --data-root {}/d",
+        "export -h": "-h",
+        "watch muon": "watch {}/muon",
+        "watch none": "watch none",
+        "runs muon": "muon",
+    }.items():
+        done = subprocess.run(["./run", *words.split()], cwd=away, capture_output=True, text=True)
+        assert done.stdout.split()[3:] == mapped.replace("{}", str(away)).split(), done.stderr
     done = subprocess.run([copy / "run.sh", "train", "--out", "here"], cwd=copy, capture_output=True, text=True)
     assert done.stdout.split()[1:] == ["train_gpt.py", "--out", "here"]
