@@ -172,6 +172,17 @@ def ranks() -> None:
             print(f"| `{recipe}` | {what} | {statistics.median(rate):,.0f} | {relative} | {memory:,.0f} MB |", flush=True)
 
 
+def sampling() -> None:
+    """The next token after 1,000: with keys and values kept, and by a pass over the whole text."""
+    config = resolve(["--track", "cpu", "--tricks", "modern", "--sequence-length", "1024"])[1]
+    (kept, plain), text, ends = (GPT(config).eval(), GPT(config).eval()), torch.randint(256, (1, 1024)), iter(range(1000, 1024))
+    kept.remember()
+    with torch.no_grad():
+        times = interleave({"kept": lambda: kept(text[:, : next(ends)]), "not kept": lambda: plain(text[:, :1000])})
+    rates = " and ".join(f"{1 / statistics.median(each):,.0f} ({name})" for name, each in times.items())
+    print(f"\nsampling at length 1,000, tokens per second: {rates}, {ratio(times['not kept'], times['kept'])} times as many")
+
+
 WAITING = {  # how threads wait for each other: environment of libgomp
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
     "30,000 spins": {"GOMP_SPINCOUNT": "30000"},
@@ -198,7 +209,8 @@ def waiting_threads() -> None:
         print(f"| {what} | {' | '.join(f'{statistics.median(t):.1f} | {ratio(t, usual)}' for t, usual in each)} |", flush=True)
 
 
-PARTS = {f.__name__.replace("_", "-"): f for f in (ours_against_nanogpt, record_mfu, where_time_goes, ranks, waiting_threads)}
+PARTS = (ours_against_nanogpt, record_mfu, where_time_goes, ranks, sampling, waiting_threads)
+PARTS = {part.__name__.replace("_", "-"): part for part in PARTS}
 
 
 def main(names: list[str]) -> None:
