@@ -179,7 +179,7 @@ def sampling() -> None:
     kept.remember()
     with torch.no_grad():
         times = interleave({"kept": lambda: kept(text[:, : next(ends)]), "not kept": lambda: plain(text[:, :1000])})
-    rates = " and ".join(f"{1 / statistics.median(each):,.0f} ({name})" for name, each in times.items())
+    rates = " and ".join(f"{1 / statistics.median(each):,.3g} ({name})" for name, each in times.items())
     print(f"\nsampling at length 1,000, tokens per second: {rates}, {ratio(times['not kept'], times['kept'])} times as many")
 
 

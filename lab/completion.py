@@ -35,7 +35,7 @@ def words_of(typed: str, parser: argparse.ArgumentParser) -> dict[str, list[str]
     words: dict[str, list[str]] = {typed: []}
     for action in parser._actions:
         called = f"{action.dest} {action.metavar} {'' if action.option_strings else typed}".lower()
-        values = [*(action.choices or next((names for kind, names in NAMES.items() if kind in called), []))]
+        values = [*(action.choices or next((names for kind, names in NAMES.items() if re.search(rf"\b{kind}", called)), []))]
         words[typed] += action.option_strings or values
         words |= {f"{typed} {flag}": values for flag in action.option_strings}
         if isinstance(action, argparse._SubParsersAction):
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> str:
     for verb, place in re.findall(r'^  (\w+)\)(?:(?!;;).)*?run \S+ (?:-m )?(\S+) [^\n]*"\$@"', text, re.MULTILINE | re.DOTALL):
         parser = parser_of(place)
         words |= words_of(verb, parser)
-        for below in re.findall(rf"^ *(?:python|\./run\.sh) .*\b{verb}(?:\.py)? ([a-z]\w+)", parser.description, re.MULTILINE):
+        for below in re.findall(rf"^ *(?:python|\./run\.sh) .*?\b{verb}(?:\.py)? ([a-z]\w+)", parser.description, re.MULTILINE):
             words[verb].append(below)
             if (own := parser_of(place, below)).prog != parser.prog:
                 words |= words_of(f"{verb} {below}", own)
