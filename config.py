@@ -40,7 +40,8 @@ class Config:
     schedule: str = setting("constant", "learning-rate schedule SPEC")
     decay_schedule: str = setting("constant", "schedule SPEC of the weight decay; a step decays by this times the rate")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
-    steps: int = setting(1000, "optimizer updates", least=1)
+    steps: int = setting(1000, "optimizer updates; under --minutes only what lengths such as warmup=100 are parts of", least=1)
+    minutes: float = setting(0.0, "end after so much training time, which schedules and stages then follow; 0: by --steps")
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
     batch_stages: tuple[float, ...] = setting((1.0,), "batches in stages of equal length, multiples of --batch-tokens: 1/2/3")
     batch_rates: tuple[float, ...] = setting((1.0,), "factors on the learning rates in the batch stages: 1/1.52/1.73")
@@ -187,6 +188,8 @@ def check(config: Config, model_config: ModelConfig) -> None:
         raise UsageError(f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}")
     if config.stop_at_target and not config.target_loss:
         raise UsageError("--stop-at-target needs a target: add --target-loss")
+    if config.minutes and (known := needs_steps(config)):
+        raise UsageError(f"--minutes leaves the number of steps to the machine; it must be known for {known}")
     if config.momentum_schedule != "keep" and not optimizer.has_momentum:
         name = split(config.optimizer)[0]
         raise UsageError(f"--momentum-schedule {config.momentum_schedule}: {name} has no momentum that it could change")
@@ -200,6 +203,19 @@ def check(config: Config, model_config: ModelConfig) -> None:
     shortest = round(T * min(course.lengths))
     if not 0 <= config.future_tokens < shortest:
         raise UsageError(f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}")
+
+
+def needs_steps(config: Config) -> str:
+    """The first setting that is given and names a certain step of the run; empty: none."""
+    fractions = "a length in --optimizer or --average that is a fraction of the run: give it in steps"
+    given = {"--batch-stages": len(config.batch_stages) > 1, "--tied-until": config.tied_until, "--branch": config.branch}
+    given[fractions] = of_length(config, 10**3) != of_length(config, 10**6)
+    return next(filter(given.get, given), "")
+
+
+def of_length(config: Config, steps: int) -> tuple[dict[str, Any], list[Any]]:
+    """Settings of the optimizer, and of what is around it, that are fractions of the run's length, for so many steps."""
+    return optimizers.find(config.optimizer).of_length(steps), optimizers.build_around(config.outer, config.average, steps)
 
 
 def allowed_skips(nonfinite: str) -> int:
@@ -252,11 +268,7 @@ def mean_flops(config: Config, model_config: ModelConfig) -> int:
 def shared_steps(config: Config, steps: int) -> int:
     """The first steps that a run of `steps` steps, with these settings otherwise, has in common with this one. Raises
     UsageError: settings of the optimizer are fractions of the run's length."""
-    optimizer = optimizers.find(config.optimizer)
-    this, other = [
-        (optimizer.of_length(n), optimizers.build_around(config.outer, config.average, n)) for n in (config.steps, steps)
-    ]
-    if this != other:
+    if of_length(config, config.steps) != of_length(config, steps):
         raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
     this, other, both = Course(config), Course(config, steps), min(config.steps, steps)
     return next((step for step in range(both) if this.at(step) != other.at(step)), both)

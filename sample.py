@@ -15,7 +15,7 @@ import torch
 from config import FIELDS, only
 from data import tokenizers
 from engine.command import Parser, command
-from engine.run_folder import found, read_json
+from engine.run_folder import found, intact, read_json
 from engine.schedules import Course
 from engine.spec import UsageError
 from layers.shape import ModelConfig
@@ -37,7 +37,9 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     if path is None:
         raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
     checkpoint.load_weights(gpt, path)
-    gpt.see(course.at(max(0, checkpoint.step_of(path) - 1)).windows)
+    with intact(path):
+        seconds = sum(map(sum, read_json(path / checkpoint.STATE)["progress"].get("stages", {}).values()))
+        gpt.see(course.at(max(0, course.position(checkpoint.step_of(path) - 1, seconds))).windows)
     return gpt.eval(), config
 
 

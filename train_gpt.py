@@ -16,7 +16,6 @@ seed and the step alone; so one rank, eight ranks, and a resumed run train on th
 
 from engine import display, hardware  # before torch: it sets how threads wait  # isort: skip
 import contextlib
-import importlib.util
 import math
 import os
 import statistics
@@ -168,6 +167,7 @@ class Training:
         self.config, self.model_config, self.world = config, model_config, world
         self.progress, self.course = Progress(), Course(config)
         self.clock = Clock(world.device, self.progress)
+        self.seconds = 0.0  # on rank 0's clock, as all ranks know it: `position` follows it under --minutes
         self.dtype, self.dtype_reason = hardware.pick_dtype(config.dtype, world.device)
         attention.check(model_config.attention, world.device)
         kernels.use(config.kernels)
@@ -264,10 +264,15 @@ class Training:
         """Trained on so far."""
         return self.course.units_before(self.progress.step) * self.config.batch_tokens
 
+    @property
+    def position(self) -> float:
+        """Of the next step in the course: alike on all ranks."""
+        return self.course.position(self.progress.step, self.seconds)
+
     def step(self) -> tuple[float, float, float] | None:
         """One update on the clock: loss over the global batch, gradient norm, seconds. None when not finite: no update."""
         config, step, world = self.config, self.progress.step, self.world
-        now = self.course.at(step)
+        now = self.course.at(self.position)
         self.clock.start()
         self.tied.before_step(step)
         self.gpt.see(now.windows)
@@ -294,7 +299,7 @@ class Training:
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, now: Moment) -> tuple[float, float]:
         """Gradients of the mean loss over the global batch [sequences, length]; that loss and their norm."""
-        world, future = self.world, self.future(now)
+        world, future = self.world, hardware.upload(now.future, self.world.device)
         loss = torch.zeros((), device=world.device)
         micro, _ = self.shape(now)
         parts = range(0, len(x), micro)
@@ -322,18 +327,13 @@ class Training:
         length = round(whole * now.length)
         return self.micro * whole // length, length
 
-    def future(self, now: Moment) -> torch.Tensor | None:
-        """Weights of the losses on the tokens after the next."""
-        return hardware.upload(now.future, self.world.device) if now.future else None
-
     def run(self) -> dict[str, Any] | None:
-        """Train to the last step, the target (when asked to stop there) or divergence; write and return the result. A signal
-        ends the run earlier, with a checkpoint and without a result: None."""
+        """Train to the end, the target (when asked to stop there) or divergence; write and return the result. A signal ends
+        the run earlier, with a checkpoint and without a result: None."""
         self.begin()
-        config, progress = self.config, self.progress
-        every, self.saved_at = config.val_every or math.ceil(config.steps / 5), time.monotonic()
+        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
         with Interrupt() as interrupt:
-            while progress.step < config.steps and not (config.stop_at_target and progress.reached):
+            while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
                 self.note_epoch()
                 overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
                 self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
@@ -343,14 +343,17 @@ class Training:
                     self.log_step(*done)
                 elif not self.leave_out():
                     return self.finish("diverged")
+                if config.minutes:
+                    self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
+                over, every = self.position >= config.steps, config.val_every
                 if config.check_ranks and progress.step % config.check_ranks == 0:
                     self.clock.pause()
                     self.world.check_equal(list(self.gpt.parameters()), f"step {progress.step}: weights")
-                if progress.step % every == 0 or progress.step == config.steps:
+                if over or (progress.step % every == 0 if every else self.position // fifth > before // fifth):
                     self.validate()
                     if not math.isfinite(progress.last_val):  # the last update: its gradient was finite, the weights are not
                         return self.finish("diverged")
-                if stop and progress.step < config.steps:
+                if stop and not over:
                     self.save()
                     self.log_checkpoints(wait=True)
                     self.run_folder.event("stopped", step=progress.step, signal=interrupt.name, utc=now_utc())
@@ -359,13 +362,13 @@ class Training:
                     return self.finish("diverged")
             if self.saved != progress.step and not self.save():
                 return self.finish("diverged")
-            return self.finish("ok" if progress.step == config.steps else "stopped")
+            return self.finish("ok" if self.position >= config.steps else "stopped")
 
     def begin(self) -> None:
         """Restore, compile, and open the log: what comes before the first step, off the clock."""
         config, world, folder = self.config, self.world, self.run_folder
         saved = self.restore() if self.start else {}
-        first = self.progress.step
+        first, self.seconds = self.progress.step, self.clock.train_time
         cards = world.gather(hardware.device_name(world.device))
         if self.compiled:
             world.beat("compiling")
@@ -386,14 +389,14 @@ class Training:
     def warm_up(self) -> None:
         """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
         weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data."""
-        first, device = self.progress.step, self.world.device
+        first, device = self.position, self.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for step in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):
-                now = self.course.at(step)
+            for position in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):
+                now = self.course.at(position)
                 self.gpt.see(now.windows)
                 tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
                 # targets in memory of their own, as in training: a tensor given twice would make another graph
-                self.model(tokens, tokens.clone(), self.future(now)).backward()
+                self.model(tokens, tokens.clone(), hardware.upload(now.future, device)).backward()
                 self.model.zero_grad(set_to_none=True)
         optimizers.compile_update(self.optimizer)
 
@@ -474,9 +477,8 @@ class Training:
         return losses
 
     def log_step(self, loss: float, norm: float, step_time: float) -> None:
-        step, lr, seconds = self.progress.step, self.optimizer.param_groups[0]["lr"], self.clock.train_time
-        about = dict(step=step, tokens=self.tokens, loss=loss, lr=lr, grad_norm=norm, step_time=step_time)
-        self.run_folder.event("train", **about, train_time=seconds)
+        about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=self.optimizer.param_groups[0]["lr"])
+        self.run_folder.event("train", **about, grad_norm=norm, step_time=step_time, train_time=self.clock.train_time)
         self.log_checkpoints()
 
     def save(self) -> bool:
@@ -565,9 +567,7 @@ class Training:
 def train(argv: list[str]) -> Answer | int:
     """Train as the flags say; the answer, of ranks other than the first the exit code."""
     config, model_config, recipe = resolve(argv, __doc__)
-    for package in ("wandb", "tensorboard"):
-        if getattr(config, package) and importlib.util.find_spec(package) is None:
-            raise UsageError(f"--{package} needs the package {package}: pip install {package}")
+    display.check_loggers(config)
     training, world = None, World(config.device, config.timeout)
     try:
         training = Training(config, model_config, recipe, world)

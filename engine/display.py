@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the messages."""
 
+import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,15 @@ import torch
 from tqdm import tqdm
 
 from engine import hardware
+from engine.schedules import Course
+from engine.spec import UsageError
+
+
+def check_loggers(config: Any) -> None:
+    """Raises UsageError: a logger that is asked for is not installed."""
+    for package in ("wandb", "tensorboard"):
+        if getattr(config, package) and importlib.util.find_spec(package) is None:
+            raise UsageError(f"--{package} needs the package {package}: pip install {package}")
 
 
 class Display:
@@ -18,7 +28,11 @@ class Display:
     def __init__(self, config: Any, folder: Path, flops: int, peak: float | None, step: int, tokens: int):
         self.config, self.flops, self.peak, self.tokens, self.val = config, flops, peak, tokens, None
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=config.steps, initial=step, disable=not self.terminal, unit="step", dynamic_ncols=True)
+        self.course, self.position = Course(config), float(step)
+        length = dict(total=config.steps, initial=step, unit="step")
+        if config.minutes:  # tqdm's own guess of the time left counts validation and what was trained before a resume
+            length = dict(total=60 * config.minutes, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}")
+        self.bar = tqdm(**length, disable=not self.terminal, dynamic_ncols=True)
         self.every = max(1, config.steps // 20)
         self.wandb = self.writer = None
         if config.wandb:
@@ -55,10 +69,13 @@ class Display:
         val = f"-{target}" if self.val is None else f"{self.val:.4f}{target}"
         self.scalars(step, **{"train/loss": loss, "train/lr": lr, "train/step_time": step_time})
         self.bar.set_postfix_str(f"loss {loss:.3f}, val {val}, {rate:,.0f} tok/s, MFU {mfu}", refresh=False)
-        self.bar.update()
-        if not self.terminal and (step % self.every == 0 or step == 1):
-            speed = f"{train_time:.1f} s  {rate:,.0f} tok/s  MFU {mfu}  ETA {train_time / step * (steps - step):.0f} s"
-            print(f"step {step}/{steps}  loss {loss:.4f}  val {val}  {speed}", flush=True)
+        self.bar.update(train_time - self.bar.n if self.config.minutes else 1)
+        before, self.position = self.position, self.course.position(step, train_time)
+        if not self.terminal and (self.position // self.every > before // self.every or step == 1):
+            left = max(0.0, train_time / self.position * (steps - self.position))
+            speed = f"{train_time:.1f} s  {rate:,.0f} tok/s  MFU {mfu}  ETA {left:.0f} s"
+            of = "" if self.config.minutes else f"/{steps}"
+            print(f"step {step}{of}  loss {loss:.4f}  val {val}  {speed}", flush=True)
 
     def note(self, text: str) -> None:
         self.bar.write(text) if self.terminal else print(text, flush=True)
@@ -89,11 +106,13 @@ def greeting(run: Any, cards: list[str]) -> str:
     ]
     parameters = sum(p.numel() for p in run.gpt.parameters())
     sizes = " / ".join(f"{config.batch_tokens * int(size):,}" for size in config.batch_stages)
+    length = f"{config.steps:,} steps of {sizes} tokens ({run.loader.epochs(config.steps):.2f} epochs of {config.corpus})"
+    if config.minutes:
+        length = f"{config.minutes:g} minutes of training in steps of {sizes} tokens of {config.corpus}"
     first = (
         f"{run.run_folder.folder}\nGPT, {model.layers} blocks of width {model.width}, {parameters / 1e6:.1f}M parameters, "
         f"{config.optimizer}, schedule {config.schedule}\n"
-        f"{world.size} x {device.type}, {dtype} ({run.dtype_reason}), {config.steps:,} steps of {sizes} tokens "
-        f"({run.loader.epochs(config.steps):.2f} epochs of {config.corpus})"
+        f"{world.size} x {device.type}, {dtype} ({run.dtype_reason}), {length}"
     )
     return "\n".join([first, *filter(None, lacks)])
 

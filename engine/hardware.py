@@ -173,8 +173,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None,
     return 2 * n**3 / min(times), "measured at start"
 
 
-def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
-    """[n] fp32 on the device, without waiting until it has done what was asked of it before."""
+def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor | None:
+    """[n] fp32 on the device, without waiting until it has done what was asked of it before; None without numbers."""
+    if not numbers:
+        return None
     here = torch.tensor(numbers)
     return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 

@@ -117,6 +117,16 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def of_main(self, key: str, value: float) -> float:
+        """Rank 0's value, on all ranks: through the store, so that none waits for its device. key: new each time."""
+        if self.main:
+            if self.store:
+                self.store.set(key, repr(value))
+            return value
+        while not self.store.check([key]):  # not get(), which would keep `_watch` from the store
+            time.sleep(1e-4)
+        return float(self.store.get(key))
+
     def gather(self, value: Any) -> list[Any]:
         """One small object from each rank, in rank order."""
         if self.size == 1:

@@ -1,4 +1,4 @@
-"""Schedules of learning rate and momentum, chosen by SPEC, and the course of a run: all that depends on the step.
+"""Schedules of learning rate and momentum, chosen by SPEC, and the course of a run: all that depends on the step or the time.
 
     python -m engine.schedules wsd cosine:warmup=0.1 --out schedules.png       draw them (needs matplotlib)
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
@@ -33,7 +33,7 @@ class Schedule:
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
 
-    def value(self, step: int, steps: int) -> float:
+    def value(self, step: float, steps: int) -> float:
         """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
         warmup = length(self.warmup, steps)
         if step < warmup:
@@ -174,7 +174,7 @@ class Ramp:
     warmup: float = 300.0  # steps or fraction of the run
     cooldown: float = 0.0  # steps or fraction of the run; 0: none
 
-    def value(self, step: int, steps: int) -> float | None:
+    def value(self, step: float, steps: int) -> float | None:
         warmup, cooldown = length(self.warmup, steps), length(self.cooldown, steps)
         up = min(1.0, step / warmup) if warmup else 1.0
         down = max(0.0, (step - (steps - cooldown)) / cooldown) if cooldown else 0.0
@@ -186,14 +186,14 @@ SCHEDULES |= {"power": Power, "fast_slow": FastSlow, "exponential": Exponential,
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 
 
-def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[int], Any]:
+def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[float], Any]:
     """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate. Raises UsageError: unknown schedule or
     key, or a value out of range."""
     schedule = make(spec, registry, what, "value")
     return lambda step: schedule.value(step, steps)
 
 
-def build_momentum(spec: str, steps: int) -> Callable[[int], float | None]:
+def build_momentum(spec: str, steps: int) -> Callable[[float], float | None]:
     """Momentum schedule: step (0-based) -> momentum, or None to leave the optimizer's own."""
     return build(spec, steps, MOMENTUM_SCHEDULES, "momentum schedule")
 
@@ -213,7 +213,8 @@ class Moment:
 
 
 class Course:
-    """What a run does in each of its steps: `Course(config).at(step)`, a pure function of the step and the run's length.
+    """What a run does in each of its steps: `Course(config).at(position)`, a pure function of the position and the run's
+    length. The position is the step; under --minutes it is the share of the time that has passed, times `steps`.
 
     Stages of batches, windows and sequence lengths divide the run into equal parts. Speedrun record 46: batches of 131k, 262k
     and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on. Record
@@ -228,6 +229,7 @@ class Course:
         self.batches, self.batch_rates = config.batch_stages, config.batch_rates
         self.windows, self.lengths = config.window_stages, config.length_stages
         self.future_tokens, self.tied_until = config.future_tokens, config.tied_until
+        self.seconds = 60 * config.minutes  # of training; 0: the run ends by steps
         if len(self.batches) != len(self.batch_rates):
             counts = f"{len(self.batches)} sizes, --batch-rates {len(self.batch_rates)} rates"
             raise UsageError(f"--batch-stages has {counts}: one a stage")
@@ -237,8 +239,12 @@ class Course:
             if parts[-1] != 1 or not all(0 < part <= 1 for part in parts):
                 raise UsageError(f"{flag} takes parts above 0 of what the model has, and ends with all of it: such as 0.5/1")
 
-    def at(self, step: int) -> Moment:
-        """Step counts from 0; after the end the last stages hold."""
+    def position(self, step: int, seconds: float) -> float:
+        """Of a run that has taken `step` steps and trained for `seconds`; at `self.steps` it ends."""
+        return seconds * self.steps / self.seconds if self.seconds else step
+
+    def at(self, step: float) -> Moment:
+        """Of a position, which counts from 0; after the end the last stages hold."""
         batch = stage(self.batches, step, self.steps)
         return Moment(
             lr=self.rate(step) * self.batch_rates[batch],
@@ -271,12 +277,12 @@ def stage_starts(stages: tuple[float, ...], steps: int) -> list[int]:
     return [math.ceil(i * steps / len(stages)) for i in range(len(stages))]
 
 
-def stage(stages: tuple[float, ...], step: int, steps: int) -> int:
+def stage(stages: tuple[float, ...], step: float, steps: int) -> int:
     """Index of the stage that holds in `step`. A run of fewer steps than stages skips some."""
     return bisect.bisect_right(stage_starts(stages, steps), step) - 1
 
 
-def future_weights(tokens: int, step: int, steps: int) -> tuple[float, ...]:
+def future_weights(tokens: int, step: float, steps: int) -> tuple[float, ...]:
     """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
     after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
     Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""

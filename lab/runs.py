@@ -36,13 +36,9 @@ class Seen:
     steps: int  # 0: not known
     loss: float | None  # of the last validation, or of the last step where there was none
     seconds: float  # trained
+    left: float  # seconds to its end, at the pace so far; nan: not known
     written: float  # when its log was
     losses: tuple[float, ...]
-
-    @property
-    def left(self) -> float:
-        """Seconds to its end, at the pace so far."""
-        return self.seconds / self.step * (self.steps - self.step) if self.step and self.steps else math.nan
 
 
 def see(folder: Path) -> Seen:
@@ -68,12 +64,14 @@ def see(folder: Path) -> Seen:
         elif kind == "end":
             state = str(event.get("status"))
     try:
-        steps = int(read_json(folder / "config.json").get("steps") or 0)
+        config = read_json(folder / "config.json")
+        steps, whole = int(config.get("steps") or 0), 60 * float(config.get("minutes") or 0)
     except (OSError, UsageError, ValueError, TypeError):
-        steps = 0
+        steps = whole = 0
+    left = whole - seconds if whole else seconds / step * (steps - step) if step and steps else math.nan
     state = state or ("training" if time.time() - written < LIVE else "stopped")
     loss = val if val is not None else losses[-1] if losses else None
-    return Seen(str(folder), state, int(step), steps, loss, float(seconds), written, tuple(losses))
+    return Seen(str(folder), state, int(step), 0 if whole else steps, loss, float(seconds), left, written, tuple(losses))
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
@@ -103,7 +101,7 @@ def listed(runs: Sequence[Seen], live: bool = False) -> Answer:
         row = [r.run, r.state, f"{r.step}/{r.steps}" if r.steps else str(r.step), loss, duration(r.seconds)]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(r.written))
         rows.append(row + ([duration(r.left), sparkline(r.losses)] if live else [when]))
-    data = [{key: value for key, value in asdict(r).items() if key != "losses"} for r in runs]
+    data = [{key: value for key, value in asdict(r).items() if key not in ("left", "losses")} for r in runs]
     return Answer(table(head, rows, aligned=True), data)
 
 

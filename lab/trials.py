@@ -63,6 +63,8 @@ class Trial:
         """Where the trainer puts this run. Raises UsageError: what the trainer refuses: an unknown trick, a value out of
         range."""
         config, model_config, recipe = resolve(self.flags)
+        if config.minutes:
+            raise UsageError("trials are compared at fixed numbers of steps, and --minutes leaves them open: add --minutes 0")
         return (self.root or RUNS) / run_folder.default_folder(run_folder.all_settings(config, model_config, recipe))
 
     @property

@@ -152,6 +152,7 @@ def stopping(record: Record) -> str:
     planned validations, whose losses go with the training losses."""
     about, lengths = record.about, {}
     need(not about["settings"]["stop_at_target"], "the runs stopped by their own validation loss")
+    need(not about["settings"].get("minutes"), "the runs ended by the clock: a record has a fixed number of steps")
     for log in record.all_logs:
         lengths[log.path] = about["steps"] if log in record.logs else record.timed_anew[0].end.get("step", 0)
         whole(log, lengths[log.path], about["settings"] if log in record.logs else about["against"]["settings"])
