@@ -113,6 +113,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+CARD_MEMORY = 80e9  # bytes: of the card for which 65,536 tokens are usually not too many; a smaller one takes as many fewer
 FIELDS = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields(cls)}
 
 
@@ -226,8 +227,11 @@ def allowed_skips(nonfinite: str) -> int:
     return int(count or 0)
 
 
-def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> tuple[int, int]:
-    """Sequences per rank and step, and per micro-batch. Raises UsageError: the batch does not divide evenly."""
+def shares(
+    config: Config, model_config: ModelConfig, ranks: int, device_type: str, memory: float = CARD_MEMORY
+) -> tuple[int, int]:
+    """Sequences per rank and step, and per micro-batch. memory: bytes of a card. Raises UsageError: the batch does not divide
+    evenly."""
     T = model_config.sequence_length
     unit = ranks * T
     if config.batch_tokens % unit:
@@ -243,7 +247,7 @@ def shares(config: Config, model_config: ModelConfig, ranks: int, device_type: s
                 f"the {per_rank * T} tokens of a rank"
             )
         return per_rank, micro
-    most = max(1, (65536 if device_type == "cuda" else 16384) // T)
+    most = max(1, round(65536 * min(1.0, memory / CARD_MEMORY) if device_type == "cuda" else 16384) // T)
     return per_rank, max(n for n in range(1, min(per_rank, most) + 1) if per_rank % n == 0)
 
 
@@ -300,9 +304,9 @@ def standing(config: Config, model_config: ModelConfig, result: dict[str, Any]) 
     return f"\n{steps:,} steps to {config.target_loss:g}: {where} {names} {about}"
 
 
-def more_memory(config: Config, model_config: ModelConfig, ranks: int, device_type: str) -> str:
+def more_memory(config: Config, model_config: ModelConfig, ranks: int, device_type: str, memory: float) -> str:
     """What to change where a step does not fit."""
-    sequences, micro = shares(config, model_config, ranks, device_type)
+    sequences, micro = shares(config, model_config, ranks, device_type, memory)
     smaller = next((n for n in range(micro // 2, 0, -1) if sequences % n == 0), None)
     ways = [f"--micro-batch-tokens {smaller * model_config.sequence_length}"] if smaller else []
     ways += [] if model_config.checkpoint_activations else ["--checkpoint-activations"]

@@ -181,7 +181,7 @@ class Training:
 
     def build_data(self) -> None:
         config, model_config, world, T = self.config, self.model_config, self.world, self.model_config.sequence_length
-        sequences, self.micro = shares(config, model_config, world.size, world.device.type)
+        sequences, self.micro = shares(config, model_config, world.size, world.device.type, hardware.card_memory(world.device))
         folder = dataset_folder(config.data_root, config.corpus, config.tokenizer)
         align = model_config.end_of_text if config.align_documents else None
         order = dict(seed=config.seed, shuffle=config.shuffle, before=self.course.units_before, align=align)
@@ -580,7 +580,7 @@ def train(argv: list[str]) -> Answer | int:
         return Answer(said, result, code) if world.main else code
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
-        advice = more_memory(config, model_config, world.size, world.device.type)
+        advice = more_memory(config, model_config, world.size, world.device.type, hardware.card_memory(world.device))
         raise UsageError(f"rank {world.rank}, {world.doing}: {said}; {advice}", world.first("out of memory")) from error
     finally:
         if training:

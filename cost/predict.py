@@ -1,10 +1,12 @@
 """Flags of a run -> its memory, traffic, time and dollars."""
 
 import argparse
+import bisect
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from engine.spec import UsageError, nearest
 from layers.shape import ModelConfig
 
 HEADROOM = 0.9  # of a card's memory that tensors may take: the rest is CUDA's context, NCCL's buffers and fragments
+SIZES = (8, 16, 24, 80)  # GB of the cards for which `plan` names a micro-batch
 NAMES = {"pass": "passes over memory", "product": "matrix products", "factorisation": "factorisations"}
 
 
@@ -119,7 +122,7 @@ def predict(argv: list[str]) -> Prediction:
         able = ", ".join(name for name, card in CARDS.items() if card.fp8)
         raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
     device = torch.device("cuda" if where.card else "cpu")
-    _, micro = shares(config, model_config, ranks, device.type)
+    _, micro = shares(config, model_config, ranks, device.type, where.card.memory if where.card else math.inf)
     config, price, documents = replace(config, micro_batch_tokens=micro * model_config.sequence_length), flags.gpu_price, None
     if where.card is None:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
@@ -146,18 +149,13 @@ def card_times(
     """The step of whole sequences, and seconds by part, the mean over the run's stages. Raises TooLittleMemory: the step does
     not fit."""
     T, counts = model_config.sequence_length, stages(config)
-    # masked attention is fused: recorded without its masks, and counted by `in_window`
-    unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
-
-    def record(length: int = T, micro: int = config.micro_batch_tokens) -> Step:
-        return record_step(replace(config, micro_batch_tokens=micro), replace(unmasked, sequence_length=length), ranks, dtype)
-
+    record = recording(config, model_config, ranks, dtype)
     whole = record()
-    check_memory(whole, where, config.micro_batch_tokens // T, T, lambda micro: record(micro=micro * T))
+    check_memory(whole, where, config.micro_batch_tokens // T, T, lambda micro: record(micro * T))
     by_length = {}
     for length in {round(T * cut) for _, cut, _ in counts}:
         pieces = documents.pieces(T, length, config.align_documents) if documents else np.array([length])
-        by_length[length] = (whole if length == T else record(length), pieces)
+        by_length[length] = (whole if length == T else record(length=length), pieces)
     times: Counter[str] = Counter()
     for (part, cut, size), steps in counts.items():
         step, pieces = by_length[round(T * cut)]
@@ -168,6 +166,17 @@ def card_times(
         for what, value in step_time(step, where.card, ranks, where.link(ranks)).items():
             times[what] += value * steps / config.steps
     return whole, dict(times)
+
+
+def recording(config: Config, model_config: ModelConfig, ranks: int, dtype: torch.dtype) -> Callable[..., Step]:
+    """Tokens of a micro-batch, length of its sequences -> the step on a card; by default the run's own."""
+    # masked attention is fused: recorded without its masks, and counted by `in_window`
+    unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
+
+    def record(tokens: int = config.micro_batch_tokens, length: int = model_config.sequence_length) -> Step:
+        return record_step(replace(config, micro_batch_tokens=tokens), replace(unmasked, sequence_length=length), ranks, dtype)
+
+    return record
 
 
 def fp8_head(step: Step, vocabulary: int) -> Step:
@@ -193,6 +202,16 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
     raise TooLittleMemory(f"{needs}, and {why}; take a card with more memory, or an optimizer with less state", None)
 
 
+def fits(p: Prediction) -> str:
+    """The largest micro-batch on cards of several sizes, in words."""
+    T, dtype = p.model_config.sequence_length, torch.float32 if p.config.dtype == "fp32" else torch.bfloat16
+    sequences, record = p.config.batch_tokens // p.ranks // T, recording(p.config, p.model_config, p.ranks, dtype)
+    memory = cache(lambda tokens: record(tokens).memory.total)
+    sizes = [n * T for n in range(1, sequences + 1) if sequences % n == 0]
+    fitting = {gb: bisect.bisect_right(sizes, HEADROOM * gb * 1e9, key=memory) for gb in SIZES}
+    return "   ".join(f"{gb} GB {sizes[n - 1] if n else 'none'}" for gb, n in fitting.items()) + "   (--micro-batch-tokens)"
+
+
 def listed(values: dict[str, float], scale: float, form: str) -> str:
     return "   ".join(f"{name.replace('_', ' ')} {value / scale:{form}}" for name, value in values.items())
 
@@ -200,23 +219,25 @@ def listed(values: dict[str, float], scale: float, form: str) -> str:
 def report(p: Prediction) -> Answer:
     """What `plan` prints."""
     config, step, card, counts = p.config, p.step, p.where.card, stages(p.config)
+    taken = max(1, round(60 * config.minutes / p.seconds)) if config.minutes else config.steps
     flops = mean_flops(config, p.model_config)
     tokens = round(config.batch_tokens * sum(size * steps for (_, _, size), steps in counts.items()) / config.steps)
     mean = " in the mean" * (len({size for _, _, size in counts}) > 1)
     room = f" of {card.memory / 1e9:.0f}" if card else ""
     mfu = tokens * flops / (p.seconds * p.ranks * card.bf16) if card and p.dtype == torch.bfloat16 else 0
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
-    hours = p.seconds * config.steps / 3600 * p.ranks
+    hours = p.seconds * taken / 3600 * p.ranks
     sent = listed(communication(step, p.ranks), 1e6, ",.0f") + "   by each rank" if p.ranks > 1 else "nothing"
     times = {NAMES.get(part, part): value for part, value in p.times.items()}
     lines = {
         "parameters, M": listed(step.parameters, 1e6, ".3g"),
         "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of {tokens:,} tokens{mean}",
         "memory a rank, GB": f"{listed(asdict(step.memory), 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
+        **({"fits at most on": fits(p)} if config.minutes else {}),
         "sent a step, MB": sent,
         "time, ms": listed(times, 1e-3, ",.1f"),
         "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s" + (f"   MFU {mfu:.1%}" if mfu else ""),
-        f"{config.steps:,} steps": f"{p.seconds * config.steps / 60:,.1f} min without compilation and validation{goal}",
+        f"{taken:,} steps": f"{p.seconds * taken / 60:,.1f} min without compilation and validation{goal}",
     }
     if p.price:
         price = f"at ${p.price:g} (engine/hardware.py, or --gpu-price)"

@@ -3,6 +3,7 @@
 CARDS is the table of accelerators, with what their data sheets say."""
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -171,6 +172,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None,
     a, b = (torch.randn(n, n, generator=own).to(dtype) for _ in range(2))
     times = timeit.repeat(lambda: a @ b, number=1, repeat=8)  # the first ones set up the primitive
     return 2 * n**3 / min(times), "measured at start"
+
+
+def card_memory(device: torch.device) -> float:
+    """Bytes of a CUDA device, whoever holds them; inf of others."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
 
 
 def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor | None:

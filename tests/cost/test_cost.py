@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import optimizers
-from config import Config, resolve
+from config import Config, resolve, shares
 from cost.operations import Operation, Recorder, operations, peak
 from cost.predict import TooLittleMemory, machine, predict, report
 from cost.step import FINEWEB_MEDIAN, FINEWEB_SIGMA, Documents, Step, attended, communication, in_window, record_step
@@ -307,7 +307,7 @@ def test_bf16_weights_halve_weights_and_gradients_of_matrices():
 def test_too_little_memory_says_what_fits(monkeypatch):
     """The micro-batch that it names fits, and is the largest that does."""
     monkeypatch.setitem(CARDS, "H100", dataclasses.replace(H100, memory=4e6))
-    flags = [*RUN, "--hardware", "H100"]
+    flags = [*RUN, "--hardware", "H100", "--micro-batch-tokens", "1024"]
     with pytest.raises(TooLittleMemory, match="it fits with --micro-batch-tokens") as error:
         predict(flags)
     fits = error.value.fits
@@ -317,6 +317,22 @@ def test_too_little_memory_says_what_fits(monkeypatch):
     monkeypatch.setitem(CARDS, "H100", dataclasses.replace(H100, memory=1e5))
     with pytest.raises(TooLittleMemory, match="no micro-batch fits"):
         predict(flags)
+
+
+def test_micro_batches_that_fit(monkeypatch):
+    """Those that `plan` names for a run of ten minutes are the largest; the trainer's own shrink with the card."""
+    flags = [*CARD, "--minutes", "10", "--batch-tokens", "16384"]
+    found = predict(flags)
+    assert f"{600 / found.seconds:,.0f} steps" in report(found)
+    config, model_config, _ = resolve(flags[: flags.index("--hardware")] + flags[flags.index("--hardware") + 2 :])
+    needs = {n: record_step(dataclasses.replace(config, micro_batch_tokens=n), model_config).memory.total for n in (2048, 4096)}
+    monkeypatch.setattr("cost.predict.SIZES", sizes := (1e-3, needs[2048] / 0.89e9, needs[4096] / 0.91e9, 80))
+    named = dict(zip(sizes, ("none", 2048, 2048, 16384), strict=True))
+    assert "   ".join(f"{size} GB {tokens}" for size, tokens in named.items()) in report(found)
+    config, model_config, _ = resolve(["--track", "gpt2-small-10min"])
+    for memory, sequences in ((141e9, 64), (80e9, 64), (24e9, 16), (16e9, 8), (8e9, 4), (1e9, 1)):
+        assert shares(config, model_config, 1, "cuda", memory) == (128, sequences)
+    assert shares(config, model_config, 1, "cuda") == (128, 64)
 
 
 # ---------------------------------------------------------------- documents
