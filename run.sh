@@ -12,6 +12,7 @@
 #   ./run.sh plot            draw loss against time of runs
 #   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, score, levers)
 #   ./run.sh scaling         does a trick still help at larger sizes?
+#   ./run.sh judge           your optimizer against AdamW and Muon: one command, one page
 #   ./run.sh plan            memory, time and cost of a run on hardware that you do not have yet
 #   ./run.sh data            prepare a corpus, your own text included
 #   ./run.sh optimizers      the optimizers, their settings and search ranges
@@ -184,6 +185,7 @@ case "$verb" in
   plot) run lab -m lab.plots "$@" ;;
   compare) run lab compare.py "$@" ;;
   scaling) run lab scaling.py "$@" ;;
+  judge) run lab judge.py "$@" ;;
   plan) run lab -m cost "$@" ;;
   data)
     case " $* " in

@@ -28,6 +28,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
     "lab": (*TRAINS, "cost"),
     "compare": ALL,
     "scaling": ALL,
+    "judge": (*ALL, "benchmarks"),
     "sample": ALL,
     "evaluate": ALL,
     "export": ALL,

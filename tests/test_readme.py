@@ -11,6 +11,7 @@ import torch
 from shared import ROOT, losses
 
 import compare
+import judge
 import sample
 import scaling
 import tricks
@@ -155,6 +156,7 @@ CHECKS = {
     "plan": check_plan,
     "compare": check_compare,
     "scaling": check_scaling,
+    "judge": lambda words: judge.parse(words),
     "sample": lambda words: sample.parser().parse_args(words),
     "data": lambda words: data_parser().parse_args(words),
     "records": lambda words: records_parser().parse_args(words),
