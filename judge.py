@@ -117,8 +117,8 @@ class Judgement:
     """Of an optimizer, in a folder. A method named after a verb gives words of its command."""
 
     def __init__(self, name: str, minutes: float, out: Path):
-        self.name, self.minutes, self.out, self.lines, self.commands = name, minutes, out, [], []
-        self.begun = time.monotonic()
+        self.name, self.minutes, self.out, self.lines, self.begun = name, minutes, out, [], time.monotonic()
+        self.commands = [f"./run.sh judge {shlex.join([name, '--budget', f'{minutes:g}', '--out', str(out)])}"]
 
     def run(self) -> str:
         """The verdicts. Raises UsageError: it cannot train."""

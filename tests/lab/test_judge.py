@@ -167,7 +167,7 @@ def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp
     confirmed = [t for t in trainer.trained if t[2] < 4 and t[0] in ("lion", *rivals) and t[1] != 500]
     assert len(confirmed) == 12 and [t[0] for t in confirmed[:3]] == ["adamw", "muon", "lion"]
     found = json.loads((tmp_path / "out/judge.json").read_text())
-    verbs = {"compare tune": tune.parse, "compare": compare.parse, "scaling": scaling.parse}
+    verbs = {"judge": judge.parse, "compare tune": tune.parse, "compare": compare.parse, "scaling": scaling.parse}
     for line, (verb, parse) in zip(found["commands"], verbs.items(), strict=True):
         assert line.startswith(f"./run.sh {verb} ") and line in page
         assert parse(shlex.split(line.removeprefix(f"./run.sh {verb} ")))
