@@ -13,7 +13,7 @@ import judge
 import scaling
 from config import resolve
 from engine.command import command
-from engine.spec import trust
+from engine.spec import split, trust
 from lab import trials
 from lab.tuning import tune
 from lab.tuning.tuned import Table
@@ -171,6 +171,8 @@ def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp
     for line, (verb, parse) in zip(found["commands"], verbs.items(), strict=True):
         assert line.startswith(f"./run.sh {verb} ") and line in page
         assert parse(shlex.split(line.removeprefix(f"./run.sh {verb} ")))
+    at_256 = split(shlex.split(found["commands"][-1])[3])[1]["lr"]  # the ladder moves it to 64, the workload's width, by muP
+    assert float(at_256) == pytest.approx(lion.best().settings["lr"] * 64 / 256, rel=1e-3)
     said = capsys.readouterr().out
     assert all(line in said for line in found["verdicts"])
     assert (
