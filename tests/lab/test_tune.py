@@ -191,6 +191,7 @@ def test_own_optimizers_are_searched_as_the_registered_ones(fake, tmp_path, caps
     assert call(tmp_path, "--report") == 0
     assert json.loads((tmp_path / "out" / "tuned.json").read_text())["wiki"] == chosen
     monkeypatch.setattr(tricks, "TUNED", tmp_path / "out" / "tuned.json")
+    spec.trust([plain])  # as typed again
     assert f"wiki: {chosen[plain]['optimizer']}" in (shown := show([plain])) and "lr" in shown.data[plain]
 
 
