@@ -16,7 +16,7 @@ from config import FIELDS, only
 from data import tokenizers
 from engine.command import Parser, command
 from engine.run_folder import found, intact, read_json
-from engine.schedules import Course
+from engine.schedules import NO_RATES, Course
 from engine.spec import UsageError
 from layers.shape import ModelConfig
 from model import GPT
@@ -25,9 +25,8 @@ from model import GPT
 def load_model(run: Path) -> tuple[GPT, dict]:
     """The trained model of a run folder, in eval mode on the CPU, and the run's config. Raises UsageError: no such run, or it
     has no checkpoint yet."""
-    rates = {"schedule": "constant", "momentum_schedule": "keep"}  # they do not matter here, and may name a stranger's code
     try:
-        config = {name: field.default for name, field in FIELDS.items()} | read_json(run / "config.json") | rates
+        config = {name: field.default for name, field in FIELDS.items()} | read_json(run / "config.json") | NO_RATES
         gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))
     except FileNotFoundError:
         raise UsageError(f"{run} holds no run; ./run.sh runs lists them") from None
@@ -120,7 +119,10 @@ def sample(argv: list[str]) -> str:
             text = tokenizer.decode(tokens).rstrip("\ufffd")
             print(text[len(printed) :], end="", flush=True)
             printed = text
-    return tokenizer.decode(tokens)[len(printed) :]
+    rest = tokenizer.decode(tokens)[len(printed) :]
+    if printed:  # the line ends here too, though nothing may be left
+        print(rest)
+    return "" if printed else rest
 
 
 def main(argv: list[str]) -> int:

@@ -186,6 +186,10 @@ SCHEDULES |= {"power": Power, "fast_slow": FastSlow, "exponential": Exponential,
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
 
 
+# For whom rates do not matter: these settings of a run may name a stranger's code.
+NO_RATES = {"schedule": "constant", "decay_schedule": "constant", "momentum_schedule": "keep"}
+
+
 def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[float], Any]:
     """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate. Raises UsageError: unknown schedule or
     key, or a value out of range."""

@@ -290,9 +290,9 @@ def report(folder: Path) -> str:
     return f"{count} levers on {len(made.pictures)} workloads: {folder / 'README.md'}"
 
 
-def run(argv: list[str]) -> str:
+def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UsageError: an unknown lever or workload."""
-    made = Parser(prog="compare.py levers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(prog="compare.py levers", description=__doc__)
     made.add_argument("--levers", nargs="+", default=list(LEVERS), metavar="LEVER", help=f"default: all: {', '.join(LEVERS)}")
     made.add_argument("--workloads", nargs="+", default=["bytes-large", "wiki"], help="default: bytes-large wiki")
     tune.add_running(made)
@@ -304,6 +304,11 @@ def run(argv: list[str]) -> str:
             raise UsageError(f"unknown {unknown[0]!r}: {nearest(unknown[0], known)}")
     options.tracks, options.submissions = list(dict.fromkeys(options.workloads)), []
     options.threads = tune.threads(options)
+    return options
+
+
+def run(argv: list[str]) -> str:
+    options = parse(argv)
     if options.plan:
         Board(options).plan()
         return ""

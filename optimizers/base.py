@@ -151,7 +151,7 @@ class Method:
     def of_length(cls, steps: int, /, **given) -> dict:
         """Arguments of the constructor for a run of `steps` steps; lengths given as a fraction of the run in steps."""
         values = {f.name: given.get(f.name, f.default) for f in cls.own_fields()}
-        for name in ("warmup", "ramp", "start", "slow_start"):
+        for name in ("warmup", "ramp", "start", *["slow_start"] * bool(values.get("slow"))):
             if 0 < values.get(name, 0) < 1:
                 values[name] = round(values[name] * steps)
         return values

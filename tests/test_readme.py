@@ -21,6 +21,7 @@ from data.__main__ import parser as data_parser
 from engine.spec import UsageError, trust
 from lab import docs, plots
 from lab.records.__main__ import parser as records_parser
+from lab import levers
 from lab.tuning import tune
 from optimizers.__main__ import show
 
@@ -141,6 +142,8 @@ def check_plan(words: list[str]) -> None:
 def check_compare(words: list[str]) -> None:
     if words[0] == "tune":
         assert tune.parse(words[1:])
+    elif words[0] == "levers":
+        assert levers.parse(words[1:])
     elif words[0] != "score":
         options = compare.parse(words)
         assert options.report or len(compare.make_arms(options)) > 1

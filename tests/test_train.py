@@ -477,8 +477,8 @@ def test_average_is_what_is_validated_and_stored(train):
     assert result(plain)["val_loss"] != result(averaged)["val_loss"]
     weights, state = stored(averaged, "--average", "lawa_queue:length=3,every=2")
     kept = state["average"]["kept"]
-    assert len(kept[0]) == 3
-    means = [torch.stack(own).mean(0) for own in kept]
+    assert len(kept[0][0]) == 3
+    means = [torch.stack(own).mean(0) for (own,) in kept]
     assert all(any(torch.equal(mean, w) for w in weights.values() if w.shape == mean.shape) for mean in means)
 
 

@@ -23,7 +23,7 @@ import tricks
 from config import Config, only
 from data.shards import dataset_folder, read_manifest
 from engine.run_folder import PRESENTATION, atomic_write, settings_hash
-from engine.schedules import Course
+from engine.schedules import NO_RATES, Course
 from engine.spec import UsageError
 from lab import stats
 from lab.records.overlap import repeats
@@ -183,9 +183,7 @@ def next_number(track: str) -> int:
 
 def config_of(settings: dict[str, Any]) -> Config:
     """A run's settings, without the schedules of rates: these may name code, and a record may be a stranger's."""
-    return Config(
-        **only(Config, settings) | {"schedule": "constant", "decay_schedule": "constant", "momentum_schedule": "keep"}
-    )
+    return Config(**only(Config, settings) | NO_RATES)
 
 
 def parameters(settings: dict[str, Any]) -> dict[str, int]:
