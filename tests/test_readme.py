@@ -19,9 +19,8 @@ from config import resolve
 from cost import predict
 from data.__main__ import parser as data_parser
 from engine.spec import UsageError, trust
-from lab import docs, plots
+from lab import docs, levers, plots
 from lab.records.__main__ import parser as records_parser
-from lab import levers
 from lab.tuning import tune
 from optimizers.__main__ import show
 
