@@ -86,6 +86,7 @@ def lacks(cards: list[str], **given) -> list[str]:
         batch_tokens=1024,
         batch_stages=(1,),
         steps=1,
+        minutes=0.0,
         corpus="sotu",
         optimizer="muon",
         schedule="wsd",
