@@ -4,9 +4,9 @@
     ./run.sh compare levers --workloads bytes-large               train it, write the board
     ./run.sh compare levers --levers tail_ema --workloads wiki    one of them
 
-Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever begins at Muon's end
-with settings of its own beside; these and its rates are moved, in as many trials as Muon had. Then all train with new seeds,
-interleaved, at one length; Muon at two other lengths too: what a step is worth in loss turns losses into steps.
+Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever branches off half-way,
+with settings of its own beside; these and its rates are moved in as many trials as Muon has left. Then all train with new
+seeds, interleaved, at one length; Muon at two other lengths too: what a step is worth in loss turns losses into steps.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from lab.tuning.report import Contents
 from lab.tuning.space import Dimension, Submission, submission
 from lab.tuning.tuned import Row, Tables, read_tables, setting_words
 
-TRIALS = 12  # of a lever, and of Muon
+TRIALS = 12  # of a lever, after as many that it shares with Muon, which goes on for as many more
 SEEDS = 6
 LENGTHS = (0.8, 1.25)  # of Muon's other runs, as parts of the workload's length
 SCHEDULE = "wsd:cooldown=0.7"  # of modded-nanogpt's optimizer track
@@ -120,7 +120,7 @@ def of_muon() -> tuple[Dimension, ...]:
 
 
 def entry(name: str, end: dict[str, float]) -> Submission:
-    """Muon; or a lever, the settings that it does not move fixed where Muon ended."""
+    """Muon; or a lever, the settings that it does not move fixed where Muon stood half-way, `end`."""
     if name == "muon":
         return Entry(name, name, SCHEDULE, space=of_muon())
     lever, method, moved = LEVERS[name], split(LEVERS[name].optimizer)[0], [d for d, _ in LEVERS[name].own]
@@ -134,7 +134,7 @@ def entry(name: str, end: dict[str, float]) -> Submission:
 
 
 def begin(name: str, end: dict[str, float], known: Tables) -> dict[str, float]:
-    """Where a descent begins: Muon's at its best in records/tuning, a lever's at Muon's end."""
+    """Where a descent begins: Muon's at its best in records/tuning, a lever's where Muon stood half-way."""
     if name == "muon":
         rows = [row for row in (known["muon"].best(), descent.found(known["muon"])) if row] if "muon" in known else []
         best = min(rows, key=lambda row: row.val_loss, default=None)
@@ -151,20 +151,21 @@ class Board(tune.Contest):
         for track in options.tracks:
             for name in ("muon", *options.levers):
                 self.tables[track, name] = tune.Table(options.out / track / f"{name}.csv")
-        self.known = read_tables(tricks.TUNED.parent)
+        self.known, self.of_muon = read_tables(tricks.TUNED.parent), TRIALS  # trials of Muon at first
 
-    def end(self, track: str, name: str) -> dict[str, float]:
-        row = descent.found(self.tables[track, name])
+    def end(self, track: str, name: str, first: int | None = None) -> dict[str, float]:
+        row = descent.found(self.tables[track, name], first)
         return row.settings if row else {}
 
     def job(self, kind: str, track: str, name: str, number: int = 0, steps: int = 0) -> tune.Job:
         about = (0, number, descent.SEED + (kind != "descent") * (1 + number), steps or tune.length(track))
-        return tune.Job(kind, track, entry(name, self.end(track, "muon")), *about, self.end(track, name))
+        return tune.Job(kind, track, entry(name, self.end(track, "muon", TRIALS)), *about, self.end(track, name))
 
     def next_settings(self, job: tune.Job) -> dict[str, float] | None:
         track, name = job.table
-        start = begin(name, self.end(track, "muon"), self.known.get(track, {}))
-        return descent.following(job.submission.dimensions, self.tables[job.table], start, TRIALS)
+        start = begin(name, self.end(track, "muon", TRIALS), self.known.get(track, {}))
+        most = self.of_muon if name == "muon" else TRIALS
+        return descent.following(job.submission.dimensions, self.tables[job.table], start, most)
 
     def finals(self) -> list[tune.Job]:
         """Seed by seed: all levers, and Muon at each of its lengths."""
@@ -178,7 +179,10 @@ class Board(tune.Contest):
         return jobs
 
     def run(self) -> None:
-        for names in (["muon"], self.options.levers):  # a lever's jobs can be made when Muon has ended
+        for self.of_muon, names in (
+            (TRIALS, ["muon"]),
+            (2 * TRIALS, ["muon", *self.options.levers]),
+        ):  # levers need its first half
             jobs = [self.job("descent", track, name) for track in self.options.tracks for name in names]
             self.run_through("descent", jobs, self.has_descended, self.descend, self.options.side_by_side)
         self.run_through("final", self.finals(), self.ended, self.one, self.options.side_by_side)
@@ -186,7 +190,7 @@ class Board(tune.Contest):
     def plan(self) -> None:
         options = self.options
         for track in options.tracks:
-            count = (1 + len(options.levers)) * (TRIALS + SEEDS) + len(LENGTHS) * SEEDS
+            count = (1 + len(options.levers)) * (TRIALS + SEEDS) + TRIALS + len(LENGTHS) * SEEDS
             hours = count * self.seconds_of_a_trial(track) / options.side_by_side / 3600
             print(f"{track}: at most {count} trials of about {tune.length(track)} steps, {hours:.1f} hours")
 
@@ -225,12 +229,12 @@ def lines_of(tables: Tables) -> list[dict[str, Any]]:
 ABOUT = f"""# Levers
 
 Generated by `./run.sh compare levers`. Each lever of modded-nanogpt's optimizer track is added to a tuned Muon, alone. Muon
-and each lever have {TRIALS} trials of coordinate descent at most, on one seed; then all train with {SEEDS} new seeds,
-interleaved, at one length. *Difference*: the final loss minus Muon's on the same seed (95 % interval). *Steps*: how many times
-as many steps Muon needs for the lever's loss, from its runs at {LENGTHS[0]} to {LENGTHS[1]} of the length. *Cost*: CPU time of
-a step, over Muon's. *Time*: steps over cost. A verdict is Holm's at {LEVEL:.0%}. *Would show*: the smallest difference that
-{SEEDS} seeds show with a chance of 90 %. The models are small and the runs short: read the order, not the size. What the
-authors say is on GPT-2 124M, in steps to 3.28.
+has {2 * TRIALS} trials of coordinate descent at most, on one seed; a lever branches off after {TRIALS} and has {TRIALS} more
+with its own settings. Then all train with {SEEDS} new seeds, interleaved, at one length. *Difference*: the final loss minus
+Muon's on the same seed (95 % interval). *Steps*: how many times as many steps Muon needs for the lever's loss, from its runs
+at {LENGTHS[0]} to {LENGTHS[1]} of the length. *Cost*: CPU time of a step, over Muon's. *Time*: steps over cost. A verdict is
+Holm's at {LEVEL:.0%}. *Would show*: the smallest difference that {SEEDS} seeds show with a chance of 90 %. The models are small
+and the runs short: read the order, not the size. What the authors say is on GPT-2 124M, in steps to 3.28.
 """
 HEAD = ["lever", "verdict", "difference, nats", "p (Holm)", "would show", "steps", "cost", "time", "its authors"]
 

@@ -168,11 +168,12 @@ def pictures(tuning: Tuning) -> str:
 
 
 def moves(board: Levers) -> str:
-    """Trials of a descent are those that the losses before them lead to, a lever's from where Muon's ended. Final runs are of a
-    descent's end, on the planned seeds and lengths."""
+    """Trials of a descent are those that the losses before them lead to, a lever's from where Muon stood half-way. Final runs
+    are of a descent's end, on the planned seeds and lengths."""
     for who, track, name, rows in board.rows():
         need("muon" in board.tables[track], f"{track}: there is no Muon")
-        end, length = descent.found(board.tables[track]["muon"]).settings, tricks.track(track).settings["steps"]
+        end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
+        length = tricks.track(track).settings["steps"]
         entry, of = levers.entry(name, end), descent.rows_of(board.tables[track][name])
         start = of[0].settings if name == "muon" else levers.begin(name, end, {})
         tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in of])

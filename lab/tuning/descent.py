@@ -85,9 +85,9 @@ def following(space: Sequence[Dimension], table: Table, start: Settings | None, 
     return order(space, start, [row.val_loss for row in rows])[1] if start and len(rows) < most else None
 
 
-def found(table: Table) -> Row | None:
-    """Where the descent has arrived."""
-    best, *later = rows_of(table) or [None]
+def found(table: Table, first: int | None = None) -> Row | None:
+    """Where the descent has arrived; with the first so many of its trials."""
+    best, *later = rows_of(table)[:first] or [None]
     for row in later:
         best = row if row.val_loss < best.val_loss - GAIN else best
     return best

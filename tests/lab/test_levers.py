@@ -53,6 +53,8 @@ def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa
         assert len(rows) <= levers.TRIALS and {row.seed for row in rows} == {descent.SEED}
         runs = levers.finals(Table(out / "wiki" / f"{name}.csv"))
         assert [row.seed - descent.SEED for row in runs] == [1, 2, 3, 4, 5, 6] and {row.steps for row in runs} == {40}
+    muon = descent.rows_of(Table(out / "wiki" / "muon.csv"))
+    assert levers.TRIALS <= len(muon) <= 2 * levers.TRIALS
     line = lines["tail_ema"]
     assert line["steps"] == pytest.approx(math.exp(-line["difference"] / 0.1), rel=0.05)
     assert line["cost"] == pytest.approx(1) and line["holm"] >= line["p"]
