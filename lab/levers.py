@@ -179,13 +179,14 @@ class Board(tune.Contest):
         return jobs
 
     def run(self) -> None:
-        for self.of_muon, names in (
-            (TRIALS, ["muon"]),
-            (2 * TRIALS, ["muon", *self.options.levers]),
-        ):  # levers need its first half
-            jobs = [self.job("descent", track, name) for track in self.options.tracks for name in names]
-            self.run_through("descent", jobs, self.has_descended, self.descend, self.options.side_by_side)
+        self.descend_all(["muon"])
+        self.of_muon = 2 * TRIALS  # the second half beside the levers, which need the first alone
+        self.descend_all(["muon", *self.options.levers])
         self.run_through("final", self.finals(), self.ended, self.one, self.options.side_by_side)
+
+    def descend_all(self, names: list[str]) -> None:
+        jobs = [self.job("descent", track, name) for track in self.options.tracks for name in names]
+        self.run_through("descent", jobs, self.has_descended, self.descend, self.options.side_by_side)
 
     def plan(self) -> None:
         options = self.options
