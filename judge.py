@@ -43,7 +43,6 @@ FIRST, CORES = WORKLOADS[0], os.cpu_count() or 1
 # (trials a study, studies, workloads, seeds, sizes) -> cost on two cores, in trials of the first workload. Rivals: 5, 3, all
 PLANS = {(2, 1, 1, 3, 0): 15, (5, 1, 1, 3, 0): 16, (5, 1, 1, 3, 2): 39, (5, 2, 1, 3, 2): 42, (5, 3, 1, 4, 2): 47}
 PLANS |= {(5, 3, 2, 5, 2): 57, (5, 3, 3, 6, 2): 72, (5, 3, 5, 8, 2): 111}
-PARTS = (0.5, 0.75, 1.1)  # lengths of a search, x the steps to the target within the best trial
 FLAGS = ("--dtype", "fp32", "--val-tokens", "16384", "--val-also", "")  # as the recorded trials of the first workload
 SMALL, ALL = ["--track", "tiny", "--positions", "rotary"], {"embedding", "matrix", "vector"}
 TRIES = {  # arguments of `trained`, roles whose weights must change, and must not
@@ -128,7 +127,7 @@ class Judgement:
         trials, studies, count, seeds, sizes = self.plan()
         tune.run(self.said("compare tune", self.tune(trials, studies, count)))
         for verb, words in ((compare, lambda: self.compare(seeds)), (scaling, self.scaling))[: 1 + bool(sizes)]:
-            where = ["--side-by-side", str(CORES), "--out", str(self.out / verb.__name__), "--", *FLAGS]
+            where = ["--base", "baseline", "--side-by-side", str(CORES), "--out", str(self.out / verb.__name__), "--", *FLAGS]
             try:
                 verb.run(verb.parse(self.said(verb.__name__, [*words(), *where])))
             except UsageError as error:  # such as a target that nobody met: the page says so
@@ -164,11 +163,11 @@ class Judgement:
         return [*words, *FLAGS[:2], "--out", str(self.out / "tune"), "--workloads", *WORKLOADS[:count]]
 
     def compare(self, seeds: int) -> list[str]:
-        """A search about where the best trials met the target, then seeds."""
+        """A search at about 0.5, 0.75, 1.1 x the steps in which the best trials met the target, then seeds."""
         target = tuned.target_of(tuned.read_tables(tricks.TUNED.parent)[FIRST])["loss"]
         best = {name: self.table(FIRST, name).best() for name in (*RIVALS, self.name)}
         steps = {name: tuned.steps_to(row, target) for name, row in best.items() if row}
-        at = [f"{n}={','.join(str(max(4, round(part * s))) for part in PARTS)}" for n, s in steps.items() if s < math.inf]
+        at = [f"{n}={s / 2 + 3:.0f},{0.75 * s:.0f},{1.1 * s:.0f}" for n, s in steps.items() if s < math.inf]
         words = ["--track", FIRST, "--target", f"{target:g}", "--optimizers", *best, "--tuned-on", f"{self.out}/tune/{FIRST}"]
         return [*words, "--lengths", *at, "--max-steps", str(2 * tune.length(FIRST)), "--seeds", str(seeds)]
 
@@ -195,7 +194,8 @@ class Judgement:
             lines.append(f"a gain on adamw {'survives' if all(gains) else 'is not shown at both sizes'}, in tokens: {found}")
         pictures = [*sorted(out.glob("*.png")), *out.glob("tune/sens*.png"), *out.glob("scaling/sizes.png")]
         text = [f"# `{self.name}` against AdamW and Muon", "", *(f"- {line}" for line in lines), ""]
-        text += ["Above 1 it saves; intervals are 95 %, those of a step all that was seen.", ""]
+        more = ", ".join(f"[{page.parent.name}]({page.relative_to(out)})" for page in sorted(out.glob("*/README.md")))
+        text += [f"Above 1 it saves; intervals are 95 %, those of a step all that was seen. More: {more}.", ""]
         text += [*(f"![{p.stem}]({p.relative_to(out)})" for p in pictures), "", *(f"- {line}" for line in self.lines)]
         about = {"optimizer": self.name, "verdicts": lines, "lines": self.lines, "commands": self.commands}
         runner.write_report(out, "judge.json", about, "\n".join([*text, "", "```", *self.commands, "```", ""]))

@@ -90,7 +90,7 @@ def judged(fake, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(judge, "step", lambda name: [f"{name}: timed"])
 
     def run(name: str, budget: float = 40, most: float = math.inf, **horizons: float) -> tuple[int, str, FakeTrainer]:
-        trainer = fake(Horizons({"adamw": 4.5, "modern": 4.5, "muon": 1.5} | horizons))
+        trainer = fake(Horizons({"adamw": 4.5, "baseline": 4.5, "muon": 1.5} | horizons))
 
         def train(trial, *how, **more):
             if len(trainer.trained) >= most:
@@ -171,6 +171,8 @@ def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp
     for line, (verb, parse) in zip(found["commands"], verbs.items(), strict=True):
         assert line.startswith(f"./run.sh {verb} ") and line in page
         assert parse(shlex.split(line.removeprefix(f"./run.sh {verb} ")))
+    arms = json.loads((tmp_path / "out/compare/comparison.json").read_text())["arms"]  # on the model that they were tuned on
+    assert {resolve(arm["flags"])[1] for arm in arms} == {resolve(["--track", "bytes-small"])[1]}
     at_256 = split(shlex.split(found["commands"][-1])[3])[1]["lr"]  # the ladder moves it to 64, the workload's width, by muP
     assert float(at_256) == pytest.approx(lion.best().settings["lr"] * 64 / 256, rel=1e-3)
     said = capsys.readouterr().out
