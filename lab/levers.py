@@ -163,7 +163,8 @@ class Board(tune.Contest):
 
     def next_settings(self, job: tune.Job) -> dict[str, float] | None:
         track, name = job.table
-        start = begin(name, self.end(track, "muon", TRIALS), self.known.get(track, {}))
+        there = descent.rows_of(self.tables[job.table])  # records/tuning may have changed since its first
+        start = there[0].settings if there else begin(name, self.end(track, "muon", TRIALS), self.known.get(track, {}))
         most = self.of_muon if name == "muon" else TRIALS
         return descent.following(job.submission.dimensions, self.tables[job.table], start, most)
 
