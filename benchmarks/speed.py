@@ -142,7 +142,8 @@ def where_time_goes() -> None:
     for event in profile.events():
         seconds[kind_of(event)] += event.self_cpu_time_total / 1e6 / ROUNDS
     seconds["outside of PyTorch's operations: data, Python, waiting"] = step - sum(seconds.values())
-    least = config.batch_tokens * flops_per_token(model_config) / hardware.matmul_peak(torch.device("cpu"), training.dtype)[0]
+    peak = max(hardware.matmul_peak(torch.device("cpu"), training.dtype)[0] for _ in range(ROUNDS))
+    least = config.batch_tokens * flops_per_token(model_config) / peak
     print(f"\n| of a step of {step * 1e3:.0f} ms (with the profiler) | share |\n|---|---|")
     for kind, each in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"| {kind} | {each / step:.1%} |")
