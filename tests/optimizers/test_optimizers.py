@@ -248,6 +248,9 @@ def test_muon_sets_each_role_by_its_own_key():
     optimizer = build("muon:lr=0.1,adamw_lr=0.2,embedding_lr=0.3,head_lr=0", gpt)
     lr = {role: g["lr"] for g in optimizer.param_groups for role in g["roles"].split("+")}
     assert lr == {"matrix": 0.1, "embedding": 0.3, "head": 0.2, "vector": 0.2}
+    optimizer = build("muon:adamw_beta2=0.9,embedding_beta2=0.99,head_beta1=0.5,head_beta2=0.98", gpt)
+    betas = {g["roles"]: (g["beta1"], g["beta2"]) for g in optimizer.param_groups if "beta1" in g}
+    assert betas == {"embedding": (0.9, 0.99), "head": (0.5, 0.98), "vector": (0.9, 0.9)}
 
 
 def test_wrapped_models_route_like_bare_ones():
