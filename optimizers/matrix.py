@@ -145,15 +145,15 @@ class MatrixMethod(Optimizer):
             why = f"about {count:,} blocks, and each has tensors of its own"
             raise ValueError(f"block={shapes[0][1]} makes {why}: take block={least} or more")
         lr, decay, cautious, every = (rest.pop(key) for key in ("lr", "weight_decay", "cautious", "every"))
-        others = []
+        how, others = dict(cautious=cautious, every=every) if cautious or every != 1 else {}, []
         for role in ("embedding", "head"):
             own = {key: rest.pop(f"{role}_{key}") for key in ("lr", "beta1", "beta2")}
-            own = {key: value for key, value in own.items() if value is not None} | {"lr": own["lr"] or lr}
-            others += groups(gpt, (role,), weight_decay=decay, **own)
+            betas = {key: rest[key] if own[key] is None else own[key] for key in ("beta1", "beta2")}
+            named = betas if how else {"betas": tuple(betas.values())}  # torch's AdamW has one tuple
+            others += groups(gpt, (role,), lr=own["lr"] or lr, weight_decay=decay, **named)
         others += groups(gpt, ("vector", "scalar"), weight_decay=0.0)
         if not others:
             return method
-        how = dict(cautious=cautious, every=every) if cautious or every != 1 else {}
         return Chain(method, (CautiousAdamW if how else AdamW)(others, lr=lr, **rest, **how))
 
     def add_param_group(self, param_group: dict) -> None:

@@ -248,9 +248,18 @@ def test_muon_sets_each_role_by_its_own_key():
     optimizer = build("muon:lr=0.1,adamw_lr=0.2,embedding_lr=0.3,head_lr=0", gpt)
     lr = {role: g["lr"] for g in optimizer.param_groups for role in g["roles"].split("+")}
     assert lr == {"matrix": 0.1, "embedding": 0.3, "head": 0.2, "vector": 0.2}
-    optimizer = build("muon:adamw_beta2=0.9,embedding_beta2=0.99,head_beta1=0.5,head_beta2=0.98", gpt)
-    betas = {g["roles"]: (g["beta1"], g["beta2"]) for g in optimizer.param_groups if "beta1" in g}
-    assert betas == {"embedding": (0.9, 0.99), "head": (0.5, 0.98), "vector": (0.9, 0.9)}
+    for cautious in ("false", "true"):  # torch's AdamW, or ours: the second step by hand, its gradients 1 and 3
+        keys = "adamw_beta2=0.9,embedding_beta2=0.99,head_beta1=0.5,head_beta2=0.98,adamw_lr=1,embedding_lr=1,head_lr=1"
+        optimizer = build(f"muon:{keys},adamw_cautious={cautious}", gpt)
+        for gradient in (1.0, 3.0):
+            before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+            for p in gpt.parameters():
+                p.grad = torch.full_like(p, gradient)
+            optimizer.step()
+        for name, b1, b2 in (("embedding.weight", 0.9, 0.99), ("head.weight", 0.5, 0.98), ("norm.weight", 0.9, 0.9)):
+            m, v = (b1 * (1 - b1) + (1 - b1) * 3) / (1 - b1**2), (b2 * (1 - b2) + (1 - b2) * 9) / (1 - b2**2)
+            moved = before[name] - dict(gpt.named_parameters())[name].detach()
+            torch.testing.assert_close(moved, torch.full_like(moved, m / v**0.5), rtol=1e-4, atol=1e-5)
 
 
 def test_wrapped_models_route_like_bare_ones():
