@@ -1,6 +1,6 @@
 """Is an optimizer faster than AdamW and Muon? One command, one page.
 
-    ./run.sh judge my_optimizer.py:Mine              about half an hour on two cores; --budget 60: minutes
+    ./run.sh judge my_optimizer.py:Mine              plans half an hour on two cores; --budget 60: minutes
 
 1. The class: does it do what a trainer relies on? Its step: how long, beside fused AdamW's and Muon's?
 2. `compare tune`: the trials that AdamW and Muon have had (records/tuning), or all cut to as many as there is time for.

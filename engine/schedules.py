@@ -302,8 +302,10 @@ def draw() -> str:
     parser.add_argument("--out", default="schedules.png", help="picture to write (.png or .svg)")
     options = parser.parse_args()
     built = [(spec, build(spec, options.steps)) for spec in options.specs]
-    import matplotlib.pyplot as plt
-
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError("drawing needs matplotlib: pip install matplotlib") from None
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for spec, schedule in built:
         axes.plot([schedule(step) for step in range(options.steps)], label=spec)

@@ -28,7 +28,7 @@ from engine.run_folder import atomic_write
 from engine.spec import UsageError, nearest, split
 from lab import plots, stats
 from lab.markdown import table as markdown_table
-from lab.runner import alone_in, at_least
+from lab.runner import at_least
 from lab.tuning import descent, tune
 from lab.tuning.report import Contents
 from lab.tuning.space import Dimension, Submission, submission
@@ -202,8 +202,7 @@ class Board(tune.Contest):
 
 def finals(table: tune.Table, kind: str = "final") -> list[Row]:
     """Its runs with new seeds that ended, by seed."""
-    best = descent.found(table)
-    rows = [row for row in table.of(kind) if best and row.settings == best.settings and math.isfinite(row.val_loss)]
+    rows = [row for row in descent.finals(table, kind) if math.isfinite(row.val_loss)]
     return sorted(rows, key=lambda row: (row.steps, row.number))
 
 
@@ -314,10 +313,4 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(argv: list[str]) -> str:
-    options = parse(argv)
-    if options.plan:
-        Board(options).plan()
-        return ""
-    if not options.report:
-        alone_in(options.out, lambda: Board(options).run())
-    return report(options.out)
+    return tune.carried_out(parse(argv), Board, report)

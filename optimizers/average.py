@@ -52,12 +52,12 @@ class LawaEMA(Average):
 
 @dataclass(frozen=True)
 class TailEMA(LawaEMA):
-    """The same over the end of the run; evaluates at (1 - blend) w + blend a.
+    """a as that of `lawa_ema`, over the end of the run; evaluates at (1 - blend) w + blend a.
 
     Source: modded-nanogpt's optimizer track #45: over 150 steps, blend 0.6, over the last 500 of 2,900.
     """
 
-    decay: float = hyper(1 - 1 / 150, "of the average", (0.95, 0.998, "complement"), below=1)
+    decay: float = hyper(0.9933, "of the average", (0.95, 0.998, "complement"), below=1)
     start: float = hyper(0.83, "steps before the first; below 1: fraction of the run")
     blend: float = hyper(0.6, "share of the average", (0.2, 1.0, "linear"), most=1)
 

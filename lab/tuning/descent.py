@@ -18,7 +18,7 @@ BUDGET = 24  # trials of a submission on a workload, those of its first study in
 GAIN = 0.005  # nats by which a move must lower the loss to be made: less is noise
 SEED = 200_000  # of all trials of a descent; the final runs have those after it
 SEEDS = 3  # final runs
-TOLERANCE = {"wiki": 0.02}  # nats by which no change may be better at the end
+TOLERANCE = {"wiki": 0.02}  # see `tolerance`
 USUAL_TOLERANCE = 0.01  # elsewhere
 
 Settings = dict[str, float]
@@ -76,6 +76,7 @@ def order(space: Sequence[Dimension], start: Settings, losses: Sequence[float]) 
 
 
 def rows_of(table: Table) -> list[Row]:
+    """The trials of its descent, in their order."""
     return sorted((row for row in table.of("descent") if row.status != "crashed"), key=lambda row: row.number)
 
 
@@ -93,14 +94,17 @@ def found(table: Table, first: int | None = None) -> Row | None:
     return best
 
 
-def finals(table: Table) -> list[Row]:
-    return [row for row in table.of("final") if row.status != "crashed" and row.settings == found(table).settings]
+def finals(table: Table, kind: str = "final") -> list[Row]:
+    """Its runs of that kind at the settings where the descent has arrived."""
+    end = found(table)
+    return [row for row in table.of(kind) if end and row.status != "crashed" and row.settings == end.settings]
 
 
 # ---------------------------------------------------------------- what came of it
 
 
 def tolerance(track: str) -> float:
+    """Nats by which no change may be better at the end."""
     return TOLERANCE.get(track, USUAL_TOLERANCE)
 
 
@@ -131,7 +135,7 @@ def ending(space: Sequence[Dimension], table: Table) -> Ending | None:
 def speed_ups(tables: Tables) -> dict[str, tuple[float, float]]:
     """Submission -> (in steps, in time): what AdamW needs for the worse of its own and the other's final loss, over what the
     other needs; by mean curves of the final runs. Time is steps times the cost of a step. nan: untimed, or no AdamW."""
-    curves = {name: mean_curve(finals(table)) for name, table in tables.items() if found(table) and finals(table)}
+    curves = {name: mean_curve(runs) for name, table in tables.items() if (runs := finals(table))}
     cost, adamw = step_seconds(tables), curves.get("adamw")
     pairs = {}
     for name, curve in curves.items() if adamw else ():
@@ -142,6 +146,7 @@ def speed_ups(tables: Tables) -> dict[str, tuple[float, float]]:
 
 
 def mean_curve(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """(step, mean validation loss, nats) of runs of one length."""
     return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*(row.losses for row in rows))]
 
 

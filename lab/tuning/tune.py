@@ -24,6 +24,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -325,15 +326,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(argv: list[str]) -> str:
-    options = parse(argv)
+def carried_out(options: argparse.Namespace, contest: type[Contest], write: Callable[[Path], str]) -> str:
+    """As the flags of `add_running` say: the plan, or the trials and what `write` says of the folder's report."""
     if options.plan:
-        Contest(options).plan()
+        contest(options).plan()
         return ""
     if not options.report:
-        alone_in(options.out, lambda: Contest(options).run())
+        alone_in(options.out, lambda: contest(options).run())
     with intact(options.out):
-        return report.report(options.out)
+        return write(options.out)
+
+
+def run(argv: list[str]) -> str:
+    return carried_out(parse(argv), Contest, report.report)
 
 
 def main(argv: list[str]) -> int:

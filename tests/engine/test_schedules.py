@@ -189,6 +189,15 @@ def test_draws_what_the_schedules_say(monkeypatch, tmp_path):
     assert axes.lines == {spec: [build(spec, 40)(s) for s in range(40)] for spec in ("wsd:cooldown=0.5", "cosine")}
 
 
+def test_drawing_without_matplotlib_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setattr(sys, "argv", ["schedules.py", "--out", str(tmp_path / "drawing.png")])
+    with pytest.raises(UsageError, match="pip install matplotlib"):
+        schedules.draw()
+    assert not any(tmp_path.iterdir())
+
+
 def test_drawing_an_unknown_schedule(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["schedules.py", "wds"])
     with pytest.raises(UsageError, match="did you mean 'wsd'"):
