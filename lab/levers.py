@@ -40,15 +40,17 @@ LENGTHS = (0.8, 1.25)  # of Muon's other runs, as parts of the workload's length
 SCHEDULE = "wsd:cooldown=0.7"  # of modded-nanogpt's optimizer track
 OUT = Path("records/levers")
 LEVEL = 0.05  # of the verdicts, after Holm's correction
+NONE = "no difference"
 
 
 @dataclass(frozen=True)
 class Lever:
     """A change to Muon. own: settings of its own that are moved, and where they start. start: of rates that do not go on from
     Muon's. claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; numbers are of entries
-    and pull requests of modded-nanogpt's optimizer track."""
+    and pull requests of modded-nanogpt's optimizer track. says: the claim as a verdict; empty: nobody measured it alone."""
 
     claim: str
+    says: str = "helps"
     optimizer: str = "muon"
     own: tuple[tuple[Dimension, float], ...] = ()
     start: tuple[tuple[str, float], ...] = ()
@@ -56,6 +58,12 @@ class Lever:
     average: str = ""
     outer: str = ""
     decay_schedule: str = ""
+
+    def agrees(self, verdict: str) -> str:
+        """The claim with ours: yes; no; not seen: we found no difference; or - where there is no claim."""
+        if not self.says:
+            return "-"
+        return "yes" if verdict == self.says else "not seen" if verdict == NONE else "no"
 
 
 def beta(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, float]:
@@ -73,32 +81,32 @@ def decay(start: float) -> tuple[tuple[Dimension, float], ...]:
 SOAP, SHAMPOO = "soap:every=1,beta2=0.9,shampoo_beta=0.9", "shampoo:every=1,exponent=0.333,grafting=rms,beta1=0.95"
 # fmt: off
 LEVERS: dict[str, Lever] = {
-    "aux_betas": Lever("12 of 17 records of a frozen benchmark raised beta2 to 0.98-0.999; not measured alone",
+    "aux_betas": Lever("12 of 17 records of a frozen benchmark raised beta2 to 0.98-0.999; not measured alone", "",
                        own=(beta("adamw_beta2", 0.98), beta("embedding_beta2", 0.98), beta("head_beta2", 0.98))),
     "ema_nesterov": Lever("3,325 to 3,125, n = 20 (#39)", outer="ema_nesterov",
                           own=(share("beta", 0.6, "outer", 0.95), beta("decay", 0.95, "outer"))),
-    "hyperball": Lever("3,250 to 3,250, both tuned (#36, #37)", "muon:sphere=frobenius", start=(("lr", 0.02),)),
-    "hyperball_power": Lever("3,250 to 3,150 (#345)", "muon:sphere=frobenius", start=(("lr", 0.03),),
+    "hyperball": Lever("3,250 to 3,250, both tuned (#36, #37)", NONE, "muon:sphere=frobenius", start=(("lr", 0.02),)),
+    "hyperball_power": Lever("3,250 to 3,150 (#345)", optimizer="muon:sphere=frobenius", start=(("lr", 0.03),),
                              schedule="power:inner=0.4"),
-    "spectral_sphere": Lever("better at 1.7B; untested at 124M", "muon:sphere=spectral", start=(("lr", 0.02),)),
+    "spectral_sphere": Lever("better at 1.7B; untested at 124M", optimizer="muon:sphere=spectral", start=(("lr", 0.02),)),
     "two_speed": Lever("3,250 to 3,210, n = 8 (#340)",
                        own=(beta("slow", 0.98), beta("fast", 0.85), share("fast_share", 0.4385))),
     "tail_ema": Lever("42 fewer, on a stack (#46)", average="tail_ema",
                       own=(beta("decay", 0.9, "average"), share("blend", 0.6, "average"))),
-    "equal_rows": Lever("very slight (nanochat)", "muon:equal_rows=true"),
-    "fixed_norm": Lever("very slight, with equal rows (nanochat)", "muon:fixed_norm=true"),
-    "normuon": Lever("3,325 to 3,250, n = 20 (#10, #12)", "muon:normuon=true", own=(beta("normuon_beta2", 0.95),)),
-    "cautious": Lever("19 fewer, on a stack (#46)", "muon:cautious=true", own=decay(0.05)),
-    "decay_schedule": Lever("not measured alone", decay_schedule="power:outer=2.25", own=decay(0.1)),
-    "power_cooldown": Lever("part of a stack (#46)", schedule="wsd:cooldown=0.7,power=1.2"),
+    "equal_rows": Lever("very slight (nanochat)", optimizer="muon:equal_rows=true"),
+    "fixed_norm": Lever("very slight, with equal rows (nanochat)", optimizer="muon:fixed_norm=true"),
+    "normuon": Lever("3,325 to 3,250, n = 20 (#10, #12)", optimizer="muon:normuon=true", own=(beta("normuon_beta2", 0.95),)),
+    "cautious": Lever("19 fewer, on a stack (#46)", optimizer="muon:cautious=true", own=decay(0.05)),
+    "decay_schedule": Lever("not measured alone", "", decay_schedule="power:outer=2.25", own=decay(0.1)),
+    "power_cooldown": Lever("part of a stack (#46)", "", schedule="wsd:cooldown=0.7,power=1.2"),
     "fast_slow": Lever("MuonH: 3,250 to 3,125, n = 20 (#351)", schedule="fast_slow"),
-    "floor": Lever("part of stacks", schedule="wsd:cooldown=0.7,final=0.1"),
-    "soap": Lever("on the MLP alone 3,225 to 3,150, n = 4 (#14)", SOAP, start=(("lr", 0.01),)),
-    "soap_muon": Lever("backbone of the best stacks (#44 to #46)", SOAP + ",polar=true"),
-    "kl_soap_hyperball": Lever("3,040, n = 5, the best clean entry (#25)", SOAP + ",kl=true,sphere=frobenius",
+    "floor": Lever("part of stacks", "", schedule="wsd:cooldown=0.7,final=0.1"),
+    "soap": Lever("on the MLP alone 3,225 to 3,150, n = 4 (#14)", optimizer=SOAP, start=(("lr", 0.01),)),
+    "soap_muon": Lever("backbone of the best stacks (#44 to #46)", "", SOAP + ",polar=true"),
+    "kl_soap_hyperball": Lever("3,040, n = 5, the best clean entry (#25)", optimizer=SOAP + ",kl=true,sphere=frobenius",
                                start=(("lr", 0.018),)),
-    "shampoo_rms": Lever("3,150 at three times the step, n = 4 (#327)", SHAMPOO),
-    "muown": Lever("3,075, n = 30 (#23)", "muown", start=(("lr", 0.01),)),
+    "shampoo_rms": Lever("3,150 at three times the step, n = 4 (#327)", optimizer=SHAMPOO),
+    "muown": Lever("3,075, n = 30 (#23)", optimizer="muown", start=(("lr", 0.01),)),
 }
 # fmt: on
 
@@ -223,7 +231,7 @@ def lines_of(tables: Tables) -> list[dict[str, Any]]:
     highest = 0.0
     for rank, line in enumerate(sorted(lines, key=lambda line: line["p"])):
         line["holm"] = highest = max(highest, min(1.0, line["p"] * (len(lines) - rank)))
-        line["verdict"] = "no difference" if highest >= LEVEL else "helps" if line["difference"] < 0 else "hurts"
+        line["verdict"] = NONE if highest >= LEVEL else "helps" if line["difference"] < 0 else "hurts"
     return sorted(lines, key=lambda line: line["difference"])
 
 
@@ -235,9 +243,10 @@ with its own settings. Then all train with {SEEDS} new seeds, interleaved, at on
 Muon's on the same seed (95 % interval). *Steps*: how many times as many steps Muon needs for the lever's loss, from its runs
 at {LENGTHS[0]} to {LENGTHS[1]} of the length. *Cost*: CPU time of a step, over Muon's. *Time*: steps over cost. A verdict is
 Holm's at {LEVEL:.0%}. *Would show*: the smallest difference that {SEEDS} seeds show with a chance of 90 %. The models are small
-and the runs short: read the order, not the size. What the authors say is on GPT-2 124M, in steps to 3.28.
+and the runs short: read the order, not the size. What the authors say is on GPT-2 124M, in steps to 3.28; *agree*
+sets it beside our verdict.
 """
-HEAD = ["lever", "verdict", "difference, nats", "p (Holm)", "would show", "steps", "cost", "time", "its authors"]
+HEAD = ["lever", "verdict", "difference, nats", "p (Holm)", "would show", "steps", "cost", "time", "its authors", "agree"]
 
 
 def page(boards: dict[str, list[dict[str, Any]]], tables: dict[str, Tables]) -> str:
@@ -250,7 +259,8 @@ def page(boards: dict[str, list[dict[str, Any]]], tables: dict[str, Tables]) -> 
             few, many = line["steps_interval"]
             cells = [f"`{line['name']}`", line["verdict"], f"{line['difference']:+.4f} ({low:+.4f} to {high:+.4f})"]
             cells += [f"{line['holm']:.2g}", f"{line['smallest']:.4f}", f"{line['steps']:.2f}x ({few:.2f}-{many:.2f})"]
-            rows.append([*cells, f"{line['cost']:.2f}", f"{line['steps'] / line['cost']:.2f}x", LEVERS[line["name"]].claim])
+            lever, cost = LEVERS[line["name"]], line["cost"]
+            rows.append([*cells, f"{cost:.2f}", f"{line['steps'] / cost:.2f}x", lever.claim, lever.agrees(line["verdict"])])
         for name in ("muon", *(line["name"] for line in lines)):
             end, trials = descent.found(of[name]), descent.rows_of(of[name])
             settings.append([f"`{name}`", str(len(trials)), f"{end.val_loss:.4f}", f"`{setting_words(end)}`"])
@@ -265,7 +275,7 @@ def page(boards: dict[str, list[dict[str, Any]]], tables: dict[str, Tables]) -> 
 def draw(track: str, lines: Sequence[dict[str, Any]]) -> Any:
     """A forest: differences to Muon with their intervals, the best lever on top."""
     figure, axis = plots.pyplot().subplots(figsize=(8, 0.36 * len(lines) + 1.3), constrained_layout=True)
-    colours = {"helps": "#0072B2", "hurts": "#D55E00", "no difference": "0.6"}
+    colours = {"helps": "#0072B2", "hurts": "#D55E00", NONE: "0.6"}
     for y, line in enumerate(reversed(lines)):
         axis.plot(line["interval"], [y, y], color=colours[line["verdict"]], linewidth=2)
         axis.plot(line["difference"], y, "o", color=colours[line["verdict"]])

@@ -59,6 +59,8 @@ def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa
     assert line["steps"] == pytest.approx(math.exp(-line["difference"] / 0.1), rel=0.05)
     assert line["cost"] == pytest.approx(1) and line["holm"] >= line["p"]
     text = (out / "README.md").read_text()
+    agree = {row.split("`")[1]: row.split(" | ")[-1] for row in text.splitlines() if "x |" in row}
+    assert [agree[name] for name in NAMES[:3]] == ["yes |", "no |", "not seen |"]
     assert "| `tail_ema` | helps | -0.0" in text and "Missing here: aux_betas, " in text
     board = tables.Levers(out)
     found = {v.rule: v.verdict for v in rules.judge(board, tables.LEVER_RULES)}
