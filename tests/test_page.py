@@ -28,6 +28,7 @@ def written(tmp_path_factory):
     return folder / "index.html"
 
 
+@pytest.mark.slow
 def test_its_size_and_its_links(written):
     text = written.read_text()
     assert len(text.encode()) < 6e6 and "http-equiv" not in text and 'src="http' not in text and 'href="http' not in text

@@ -378,6 +378,7 @@ def test_a_second_sigint_leaves_at_once():
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_at_the_same_step(sotu, tmp_path):
     """One of them is told; all save, and the command continues."""
     flags = ("--steps", "300", "--val-every", "300")

@@ -36,6 +36,7 @@ class Fake(FakeTrainer):
 NAMES = ["tail_ema", "hyperball", "equal_rows", "soap"]
 
 
+@pytest.mark.slow
 def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa: F811
     made = Fake(best=0.03)
     monkeypatch.setattr(trials, "train", made)

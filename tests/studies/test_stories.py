@@ -65,6 +65,7 @@ def test_minimum_norm_fits():
     )
 
 
+@pytest.mark.slow
 def test_memorised_before_understood():
     seen = grokking.run(quick=True)["AdamW"]
     known = grokking.first(seen, "train")

@@ -78,6 +78,7 @@ def test_a_block_without_skips_is_the_composition():
     assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), plain.parameters()))
 
 
+@pytest.mark.slow
 def test_surfaces_of_small_models():
     """Beside each margin: what seeds 0, 1 and 2 gave."""
     line = loss_line.run(quick=True)
@@ -91,6 +92,7 @@ def test_surfaces_of_small_models():
     assert rough["end, with skips"][0] < 0.1 < rough["start, with skips"][0]  # 0 each; 0.95, 0.96, 0.86
 
 
+@pytest.mark.slow
 def test_any_picture_can_be_found():
     figures = sightseeing.run(quick=True)
     assert figures["cat"]["correlation"][0] > 0.9  # 0.952, 0.947, 0.967 with seeds 0, 1 and 2
