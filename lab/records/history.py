@@ -92,7 +92,7 @@ class Tree:
 
 
 def tree(tree: Tree) -> str:
-    """records/ holds tracks, comparisons, scaling, tuning, levers, published, and in these no file that nothing names."""
+    """records/ holds tracks, comparisons, scaling, tuning, levers, published, and in these only files that something names."""
     chains = {track: chain for track in tricks.TRACKS if (chain := chain_of(track))}
     folders = {path.name for path in tree.folder.iterdir() if path.is_dir()} & {*FOLDERS, *tricks.TRACKS}
     expected = {"README.md", "lessons.md", *(f"history-{track}.png" for track in chains)} & {
@@ -113,7 +113,7 @@ def tree(tree: Tree) -> str:
 
 
 def page(tree: Tree) -> str:
-    """The tables of README.md are those of the records and rules, the pictures are drawn from the records."""
+    """README.md's tables are those of the records and rules; its pictures are drawn from the records."""
     text = (tree.folder / "README.md").read_text()
     need(
         text == markdown.filled(text, tables(), "README.md"),

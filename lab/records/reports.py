@@ -99,7 +99,7 @@ def verdicts(report: Report, again: bool = False) -> list[Verdict]:
 
 
 def files(report: Report) -> str:
-    """The expected files are there and no others; none names a path of a machine."""
+    """Exactly the expected files are there; none names a path of a machine."""
     pictures = {f"{name}.png" for name in report.summary["plots"]}
     expected = {report.kind.name, "README.md", "trials.csv", "curves.csv"} | pictures
     only_files(report.folder, expected, "report")
@@ -108,15 +108,15 @@ def files(report: Report) -> str:
 
 def command(report: Report) -> str:
     """The report did what its command says: arms and their flags, target, seeds, lengths, sizes; no planned run is missing, and
-    what is left out was a run."""
+    what is listed as left out was run."""
     wrong = set(report.summary.get("left_out", ())) - {row.run for row in report.rows}
     need(not wrong, f"left out is a run that is not there: {min(wrong, default='')}")
     return f"{len(report.flags)} arms"
 
 
 def runs(report: Report) -> str:
-    """No two lines of trials.csv are one run. A run's name says recipe and seed; CPU time and memory are those that a run can
-    have; runs whose times count were one at a time."""
+    """No two lines of trials.csv are one run. A run's name states its recipe and seed; CPU time and memory are possible; runs
+    whose times count did not overlap."""
     rows, seen, ran = report.rows, set(), defaultdict(list)
     need(len({row.run for row in rows}) == len(rows), "a trial stands in trials.csv twice")
     for row in rows:
@@ -141,7 +141,7 @@ def runs(report: Report) -> str:
 
 
 def settings(report: Report) -> str:
-    """Tokens, FLOPs and the seeds of pairs follow from the flags; so do the names of runs of today's source."""
+    """Tokens, FLOPs and paired seeds follow from the flags, and so do run names if the source is today's."""
     moving, first = set(), {}
     for row in (row for row in report.rows if row.arm in report.flags and row.status != "crashed"):
         who, flags, shift = named(row), report.flags[row.arm], row.seed - row.pair
@@ -179,8 +179,8 @@ def named(row: ledger.Row) -> str:
 
 
 def curves(report: Report) -> str:
-    """Each curve is of a run in trials.csv and ends in its loss, time and tokens; it has all its points, which go on, and its
-    validation losses go with its training losses; seeds differ by more than a little noise."""
+    """Each curve is of a run in trials.csv and ends in its loss, time and tokens; it has all its points, in order, and its
+    validation losses agree with its training losses; seeds differ by more than a little noise."""
     ends, alike = defaultdict(list), defaultdict(dict)
     there = {(row.arm, row.seed, row.steps) for row in report.rows}
     for lines in report.curves:
@@ -259,7 +259,7 @@ def pictures(report: Report) -> str:
 
 
 def data(report: Report) -> str:
-    """The trials were trained on the corpus that is prepared here."""
+    """The trials were trained on the corpus prepared here."""
     for fingerprint, arm in {row.data: row.arm for row in report.rows if row.data and row.arm in report.flags}.items():
         config, _, _ = resolve(plans.registered(report.flags[arm]))
         here = judging.manifest(config.corpus, config.tokenizer)["splits"]

@@ -1,8 +1,8 @@
 """The rules that a record must keep, each checked by machine: pass, fail, or not checkable here with the reason.
 
 They answer what has gone wrong in published records: picked seeds, statistics that do not follow from the logs, validation
-text in the training data, clocks that do not add up, models that look ahead. What was made by an older trainer is read as it
-is stored: today's code says only whether it can train it again.
+text in the training data, clocks that do not add up, models that look ahead. What an older trainer made is read as stored:
+today's code says only whether it can train it again.
 """
 
 import json
@@ -72,8 +72,8 @@ def schema(record: Record) -> str:
 
 
 def files(record: Record) -> str:
-    """The expected files are there and no others; they are small; none names a path of a machine; README.md is what
-    record.json gives."""
+    """Exactly the expected files are there; they are small; none names a path of a machine; README.md follows from
+    record.json."""
     expected = {"record.json", "README.md", *(log.path.name for log in record.all_logs)}
     expected |= {records.OWN} if "optimizer_code" in record.about["settings"] else set()
     texts = only_files(record.folder, expected, "record")
@@ -84,7 +84,7 @@ def files(record: Record) -> str:
 
 
 def number(record: Record) -> str:
-    """Numbers of a track are given once, none is left out but those in lessons.md, and dates go with them."""
+    """A track's numbers are used once, with no gaps except those in lessons.md, and their dates are in order."""
     about, folders = record.about, [path.name for path in record.folder.parent.iterdir() if path.is_dir()]
     given = [int(name[:3]) for name in folders if name[:3].isdigit()]
     here, gone = about["number"], records.LEFT.get(about["track"], ())
@@ -108,8 +108,8 @@ def seeds(record: Record) -> str:
 
 
 def distinct(record: Record) -> str:
-    """No two logs are of one run, here or in another record of the category: losses and times differ, those of two seeds by
-    more than a little noise."""
+    """No two logs, here or in other records of the category, are of one run: losses and times differ, between seeds by more
+    than a little noise."""
     track, category = record.about["track"], record.about["category"]
     others = [other for other in records.of_track(track, category) if other.folder != record.folder]
     seen = {what: f"{other.label}, {log.path.name}" for other in others for log in other.logs for what in of_run(log)}
@@ -125,8 +125,8 @@ def distinct(record: Record) -> str:
 
 
 def configuration(record: Record) -> str:
-    """All runs had the settings, the source and the data that record.json states, by their hashes; the recipe is named after
-    them."""
+    """By their hashes, all runs had the settings, source and data that record.json states; the recipe's name
+    follows from them."""
     about, settings = record.about, record.about["settings"]
     config = run_folder.settings_hash(settings)
     need(about["config_sha256"] == config, "config_sha256 is not the hash of the settings: one of them was changed")
@@ -148,8 +148,8 @@ def configuration(record: Record) -> str:
 
 
 def stopping(record: Record) -> str:
-    """Every run, the rival's too, ended at one fixed length, whatever its loss was, and its log has all steps and exactly the
-    planned validations, whose losses go with the training losses."""
+    """Every run, the rival's too, ended at a fixed length whatever its loss; its log has all steps and exactly the planned
+    validations, whose losses agree with the training losses."""
     about, lengths = record.about, {}
     need(not about["settings"]["stop_at_target"], "the runs stopped by their own validation loss")
     need(not about["settings"].get("minutes"), "the runs ended by the clock: a record has a fixed number of steps")
@@ -201,7 +201,7 @@ def statistics(record: Record) -> str:
 
 
 def target(record: Record) -> str:
-    """The mean loss is below the target with p < 0.01. A baseline, by which a target may be set, is not above it."""
+    """The mean loss is below the target with p < 0.01. A baseline, which may set the target, is not above it."""
     s, goal = record.about["statistics"], record.about["target_loss"]
     if record.about["kind"] == "baseline":
         need(s["mean"] <= goal, f"the baseline's mean {s['mean']} is above the target {goal:g}")
@@ -264,7 +264,7 @@ def faster(record: Record) -> str:
 
 def clock(record: Record) -> str:
     """Times are positive, grow, add up and fit between start and end; robust time is steps x median step; stalled runs are
-    counted; CPU time and memory are those that a run can have; the date is that of the last end."""
+    counted; CPU time and memory are possible; the date is when the last run ended."""
     about, machine = record.about, record.about["machine"]
     device = machine.get("device") or ("cuda" if machine["gpus"] else "cpu")
     for log in record.all_logs:
@@ -293,7 +293,7 @@ def clock(record: Record) -> str:
 
 
 def track(record: Record) -> str:
-    """What defines the track is as the track has it, and what the category fixes is kept."""
+    """Settings that define the track, and those that the category fixes, are unchanged."""
     about = record.about
     problem = category_problem(about["settings"], about["category"])
     need(not problem, problem)
@@ -303,8 +303,8 @@ def track(record: Record) -> str:
 
 
 def transformer(record: Record) -> str:
-    """Category gpt: the blocks hold at least the baseline's hidden matrices, all parameters are at most twice the baseline's;
-    these are stated by role, and so is the loss on the ends of sequences and on other text, which tables do not lower."""
+    """Category gpt: the blocks hold at least the baseline's hidden matrices, all parameters are at most twice the baseline's.
+    The record states them by role, and losses that tables do not lower: on the ends of sequences and on other text."""
     about = record.about
     here = records.parameters(about["settings"]) if "parameters" in about or about["category"] == "gpt" else None
     need(about.get("parameters") == here, f"parameters by role are {here}")
@@ -321,7 +321,7 @@ def transformer(record: Record) -> str:
 
 
 def data(record: Record) -> str:
-    """The shards here are the record's, by sha256."""
+    """The shards here have the record's sha256."""
     stated, folder = record.about["data"], corpus(record)
     problems = verify_shards(folder)
     need(not problems, problems[0] if problems else "")
@@ -333,7 +333,7 @@ def data(record: Record) -> str:
 
 
 def overlap(record: Record) -> str:
-    """As many validation sequences stand in the training data as the record states, and at most 2 %."""
+    """The training data contains as many validation sequences as the record states, and at most 2 %."""
     stated, settings = record.about["data"]["overlap"], record.about["settings"]
     sequences = settings["val_tokens"] // settings["sequence_length"]
     need(

@@ -60,7 +60,7 @@ class Levers(Tuning):
 
 
 def files(tuning: Tuning) -> str:
-    """The expected files are there and no others: a table of each submission, which is a registered one or somebody's file."""
+    """Exactly the expected files are there: a table of each submission, which is registered or somebody's file."""
     pictures = {f"{name}.png" for name in tuning.contents.pictures}
     judging.only_files(tuning.folder, {*tuning.tables, *tuning.contents.texts, *pictures}, "tuning report", set(tuning.tables))
     for track, of in tuning.tables.items():
@@ -72,8 +72,8 @@ def files(tuning: Tuning) -> str:
 
 
 def trials(tuning: Tuning) -> str:
-    """No trial stands in a table twice. A loss is that at the end of its curve, which has no lone low point; CPU time is what a
-    process that computes takes."""
+    """No trial is in a table twice. A loss is the end of its curve, which has no lone low point; CPU time is what a computing
+    process takes."""
     count = 0
     for who, _, _, rows in tuning.rows():
         need(len({row.key for row in rows}) == len(rows), f"{who}: a trial stands there twice")
@@ -94,8 +94,8 @@ def trials(tuning: Tuning) -> str:
 
 
 def studies(tuning: Tuning) -> str:
-    """Settings and seed of each trial are those of its study: points of the space, one setting off them, or the same again; a
-    descent's trials are those that the losses before them lead to."""
+    """Settings and seed of each trial are those of its study: points of the space, one setting off them, or repeats; a
+    descent's trials follow from the losses before them."""
     own = []
     for who, track, name, rows in tuning.rows():
         if ":" in name:
@@ -168,8 +168,8 @@ def pictures(tuning: Tuning) -> str:
 
 
 def moves(board: Levers) -> str:
-    """Trials of a descent are those that the losses before them lead to, a lever's from where Muon stood half-way. Final runs
-    are of a descent's end, on the planned seeds and lengths."""
+    """Trials of a descent follow from the losses before them; a lever's begins where Muon stood half-way. Final runs have the
+    settings at a descent's end, and the planned seeds and lengths."""
     for who, track, name, rows in board.rows():
         need("muon" in board.tables[track], f"{track}: there is no Muon")
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
