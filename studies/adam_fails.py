@@ -1,9 +1,9 @@
 """Adam does not converge on some simple convex problems: it ends at the worst point, while AMSGrad and SGD go to the best.
 
 f_t(x) = 1010 x with probability 0.01, else -10 x, on [-1, 1]: f(x) = E f_t(x) = 0.2 x, the minimum is at -1. Adam divides the
-rare large gradient by the root of an average that it has itself just raised; the many small ones, by the root of an average
+rare large gradient by the root of an average that it has itself just raised, and the many small ones by the root of one
 that has forgotten it. AMSGrad divides by the largest average so far. The mean of the gradient is 0.2, its standard deviation
-101: to find the sign takes (101 / 0.2)^2 = 255,000 steps, whatever the method.
+101: finding the sign takes any method (101 / 0.2)^2 = 255,000 steps.
 
 Source: Reddi, Kale and Kumar 2018 (arXiv 1904.09237), section 3 and figure 1.
 """

@@ -1,11 +1,11 @@
 """Test error falls, rises to the interpolation threshold, and falls again.
 
-Two models that are linear in p parameters, fitted by least squares, with the smallest norm where many fits are perfect:
+Two models that are linear in p parameters, fitted by least squares, with the smallest norm if many fits are perfect:
 Legendre polynomials of degree p - 1 through 20 noisy samples of 2 x + cos 25 x on [-1, 1], and p random ReLU features of 100
 noisy samples of a linear function in 10 dimensions. Both sweep p from 1 far beyond the number of samples n, in 40 draws of
 samples, features and noise; the curve is the median of the test error.
-The peak should be at p = n, and the minimum beyond it below the first minimum. Theory makes the second a matter of noise
-(Mei, Montanari 2019, arXiv 1908.05355), so the features are fitted again with five times as much of it.
+The peak should be at p = n, and the minimum beyond it below the first minimum. In theory the second depends on the noise
+(Mei, Montanari 2019, arXiv 1908.05355), so the features are fitted again with five times as much.
 
 Source: Belkin, Hsu, Ma, Mandal 2019 (arXiv 1812.11118); the polynomials: Schaeffer et al. 2023 (arXiv 2303.14151).
 """

@@ -1,9 +1,9 @@
 """Gradient descent falls into the nearest local minimum; SGD jumps out of it.
 
 One dimension, f(x) = x^2 / 6 + (1 - cos 2 pi x) / 4: a well at every whole number, the global minimum at 0. f is the mean of
-ten functions f_i(x) = f(x) + c_i x whose c_i sum to 0. GD steps along f', SGD along f_i' of an i that is drawn anew for each
-step and start. Both begin at the same 200 points between -4 and 4, with the same step, which falls in a line to 0. Counted: the
-starts that end in the basin of the global minimum, in five seeds.
+ten functions f_i(x) = f(x) + c_i x whose c_i sum to 0. GD steps along f', SGD along f_i' with i drawn anew for each
+step and start. Both begin at the same 200 points between -4 and 4, with the same step, which falls linearly to 0. We count
+the starts that end in the basin of the global minimum, in five seeds.
 
 Source: slide "fun stories" of the lecture; why noise leaves small wells: Kleinberg, Li, Yuan 2018 (arXiv 1802.06175).
 """

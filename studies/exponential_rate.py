@@ -3,9 +3,9 @@
 If the loss does not change when the weights are scaled, L(c w) = L(w), as behind every normalisation, then SGD with momentum g,
 constant rate h and weight decay d visits the same functions as SGD without decay at the rate h a^(-2t-1), where a < 1 is the
 larger root of a^2 - (1 + g - h d) a + g = 0 and the momentum begins at -(1 - a) w0 / (h a): its weights are a^(-t) times as
-large. Here: an MLP of normalised weights on noisy labels, float64; compared are the outputs on fixed inputs after each step.
-Controls: the constant rate without decay goes another way, and so do the two rates on a net without normalisation.
-The theorem is exact, arithmetic is not: where training is chaotic, rounding of 1e-16 grows until the two runs part (with ReLU,
+large. Here: an MLP of normalised weights on noisy labels, float64; we compare outputs on fixed inputs after each step.
+Controls: the constant rate without decay gives other functions, and so do the two rates on a net without normalisation.
+The theorem is exact, arithmetic is not: if training is chaotic, rounding of 1e-16 grows until the runs part (with ReLU,
 h = 0.2 and d = 0.002 after 900 steps). The net here is smooth and the rate mild.
 
 Source: Li, Arora 2019 (arXiv 1910.07454), theorem 2.12.

@@ -1,10 +1,10 @@
 """Adam beats SGD on language by far more than on images.
 
 A small CNN on scikit-learn's 1,797 digits (8 x 8), and a small GPT on 14,400 GPT-2 tokens of State of the Union addresses: both
-see their data 14 times. SGD with momentum 0.9 and Adam, each at the best of five learning rates in a line to 0, then three
-fresh seeds. Compared is the final training loss (mean of the last tenth): what part of Adam's progress does SGD lack,
+see their data 14 times. SGD with momentum 0.9 and Adam, each at the best of five learning rates, linear to 0, then three
+fresh seeds. We compare final training losses (mean of the last tenth): what part of Adam's progress does SGD lack,
 (L_SGD - L_Adam) / (L_start - L_Adam)? In a single pass over 200,000 tokens (8,729 different) there was no such gap: SGD lacked
-0.2 % (-6.1 % to 6.6 %), for in 400 steps neither method came to rare tokens (study rare_tokens).
+0.2 % (-6.1 % to 6.6 %), as 400 steps are too few for rare tokens (study rare_tokens).
 
 Source: Zhang et al. 2020 (arXiv 1912.03194); Ahn et al. 2023 (arXiv 2310.01082).
 """

@@ -3,7 +3,7 @@
 Equal: an MLP whose weights all start at one constant is trained by Adam; the units of a layer stay identical, bit for bit.
 Scale: ReLU nets of 22 and 30 layers of width 64 on the 8 x 8 digits of scikit-learn, weights from N(0, s^2): s = 0.01,
 0.1 and 0.25, Xavier's s^2 = 1 / n and He's 2 / n for n inputs; three seeds of each, trained by SGD with momentum. Before
-training a layer multiplies the mean square of its input by n s^2 / 2. And the project's GPT, its weights scaled, by AdamW.
+training a layer multiplies the mean square of its input by n s^2 / 2. Also the project's GPT, weights scaled, by AdamW.
 At 22 layers He should be faster than Xavier; at 30 layers Xavier should stall (loss above 2.2; chance is 2.30) and He learn
 (below 1.8).
 

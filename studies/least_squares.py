@@ -2,7 +2,7 @@
 
 f(x) = 1/m sum_i (<a_i, x> - b_i)^2 / 2 with |a_i| = 1, m = 40 equations, n = 5 unknowns; one equation a step. In a consistent
 system all gradients are 0 at the solution: the distance shrinks by a constant factor a step. In an inconsistent one
-(b + noise of 0.1) they are not: x wanders, the further the longer the step. With |a_i| = 1 each step multiplies the squared
+(b + noise of 0.1) they are not: x wanders, and further with a longer step. With |a_i| = 1 each step multiplies the squared
 distance to a consistent equation by 1 + (s^2 - 2 s) cos^2: it grows for s > 2 / L = 2, in every step.
 
 Source: slide "SGD diverges for LLS"; Bottou, Curtis and Nocedal 2018 (arXiv 1606.04838); Strohmer and Vershynin 2009.

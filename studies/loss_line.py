@@ -3,7 +3,7 @@
 L(a) = L(w0 + a w1) for a from -1 to 1, w1 a random direction as long as w0. w0: the weights of a small GPT (2 layers, width 64,
 bytes of the State of the Union) before and after training, without dropout and with 0.2; L: the loss on fixed text, without
 dropout. Three models of each kind with two directions each; the same with filter-normalised directions (each row of a matrix as
-long as the row of w0), which make lines of different models comparable. Two random directions of p weights should be
+long as the row of w0), which make models comparable. Two random directions of p weights should be
 orthogonal: a cosine of about 1 / sqrt(p).
 
 Source: slide "loss surface" of the lecture; Li, Xu, Taylor, Studer, Goldstein 2018 (arXiv 1712.09913).

@@ -4,9 +4,9 @@ L(a, b) = L(w0 + a w1 + b w2) for a, b from -1 to 1, w1 and w2 random and filter
 as that row of w0. w0: a small GPT (4 blocks of width 64, bytes of the State of the Union) before and after training, with its
 residual connections, and trained the same way without them: a block is then f(x) instead of x + f(x). Roughness, after the
 source: the curvatures at each point of the plane, from second differences; |smallest / largest| where the smallest is negative,
-else 0; its mean over the plane is 0 for a convex surface. Where the second half of the claim fails at this size, the reason is
-in the losses: attention without a residual connection mixes each token with all before it, so that the net without them learns
-little more than how frequent each byte is; and what has not been learnt leaves no rough surface.
+else 0; its mean over the plane is 0 for a convex surface. If the second half of the claim fails at this size, the losses say
+why: attention without a residual connection mixes each token with all before it, so the net without them learns little more
+than how frequent each byte is; and what has not been learnt leaves no rough surface.
 
 Source: slide "loss surface" of the lecture; Li, Xu, Taylor, Studer, Goldstein 2018 (arXiv 1712.09913), section 6.
 """

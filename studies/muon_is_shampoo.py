@@ -1,9 +1,9 @@
 """Muon is Shampoo without averages: W - lr (G G^T)^-1/4 G (G^T G)^-1/4 = W - lr U V^T.
 
 G = U S V^T gives (G G^T)^-1/4 = U S^-1/2 U^T and (G^T G)^-1/4 = V S^-1/2 V^T on the range of G: their product with G is
-U V^T. Compared with the exact U V^T are the formula in fp64, one step of the registry's Shampoo, whose factors are fp32, and
-one of its Muon: five Newton-Schulz iterations, which leave singular values within 0.68 to 1.2 where they were above a
-hundredth of |G|. G: Gaussian matrices, and gradients of a small GPT in its first step, each divided by its norm.
+U V^T. The exact U V^T is compared with the formula in fp64, one step of the registry's Shampoo, whose factors are fp32, and
+one of its Muon: five Newton-Schulz iterations, which bring singular values above a hundredth of |G| to between 0.68 and
+1.2. G: Gaussian matrices, and gradients of a small GPT in its first step, each divided by its norm.
 
 Source: slide "Deriving Muon"; arXiv 1802.09568; Bernstein and Newhouse 2024 (arXiv 2409.20325); Keller Jordan's Muon.
 """

@@ -1,9 +1,9 @@
-"""SGD makes no progress on rare tokens: what Adam is better at is heavy-tailed classes, not heavy-tailed noise.
+"""SGD makes no progress on rare tokens: Adam is better at heavy-tailed classes, not at heavy-tailed noise.
 
 A small GPT on 12,000 GPT-2 tokens, 17 times over. The tokens are put into ten groups by frequency, each a tenth of the text;
-drawn is the loss of each group under SGD, sign descent (both with momentum 0.9) and Adam, each at its best rate of a grid.
-Five seeds: SGD's best rate is close to the edge of stability, and of three seeds one run, which rounding alone moves, decided.
-The control is softmax regression on full batches, so without noise: inputs uniform in [0, 1], seven groups of 64 examples
+the picture has each group's loss under SGD, sign descent (both with momentum 0.9) and Adam, each at its best rate of a grid.
+Five seeds: SGD's best rate is close to the edge of stability, and with three seeds one run decided, which rounding can move.
+The control is softmax regression on full batches, hence without noise: inputs uniform in [0, 1], seven groups of 64 examples
 whose k-th has 2^k classes, or as many examples in equal classes. With `--run DIR`: the loss of each group under that run's
 model.
 

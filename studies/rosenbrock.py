@@ -1,8 +1,8 @@
-"""At one learning rate, 0.003, the methods take different ways through Rosenbrock's valley, and some end far from its minimum.
+"""At one learning rate, 0.003, the methods take different paths through Rosenbrock's valley, and some end far from its minimum.
 
-f(x, y) = (1 - x)^2 + 10 (y - x^2)^2 from (-1.5, 2), to its minimum in (1, 1); each gradient has noise N(0, 1) added. 3,000
-steps, 16 seeds, which are 16 points in one model. The factor is 10, not the usual 100: L is 1,002 at the minimum then, SGD's
-0.003 is above 2 / L, and it diverges. Each point is a matrix of one row, whose orthogonal form (Muon) is its direction.
+f(x, y) = (1 - x)^2 + 10 (y - x^2)^2 from (-1.5, 2) to its minimum at (1, 1); each gradient has noise N(0, 1) added. 3,000
+steps; 16 seeds are 16 points in one model. The factor is 10: with the usual 100, L is 1,002 at the minimum, SGD's 0.003 is
+above 2 / L, and it diverges. Each point is a matrix of one row, whose orthogonal form (Muon) is its direction.
 
 Source: slide "Many methods"; Rosenbrock 1960.
 """

@@ -3,8 +3,8 @@
 Multi-point optimisation: a plane w0 + x u + y v through the weights of a small MLP (2-24-24-2, tanh, two interleaved spirals of
 100 points) is trained so that its losses on a grid draw a chosen pattern: 0.2 nats where the pattern is dark, 1.2 where it is
 light. All (3 x p) numbers of the plane learn together, by Adam, from all points of the grid at once:
-minimise sum_xy (log L(w0 + x u + y v) - log target_xy)^2. Told is the correlation of losses and pattern on the grid, and on the
-points between those of the grid, which nobody trained.
+minimise sum_xy (log L(w0 + x u + y v) - log target_xy)^2. The result is the correlation of losses and pattern on
+the grid, and at points between, which were not trained.
 
 Source: Skorokhodov, Burtsev 2019 (arXiv 1910.03867).
 """

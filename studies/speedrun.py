@@ -1,8 +1,8 @@
-"""The NanoGPT speedrun went from 45 minutes to under 3, and on below 1.5, by one trick after another.
+"""The NanoGPT speedrun went from 45 minutes to under 3, then below 1.5, one trick after another.
 
 Records of modded-nanogpt, about every second one, read from its logs: minutes to a validation loss of 3.28 on FineWeb, GPT-2
-124M, eight H100 GPUs. The first has no time in its log: 140 ms a step times 19,560 steps. Beside it this project's own records
-on two CPU cores (track `cpu`: bytes, 3.3M parameters), with another target and clock: only the direction can be compared.
+124M, eight H100 GPUs. The first has no time in its log: 140 ms a step times 19,560 steps. Beside it are this project's records
+on two CPU cores (track `cpu`: bytes, 3.3M parameters), with another target and clock: compare only the direction.
 
 Source: modded-nanogpt (github.com/KellerJordan/modded-nanogpt); records/published/modded_records.csv; records/cpu.
 """

@@ -1,11 +1,10 @@
 """Large batches end in narrower minima than small ones.
 
 An MLP (64-32-10, tanh) learns 1,000 of scikit-learn's digits by SGD at one rate, in batches of 10 and of all 1,000, until its
-training loss is 0.05: equally deep minima. Compared over five pairs from the same start: the largest eigenvalue of the Hessian
+training loss is 0.05: equally deep minima. Five pairs from the same start compare the largest eigenvalue of the Hessian
 of the training loss (Lanczos with Hessian-vector products, 30 iterations, all vectors kept orthogonal), the test loss, and both
 losses on the line through the two minima. The large batch should have the larger eigenvalue; the source finds its test error
-larger too.
---run DIR: eigenvalues at the weights of a trained GPT.
+larger too. With `--run DIR`: eigenvalues at the weights of a trained GPT.
 
 Source: Keskar et al. 2017 (arXiv 1609.04836); Hochreiter, Schmidhuber 1997, "Flat minima".
 """
