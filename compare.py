@@ -1,19 +1,19 @@
-"""What does a trick really save on the way to the target, and how sure are we?
+"""How much does a trick really save on the way to the target, and how sure is that?
 
     python compare.py --base modern --tricks muon no_bias compile         each alone on top of the base
     python compare.py --chain modern muon compile                         each on top of all before it, from the baseline
-    python compare.py --base record --leave-out modern compile            each alone out of a stack
+    python compare.py --base record --leave-out modern compile            each removed alone from a stack
     python compare.py --optimizers adamw muon --tuned-on bytes-large      the optimizer alone, with its settings from `tune`
-    python compare.py --optimizers adamw --arm fast=muon:lr=0.04 --steps 300 --seeds 4     no search: which loss is lower then
+    python compare.py --optimizers adamw --arm fast=muon:lr=0.04 --steps 300 --seeds 4     no search: whose loss is lower?
     python compare.py --recipes baseline record --horizon baseline=2400 record=740
-    python compare.py --again record                                      a recipe against itself: must show no difference
-    python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each, on workloads: --help
+    python compare.py --again record                                      a recipe against itself: no difference expected
+    python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each: --help
     python compare.py score --times times.csv                             the AlgoPerf score of a table of times: --help
 
 For each arm: find the smallest number of steps whose final loss meets the target (runs at several lengths, inverse
 prediction), then confirm at a fixed length with fresh seeds: one trial at a time, A B A B, all arms on the same seeds and data
-order. Flags after `--` go to the trainer, for every arm. The same command continues after an interruption: a trial that has
-ended is not trained again, unless it is a confirming run of over an hour ago whose turn was not complete.
+order. Flags after `--` go to the trainer, for every arm. The same command continues after an interruption: no finished trial is
+trained again, except a confirming run over an hour old, of a seed that not all arms have trained.
 
 What comes out: --out (comparisons/<track>-<name>) with trials.csv, curves.csv, comparison.json, README.md, and plots.
 Exit codes: 0 compared, 2 the command was wrong or nothing can be said, 130 interrupted.
@@ -229,27 +229,27 @@ def parser() -> argparse.ArgumentParser:
     add("--track", default="cpu", help="track of all arms (default: cpu)")
     add("--base", default="", help="recipe or list of tricks to compare with (default: baseline, or modern with --optimizers)")
     modes = made.add_mutually_exclusive_group()
-    modes.add_argument("--tricks", nargs="+", metavar="TRICK", help="one at a time onto the base")
-    modes.add_argument("--chain", nargs="+", metavar="TRICK", help="one after the other onto the base")
-    modes.add_argument("--leave-out", nargs="+", metavar="TRICK", help="one at a time out of the base")
+    modes.add_argument("--tricks", nargs="+", metavar="TRICK", help="each added alone to the base")
+    modes.add_argument("--chain", nargs="+", metavar="TRICK", help="added one after the other to the base")
+    modes.add_argument("--leave-out", nargs="+", metavar="TRICK", help="each removed alone from the base")
     modes.add_argument("--recipes", nargs="+", metavar="RECIPE", help="whole recipes; the first is the base")
     arms = dict(nargs="+", action="extend", metavar="[NAME=]SPEC", help="optimizers on the base's model; the first is the base")
     modes.add_argument("--optimizers", "--arm", **arms)
     modes.add_argument("--again", metavar="RECIPE", help="A/A: a recipe against itself, on other seeds")
     modes.add_argument("--report", type=Path, metavar="FOLDER", help="print the verdicts of a comparison, train nothing")
-    add("--tuned-on", metavar="WORKLOAD", help="with --optimizers: as `compare tune` found best; FOLDER/WORKLOAD: of its --out")
+    add("--tuned-on", metavar="WORKLOAD", help="with --optimizers: `compare tune`'s best; FOLDER/WORKLOAD: of its --out")
     add("--target", type=float, default=0.0, help="validation loss to reach, nats per token (default: the track's)")
-    add("--steps", type=int, default=0, help="length of all runs, instead of a search; --horizon sets that of one arm")
+    add("--steps", type=int, default=0, help="length of all runs, instead of a search; --horizon: of one arm")
     add("--horizon", nargs="+", default=[], metavar="ARM=STEPS", help="length of an arm's confirming runs, instead of a search")
-    add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths of its search, or of runs beside --horizon")
-    add("--first-steps", type=int, default=0, help="length that a search begins at (default: the recipe's or the stack's)")
+    add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths to search, or of runs beside --horizon")
+    add("--first-steps", type=int, default=0, help="first length of a search (default: the recipe's or the stack's)")
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
-    add("--margin", type=float, default=MARGIN, help=f"confirm at so much more than the horizon (default: {MARGIN})")
+    add("--margin", type=float, default=MARGIN, help=f"confirm at this much more than the horizon (default: {MARGIN})")
     add("--seeds", type=int, default=0, help=f"confirming runs (default: {LEAST_SEEDS} to {MOST_SEEDS}, as the variance needs)")
-    add("--side-by-side", type=int, default=1, help="arms searched at once, the cores shared; confirming is one at a time")
+    add("--side-by-side", type=int, default=1, help="arms searched at once, sharing the cores; confirming is one at a time")
     runner.add_launcher_flags(made)
     add("--plan", action="store_true", help="print runs, steps, tokens and time, and stop")
-    add("--allow-mixed", action="store_true", help="compare times of several machines all the same")
+    add("--allow-mixed", action="store_true", help="compare times even if they are of several machines")
     add("--out", type=Path, help="output folder (default: comparisons/<track>-<what>)")
     return made
 

@@ -1,11 +1,11 @@
-"""Scores of a trained model that users know.
+"""A trained model's scores on well-known tasks.
 
 python evaluate.py --run runs/gpt2-small/record-s0-1a2b3c4d hellaswag --file hellaswag_val.jsonl
-python evaluate.py bits-per-byte --file my.txt                                                of the newest run
+python evaluate.py bits-per-byte --file my.txt                                                for the newest run
 
 hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four. acc: by the sum of its
 tokens' log-probabilities; acc_norm: by their mean, as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
-one, a question a line. bits-per-byte: of any text; each token sees at least half a context of what precedes it.
+one, a question per line. bits-per-byte: of any text; each token sees at least half a context before it.
 """
 
 import json
@@ -117,7 +117,7 @@ def run(argv: list[str]) -> Answer:
     flags.add_argument("task", choices=TASKS, help="what to score")
     flags.add_argument("--file", type=Path, required=True, help="hellaswag_val.jsonl, or a text")
     flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
-    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
+    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="where the tokenizer is (default: corpora)")
     options = flags.parse_args(argv)
     if not options.file.is_file():
         raise UsageError(f"no file {options.file}; hellaswag_val.jsonl is at github.com/rowanz/hellaswag")

@@ -1,13 +1,13 @@
 """Is an optimizer faster than AdamW and Muon? One command, one page.
 
-    ./run.sh judge my_optimizer.py:Mine              plans half an hour on two cores; --budget 60: minutes
+    ./run.sh judge my_optimizer.py:Mine              half an hour on two cores; --budget 60: minutes
 
-1. The class: does it do what a trainer relies on? Its step: how long, beside fused AdamW's and Muon's?
-2. `compare tune`: the trials that AdamW and Muon have had (records/tuning), or all cut to as many as there is time for.
+1. The class: does it do what a trainer relies on? Its step: how long, against fused AdamW's and Muon's?
+2. `compare tune`: as many trials as AdamW and Muon had (records/tuning), or as many for all as there is time for.
 3. `compare`: all three with their best settings, on fresh seeds, interleaved, to a workload's target.
-4. `scaling`: what does it save against AdamW at two sizes?
+4. `scaling`: what does it save over AdamW at two sizes?
 The plan follows from the time of the first trial. The same command continues, and trains nothing twice. Output: --out, with
-README.md and pictures. Exit codes: 0 judged, 2 wrong words or a class that cannot train, 130 interrupted.
+README.md and pictures. Exit codes: 0 judged, 2 wrong arguments or a class that cannot train, 130 interrupted.
 """
 
 import argparse
@@ -205,7 +205,7 @@ class Judgement:
 def parse(argv: list[str]) -> Judgement:
     """Raises UsageError: an unknown optimizer, or one with keys, or a rival."""
     parser = Parser(prog="judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of a registered optimizer, path.py:Class, or a class of a package: heavyball.SOAP")
+    parser.add_argument("name", help="a registered optimizer, path.py:Class, or a class of a package: heavyball.SOAP")
     parser.add_argument("--budget", type=float, default=30, help="minutes (default: 30)")
     parser.add_argument("--out", type=Path, help="output folder (default: judge/NAME)")
     parser.set_defaults(seeds=0)

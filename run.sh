@@ -2,15 +2,15 @@
 # NanoGPT speedrun. Every call first installs what is missing, into .venv.
 #
 #   ./run.sh [FLAGS]         the main job: train to the target, print a summary and a sample
-#   ./run.sh test            the tests (--fast: one case of each, none of the slow ones; --device cuda: on a GPU)
+#   ./run.sh test            the tests (--fast: one case of each, without the slow ones; --device cuda: on a GPU)
 #   ./run.sh train           train one model; the main job without summary and sample
 #   ./run.sh sample          text from a trained model
 #   ./run.sh eval            its score: HellaSwag, or bits per byte of your text
 #   ./run.sh export          its weights and tokenizer in the form of Hugging Face
 #   ./run.sh runs            list run folders, compare two
 #   ./run.sh watch           runs in progress, with loss and time left
-#   ./run.sh plot            draw loss against time of runs
-#   ./run.sh compare         what a trick or an optimizer saves, and how sure that is (also: compare tune, score, levers)
+#   ./run.sh plot            draw the loss of runs against time
+#   ./run.sh compare         what a trick or an optimizer saves, and how surely (also: compare tune, score, levers)
 #   ./run.sh scaling         does a trick still help at larger sizes?
 #   ./run.sh judge           your optimizer against AdamW and Muon: one command, one page
 #   ./run.sh plan            memory, time and cost of a run on hardware that you do not have yet
@@ -19,9 +19,9 @@
 #   ./run.sh schedules       draw learning-rate schedules
 #   ./run.sh records         add, check and draw kept records
 #   ./run.sh study           the lecture's claims, one small experiment each (study NAME, study all)
-#   ./run.sh page            one page to look at, with all results and your runs: site/index.html
-#   ./run.sh docs            write the generated tables and pictures of the pages anew
-#   ./run.sh completion      the script by which bash completes verbs, flags and names
+#   ./run.sh page            one web page with all results and your runs: site/index.html
+#   ./run.sh docs            rewrite the generated tables and pictures of the docs
+#   ./run.sh completion      a script that lets bash complete verbs, flags and names
 #   ./run.sh help VERB       the flags of a verb
 set -euo pipefail
 user=$PWD me=$0
@@ -199,7 +199,7 @@ case "$verb" in
   study) run studies -m studies "$@" ;;
   page) run page -m page "$@" ;;
   docs)
-    [ $# -eq 0 ] || die "docs takes no words: it writes the generated tables and pictures anew"
+    [ $# -eq 0 ] || die "docs takes no arguments: it rewrites the generated tables and pictures"
     run lab -m lab.docs
     ;;
   completion) PYTHONWARNINGS=ignore run lab -m lab.completion "$@" ;;

@@ -1,6 +1,6 @@
 """Text from a trained model.
 
-python sample.py --prompt "The state of the union" --tokens 300        of the newest run
+python sample.py --prompt "The state of the union" --tokens 300        from the newest run
 python sample.py --run runs/cpu/record-s0-1a2b3c4d --stream
 """
 
@@ -88,10 +88,10 @@ def parser() -> Parser:
     flags.add_argument("--tokens", type=int, default=300, help="tokens to add")
     flags.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     flags.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
-    flags.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that have this probability together")
+    flags.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest with this total probability")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--stream", action="store_true", help="print the text as it comes")
-    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
+    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="where the tokenizer is (default: corpora)")
     return flags
 
 

@@ -1,6 +1,6 @@
-"""Do the tricks survive at larger model sizes? Their speed-up at each size of a ladder, its trend, a prediction, a verdict.
+"""Do tricks survive at larger model sizes? Speed-up at each size of a ladder, trend, prediction, verdict.
 
-    python scaling.py --tricks muon soap --plan                         what it would cost here, and stop
+    python scaling.py --tricks muon soap --plan                         print what it would cost here
     python scaling.py --tricks muon soap                                the `cpu` ladder: 0.1M to 4.2M parameters over bytes
     python scaling.py --base baseline --tricks rope qk_norm relu2 --sizes 0.1M 0.3M 0.8M 1.5M
     python scaling.py --tricks muon --ladder gpt2 --processes 8 --plan --hardware 8xH100
@@ -8,8 +8,8 @@
 
 A trick is a name of tricks.py, or an optimizer SPEC. Speed-up = tokens that the base needs for the same loss / tokens that the
 trick used. Base and trick train with the same batch, their learning rates moved to each size by the same rule (--lr-transfer)
-and then re-tuned with equally many runs (--retune). The base trains at several token budgets (--budgets), and at more of them
-where a trick's loss lies outside. Flags after `--` go to the trainer, for every arm. The same command continues after an
+and then re-tuned with equally many runs (--retune). The base trains at several token budgets (--budgets), and at more if a
+trick's loss lies outside. Flags after `--` go to the trainer, for every arm. The same command continues after an
 interruption: a trial that has ended is never trained again.
 
 Output: --out (scaling/<ladder>-<base>) with trials.csv, curves.csv, scaling.json, README.md and plots. Exit codes: 0 judged or
@@ -239,20 +239,20 @@ def parser() -> argparse.ArgumentParser:
     add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")
     add("--ladder", default="cpu", help=f"{' or '.join(LADDERS)} (default: cpu)")
     add("--sizes", nargs="+", default=[], help="such as 0.3M 0.8M (default: the ladder's)")
-    add("--tokens-per-parameter", type=float, default=0, help="of budget 1, non-embedding (default: the ladder's)")
+    add("--tokens-per-parameter", type=float, default=0, help="at budget 1, non-embedding (default: the ladder's)")
     add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="of the base; a trick has budget 1 (default: 0.5 1 2)")
-    add("--most-budget", type=float, default=4, help="up to which the base's double to meet a trick's loss (default: 4)")
+    add("--most-budget", type=float, default=4, help="double the base's budgets up to this to meet a trick's loss (default: 4)")
     add("--seeds", type=int, default=3, help="runs at each point (default: 3)")
     add("--lr-transfer", default="mup", help="learning rate by width: mup, power:EXPONENT or none (default: mup)")
-    add("--retune", type=int, default=3, help="factors on it that every arm tries at every size; 1: none (default: 3)")
-    add("--retune-step", type=float, default=2, help="ratio of two neighbouring factors (default: 2)")
-    add("--timing-steps", type=int, default=20, help="steps of the runs that measure seconds a token; 0: none (default: 20)")
+    add("--retune", type=int, default=3, help="learning rates that every arm tries at every size; 1: no tuning (default: 3)")
+    add("--retune-step", type=float, default=2, help="ratio of neighbouring rates (default: 2)")
+    add("--timing-steps", type=int, default=20, help="steps of the runs that measure seconds per token; 0: none (default: 20)")
     add("--at", default="", help="size to predict for (default: 10 x the largest)")
-    add("--hold-out", type=int, default=1, help="largest sizes that the smaller ones must predict (default: 1)")
+    add("--hold-out", type=int, default=1, help="number of largest sizes that the smaller ones must predict (default: 1)")
     add("--plan", action="store_true", help="print runs, tokens, FLOPs, memory, hours and cost, and stop")
-    add("--hardware", default="here", help="of --plan: 8xH100 and the like, or here (default)")
-    add("--price", type=float, default=0, help="of --plan: dollars an hour of one GPU (default: by engine/hardware.py)")
-    add("--report", type=Path, metavar="FOLDER", help="write a folder's report again from its trials")
+    add("--hardware", default="here", help="for --plan: such as 8xH100, or here (default)")
+    add("--price", type=float, default=0, help="for --plan: dollars per GPU and hour (default: by engine/hardware.py)")
+    add("--report", type=Path, metavar="FOLDER", help="rewrite a folder's report from its trials")
     add("--side-by-side", type=int, default=1, help="trials at once, sharing the cores; timing is one at a time (default: 1)")
     runner.add_launcher_flags(made)
     add("--out", type=Path, help="output folder (default: scaling/<ladder>-<base>)")

@@ -1,6 +1,6 @@
 """python -m cost --track gpt2-small --tricks record --hardware 8xH100 [--world-size 16] [--gpu-price 1.8]
 
-What a run would take, on hardware that need not be here. `./run.sh plan`.
+What a run would take on hardware that you need not have. `./run.sh plan`.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     with Recorder() as recorder:         # all that torch does in here, backward passes and collectives included
         gpt(tokens, targets).backward()
-    operations(recorder.events, fused=True, keep=...)      # what a device would have to do
-    peak(recorder.events, fused=True, keep=...)            # bytes that it would have to hold meanwhile
+    operations(recorder.events, fused=True, keep=...)      # what a device would do
+    peak(recorder.events, fused=True, keep=...)            # bytes that it would hold at most
 
 Matrix products keep their shapes. The operations between them move memory: one pass each, or, under torch.compile, one pass
 for all of them, which never writes a value that nobody else needs.

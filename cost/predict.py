@@ -65,9 +65,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     others = "All other flags are the trainer's: ./run.sh train --help."
     flags = Parser(prog="./run.sh plan", description=what, epilog=others)
     add = flags.add_argument
-    add("--hardware", default="here", help="8xH100 and the like, or here, where a CPU makes three real steps (default: here)")
-    add("--world-size", type=int, default=0, metavar="N", help="ranks, one a card (default: the cards of one machine)")
-    add("--gpu-price", type=float, default=0.0, metavar="DOLLARS", help="of a card and hour (default: by engine/hardware.py)")
+    add("--hardware", default="here", help="such as 8xH100, or here, where a CPU takes three real steps (default: here)")
+    add("--world-size", type=int, default=0, metavar="N", help="ranks, one per card (default: the cards of one machine)")
+    add("--gpu-price", type=float, default=0.0, metavar="DOLLARS", help="per card and hour (default: by engine/hardware.py)")
     return flags.parse_known_args(argv)
 
 

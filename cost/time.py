@@ -1,4 +1,4 @@
-"""Seconds of a training step: of a recorded one on a card, by a roofline; of real ones on this CPU, by the clock.
+"""Seconds of a training step: a recorded one on a card, by a roofline; real ones on this CPU, by the clock.
 
 On a card each operation takes the longer of two times: its arithmetic at a share of the card's peak, and its memory traffic at
 a share of its bandwidth (the roofline of Williams et al. 2009). A step is the sum of these, the communication that the backward

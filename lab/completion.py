@@ -1,4 +1,4 @@
-"""Completion of ./run.sh at the Tab key, from the verbs' own parsers and the registries; completion.bash has the rest.
+"""Tab completion for ./run.sh, from the verbs' own parsers and the registries; completion.bash has the rest.
 
 ./run.sh completion bash > FILE          then, in ~/.bashrc: source FILE
 """

@@ -1,12 +1,12 @@
-"""The lever board: what each lever of the optimizer race adds to a tuned Muon, alone, tuned, with seeds.
+"""The lever board: what each lever of the optimizer race adds to a tuned Muon, alone, tuned, on several seeds.
 
-    ./run.sh compare levers --plan                                what that trains, and stop
+    ./run.sh compare levers --plan                                print what that would train
     ./run.sh compare levers --workloads bytes-large               train it, write the board
     ./run.sh compare levers --levers tail_ema --workloads wiki    one of them
 
-Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever branches off half-way,
-with settings of its own beside; these and its rates are moved in as many trials as Muon has left. Then all train with new
-seeds, interleaved, at one length; Muon at two other lengths too: what a step is worth in loss turns losses into steps.
+Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever branches off half-way
+with its own settings; these and its rates are tuned in as many trials as Muon has left. Then all train with new seeds,
+interleaved, at one length; Muon at two other lengths too, whose slope turns losses into steps.
 """
 
 import argparse
@@ -45,9 +45,9 @@ NONE = "no difference"
 
 @dataclass(frozen=True)
 class Lever:
-    """A change to Muon. own: settings of its own that are moved, and where they start. start: of rates that do not go on from
-    Muon's. claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; numbers are of entries
-    and pull requests of modded-nanogpt's optimizer track. says: the claim as a verdict; empty: nobody measured it alone."""
+    """A change to Muon. own: its own settings to tune, and where they start. start: of rates that do not continue from Muon's.
+    claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; #N are entries and pull requests
+    of modded-nanogpt's optimizer track. says: the claim as a verdict; empty: nobody measured it alone."""
 
     claim: str
     says: str = "helps"

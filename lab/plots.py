@@ -1,4 +1,4 @@
-"""Pictures of runs, comparisons, records and scaling experiments, as PNG, by matplotlib.
+"""Pictures of runs, comparisons, records and scaling experiments: PNG, by matplotlib.
 
 python -m lab.plots runs/tiny/*          loss against time of finished or running runs: loss.png (./run.sh plot)
 """

@@ -1,9 +1,9 @@
-"""Run folders: which there are, what differs between two, and those in progress.
+"""Run folders: list them, compare two, watch those in progress.
 
 python -m lab.runs                                 all in runs/, the newest first
 python -m lab.runs tiny --sort loss                those whose path contains a word, the lowest loss first
 python -m lab.runs diff runs/tiny/a runs/tiny/b    settings and results that differ
-python -m lab.runs watch [DIR]                     runs in progress, drawn anew every two seconds (./run.sh watch)
+python -m lab.runs watch [DIR]                     runs in progress, redrawn every two seconds (./run.sh watch)
 """
 
 import json

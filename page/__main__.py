@@ -1,9 +1,9 @@
-"""One page with everything that is kept: records, losses, the contest, scaling, the lecture's studies, the published history.
+"""One page with everything kept: records, losses, the contest, scaling, the lecture's studies, the published history.
 
     ./run.sh page                        site/index.html, which needs no server and no network
     ./run.sh page --runs runs/tiny/*     with your own runs
 
-Charts are Vega-Lite's, by Altair, with its JavaScript inside the page; text of others (names, descriptions) is escaped.
+Charts are Vega-Lite's, by Altair, with its JavaScript inside the page; other people's text (names, descriptions) is escaped.
 """
 
 import base64
@@ -169,12 +169,12 @@ def charts(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def wide(alt: Any, rows: Rows, what: str) -> Any:
-    """An empty chart of the page's width; what: its description for those who do not see it."""
+    """An empty chart as wide as the page; what: its description for those who cannot see it."""
     return alt.Chart(alt.Data(values=rows), description=what, width="container", height=320)
 
 
 def choice(alt: Any, name: str, options: Iterable[str], first: str = "") -> Any:
-    """What the reader chooses of a list."""
+    """The reader's choice from a list."""
     options = sorted(set(options))
     return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{name} "))
 
@@ -284,7 +284,7 @@ def runs_chart(alt: Any, rows: Rows) -> Any:
 
 
 def curves(alt: Any, rows: Rows) -> Any:
-    """Loss against what the reader chooses, of the comparison that the reader chooses; a click in the legend picks arms."""
+    """Loss against the axis, for the comparison, that the reader chooses; a click in the legend picks arms."""
     which = choice(alt, "comparison", (row["comparison"] for row in rows))
     against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
     arm = alt.selection_point(fields=["arm"], bind="legend", toggle="true")

@@ -3,7 +3,7 @@
 ./run.sh study                           the studies: name, claim, minutes on two quiet cores
 ./run.sh study rosenbrock                run one: prints claim, number and verdict; its picture and figures are in runs/studies
 ./run.sh study loss_line --run runs/cpu/record-s0-1a2b3c4d     look at a run of your own
-./run.sh study all                       run all, in the lecture's order; what is there already is not run again
+./run.sh study all                       run all in the lecture's order, except those done
 ./run.sh study page                      write studies/README.md from studies/results
 """
 
@@ -45,7 +45,7 @@ Each study tries one claim of a lecture on optimization methods for neural netwo
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What a study says of itself: claim, text, source, and its constants. Read, not imported: the list comes at once."""
+    """What a study says of itself: claim, text, source, and its constants. Read, not imported, so the list is instant."""
     tree = ast.parse(path.read_text())
     pairs = [(node.targets[0].id, node.value) for node in tree.body if isinstance(node, ast.Assign)
              and isinstance(node.targets[0], ast.Name)]  # fmt: skip
@@ -167,10 +167,10 @@ def page() -> str:
 
 def main(argv: list[str]) -> str:
     parser = Parser(prog="./run.sh study", description=__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a study, all, or page; none: list them")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a study, all, or page; nothing: list them")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder of the results (default: runs/studies)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="seconds, at a size that shows little: what the tests run")
+    parser.add_argument("--quick", action="store_true", help="run for seconds, at a size that shows little, as the tests do")
     parser.add_argument("--run", type=Path, help="a run folder: look at its model instead of a small one")
     options = parser.parse_args(argv)
     if not 0 <= options.seed < 2**31:

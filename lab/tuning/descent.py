@@ -1,8 +1,8 @@
-"""The contest's search: coordinate descent to settings that no single change makes better, then new seeds.
+"""The contest's search: coordinate descent to settings that no single change improves, then new seeds.
 
-It starts at the best point of a submission's first study. One setting after the other is moved by a fixed factor, on and on
-while the loss falls; it ends when a round of all settings moved none, or with the budget. All its trials have one seed.
-The next trial follows from those before it: a table of trials proves its own order (`records verify`).
+It starts at the best point of a submission's first study. It moves one setting after the other by a fixed factor while the
+loss falls, until a round of all settings moved none or the budget is spent. All its trials have one seed. Each trial follows
+from those before it: a table of trials proves its own order (`records verify`).
 """
 
 import itertools

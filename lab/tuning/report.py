@@ -1,4 +1,4 @@
-"""The report on tuning tables: README.md, studies.csv, tuned.json and the pictures, all of which follow from the tables."""
+"""The report on tuning tables: README.md, studies.csv, tuned.json and pictures, all made from the tables."""
 
 import json
 import math

@@ -3,21 +3,21 @@
     ./run.sh compare score --times times.csv --held-out "wmt_glu_tanh=wmt,fastmri_tanh=fastmri" --plot profile
     ./run.sh compare score --studies studies.csv                 with intervals, from several studies of each
 
-times.csv: first column `submission`, then one column a workload: seconds to the target, `inf` = missed, empty = not run.
+times.csv: first column `submission`, then one column per workload: seconds to the target, `inf` = missed, empty = not run.
 studies.csv: columns submission, workload, study, seconds; a workload's time is the median over its studies.
 
 Rules as AlgoPerf has them (Dahl et al. 2023, arXiv 2306.07179; Kasimbeg et al. 2025, arXiv 2502.15015; the code of
-mlcommons/algorithmic-efficiency), in this order, where not run counts as missed: a held-out variant is missed where its base
-is; a time above tau_max x the best time of its workload is missed; a base workload is missed where its variant is (rule of
+mlcommons/algorithmic-efficiency), in this order, where not run counts as missed: a held-out variant is missed if its base
+is; a time above tau_max x the best time of its workload is missed; a base workload is missed if its variant is (rule of
 v0.5); r = time / best time left of the base workload. A submission's profile is rho(tau) = the share of base workloads with
-r <= tau; its score is the mean of rho over tau from 1 to tau_max = 4, by the trapezoid rule on 100 points, as their code has
-it. Other quirks of that code do not change published scores, and are left out: the base of a variant is named here, not
-guessed from its name; a NaN is refused, not read as zero.
+r <= tau; its score is the mean of rho over tau from 1 to tau_max = 4, by the trapezoid rule on 100 points, as in their
+code. Other quirks of it do not change published scores and are left out: the base of a variant is named here, not guessed
+from its name; a NaN is refused, not read as zero.
 
-A score depends on the field. Hence beside it: the ranks when any one submission is left out; intervals by resampling studies,
-for those that have several on every workload; and, with --reference, a score that knows no field: the mean over workloads of
-how far log(reference time / time) lies on the way from -log(tau_max) to log(tau_max): 0.5 is the reference's own, 1 is tau_max
-times as fast or more.
+A score depends on the field. So it comes with the ranks when any one submission is left out; with intervals by resampling
+studies, for those that have several on every workload; and, with --reference, with a score that ignores the field: the mean
+over workloads of how far log(reference time / time) lies on the way from -log(tau_max) to log(tau_max): 0.5 is the
+reference's own, 1 is tau_max times as fast or more.
 """
 
 import csv

@@ -1,7 +1,7 @@
-"""What a tuning contest is over: submissions (an optimizer with its schedule and average) and the space of their settings.
+"""What a tuning contest compares: submissions (an optimizer with its schedule and average) and the space of their settings.
 
-The ranges are the registry's (`./run.sh optimizers NAME` shows them); the warm-up is one more. Every range is the same on every
-workload, as AlgoPerf wants it: a submission brings a method, not a way of tuning it.
+The ranges are the registry's (`./run.sh optimizers NAME` shows them), plus the warm-up's. They are the same on every workload,
+as AlgoPerf requires: a submission brings a method, not a way of tuning it.
 """
 
 import dataclasses

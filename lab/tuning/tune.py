@@ -1,17 +1,17 @@
-"""Give every optimizer the same tuning budget, keep every trial, and say who is better on which workload.
+"""Give every optimizer the same tuning budget, keep every trial, and report which is better on which workload.
 
     ./run.sh compare tune --optimizers adamw muon soap --trials 5                 on every workload
-    ./run.sh compare tune --optimizers all --trials 5 --machine-hours 8 --plan    what that would train, and stop
-    ./run.sh compare tune --optimizers my_optimizer.py:Mine                       one's own, into the same tables
-    ./run.sh compare tune --optimizers adamw muon --descend                       on from there, one setting at a time
-    ./run.sh compare tune --report                                                tables, plots and tuned.json anew
+    ./run.sh compare tune --optimizers all --trials 5 --machine-hours 8 --plan    print what that would train
+    ./run.sh compare tune --optimizers my_optimizer.py:Mine                       your own, in the same tables
+    ./run.sh compare tune --optimizers adamw muon --descend                       continue from there, one setting at a time
+    ./run.sh compare tune --report                                                rewrite tables, plots and tuned.json
 
-As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is so many quasi-random trials of a submission's
-space, the same points on every workload; --studies repeats that with other points. After the search, for the best
-settings, come their neighbours (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
+As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is --trials quasi-random points of a
+submission's space, the same on every workload; --studies repeats that with other points. After the search come the neighbours of
+the best settings (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
 set a workload's target are rerun at three quarters of its length: the target is the best median of these reruns. A submission
-that met a target on a machine or with code that AdamW was not trained on is timed beside AdamW, in a few short interleaved
-runs: only such steps compare. --descend goes on from the best point of the first study (lab/tuning/descent.py).
+that met a target on a machine or with code that AdamW was not trained on is timed against AdamW in a few short interleaved
+runs: only such step times compare. --descend continues from the best point of the first study (lab/tuning/descent.py).
 
 A trial that diverged counts as the worst. Every trial is a line of --out/<workload>/<optimizer>.csv and is never trained again.
 A workload keeps the compute type (--dtype) of its first trial.
@@ -276,12 +276,12 @@ def compute_types(options: argparse.Namespace) -> dict[str, str]:
 def add_running(made: argparse.ArgumentParser) -> None:
     """How trials are trained, or not."""
     add, cores = made.add_argument, os.cpu_count() or 1
-    dtype = "of matrix products (default: that of the workload's trials that are there, else bf16 where it is native)"
+    dtype = "of matrix products (default: as the workload's trials so far, else bf16 where it is native)"
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=dtype)
-    add("--side-by-side", type=int, default=cores, help=f"trials at a time, the cores shared (default: {cores})")
-    add("--machine-hours", type=float, default=0, help="plan within so many hours, and begin nothing after them")
+    add("--side-by-side", type=int, default=cores, help=f"trials at a time, sharing the cores (default: {cores})")
+    add("--machine-hours", type=float, default=0, help="fit the plan into this many hours, and begin nothing after them")
     add("--plan", action="store_true", help="print the plan and stop")
-    add("--report", action="store_true", help="train nothing: tables, plots and settings of what is there")
+    add("--report", action="store_true", help="train nothing: write tables, plots and settings of what is there")
 
 
 def threads(options: argparse.Namespace) -> int:
@@ -292,12 +292,12 @@ def threads(options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="compare.py tune", description=__doc__)
     add = made.add_argument
-    entries = f"registered optimizers, {', '.join(EXTRAS)}, one's own path.py:Class, or all; keys given stay fixed"
+    entries = f"registered optimizers, {', '.join(EXTRAS)}, your own path.py:Class, or all; keys given stay fixed"
     add("--optimizers", nargs="+", default=[], metavar="SPEC", help=entries)
     add("--workloads", nargs="+", default=WORKLOADS, metavar="TRACK", help=f"default: {' '.join(WORKLOADS)}")
-    add("--trials", type=int, default=5, help="of each study (default: 5)")
-    add("--studies", type=int, default=1, help="of each submission and workload (default: 1; AlgoPerf: 3)")
-    add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also try the best one setting off")
+    add("--trials", type=int, default=5, help="per study (default: 5)")
+    add("--studies", type=int, default=1, help="per submission and workload (default: 1; AlgoPerf: 3)")
+    add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also change each setting of the best alone")
     further = f"then coordinate descent, {descent.BUDGET} trials in all, and {descent.SEEDS} new seeds"
     add("--descend", action="store_true", help=further)
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")

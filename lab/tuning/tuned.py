@@ -2,11 +2,11 @@
 
 Losses do not depend on how busy a machine was; times do. So the time to a target is the number of steps to it (the first
 validation at or below it) times the cost of a step: CPU seconds of training a step, the lower quartile over the
-submission's trials on that workload, each trained on one core. A shared machine's step takes a third longer in one session
+submission's trials there, each trained on one core. A shared machine's step takes a third longer in one session
 than in another, so only ratios to AdamW's step in the same session are carried over.
 
 More studies must not be more luck: a time or a loss is the median over studies, a target is set by first studies, and a
-quartile hardly depends on the number of trials. Only the settings worth having (`best`) are from all of them.
+quartile hardly depends on the number of trials. Only the best settings (`best`) come from all of them.
 """
 
 import math
