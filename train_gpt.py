@@ -5,13 +5,13 @@
     python train_gpt.py --track gpt2-small --tricks record          one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track gpt2-small --tricks record
 
-What comes out: one run folder (runs/<track>/<name>-s<seed>-<hash>) with config.json, env.json, log.jsonl (an event
-a line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (whether the target was reached stands in
-result.json), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written), or memory or disk is full,
+What comes out: one run folder (runs/<track>/<name>-s<seed>-<hash>) with config.json, env.json, log.jsonl (one event
+per line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (result.json says whether the target was
+reached), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written), or memory or disk is full,
 3 diverged, 75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
 
-The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends on the
-seed and the step alone; so one rank, eight ranks, and a resumed run train on the same data in the same order.
+The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends only on
+the seed and the step; so one rank, eight ranks, and a resumed run train on the same data in the same order.
 """
 
 from engine import display, hardware  # before torch: it sets how threads wait  # isort: skip
@@ -72,9 +72,9 @@ class Clock:
     time = steps x median step per stage (steps of equal work: of one batch size and, where a method does something every few
     steps, of one place in that round), and the CPU time of the process.
 
-    A GPU is still at work when stop() is called, and to wait for it in each step would leave it idle. So there the clock runs
-    on, through logging too, and a step lasts from one stop() to the next; pause() waits for the device before what is off the
-    clock. The sum is wall-clock time all the same.
+    A GPU is still at work when stop() is called, and waiting for it in each step would leave it idle. So there the clock runs
+    on, through logging too, and a step lasts from one stop() to the next; pause() waits for the device before work off the
+    clock. The sum is still wall-clock time.
     """
 
     def __init__(self, device: torch.device, progress: Progress):

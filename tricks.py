@@ -1,11 +1,11 @@
-"""TRACKS and TRICKS: what a run is, as named and sourced differences over the trainer's config.
+"""TRACKS and TRICKS: what a run is, as named and sourced changes to the trainer's config.
 
 A track fixes corpus, model size, batch and target. A trick changes the config and says where it comes from. A recipe
-is a list of tricks on a track; applying tricks is the only way in which a recipe differs from GPT-2 + AdamW.
+is a list of tricks on a track, and differs from GPT-2 + AdamW only by them.
 
     defaults of the config < track < tricks, in their order < the track's own tuning of those tricks < flags
 
-Keys of an optimizer that none of these sets are those tuned for it on the track, where it was tuned (TUNED).
+Keys of an optimizer that none of these sets have their tuned values on the track, if it was tuned there (TUNED).
 
 To add a trick: one entry in TRICKS; one field in model.py or the trainer if it does something new; one test.
 """
@@ -24,7 +24,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trick:
-    """A named difference over the config."""
+    """A named change to the config."""
 
     kind: str  # optimizer, schedule, architecture or systems
     settings: Settings
@@ -61,7 +61,7 @@ TRICKS: dict[str, Trick] = {
     ),
     "reference_script": architecture(
         dict(head_bias=True, embedding_dtype="bf16", initialisation="fan_in", tied_head=False, zero_init_projections=True),
-        "modded-nanogpt, train_gpt_simple.py (optimizer track): what `modern` has not: bias, bf16, first weights",
+        "modded-nanogpt, train_gpt_simple.py (optimizer track): what `modern` lacks: bias, bf16, initial weights",
         "not measured alone",
     ),
     "rmsnorm": architecture(dict(norm="rmsnorm"), "arXiv 1910.07467; modded-nanogpt #2", "as good, cheaper"),
@@ -111,15 +111,13 @@ TRICKS: dict[str, Trick] = {
         "modded-nanogpt since its first record: heads of 128 (6 on 768 channels) instead of GPT-2's 64",
         "not measured alone; fewer, larger matrix products",
     ),
-    "no_clip": optimizer(
-        dict(clip=0.0), "modded-nanogpt #3: Muon's step has its size whatever the gradient's", "not measured alone"
-    ),
+    "no_clip": optimizer(dict(clip=0.0), "modded-nanogpt #3: Muon's step size ignores the gradient's", "not measured alone"),
     "padded_vocab": systems(
         dict(vocab_multiple=128), "nanoGPT (50,304 rows); modded-nanogpt #5", "faster head on tensor cores"
     ),
     "fp8_head": systems(
         dict(head_dtype="auto", vocab_multiple=128),
-        "modded-nanogpt #19: the head's products in 8-bit floats; on cards without them it is said and left out",
+        "modded-nanogpt #19: the head's products in 8-bit floats; left out, with a message, on cards without them",
         "part of 3.4 to 3.142 min",
         "350M: no gain in time, taken out (track 2 #7, #18); nanochat, in all layers: 5 % at equal quality at 24 layers, none "
         "at 12",
@@ -181,18 +179,18 @@ TRICKS: dict[str, Trick] = {
     ),
     "exclusive_attention": architecture(
         dict(exclusive_attention=True),
-        "learnable XSA, modded-nanogpt #82, which has it in the upper blocks alone",
+        "learnable XSA, modded-nanogpt #82, where only the upper blocks have it",
         "1.363 to 1.353 min; 0.7 s on one machine",
     ),
     "key_offset": architecture(
         dict(positions="half_rotary", rotary_base=1024.0, key_offset=True),
-        "partial key offset, modded-nanogpt #49, which has it in the blocks with long windows alone",
-        "2.170 to 2.146 min; 2.4 s on one machine. Lowest loss in every block, its README says",
+        "partial key offset, modded-nanogpt #49, where only blocks with long windows have it",
+        "2.170 to 2.146 min; 2.4 s on one machine. Its README: lowest loss in every block",
     ),
     "long_short_windows": architecture(
         dict(window_pattern="LSSS"),
-        "modded-nanogpt #20, after Gemma 2 (arXiv 2408.00118): in one block of four attention sees the whole window, in the "
-        "others half of it",
+        "modded-nanogpt #20, after Gemma 2 (arXiv 2408.00118): attention sees the whole window in one block of four, "
+        "half of it in the others",
         "part of 3.142 to 2.992 min; the windows themselves: #12, #13",
         "nanochat keeps sliding windows to 26 layers",
     ),
@@ -209,7 +207,7 @@ TRICKS: dict[str, Trick] = {
     ),
     "document_mask": architecture(
         dict(document_mask=True),
-        "modded-nanogpt #12, with FlexAttention; smear, key offset and n-grams still reach into the document before, as there",
+        "modded-nanogpt #12, with FlexAttention; as there, smear, key offset and n-grams still see the previous document",
         "with sequences of 64K tokens instead of 1,024: 7.2 to 5.03 min, 3,000 to 1,875 steps",
         "nanochat: no gain",
     ),
@@ -232,12 +230,12 @@ TRICKS: dict[str, Trick] = {
     "normuon": optimizer(
         dict(optimizer="muon:normuon=true", schedule="wsd:cooldown=0.7"),
         "arXiv 2510.05491; modded-nanogpt #41",
-        "2.358 to 2.345 min, and 3.3 s more once its rate was fitted (#42); on the optimizer track as good as tuned Muon",
+        "2.358 to 2.345 min, and 3.3 s more once its rate was tuned (#42); on the optimizer track as good as tuned Muon",
         "nanochat: small gain to 26 layers",
     ),
     "cautious_decay": optimizer(
         dict(optimizer="muon:cautious=true", schedule="wsd:cooldown=0.7"),
-        "cautious weight decay, arXiv 2510.12402; modded-nanogpt #43, whose decay too falls with the learning rate",
+        "cautious weight decay, arXiv 2510.12402; modded-nanogpt #43, whose decay also falls with the learning rate",
         "2.313 to 2.284 min; 2.2 s on one machine",
         "nanochat: helps to 26 layers, with a decay that falls as 1 / width^2",
     ),
@@ -245,7 +243,7 @@ TRICKS: dict[str, Trick] = {
         dict(optimizer="cautious_adamw"),
         "arXiv 2510.12402; for AdamW as the only optimizer",
         "lower final loss at every size, without further tuning",
-        "its authors: up to a billion parameters and more",
+        "its authors: up to and above a billion parameters",
     ),
     "cautious_rest": optimizer(
         dict(optimizer="muon:adamw_cautious=true,adamw_weight_decay=0.005", schedule="wsd:cooldown=0.7"),
@@ -254,7 +252,7 @@ TRICKS: dict[str, Trick] = {
     ),
     "adam_every_other": optimizer(
         dict(optimizer="muon:adamw_every=2", schedule="wsd:cooldown=0.7"),
-        "modded-nanogpt #39: AdamW moves in every second step, by the gradients of both",
+        "modded-nanogpt #39: AdamW moves every second step, by both steps' gradients",
         "part of 2.476 to 2.447 min, with a batch smaller by a third; 0.6 s on one machine",
         "nanochat: worse",
     ),
@@ -262,7 +260,7 @@ TRICKS: dict[str, Trick] = {
         dict(tied_head=False, rates="embedding=10"),
         "modded-nanogpt, factors by tensor from 0.01 (smear gate, #52) to 75 (embeddings); the 10 here is chosen",
         "not measured alone",
-        "muP, arXiv 2203.03466: embeddings keep their rate where that of wider hidden matrices falls",
+        "muP, arXiv 2203.03466: wider hidden matrices need a lower rate, embeddings do not",
     ),
     "bf16_weights": systems(
         dict(weights="bf16"),
@@ -285,8 +283,8 @@ TRICKS: dict[str, Trick] = {
     ),
     "short_sequences": schedule(
         dict(length_stages=(0.5, 1.0)),
-        "modded-nanogpt #72, which cuts documents at 896 tokens before it does at 2,048; here sequences are cut in two",
-        "1.516 to 1.496 min, with a higher last learning rate",
+        "modded-nanogpt #72, which cuts documents at 896 tokens, later at 2,048; here sequences are cut in two",
+        "1.516 to 1.496 min, with a higher final learning rate",
     ),
     "small_batch": schedule(
         dict(batch_tokens=512),
@@ -296,9 +294,9 @@ TRICKS: dict[str, Trick] = {
     ),
     "multi_token": schedule(
         dict(future_tokens=2),
-        "multi-token prediction without heads of its own, modded-nanogpt #53",
+        "multi-token prediction without extra heads, modded-nanogpt #53",
         "part of 2.037 to 1.988 min, with the untied head; 3.1 s on one machine",
-        "350M: with smear 2 s of 23.03 min (track 2 #16); nanochat: worse",
+        "350M, with smear: 2 s of 23.03 min (track 2 #16); nanochat: worse",
     ),
     "retied_head": schedule(
         dict(tied_head=False, tied_until=0.667),
@@ -329,8 +327,8 @@ BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, end_of_text=0)
 
 
 def workload(summary: str, settings: Settings) -> Track:
-    """A track for contests of optimizers: everything is fixed but the optimizer and its schedule. Its target comes of the
-    tuning itself (`lab.tuned.target_of`)."""
+    """A track for contests of optimizers: everything is fixed but the optimizer and its schedule. Its target comes from
+    the tuning itself (`lab.tuned.target_of`)."""
     common = dict(sequence_length=128, clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)
     recipes = {"baseline": (), "record": ("muon",)}
     return Track(f"workload: {summary}", common | settings, 0.0, "set by `compare tune`", recipes, workload=True)
@@ -467,7 +465,7 @@ TUNED = Path(__file__).parent / "records" / "tuning" / "tuned.json"  # written b
 
 def tuned(track_name: str, optimizer: str, schedule: str, file: Path | None = None) -> tuple[str, str]:
     """Optimizer and schedule, the keys that `optimizer` leaves open filled in with those tuned for it on the track, if any. The
-    schedule tuned with them takes the place of the track's own, not of another that was chosen. file: instead of TUNED."""
+    schedule tuned with them replaces the track's own, but no other that was chosen. file: instead of TUNED."""
     with intact(file := file or TUNED):
         best = file.exists() and read_json(file).get(track_name, {}).get(split(optimizer)[0])
         if not best:
@@ -484,7 +482,7 @@ def merge_optimizer(old: str, new: str) -> str:
 
 
 def listed(track_name: str, words: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The words of a comma-separated list, each with its tricks: of a named recipe several. Raises UsageError: unknown track
+    """The words of a comma-separated list, each with its tricks: several for a named recipe. Raises UsageError: unknown track
     or trick."""
     recipes = track(track_name).recipes
     names = [word.strip() for word in words.split(",") if word.strip()]

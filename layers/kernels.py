@@ -3,12 +3,12 @@
     rms_norm            x / rms(x) w                        a few passes over memory, on CPUs
     gram, polynomial    X X^T and b A + c A A               Triton: the products of Newton-Schulz, half of each computed
     cross_entropy       of softcapped logits                Triton: no fp32 copy of the logits, forward or backward
-    linear_relu2        relu(x W^T + b)^2                   Triton: one pass, and nothing kept for backward but its result
+    linear_relu2        relu(x W^T + b)^2                   Triton: one pass, only its result kept for backward
     fp8_linear          x W^T in 8-bit floats               Triton quantises, cuBLAS multiplies
 
 Triton's take bf16 tensors on CUDA GPUs, unless `use` says otherwise; under torch.compile too, to which each is one opaque
 operation. Everything else - CPUs, fp32, machines without Triton - gets the reference. Tiles and warps are fixed in the `plan_*`
-functions, by times on one H100; from them benchmarks/kernels.py compiles the same code for GPUs that are not there.
+functions, by times on one H100; benchmarks/kernels.py compiles the same code with them for GPUs that are not there.
 """
 
 from __future__ import annotations  # Triton's types in signatures must not be looked up where it is missing
@@ -60,7 +60,7 @@ def jit(kernel: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Plan:
-    """A kernel with all that it is launched with."""
+    """A kernel and its launch arguments."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -74,7 +74,7 @@ class Plan:
 
 def opaque(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     """A function that torch.compile calls without looking into it; `fake` makes its results, unfilled. In eager mode it is
-    called as it is: on one H100 PyTorch's way to such an operation took 0.03 ms a call, as long again as Triton's launch."""
+    called directly: on one H100 PyTorch's dispatch of such an operation took 0.03 ms a call, as long as Triton's launch."""
 
     def wrap(function: Callable) -> Callable:
         operation = torch.library.custom_op(name, function, mutates_args=())
@@ -95,7 +95,7 @@ def empty(x: Tensor) -> Tensor:
 
 
 def tiles(size: int, block: int) -> int:
-    """How many; triton.cdiv takes ten times as long, which a launch waits for."""
+    """How many; triton.cdiv takes ten times as long, and a launch waits for it."""
     return -(-size // block)
 
 
@@ -282,8 +282,8 @@ def cross_entropy_forward_kernel(
     logits, targets, losses, normalisers, vocab_size, columns, cap, FORM: tl.constexpr, BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one row: its log-sum-exp in one pass, with the largest logit so far taken out. BOUNDED: with the cap
-    taken out, which none exceeds; that saves one of two exponentials, which on an H100 cost more than the bytes do."""
+    """A program takes one row: its log-sum-exp in one pass, minus the largest logit so far. BOUNDED: minus the cap, which none
+    exceeds; that saves one of two exponentials, which on an H100 cost more than the bytes."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     most, total = tl.full((BLOCK,), cap if BOUNDED else -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -401,8 +401,8 @@ def linear_relu2_kernel(
     x, weight, bias, out, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor. A program stays for
-    all its tiles, and loads for the next one while it writes the last; tiles that share rows run together."""
+    """out [M, N] = relu(x [M, K] weight [N, K]^T + bias [N])^2, each but the bias by a tensor descriptor. A program keeps
+    running for all its tiles, and loads the next while it writes the last; tiles that share rows run together."""
     high, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), high * wide, PROGRAMS, flatten=True):
         i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
@@ -460,7 +460,7 @@ def relu2_backward(y: Tensor, upstream: Tensor) -> Tensor:
 
 
 class FusedLinearReLU2(torch.autograd.Function):
-    """Keeps its result alone, from which backward takes relu(x) = sqrt(y)."""
+    """Keeps only its result, from which backward takes relu(x) = sqrt(y)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -532,7 +532,7 @@ def fused_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [M, N] / scale in an 8-bit float, what exceeds its range at the end of it, and the transpose of that [N, M]."""
+    """x [M, N] / scale in an 8-bit float, clipped to its range, and its transpose [N, M]."""
     return fused_quantise(x, scale, dtype) if fused(x) else quantise_reference(x, scale, dtype)
 
 

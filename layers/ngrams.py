@@ -1,4 +1,4 @@
-"""Hashed n-gram embeddings: memory by lookup, beside what the blocks compute."""
+"""Hashed n-gram embeddings: memory by lookup, besides what the blocks compute."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ class NgramEmbedding(nn.Module):
     """A learned vector for the last n tokens, looked up by hash, summed over the orders n. Starts at zero.
 
     modded-nanogpt record 62 (bigrams, after DeepSeek's Engram); on bytes, where one token says little, longer n-grams
-    pay too. Collisions are left to training. Positions before the start of the sequence count as token 0. The tables of
+    pay too. Training copes with collisions. Positions before the start of the sequence count as token 0. The tables of
     all orders lie in one parameter [orders * ngram_buckets, width]: one lookup, one gradient.
     """
 

@@ -1,15 +1,15 @@
-"""What the speedrun adds round the blocks. Each piece exists only where its field of ModelConfig asks for it:
+"""What the speedrun adds around the blocks. Each piece exists only if its field of ModelConfig asks for it:
 
     smear           x <- x + l sigmoid(W x[:12]) x_before          of the embedding x, before its norm
     skips           x <- x + w x_j                                 before a block of the second half
-    input_shortcut  x <- a x + b x0                                before each block; x0 is what enters the first
+    input_shortcut  x <- a x + b x0                                before each block; x0 enters the first
     value_embeddings  v <- a v + b table_j[token]                  inside attention, of the first and last blocks
     backout         x <- x - c x_(2/3)                             after the last block
     attention_gate, exclusive_attention, key_offset                inside attention
 
-A block without any of them is `x = block(x, rotary)`, in model.py. The definitions are those of modded-nanogpt; the
-record that brought each stands beside it. The weights of gates start at zero; `model.roles` calls them vectors, so that no
-optimizer takes them for matrices (modded-nanogpt moved them from Muon to Adam in #56) and none decays them.
+A block without any of them is `x = block(x, rotary)`, in model.py. The definitions are modded-nanogpt's, each with
+the record that brought it. Gates' weights start at zero; `model.roles` calls them vectors, so that no optimizer takes them
+for matrices (modded-nanogpt moved them from Muon to Adam in #56) or decays them.
 """
 
 from collections.abc import Callable, Iterable
@@ -48,7 +48,7 @@ class Smear(nn.Module):
 
 
 class ResidualPaths(nn.Module):
-    """The blocks, and the paths round them that the config asks for."""
+    """The blocks, and the paths around them that the config asks for."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -105,7 +105,7 @@ class UNetSkips(nn.Module):
 
 
 class SingleSkip(nn.Module):
-    """Of the U-net's skips the one from a third of the depth, 4 -> 7 of 12 blocks (#45), times sigmoid(l) 2 sigmoid(W x0[:12])
+    """The U-net's skip from a third of the depth, 4 -> 7 of 12 blocks (#45), times sigmoid(l) 2 sigmoid(W x0[:12])
     (#55), with l = -1.5 at the start: 0.18 in all."""
 
     def __init__(self, config: ModelConfig):
@@ -122,8 +122,8 @@ class SingleSkip(nn.Module):
 
 
 class Backout(nn.Module):
-    """x - c y after the last block, y the output of the block at two thirds of the depth, c learned from 1/2 on (#40): what the
-    lower blocks wrote for the upper ones alone is taken out of the prediction."""
+    """x - c y after the last block, y the output of the block at two thirds of the depth, c learned from 1/2 on (#40): takes
+    what the lower blocks wrote only for the upper ones out of the prediction."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -183,7 +183,7 @@ class AttentionExtras(nn.Module):
         return offset_keys(k) if self.key_offset else k
 
     def after(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """What the heads say, [B, T, H, D]."""
+        """The heads' output, [B, T, H, D]."""
         if self.exclusion is not None:
             y = self.exclusion(y, v)
         return y if self.gate is None else y * self.gate(x).unsqueeze(-1)
@@ -206,7 +206,7 @@ class ValueMix(nn.Module):
 
 
 class Exclusion(nn.Module):
-    """y - tanh(a) <y, v^> v^ with v^ = v / |v|: what attention says beside the token's own value. y and v [B, T, H, D];
+    """y - tanh(a) <y, v^> v^ with v^ = v / |v|: attention's output without the token's own value. y and v [B, T, H, D];
     a learned, one a head, from 0 on (exclusive self attention, #82)."""
 
     def __init__(self, config: ModelConfig):
@@ -219,8 +219,8 @@ class Exclusion(nn.Module):
 
 
 def offset_keys(k: Tensor) -> Tensor:
-    """Keys [B, T, H, D] of half-rotary attention whose still channels are those of the token before; the first token keeps
-    its own. A query that finds what stood before a token finds the token itself: induction in one layer (#49)."""
+    """Keys [B, T, H, D] of half-rotary attention with the previous token's still channels; the first token keeps its own. A
+    query that finds what stood before a token finds the token itself: induction in one layer (#49)."""
     before = torch.cat([k[:, :1], k[:, :-1]], dim=1)
     turning, _, turning_too, _ = k.chunk(4, dim=-1)
     _, still, _, still_too = before.chunk(4, dim=-1)

@@ -16,7 +16,7 @@ class ModelConfig:
     layers: int = setting(12, "transformer blocks", least=1)
     heads: int = setting(12, "attention heads per block", least=1)
     width: int = setting(768, "residual width, channels", least=1)
-    mlp_ratio: int = setting(4, "hidden width of the MLP over residual width", least=1)
+    mlp_ratio: int = setting(4, "hidden width of the MLP / residual width", least=1)
     dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches", below=1)
     bias: bool = setting(True, "biases in linear layers and LayerNorms (speedruns drop them: modded-nanogpt #2)")
     norm: str = setting("layernorm", "normalisation (RMSNorm: arXiv 1910.07467)", ("layernorm", "rmsnorm"))
@@ -26,7 +26,7 @@ class ModelConfig:
         "position encoding; rotary: arXiv 2104.09864; half_rotary: only half of each head turns, modded-nanogpt #17",
         ("learned", "rotary", "half_rotary"),
     )
-    rotary_base: float = setting(10000.0, "slowest rotary wavelength over 2 pi, tokens (modded-nanogpt: 1024)")
+    rotary_base: float = setting(10000.0, "slowest rotary wavelength / 2 pi, tokens (modded-nanogpt: 1024)")
     yarn: bool = setting(False, "rotary positions and q.k follow a growing window (arXiv 2309.00071, modded-nanogpt #31)")
     qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
     attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
@@ -43,7 +43,7 @@ class ModelConfig:
         "c x / sqrt(x^2 + c^2), c tanh(x / c), or c sigmoid((x + 5) / 7.5) (modded-nanogpt #54, with c = 23)",
         ("rational", "tanh", "sigmoid"),
     )
-    vocab_multiple: int = setting(1, "of which embedding and head have rows; logits of padding are cut off", least=1)
+    vocab_multiple: int = setting(1, "pad embedding and head to a multiple of this; no logits of padding", least=1)
     head_dtype: str = setting(
         "same",
         "head's products in training; same: as activations; auto: 8-bit floats where the card has them (modded-nanogpt #19)",
@@ -51,21 +51,21 @@ class ModelConfig:
     )
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
-    value_embeddings: int = setting(0, "value embeddings for so many first and last blocks; 0 is off (modded-nanogpt #14, #17)")
+    value_embeddings: int = setting(0, "value embeddings of this many first and last blocks; 0: off (modded-nanogpt #14, #17)")
     value_gates: bool = setting(False, "gates on the value embeddings, one a head (modded-nanogpt #55)")
-    input_shortcut: bool = setting(False, "what enters the first block is added before each (modded-nanogpt #9)")
-    skips: str = setting("none", "from lower to upper blocks (modded-nanogpt #11; single: #45)", ("none", "unet", "single"))
-    smear: bool = setting(False, "a gated part of the token before is added to each embedding (modded-nanogpt #34)")
-    backout: bool = setting(False, "the stream at two thirds of the depth is taken off at the end (modded-nanogpt #40)")
+    input_shortcut: bool = setting(False, "add the first block's input before each block (modded-nanogpt #9)")
+    skips: str = setting("none", "skips, lower to upper blocks (modded-nanogpt #11; single: #45)", ("none", "unet", "single"))
+    smear: bool = setting(False, "add a gated part of the previous token to each embedding (modded-nanogpt #34)")
+    backout: bool = setting(False, "subtract the stream at two thirds of the depth at the end (modded-nanogpt #40)")
     attention_gate: bool = setting(False, "a gate on each head's output (sparse attention gate, modded-nanogpt #28)")
-    exclusive_attention: bool = setting(False, "takes a token's own value out of its heads' outputs (modded-nanogpt #82)")
-    key_offset: bool = setting(False, "half-rotary keys: still channels from the token before (modded-nanogpt #49)")
-    window: int = setting(0, "long attention window, tokens that a token sees, itself included; 0: all before it")
-    window_pattern: str = setting("L", "of the blocks, repeated: L long, S half; the last block's is long (modded-nanogpt #20)")
-    document_mask: bool = setting(False, "attention within a token's document alone, in validation too (modded-nanogpt #12)")
+    exclusive_attention: bool = setting(False, "take a token's own value out of its heads' outputs (modded-nanogpt #82)")
+    key_offset: bool = setting(False, "half-rotary keys: still channels of the previous token (modded-nanogpt #49)")
+    window: int = setting(0, "long attention window: tokens that a token sees, itself included; 0: all before it")
+    window_pattern: str = setting("L", "windows by block, repeated: L long, S half; the last is long (modded-nanogpt #20)")
+    document_mask: bool = setting(False, "attention only within a token's document, in validation too (modded-nanogpt #12)")
     end_of_text: int = setting(50256, "the tokenizer's token before each document")
     attention: str = setting("auto", "attention code; auto: sdpa or flex on GPUs, chunked on CPU", ("auto", *ATTENTION))
-    checkpoint_activations: bool = setting(False, "compute blocks again in the backward pass: less memory, a third more work")
+    checkpoint_activations: bool = setting(False, "recompute blocks in the backward pass: less memory, a third more work")
 
     def __post_init__(self):
         for f in fields(self):
@@ -128,8 +128,8 @@ def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> 
     6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys, for q.k and
     for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer. A window of w tokens meets
     w - w^2 / 2T keys. nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors,
-    softmax, norms, gates, embeddings and the optimizer are left out. In a stage of a run, part: of the long window; length: of
-    the sequences, tokens (0: the model's).
+    softmax, norms, gates, embeddings and the optimizer are left out. In a stage of a run, part: of the long window; length:
+    of sequences, tokens (0: the model's).
     """
     C, T = config.width, length or config.sequence_length
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C

@@ -1,14 +1,14 @@
 """Every optimizer, one registry, one way in: `build(spec, gpt)` gives one torch.optim.Optimizer.
 
     build("adamw:lr=3e-3", gpt)                      a registered method, its settings by key
-    build("my_optimizer.py:Mine:lr=0.1", gpt)        one's own: written like those here, any torch Optimizer, or a dataclass
+    build("my_optimizer.py:Mine:lr=0.1", gpt)        your own: written like those here, any torch Optimizer, or a dataclass
                                                      with `build(gpt)`; `engine.spec.trust([spec])` comes first
     build("heavyball.ForeachSOAP:lr=1e-3", gpt)      a class of torch.optim or a public collection that is installed
 
     base.py            hyperparameters, the base classes     elementwise.py  the classics, Adam and its relatives
     schedule_free.py   methods without a schedule            matrix.py       Muon and its relatives
     kronecker.py       Shampoo, CASPR, SOAP, Kron
-    average.py         averages of the weights               mantissa.py     bf16 weights of which nothing is lost
+    average.py         averages of the weights               mantissa.py     bf16 weights that lose nothing
     this file          the way in
 
 To add a method: one class in its family's file, with its hyperparameters, its rule, and a docstring that states the rule and
@@ -66,9 +66,9 @@ class Choice:
 
     @property
     def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
-        """Key -> (default, range to search or None: see `base.hyper`). A class of others declares ranges in its attribute
-        `search`; else keys that are called as everybody's have the usual ones, and the rate a factor of 30 either way (1e-4 to
-        1 without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
+        """Key -> (default, range to search or None: see `base.hyper`). An outside class declares ranges in its attribute
+        `search`; else keys with the usual names have the usual ranges, and the rate a factor of 30 either way (1e-4 to 1
+        without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
         if issubclass(self.cls, Method):
             return {f.name: (f.default, f.metadata["search"]) for f in dataclasses.fields(self.cls)}
         usual, defaults = {key: field(0.0).metadata["search"] for key, field in base.USUAL.items()}, {}
@@ -90,12 +90,12 @@ class Choice:
 
     @property
     def own_schedule(self) -> bool:
-        """Does it bring its own schedule? It must run at a constant learning rate then."""
+        """Does it bring its own schedule? Then it must run at a constant learning rate."""
         return getattr(self.cls, "schedule_free", False)
 
     @property
     def has_momentum(self) -> bool:
-        """Has it a setting `momentum`, which a schedule can move? Of outside classes nobody knows: True."""
+        """Has it a setting `momentum`, which a schedule can move? Unknown for outside classes: True."""
         return not issubclass(self.cls, Method) or hasattr(self.cls, "momentum")
 
     @property
@@ -176,7 +176,7 @@ def build(
 
 
 def blamed(spec: str, error: Exception) -> Exception:
-    """What to raise where an optimizer does: of a class of others one line, which says where; a fault of ours as it is."""
+    """What to raise when an optimizer does: for an outside class one line that says where; our own faults as they are."""
     foreign = split(spec)[0] not in OPTIMIZERS
     if isinstance(error, (UsageError, torch.OutOfMemoryError)) or not (isinstance(error, (TypeError, ValueError)) or foreign):
         return error
@@ -186,7 +186,7 @@ def blamed(spec: str, error: Exception) -> Exception:
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
-    """optimizer.load_state_dict(state), for classes of others too in the types that were saved: torch casts to the weights'.
+    """optimizer.load_state_dict(state) in the types that were saved, outside classes included: torch casts to the weights'.
     Raises UsageError: it is the state of something else."""
     try:
         optimizer.load_state_dict(state)
@@ -206,8 +206,8 @@ def misfit(spec: str, error: Exception) -> UsageError:
 
 
 def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
-    """optimizer.step(). Raises UsageError: a class of others fails in it, such as one that is for matrices alone and does not
-    say so in its attribute `roles`; or the state that was restored does not fit."""
+    """optimizer.step(). Raises UsageError: an outside class fails in it, such as one only for matrices that does not say so in
+    its attribute `roles`; or the restored state does not fit."""
     restored, optimizer.restored = getattr(optimizer, "restored", False), False
     try:
         optimizer.step()
@@ -251,8 +251,8 @@ def unwrapped(gpt: nn.Module) -> nn.Module:
 
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
     """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ. A word is a role, a
-    parameter's name, or what stands between dots in it; of several that fit a parameter the last counts. Raises UsageError: a
-    word that fits no parameter, or no number of 0 or more after it."""
+    parameter's name, or a part of it between dots; the last that fits a parameter counts. Raises UsageError: a word that fits
+    no parameter, or no number of 0 or more after it."""
     if not rates:
         return
     role, factors = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True)), {}
@@ -280,15 +280,15 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
 
 
 def period(spec: str) -> int:
-    """Steps after which the work of a registered method repeats itself: roots and bases are renewed every few steps. 1: all are
-    alike, or the method is not registered (and nothing is imported to ask it)."""
+    """Steps after which a registered method's work repeats: roots and bases are renewed every few steps. 1: all are alike, or
+    the method is not registered (and nothing is imported to ask it)."""
     if split(spec)[0] not in OPTIMIZERS:
         return 1
     return math.lcm(*(find(spec).setting(key, 1) for key in ("every", "adamw_every")))
 
 
 def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: nn.Parameter) -> None:
-    """Have `target` go on with the state that `source` has, where both are updated by the same method."""
+    """Let `target` continue with the state of `source`, if the same method updates both."""
     optimizer.state[target] = tree_map_only(Tensor, Tensor.clone, optimizer.state[source])
     if isinstance(optimizer, Averaged):
         optimizer.copy(source, target)

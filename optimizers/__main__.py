@@ -1,6 +1,6 @@
 """`python -m optimizers` lists every optimizer; `python -m optimizers NAME...` shows its rule, source and settings.
 
-A NAME may be of your own file, FILE.py:Class, or of a package: pytorch_optimizer.Lion.
+A NAME may be in your own file, FILE.py:Class, or in a package: pytorch_optimizer.Lion.
 """
 
 import inspect

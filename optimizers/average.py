@@ -13,13 +13,13 @@ from optimizers.base import Chain, hyper, moved, parts
 
 
 def fp32(w: Tensor) -> Tensor:
-    """A copy: in bf16 an average of many would stand still."""
+    """A copy: a bf16 average of many would stand still."""
     return w.to(torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
 class Average:
-    """Takes up the weights every `every` steps from `start` on. `kept` is what it has of the weight w."""
+    """Takes in the weights every `every` steps from `start` on. `kept` is what it has for the weight w."""
 
     every: int = hyper(1, "steps between updates", least=1)
     start: float = hyper(0, "steps before the first; below 1: fraction of the run")
@@ -52,7 +52,7 @@ class LawaEMA(Average):
 
 @dataclass(frozen=True)
 class TailEMA(LawaEMA):
-    """a as that of `lawa_ema`, over the end of the run; evaluates at (1 - blend) w + blend a.
+    """a as in `lawa_ema`, over the end of the run; evaluates at (1 - blend) w + blend a.
 
     Source: modded-nanogpt's optimizer track #45: over 150 steps, blend 0.6, over the last 500 of 2,900.
     """
@@ -67,7 +67,7 @@ class TailEMA(LawaEMA):
 
 @dataclass(frozen=True)
 class LawaQueue(Average):
-    """Keeps the weights of every `every`-th step, the last `length` of them; evaluates at their mean once there are as many.
+    """Keeps the weights every `every` steps, the last `length` times; evaluates at their mean once it has that many.
 
     Source: latest weight averaging, arXiv 2209.14981; "LAWA queue" of AlgoPerf's first round.
     """
@@ -85,8 +85,8 @@ class LawaQueue(Average):
 
 @dataclass(frozen=True)
 class EMANesterov:
-    """x <- A(x + beta m), the gradient taken there too;  m <- decay m + (1 - decay) (x - x before). A is the optimizer.
-    beta goes with the learning rate, and is 0 before `start` and after `stop`. Evaluates at x.
+    """x <- A(x + beta m), with the gradient taken there;  m <- decay m + (1 - decay) (x - x before). A is the optimizer.
+    beta follows the learning rate, and is 0 before `start` and after `stop`. Evaluates at x.
 
     Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39, whose steps 500 and 2,400 of 3,125 these fractions are.
     """
@@ -118,8 +118,8 @@ Around = Average | EMANesterov
 
 
 class Averaged(Chain):
-    """An optimizer with such methods around it, the outer one first. eval() puts their weights in place of those in training,
-    train() puts these back. What is kept stands in the state_dict under `average`, weight by weight."""
+    """An optimizer with such methods around it, the outer one first. eval() swaps their weights in for the training weights,
+    train() swaps those back. What is kept is in the state_dict under `average`, weight by weight."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, *around: Around):
         super().__init__(*parts(optimizer))
@@ -172,7 +172,7 @@ class Averaged(Chain):
         self.aside = {p: moved(w, p.device) for p, w in zip(params, saved["aside"], strict=True) if w is not None}
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Have `target` go on with what is kept of `source`."""
+        """Let `target` continue with what is kept of `source`."""
         self.kept[target] = tree_map_only(Tensor, Tensor.clone, self.kept[source])
 
 

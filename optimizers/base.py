@@ -38,13 +38,13 @@ def hyper(default, help: str, search: tuple | None = None, *, rest: bool = False
 
     search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
     even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
-    rest: it belongs to the optimizer of what the method leaves.
+    rest: it belongs to the optimizer that takes the rest.
     """
     return field(default=default, metadata={**setting(default, help, **limits).metadata, "search": search, "rest": rest})
 
 
 def common(help: str, low: float, high: float, scale: str) -> Callable[..., Field]:
-    """A kind of hyperparameter that many methods have, as a function: its default, then what differs from the usual."""
+    """A hyperparameter that many methods have, as a function of its default and of what differs from the usual."""
     return lambda default, low=low, high=high, help=help, **limits: hyper(default, help, (low, high, scale), **limits)
 
 
@@ -107,7 +107,7 @@ def decay_groups(gpt: nn.Module, weight_decay: float, wanted: tuple[str, ...] = 
 
 
 class Method:
-    """An optimization method in one class: hyperparameters as class attributes, the rule, and what others need to know of it.
+    """An optimization method in one class: hyperparameters as class attributes, the rule, and what others must know of it.
 
     Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`. A subclass in this package
     that has an `lr` is registered under its `name`, or its class's name in snake case. Its docstring is the rule and
@@ -210,7 +210,7 @@ def evaluate(closure):
 
 
 def keep_fp32(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Undo torch's cast of loaded state to the type of its parameter: averages of bf16 weights, for one, must stay fp32."""
+    """Undo torch's cast of loaded state to its parameter's type: averages of bf16 weights, say, must stay fp32."""
     numbers = [i for g in state_dict["param_groups"] for i in g["params"]]
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in zip(numbers, params, strict=True):
@@ -254,7 +254,7 @@ class Chain(torch.optim.Optimizer):
         keep_fp32(self, state_dict)
 
     def add_param_group(self, param_group: dict) -> None:
-        """A group without `part` goes to the last optimizer, the one that takes whatever is left."""
+        """A group without `part` goes to the last optimizer, which takes the rest."""
         param_group.setdefault("part", len(self.parts) - 1)
         super().add_param_group(param_group)
         if self.parts:
@@ -281,7 +281,7 @@ def call(optimizer: torch.optim.Optimizer, name: str) -> None:
 
 
 def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers that a chain holds; of any other, itself."""
+    """A chain's optimizers; any other is its own only part."""
     return optimizer.parts if isinstance(optimizer, Chain) else (optimizer,)
 
 
@@ -296,7 +296,7 @@ def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str
 
 class Many:
     """Tensors computed with as if they were one: every operation is one torch._foreach call over the list. Other operands are
-    as long, or a number, or a 0-dim tensor. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`."""
+    lists as long, numbers, or 0-dim tensors. A rule may use what torch._foreach has: `x.sqrt()`, `x.mul_(y)`."""
 
     __slots__ = ("tensors",)
 
@@ -338,10 +338,10 @@ SCALARS: dict[str, Callable[[dict, int], float]] = {
 
 
 class Elementwise(Optimizer):
-    """Base of methods in which a weight's update looks at that weight's own history alone.
+    """Base of methods in which a weight's update depends only on its own history.
 
     A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic in place.
-    It gets weights, gradients and buffers, and by name the scalars it asks for: those of `numbers`, the usual ones (SCALARS),
+    It gets weights, gradients and buffers, and by name the scalars it asks for: from `numbers`, the usual ones (SCALARS),
     hyperparameters. It runs over lists of tensors, one torch._foreach call an operation; on a CPU in pieces that stay in its
     cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory.
     """
@@ -414,7 +414,7 @@ class Elementwise(Optimizer):
         return []
 
     def scalars(self, rule: Callable[..., None], group: dict, t: int) -> dict[str, float | bool]:
-        """What the rule asks for by name: worked out here in double precision, where 1 - beta is still exact."""
+        """What the rule asks for by name: worked out here in double precision, so that 1 - beta is exact."""
         numbers = self.numbers(group, t)
         usual = {name: SCALARS[name](group, t) for name in keywords(rule) if name in SCALARS and name not in numbers}
         values = group | usual | numbers

@@ -1,6 +1,6 @@
 """Methods that look at each weight's own history: the classics, and Adam with its relatives.
 
-torch's own class stands where it is the method and is fused; the others are a `rule` each (see `base.Elementwise`).
+A method is torch's own class if that is fused; else a `rule` (see `base.Elementwise`).
 """
 
 import math
@@ -136,7 +136,7 @@ class AdamW(Method, torch.optim.AdamW):
 
 class CautiousAdamW(Elementwise):
     """AdamW whose decay touches only weights that the update shrinks: u = m^ / (sqrt(v^) + eps);
-    w <- w - lr (u + wd [u w > 0] w). With `every` = k it moves only in every k-th step, by the sum of the gradients since.
+    w <- w - lr (u + wd [u w > 0] w). With `every` = k it moves only every k-th step, by the sum of the gradients since.
 
     Source: cautious weight decay, arXiv 2510.12402, modded-nanogpt #50 and #53 (> instead of >=); `every`: #39.
     """
@@ -241,7 +241,7 @@ class Amos(Elementwise):
     w <- w - average of (lr s g / sqrt(v^) + y w / 2) / (1 + sqrt(lr s) k / 4), s = sqrt(2 / columns), 1/2 for vectors;
     k <- k + y (1 + k).
 
-    Source: arXiv 2210.11693; one v and k a tensor as in pytorch_optimizer. Weight decay and the decay of the rate are its own.
+    Source: arXiv 2210.11693; one v and k per tensor as in pytorch_optimizer. Weight decay and rate decay are its own.
     """
 
     lr, beta2 = LR(1e-2, 3e-3, 3e-1, "relative step: xi"), BETA2(0.98, help="average of the mean square")
@@ -326,7 +326,7 @@ class AdEMAMix(Elementwise):
 
 class ADOPT(Elementwise):
     """u = g / max(sqrt(v), eps), each clipped to +-t^0.25;  m <- b1 m + (1 - b1) u;  w <- (1 - lr wd) w - lr m;
-    v <- b2 v + (1 - b2) g^2: squares that g had no part in. The first step only sets v = g^2.
+    v <- b2 v + (1 - b2) g^2, so u divides by a v without g. The first step only sets v = g^2.
 
     Source: arXiv 2411.02853 with its clipping of November 2024, github.com/iShohei220/adopt.
     """
@@ -351,7 +351,7 @@ class ADOPT(Elementwise):
 class MARS(Elementwise):
     """c = g + gamma b1 / (1 - b1) (g - g_before), shortened to norm 1 per weight tensor;  AdamW on c.
 
-    Source: arXiv 2411.10438, github.com/AGI-Arena/MARS, its form with the stored gradient of the step before. Vectors and
+    Source: arXiv 2411.10438, github.com/AGI-Arena/MARS, in the form that stores the previous gradient. Vectors and
     scalars: AdamW.
     """
 

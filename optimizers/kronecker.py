@@ -13,8 +13,8 @@ from optimizers.matrix import RATE, SCALES, WD, MatrixMethod, frobenius, orthogo
 
 def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: bool = False) -> Tensor:
     """(A + eps I)^-exponent of symmetric positive semi-definite [k, n, n], in fp64 inside; `old` where that fails. The factors
-    of a gradient with fewer columns than rows are singular: eigenvalues that rounding made negative are lifted to 0 before eps
-    (relative: times the largest) is added, as in distributed_shampoo."""
+    of a gradient with fewer columns than rows are singular: eigenvalues that rounding made negative are raised to 0 before eps
+    (relative to the largest) is added, as in distributed_shampoo."""
     A = A.double()
     try:
         values, vectors = torch.linalg.eigh(A)
@@ -112,8 +112,8 @@ class CASPR(MatrixMethod):
     m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
 
     Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
-    side has preconditioned already, and c = tr(P L_before P) / rows fits it to a P just renewed. CASPR itself: Duvvuri et al.,
-    ICLR 2024. Up to `start` the update is NAdam's. Here the norm is the block's, there the whole weight's.
+    side has already preconditioned, and c = tr(P L_before P) / rows adapts it to a new P. CASPR itself: Duvvuri et al.,
+    ICLR 2024. Up to `start` the update is NAdam's. The norm is the block's here, the whole weight's there.
     """
 
     lr, beta1 = LR(3e-3, help=RATE), BETA1(0.9)
@@ -167,7 +167,7 @@ class SOAP(MatrixMethod):
 
     Source: arXiv 2409.11321, github.com/nikhilvyas/SOAP. The first step only starts the factors and their bases. When a basis
     turns, m turns with it and v stays, its rows sorted by eigenvalue. A block starts at its first gradient other than zero. The
-    source starts at the first of all; where that is zero the bases start as the identity, which QR steps leave only slowly.
+    source starts at the very first; if that is zero the bases start as the identity, which QR steps leave only slowly.
     `polar`: u is orthogonalised (SOAP-Muon, modded-nanogpt's optimizer track #14). `kl` (KL-SOAP, arXiv 2509.03378): L, R as
     KL-Shampoo's, L <- b L + (1 - b) g R^-1 g^T / columns, R likewise; the inverse by the basis, its eigenvalues lifted by a
     thousandth of the largest.
@@ -301,7 +301,7 @@ class Kron(MatrixMethod):
 
     @staticmethod
     def probe(m: Tensor, t: int, ids: list[int]) -> Tensor:
-        """Normal numbers [k, m, n], those of a block a function of its id and the step."""
+        """Normal numbers [k, m, n]; a block's depend only on its id and the step."""
         V = torch.empty_like(m)
         if V.is_meta:  # a dry run: shapes alone
             return V

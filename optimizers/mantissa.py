@@ -1,7 +1,7 @@
-"""Weights in bf16 of which nothing is lost: the model has the upper 16 bits of each fp32 weight, the optimizer keeps the lower.
+"""bf16 weights that lose nothing: the model has the upper 16 bits of each fp32 weight, the optimizer the lower 16.
 
-modded-nanogpt #57. Forward and backward pass read bf16 without a cast, and gradients are bf16 on the wire; the update is that
-of fp32 weights, which are put together for its duration.
+modded-nanogpt #57. Forward and backward pass read bf16 without a cast, and gradients are bf16 on the wire; the update acts
+on fp32 weights, put together for its duration.
 """
 
 import torch
@@ -34,7 +34,7 @@ def to_bf16(weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
 
 
 def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, Tensor]) -> Chain:
-    """Have a fresh `optimizer` update bf16 weights as the fp32 weights that they are together with their `lower` halves.
+    """Let a fresh `optimizer` update bf16 weights and their `lower` halves as the fp32 weights that they form.
 
     In its groups an fp32 stand-in, without memory except in a step, takes the place of each weight (a weight that changed its
     type would lose DistributedDataParallel's hooks). The lower halves lie in the state, as `mantissa`.

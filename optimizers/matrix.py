@@ -1,6 +1,6 @@
-"""Methods that treat a weight as a matrix: what they share, Muon and its relatives; AdamW takes what is no hidden matrix.
+"""Methods that treat a weight as a matrix: what they share, Muon and its relatives; AdamW takes the rest.
 
-Shared are blocks of weights in batches of one shape, each block owned by one rank. Shampoo and others: kronecker.py.
+They share batches of equal blocks of weights, each block owned by one rank. Shampoo and others: kronecker.py.
 """
 
 import math
@@ -58,7 +58,7 @@ class Bucket:
 
 
 def tiles(size: int, block: int) -> list[tuple[int, int]]:
-    """[0, size) in as few near-equal pieces as have at most `block` elements; 0: one piece."""
+    """[0, size) in the fewest near-equal pieces of at most `block` elements; 0: one piece."""
     n = -(-size // block) if block else 1
     return [(size * i // n, size * (i + 1) // n) for i in range(n)]
 
@@ -78,7 +78,7 @@ def frobenius(X: Tensor) -> Tensor:
 
 
 def spectral(X: Tensor) -> Tensor:
-    """The largest singular value of each [k, m, n], nearly and from below, as [k, 1, 1]: by 64 power iterations at once."""
+    """The largest singular value of each [k, m, n], approximated from below, as [k, 1, 1]: by 64 power iterations at once."""
     A = torch.bmm(X, X.mT) if X.size(-2) <= X.size(-1) else torch.bmm(X.mT, X)
     for _ in range(6):
         A = A / frobenius(A).clamp(min=1e-30)
@@ -100,7 +100,7 @@ SPHERES = {
 
 
 def on_sphere(W: Tensor, u: Tensor, lr: float, sphere: str) -> Tensor:
-    """W <- R unit(W - lr R unit(u)): unit divides by the size that the sphere is of, R is the size that stays."""
+    """W <- R unit(W - lr R unit(u)): unit divides by the sphere's kind of size, R is the size kept."""
     measure, radius = SPHERES[sphere]
     R = radius(W, measure(W))
     W = W - u * (lr * R / measure(u).clamp(min=1e-30))
@@ -111,9 +111,9 @@ class MatrixMethod(Optimizer):
     """Base of methods that treat a weight as a matrix [rows, columns] (further dimensions are flattened into columns).
 
     A weight is cut into blocks: its `split` fused matrices (a param group says how many), each in tiles of at most `block` rows
-    and columns. Blocks of one shape are one batch. Under torch.distributed each block has one owner, who alone holds its state;
+    and columns. Blocks of one shape are one batch. Under torch.distributed only a block's owner holds its state;
     the ranks share the cost evenly and gather updates while they compute the next batch. One rank takes the same path and owns
-    all. checkpoint.py unites the blocks of all ranks. A subclass says how a batch of blocks starts (`initial`), what it costs
+    all. checkpoint.py merges the blocks of all ranks. A subclass says how a batch of blocks starts (`initial`), what it costs
     and how it is updated. AdamW, set by the same keys, takes embeddings, head, vectors and scalars.
     """
 
@@ -403,7 +403,7 @@ class Muon(MatrixMethod):
 
 class Muown(MatrixMethod):
     """W = diag(g) unit(V), unit by row, g >= 0: V takes Muon's step at the rate lr share sqrt(max(m, n)), g takes Adam's at the
-    rate lr, each by its own gradient. The norms of V's rows grow as it steps aside.
+    rate lr, each by its own gradient. V steps sideways, so its rows grow.
 
     Source: modded-nanogpt's optimizer track #23, arXiv 2605.10797; its schedule of V's norms, tuned by layer, is left out. A
     row of zeros starts with g = 0 in the direction against its first gradient.

@@ -26,7 +26,7 @@ def take_share(group: dict, weight: float) -> None:
 class ScheduleFree(Elementwise):
     """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x.
 
-    eval() puts x in place and the training weights y aside, train() puts them back, exactly; both as often as one likes. A
+    eval() puts x in place and the training weights y aside, train() puts them back, exactly; both as often as you like. A
     state_dict made in eval mode continues like another: load it beside the model's weights, then call train().
     """
 
@@ -102,7 +102,7 @@ class ScheduleFreeSGD(ScheduleFree):
 
 
 class Estimating(Elementwise):
-    """What Prodigy and its Schedule-Free form share: one estimate d of the rate, for all weights. It stands in the first param
+    """What Prodigy and its Schedule-Free form share: one estimate d of the rate, for all weights. It is in the first param
     group, as tensors, so that no step waits for the device."""
 
     state_per_parameter, transfer, toy_lr = 16.0, 0.0, 1.0

@@ -1,4 +1,4 @@
-"""The head that is untied in the course of a run."""
+"""The head that is untied during a run."""
 
 import math
 
@@ -9,8 +9,8 @@ from optimizers import copy_state
 
 
 class TiedHead:
-    """A head that shares the embedding's weight for the first part of a run, though both are there (`--tied-until`). While
-    tied, the head alone is updated, by the gradients of both, and the embedding copies it; then the embedding goes on from the
+    """A head that shares the embedding's weight for the first part of a run, though both exist (`--tied-until`). While tied,
+    only the head is updated, by the gradients of both, and the embedding copies it; then the embedding continues from the
     head's optimizer state (modded-nanogpt #51, #53). until: step of the first update with two weights; 0: never tied."""
 
     def __init__(self, gpt: nn.Module, optimizer: torch.optim.Optimizer, until: float):

@@ -7,8 +7,8 @@
     ./run.sh compare tune --report                                                rewrite tables, plots and tuned.json
 
 As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is --trials quasi-random points of a
-submission's space, the same on every workload; --studies repeats that with other points. After the search come the neighbours of
-the best settings (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
+submission's space, the same on every workload; --studies repeats that with other points. After the search come the neighbours
+of the best settings (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
 set a workload's target are rerun at three quarters of its length: the target is the best median of these reruns. A submission
 that met a target on a machine or with code that AdamW was not trained on is timed against AdamW in a few short interleaved
 runs: only such step times compare. --descend continues from the best point of the first study (lab/tuning/descent.py).
