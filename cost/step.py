@@ -1,7 +1,7 @@
 """One training step of one rank: its operations, memory and traffic, recorded without computing it.
 
-The trainer's own model and optimizer run one micro-batch and one update on tensors without memory, in a process group of as
-many simulated ranks. So a new trick or optimizer needs no code here.
+The trainer's own model and optimizer run one micro-batch and one update on tensors without memory, in a
+simulated process group. So a new trick or optimizer needs no code here.
 """
 
 import contextlib

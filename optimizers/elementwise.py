@@ -332,7 +332,7 @@ class ADOPT(Elementwise):
     """
 
     lr, beta1 = LR(1e-3, 3e-4, 3e-2), BETA1(0.9, help="average of normalised gradients")
-    beta2, eps, weight_decay = BETA2(0.99, 0.9, 0.9999), EPS(1e-6, "least denominator"), DECAY(0.1)
+    beta2, eps, weight_decay = BETA2(0.99, 0.9, 0.9999), EPS(1e-6), DECAY(0.1)
     buffers = ("average", "squares")
 
     def numbers(self, group, t):

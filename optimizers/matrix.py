@@ -131,7 +131,7 @@ class MatrixMethod(Optimizer):
     head_beta2 = hyper(None, "the same for an untied head; none: adamw_beta2", (0.9, 0.999, "complement"), rest=True)
     adamw_every = hyper(1, "steps between AdamW's updates, by the sum of the gradients since (modded-nanogpt #39)", rest=True)
 
-    sphere = hyper("none", f"keep the size of every matrix and decay none: {', '.join(SPHERES)}", choices=SPHERES)
+    sphere = hyper("none", f"keep each matrix at its size, without decay: {', '.join(SPHERES)}", choices=SPHERES)
 
     roles = ("matrix",)
     _linked = None  # the state dict that `_buckets` belong to
@@ -355,7 +355,7 @@ class Muon(MatrixMethod):
     normuon_beta2 = hyper(0.95, "normuon's average of squares")
     equal_rows = hyper(False, "bring the rows of u to one norm before the iteration (MuonEq-R, arXiv 2603.28254)")
     fixed_norm = hyper(False, "bring its result to the norm of a polar factor (Muon+, arXiv 2602.21545)")
-    slow = hyper(None, "mu of a second, slower average (0.98); none: there is one", (0.95, 0.995, "complement"), below=1)
+    slow = hyper(None, "mu of a second, slower average (0.98); none: only one", (0.95, 0.995, "complement"), below=1)
     fast = hyper(0.85, "mu of the first average once there are two", below=1)
     fast_share = hyper(0.4385, "s, the share of the first average", most=1)
     slow_start: float = hyper(1 / 3, "steps before there are two; below 1: fraction of the run")

@@ -200,7 +200,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
     beta2, eps = BETA2(0.95), EPS()
     d0 = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"))
     d_coef = hyper(1.0, "factor on the estimate", (0.5, 2.0, "log"))
-    r = hyper(0.75, "how much later steps weigh more in x", (0.0, 2.0, "linear"))
+    r = hyper(0.75, "step t has weight t^r in x", (0.0, 2.0, "linear"))
     warmup, weight_decay = WARMUP(0.075), DECAY(0.1)
     buffers = ("z", "squares", "s", "start")
 

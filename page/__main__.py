@@ -49,7 +49,7 @@ def altair() -> Any:
 
 
 def chain() -> Rows:
-    """Every kept record: its time, and how its settings differ from the record before it."""
+    """Every kept record: its time, and how its settings differ from the previous record's."""
     rows, before = [], {}
     for track in sorted(p.name for p in RECORDS.iterdir() if any(p.glob("*/record.json"))):
         for record in records.of_track(track):
