@@ -33,7 +33,7 @@ class KeyValues:
         self.room, self.length = room, 0
 
     def extend(self, *new: Tensor) -> list[Tensor]:
-        """Keys and values [B, T, H, D] of the next tokens -> those of all tokens since `length` was 0."""
+        """Keys and values [B, T, H, D] of the next tokens -> of all tokens since `length` was 0."""
         if not self.length:
             self.kept = [x.new_empty(x.size(0), self.room, *x.shape[2:]) for x in new]
         begin, self.length = self.length, self.length + new[0].size(1)
@@ -136,7 +136,7 @@ def check(backend: str, device: torch.device) -> None:
 
 
 def choose(device: torch.device, dropout: float, masked: bool, backend: str = "auto") -> str:
-    """The back-end: what `auto` stands for, another as it is."""
+    """The back-end: `auto` resolved, any other as it is."""
     if backend != "auto":
         return backend
     if device.type == "cpu":

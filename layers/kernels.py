@@ -113,7 +113,7 @@ roomy._dynamo_marked_constant = True  # what torch.compiler.assume_constant_resu
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; an H100's where there is none."""
+    """Of a GPU; without one, an H100's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

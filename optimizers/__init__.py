@@ -250,7 +250,7 @@ def unwrapped(gpt: nn.Module) -> nn.Module:
 
 
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
-    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are divided where their parameters differ. A word is a role, a
+    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are split if their parameters differ. A word is a role, a
     parameter's name, or a part of it between dots; the last that fits a parameter counts. Raises UsageError: a word that fits
     no parameter, or no number of 0 or more after it."""
     if not rates:

@@ -88,7 +88,7 @@ class EMANesterov:
     """x <- A(x + beta m), with the gradient taken there;  m <- decay m + (1 - decay) (x - x before). A is the optimizer.
     beta follows the learning rate, and is 0 before `start` and after `stop`. Evaluates at x.
 
-    Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39, whose steps 500 and 2,400 of 3,125 these fractions are.
+    Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39; start and stop are its steps 500 and 2,400 of 3,125.
     """
 
     beta: float = hyper(0.6, "at the peak learning rate", (0.1, 0.95, "log"))

@@ -36,7 +36,7 @@ def hyper(default, help: str, search: tuple | None = None, *, rest: bool = False
     """One hyperparameter, with limits as `engine.spec.setting` has them. Its type is the default's (None: a float or None),
     unless the attribute is annotated.
 
-    search: (low, high, scale) where it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
+    search: (low, high, scale) if it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
     even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
     rest: it belongs to the optimizer that takes the rest.
     """
