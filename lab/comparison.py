@@ -281,12 +281,17 @@ def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
     return line
 
 
+def against_base(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arm -> its ratio, in a chain the first of its two."""
+    return {ratio["arm"]: ratio for ratio in summary["ratios"] if ratio["base"] == summary["base"]}
+
+
 def verdict_lines(summary: dict[str, Any]) -> list[str]:
     """One of each ratio, then one of each turn whose times are not to be compared."""
     by_name = {arm["name"]: arm for arm in summary["arms"]}
     lines = [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]]
     if "steps" in summary:
-        against = {ratio["arm"]: ratio for ratio in reversed(summary["ratios"])}  # the first: against the base
+        against = against_base(summary)
         lines = [loss_line(arm, against.get(name, {})) for name, arm in by_name.items() if arm["confirmed"]] + lines
     why = "too far for its times: the same command trains it again"
     return lines + [f"pair {t['pair']} lies {t['hours']:.1f} hours apart, {why}" for t in summary.get("apart", ())]
@@ -313,8 +318,7 @@ def arm_cells(arm: dict[str, Any], ratio: dict[str, Any] | None, is_base: bool) 
 
 def markdown(summary: dict[str, Any]) -> str:
     """README.md of the output folder."""
-    against = {ratio["arm"]: ratio for ratio in reversed(summary["ratios"])}  # the first: against the base
-    words, base = summary["command"].split(), summary["base"]
+    against, words, base = against_base(summary), summary["command"].split(), summary["base"]
     arms = [arm_cells(arm, against.get(arm["name"]), arm["name"] == base) for arm in summary["arms"]]
     costs = []
     for ratio in summary["ratios"]:
