@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -13,7 +14,7 @@ from engine.run_folder import read_json
 from lab import ledger, levers
 from lab.records import judge as judging
 from lab.records.judge import NotCheckable, need
-from lab.tuning import descent, report, tuned
+from lab.tuning import descent, report, tune, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
 from lab.tuning.tuned import Row
 from optimizers import OPTIMIZERS
@@ -81,10 +82,8 @@ def trials(tuning: Tuning) -> str:
         for row in ended:
             name = f"{who}, {row.kind} {row.study}, {row.number}"
             step, last = row.losses[-1] if row.losses else (0, math.nan)
-            need(
-                step == row.steps and math.isclose(last, row.val_loss, rel_tol=1e-4),
-                f"{name}: {row.val_loss}, by its curve {last}",
-            )
+            same = step == row.steps and math.isclose(last, row.val_loss, rel_tol=1e-4)
+            need(same, f"{name}: {row.val_loss}, by its curve {last}")
             lowest = sorted(loss for _, loss in row.losses)[:2]
             need(lowest[-1] - lowest[0] <= LONE, f"{name}: one validation, {lowest[0]}, lies far below all others")
         share = median([row.seconds / max(row.wall, 0.1) for row in ended] or [1])
@@ -109,7 +108,7 @@ def studies(tuning: Tuning) -> str:
             need(sorted(of) == list(range(len(of))), f"{who}: study {study} has the trials {sorted(of)}")
             for number, settings in enumerate(points(entry.dimensions, len(of), study)):
                 need(of[number].settings == settings, f"{who}: trial {number} of study {study} is no point of it")
-        length, of_descent = tricks.track(track).settings["steps"], descended(who, entry, tuning.tables[track][name])
+        length, of_descent = tune.length(track), descended(who, entry, tuning.tables[track][name])
         for row in rows:
             allowed = planned(row, search, length) + [(seed, length, each) for seed, each in of_descent.get(row.kind, ())]
             need((row.seed, row.steps, row.settings) in allowed, f"{who}: {row.kind} {row.study}, {row.number} was not planned")
@@ -118,17 +117,23 @@ def studies(tuning: Tuning) -> str:
     return "as drawn"
 
 
+def in_order(who: str, entry: Submission, start: descent.Settings, rows: list[Row]) -> list[descent.Settings]:
+    """What a descent from there has tried. Broken: other moves than its losses lead to."""
+    tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in rows])
+    need([row.settings for row in rows] == tried, f"{who}: the losses of the descent lead elsewhere")
+    return tried
+
+
 def descended(who: str, entry: Submission, table: tuned.Table) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """(seed, settings) that trials may have which belong to a descent, by their kind. Its own must have come in this order."""
     if not (rows := descent.rows_of(table)):
         return {}
-    start = table.best(tuned.FIRST_STUDY).settings
-    tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in rows])
-    need([row.settings for row in rows] == tried, f"{who}: the losses of the descent lead elsewhere")
-    end = descent.found(table).settings
-    kinds = {"descent": tried, "around": descent.changes(entry.dimensions, end)}
-    allowed = {kind: [(descent.SEED, each) for each in settings] for kind, settings in kinds.items()}
-    return allowed | {"final": [(descent.SEED + 1 + n, end) for n in range(descent.SEEDS)]}
+    tried, end = in_order(who, entry, table.best(tuned.FIRST_STUDY).settings, rows), descent.found(table).settings
+    return {
+        "descent": [(descent.SEED, each) for each in tried],
+        "around": [(descent.SEED, each) for each in descent.changes(entry.dimensions, end)],
+        "final": [(descent.SEED + 1 + n, end) for n in range(descent.SEEDS)],
+    }
 
 
 def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tuple[int, int, dict[str, float]]]:
@@ -151,12 +156,9 @@ def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tu
 def results(tuning: Tuning) -> str:
     """README.md and the other files beside it follow from the tables."""
     for name, text in tuning.contents.texts.items():
-        there = (tuning.folder / name).read_text().splitlines()
-        follow = text.splitlines()
-        line = next(
-            (n for n, (a, b) in enumerate(zip(there, follow, strict=False), 1) if a != b), min(len(there), len(follow)) + 1
-        )
-        need(there == follow, f"{name} line {line} does not follow from the tables: {tuning.command}")
+        there, follow = (tuning.folder / name).read_text().splitlines(), text.splitlines()
+        differ = (n for n, (a, b) in enumerate(zip_longest(there, follow), 1) if a != b)
+        need(there == follow, f"{name} line {next(differ, 0)} does not follow from the tables: {tuning.command}")
     return ", ".join(tuning.contents.texts)
 
 
@@ -173,11 +175,8 @@ def moves(board: Levers) -> str:
     for who, track, name, rows in board.rows():
         need("muon" in board.tables[track], f"{track}: there is no Muon")
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
-        length = tricks.track(track).settings["steps"]
-        entry, of = levers.entry(name, end), descent.rows_of(board.tables[track][name])
-        start = of[0].settings if name == "muon" else levers.begin(name, end, {})
-        tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in of])
-        need([row.settings for row in of] == tried, f"{who}: the losses of the descent lead elsewhere")
+        length, entry, of = tune.length(track), levers.entry(name, end), descent.rows_of(board.tables[track][name])
+        in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end, {}), of)
         lengths = {"final": {length}, "descent": {length}, "length": {round(part * length) for part in levers.LENGTHS}}
         best = descent.found(board.tables[track][name]).settings
         for row in rows:
