@@ -50,6 +50,7 @@ LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
 AGAIN = 100  # first seed of the second arm of an A/A comparison
 SEARCHED = 7  # runs that a plan counts for a search: five where it begins next to the horizon, one more for each stride
 REPORT = "comparison.json"
+VERBS = {"score": score.run, "levers": levers.run, "tune": tune.run}
 
 # ---------------------------------------------------------------- arms
 
@@ -143,7 +144,7 @@ class Comparison:
         """The search of each arm."""
         with tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty()) as bar:
             if self.options.mode != "chain":
-                searches = self.runner.in_turn(arms, lambda arm: self.find(arm, self.first(arm), bar), self.at_once)
+                searches = runner.in_turn(arms, lambda arm: self.find(arm, self.first(arm), bar), self.at_once)
                 return {arm.name: search for arm, search in searches}
             searches, begin = {}, self.first(self.arms[0])
             for arm in arms:  # each begins where the one before ended: far below the recipe's own length
@@ -305,12 +306,8 @@ def run(options: argparse.Namespace) -> Answer:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["score"]:
-        return command("compare.py score", lambda: score.run(argv[1:]), argv)
-    if argv[:1] == ["levers"]:
-        return command("compare.py levers", lambda: levers.run(argv[1:]), argv)
-    if argv[:1] == ["tune"]:
-        return tune.main(argv[1:])
+    if verb := VERBS.get(argv[0] if argv else ""):
+        return command(f"compare.py {argv[0]}", lambda: verb(argv[1:]), argv)
     return command("compare.py", lambda: run(parse(argv)), argv)
 
 

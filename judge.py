@@ -140,7 +140,7 @@ class Judgement:
         return words
 
     def table(self, track: str, name: str) -> tuned.Table:
-        return tuned.Table(self.out / "tune" / track / f"{tuned.plain(name)}.csv")
+        return tuned.table_of(self.out / "tune", track, name)
 
     def plan(self) -> tuple[int, ...]:
         """The largest of PLANS that fits the minutes, by the wall-clock time of the first trial."""
@@ -156,7 +156,7 @@ class Judgement:
         for track in WORKLOADS[:count]:
             corpora.prepare(*(tricks.track(track).settings[key] for key in ("corpus", "tokenizer")), Path("corpora"))
             for rival in RIVALS:
-                for row in tuned.Table(tricks.TUNED.parent / track / f"{rival}.csv").of("search"):
+                for row in tuned.table_of(tricks.TUNED.parent, track, rival).of("search"):
                     if row.number < trials and row.study < studies:
                         self.table(track, rival).add(row)
         words = ["--optimizers", self.name, "--trials", str(trials), "--studies", str(studies), "--no-neighbours"]
@@ -208,7 +208,6 @@ def parse(argv: list[str]) -> Judgement:
     parser.add_argument("name", help="a registered optimizer, path.py:Class, or a class of a package: heavyball.SOAP")
     parser.add_argument("--budget", type=float, default=30, help="minutes (default: 30)")
     parser.add_argument("--out", type=Path, help="output folder (default: judge/NAME)")
-    parser.set_defaults(seeds=0)
     options = runner.read_options(parser, argv)
     optimizers.find(name := options.name)
     if split(name)[1] or name in RIVALS:

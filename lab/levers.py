@@ -27,12 +27,13 @@ from engine.command import Parser
 from engine.run_folder import atomic_write
 from engine.spec import UsageError, nearest, split
 from lab import plots, stats
+from lab.ledger import to_text
 from lab.markdown import table as markdown_table
 from lab.runner import at_least
 from lab.tuning import descent, tune
 from lab.tuning.report import Contents
 from lab.tuning.space import Dimension, Submission, submission
-from lab.tuning.tuned import Row, Tables, read_tables, setting_words
+from lab.tuning.tuned import Row, Tables, read_tables
 
 TRIALS = 12  # of a lever, after as many that it shares with Muon, which goes on for as many more
 SEEDS = 6
@@ -74,8 +75,8 @@ def share(key: str, start: float, part: str = "optimizer", most: float = 1.0) ->
     return Dimension(part, key, 0.1, most, "linear"), start
 
 
-def decay(start: float) -> tuple[tuple[Dimension, float], ...]:
-    return ((Dimension("optimizer", "weight_decay", 1e-3, 1.0, "log"), start),)
+def decay(start: float) -> tuple[Dimension, float]:
+    return Dimension("optimizer", "weight_decay", 1e-3, 1.0, "log"), start
 
 
 SOAP, SHAMPOO = "soap:every=1,beta2=0.9,shampoo_beta=0.9", "shampoo:every=1,exponent=0.333,grafting=rms,beta1=0.95"
@@ -96,8 +97,8 @@ LEVERS: dict[str, Lever] = {
     "equal_rows": Lever("very slight (nanochat)", optimizer="muon:equal_rows=true"),
     "fixed_norm": Lever("very slight, with equal rows (nanochat)", optimizer="muon:fixed_norm=true"),
     "normuon": Lever("3,325 to 3,250, n = 20 (#10, #12)", optimizer="muon:normuon=true", own=(beta("normuon_beta2", 0.95),)),
-    "cautious": Lever("19 fewer, on a stack (#46)", optimizer="muon:cautious=true", own=decay(0.05)),
-    "decay_schedule": Lever("not measured alone", "", decay_schedule="power:outer=2.25", own=decay(0.1)),
+    "cautious": Lever("19 fewer, on a stack (#46)", optimizer="muon:cautious=true", own=(decay(0.05),)),
+    "decay_schedule": Lever("not measured alone", "", decay_schedule="power:outer=2.25", own=(decay(0.1),)),
     "power_cooldown": Lever("part of a stack (#46)", "", schedule="wsd:cooldown=0.7,power=1.2"),
     "fast_slow": Lever("MuonH: 3,250 to 3,125, n = 20 (#351)", schedule="fast_slow"),
     "floor": Lever("part of stacks", "", schedule="wsd:cooldown=0.7,final=0.1"),
@@ -111,34 +112,23 @@ LEVERS: dict[str, Lever] = {
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Entry(Submission):
-    """One whose settings to move are stated."""
-
-    space: tuple[Dimension, ...] = ()
-
-    @property
-    def dimensions(self) -> tuple[Dimension, ...]:
-        return self.space
-
-
 @cache
-def of_muon() -> tuple[Dimension, ...]:
+def space_of_muon() -> tuple[Dimension, ...]:
     return tuple(sorted(submission("muon").dimensions, key=lambda d: d.key != "lr"))
 
 
 def entry(name: str, end: dict[str, float]) -> Submission:
     """Muon; or a lever, the settings that it does not move fixed where Muon stood half-way, `end`."""
     if name == "muon":
-        return Entry(name, name, SCHEDULE, space=of_muon())
+        return Submission(name, name, SCHEDULE, stated=space_of_muon())
     lever, method, moved = LEVERS[name], split(LEVERS[name].optimizer)[0], [d for d, _ in LEVERS[name].own]
-    rates = [d for d in of_muon() if "lr" in d.key]
+    rates = [d for d in space_of_muon() if "lr" in d.key]
     free = {"schedule_warmup", *(d.name for d in (*moved, *rates))}
     fixed = {k: v for k, v in end.items() if k not in free and hasattr(optimizers.OPTIMIZERS[method], k)}
     optimizer = tricks.merge_optimizer(f"{method}:" + ",".join(f"{k}={v:g}" for k, v in fixed.items()), lever.optimizer)
     schedule = f"{lever.schedule}{',' if '=' in lever.schedule else ':'}warmup={end['schedule_warmup']:g}"
     space = (rates[0], *moved, *rates[1:])
-    return Entry(name, optimizer, schedule, lever.average, lever.outer, lever.decay_schedule, space=space)
+    return Submission(name, optimizer, schedule, lever.average, lever.outer, lever.decay_schedule, stated=space)
 
 
 def begin(name: str, end: dict[str, float], known: Tables) -> dict[str, float]:
@@ -156,25 +146,23 @@ class Board(tune.Contest):
 
     def __init__(self, options: argparse.Namespace):
         super().__init__(options)
-        for track in options.tracks:
-            for name in ("muon", *options.levers):
-                self.tables[track, name] = tune.Table(options.out / track / f"{name}.csv")
-        self.known, self.of_muon = read_tables(tricks.TUNED.parent), TRIALS  # trials of Muon at first
+        self.known, self.most_of_muon = read_tables(tricks.TUNED.parent), TRIALS  # at first
 
     def end(self, track: str, name: str, first: int | None = None) -> dict[str, float]:
-        row = descent.found(self.tables[track, name], first)
+        row = descent.found(self.table(track, name), first)
         return row.settings if row else {}
 
     def job(self, kind: str, track: str, name: str, number: int = 0, steps: int = 0) -> tune.Job:
         about = (0, number, descent.SEED + (kind != "descent") * (1 + number), steps or tune.length(track))
-        return tune.Job(kind, track, entry(name, self.end(track, "muon", TRIALS)), *about, self.end(track, name))
+        of = entry(name, self.end(track, "muon", TRIALS))
+        return tune.Job(kind, track, of, self.table(track, name), *about, self.end(track, name))
 
     def next_settings(self, job: tune.Job) -> dict[str, float] | None:
-        track, name = job.table
-        there = descent.rows_of(self.tables[job.table])  # records/tuning may have changed since its first
+        track, name = job.track, job.submission.name
+        there = descent.rows_of(job.table)  # records/tuning may have changed since its first
         start = there[0].settings if there else begin(name, self.end(track, "muon", TRIALS), self.known.get(track, {}))
-        most = self.of_muon if name == "muon" else TRIALS
-        return descent.following(job.submission.dimensions, self.tables[job.table], start, most)
+        most = self.most_of_muon if name == "muon" else TRIALS
+        return descent.following(job.submission.dimensions, job.table, start, most)
 
     def finals(self) -> list[tune.Job]:
         """Seed by seed: all levers, and Muon at each of its lengths."""
@@ -188,14 +176,11 @@ class Board(tune.Contest):
         return jobs
 
     def run(self) -> None:
-        self.descend_all(["muon"])
-        self.of_muon = 2 * TRIALS  # the second half beside the levers, which need the first alone
-        self.descend_all(["muon", *self.options.levers])
-        self.run_through("final", self.finals(), self.ended, self.one, self.options.side_by_side)
-
-    def descend_all(self, names: list[str]) -> None:
-        jobs = [self.job("descent", track, name) for track in self.options.tracks for name in names]
-        self.run_through("descent", jobs, self.has_descended, self.descend, self.options.side_by_side)
+        tracks = self.options.tracks
+        self.train("descent", [self.job("descent", track, "muon") for track in tracks])
+        self.most_of_muon = 2 * TRIALS  # the second half beside the levers, which need the first alone
+        self.train("descent", [self.job("descent", track, name) for track in tracks for name in ("muon", *self.options.levers)])
+        self.train("final", self.finals())
 
     def plan(self) -> None:
         options = self.options
@@ -216,11 +201,11 @@ def finals(table: tune.Table, kind: str = "final") -> list[Row]:
 
 def lines_of(tables: Tables) -> list[dict[str, Any]]:
     """A line for each lever that has all its seeds, the best first. Differences are paired by seed."""
-    lines, muon = [], finals(tables["muon"]) if "muon" in tables else []
+    lines, runs = [], {name: finals(table) for name, table in tables.items()}
+    muon = runs.get("muon", [])
     lengths = [*muon, *finals(tables["muon"], "length")] if muon else []
-    complete = [name for name in LEVERS if name in tables and len(finals(tables[name])) == len(muon) == SEEDS]
-    for name in complete:
-        pairs = list(zip(finals(tables[name]), muon, strict=True))
+    for name in (name for name in LEVERS if len(runs.get(name, ())) == len(muon) == SEEDS):
+        pairs = list(zip(runs[name], muon, strict=True))
         gaps = [lever.val_loss - base.val_loss for lever, base in pairs]
         d, loss = stats.Sample.of(gaps), statistics.mean(lever.val_loss for lever, _ in pairs)
         worth = stats.horizon([row.steps for row in lengths], [row.val_loss for row in lengths], loss)
@@ -263,7 +248,7 @@ def page(boards: dict[str, list[dict[str, Any]]], tables: dict[str, Tables]) -> 
             rows.append([*cells, f"{cost:.2f}", f"{line['steps'] / cost:.2f}x", lever.claim, lever.agrees(line["verdict"])])
         for name in ("muon", *(line["name"] for line in lines)):
             end, trials = descent.found(of[name]), descent.rows_of(of[name])
-            settings.append([f"`{name}`", str(len(trials)), f"{end.val_loss:.4f}", f"`{setting_words(end)}`"])
+            settings.append([f"`{name}`", str(len(trials)), f"{end.val_loss:.4f}", f"`{to_text(end.settings)}`"])
         parts.append(f"## `{track}`: {tricks.track(track).summary.removeprefix('workload: ')}, {tune.length(track)} steps\n")
         parts += [markdown_table(HEAD, rows), f"\n![difference to Muon](levers-{track}.png)\n"]
         parts += [markdown_table(["lever", "trials", "loss, tuning seed", "settings"], settings) + "\n"]
@@ -290,7 +275,7 @@ def contents(tables: dict[str, Tables]) -> Contents:
     """What follows from the tables: files, and what each picture is drawn from: the lines of a workload's board."""
     boards = {track: lines for track, of in tables.items() if (lines := lines_of(of))}
     texts = {"README.md": page(boards, tables), "levers.json": json.dumps(boards, indent=1) + "\n"}
-    return Contents(texts, {f"levers-{track}": lines for track, lines in boards.items()}, {})
+    return Contents(texts, {f"levers-{track}": lines for track, lines in boards.items()})
 
 
 def report(folder: Path) -> str:
@@ -318,7 +303,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if unknown := [word for word in words if word not in known]:
             raise UsageError(f"unknown {unknown[0]!r}: {nearest(unknown[0], known)}")
     options.tracks, options.submissions = list(dict.fromkeys(options.workloads)), []
-    options.threads = tune.threads(options)
     return options
 
 

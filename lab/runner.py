@@ -29,40 +29,34 @@ POINTS = 100  # of the training loss that are kept of a trial, at most
 J, T = TypeVar("J"), TypeVar("T")
 
 
-class Scheduler:
-    """Does jobs side by side, begun in their order. Once one of them is interrupted, none is begun any more."""
+def in_turn(jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator[tuple[J, T]]:
+    """Each job as it ends, with what `work` made of it. They are begun in their order, side by side; once one of them is
+    interrupted, none is begun any more."""
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException:
+        trials.INTERRUPTED.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        trials.INTERRUPTED.clear()  # for who comes next: all of these have seen it
 
-    def __init__(self) -> None:
-        self.interrupted = trials.INTERRUPTED
-        self.interrupted.clear()
 
-    def in_turn(self, jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator[tuple[J, T]]:
-        """Each job as it ends, with what `work` made of it."""
-        pool = ThreadPoolExecutor(at_once)
-        try:
-            futures = {pool.submit(work, job): job for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            self.interrupted.set()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def run_through(
-        self, what: str, jobs: Sequence[J], ended: Callable[[J], bool], work: Callable[[J], str], at_once: int
-    ) -> None:
-        """Do the jobs that have not `ended` before. `work` gives a line about the job that it did, or nothing; jobs have
-        `steps`, by which the rest is estimated."""
-        left = [job for job in jobs if not ended(job)]
-        if len(left) < len(jobs):
-            print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
-        begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
-        with tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty()) as bar:
-            for count, (job, line) in enumerate(self.in_turn(left, work, at_once), start=1):
-                steps += job.steps
-                rest = (time.monotonic() - begun) * (total / steps - 1) / 60
-                say(bar, f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min" if line else "")
+def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], bool], work: Callable[[J], str], at_once: int) -> None:
+    """Do the jobs that have not `ended` before. `work` gives a line about the job that it did, or nothing; jobs have `steps`,
+    by which the rest is estimated."""
+    left = [job for job in jobs if not ended(job)]
+    if len(left) < len(jobs):
+        print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
+    begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
+    with tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty()) as bar:
+        for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
+            steps += job.steps
+            rest = (time.monotonic() - begun) * (total / steps - 1) / 60
+            say(bar, f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min" if line else "")
 
 
 def say(bar: tqdm, line: str) -> None:
@@ -71,11 +65,10 @@ def say(bar: tqdm, line: str) -> None:
         print(line, flush=True) if bar.disable else bar.write(line)
 
 
-class Runner(Scheduler):
+class Runner:
     """Runs the trials of an experiment and keeps what they leave: rows in trials.csv, thinned loss curves in curves.csv."""
 
     def __init__(self, out: Path, keep_checkpoints: bool, points: int = POINTS):
-        super().__init__()
         self.out, self.keep_checkpoints, self.points = out, keep_checkpoints, points
         self.ledger, self.lock = Ledger(out / "trials.csv", Row), threading.Lock()
 
@@ -100,15 +93,16 @@ class Runner(Scheduler):
             except UsageError:  # a length that the arm as it is set now cannot have
                 return False
 
-        of_arms = [(row, current(row)) for row in self.ledger.rows.values() if row.arm in named]
-        return [row for row, is_current in of_arms if is_current], [row.run for row, is_current in of_arms if not is_current]
+        of_arms = [row for row in self.ledger.rows.values() if row.arm in named]
+        used = [row for row in of_arms if current(row)]
+        return used, [row.run for row in of_arms if row not in used]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
         """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
         there."""
         if self.done(trial):
-            return self.ledger.rows[trial.folder.name]
-        if self.interrupted.is_set():
+            return self.find(trial)
+        if trials.INTERRUPTED.is_set():
             raise KeyboardInterrupt
         outcome = launch(trial)
         row = Row.of(phase, outcome)
@@ -120,16 +114,15 @@ class Runner(Scheduler):
         self.ledger.add(row)
         return row
 
-    def run_all(self, phase: str, wanted: Sequence[Trial], launch: Launcher, at_once: int) -> list[Row]:
-        """The rows of all, in their order; those that are not there are trained, started in that order."""
+    def run_all(self, phase: str, wanted: Sequence[Trial], launch: Launcher, at_once: int) -> None:
+        """Train all that are not there, begun in their order."""
 
         def one(trial: Trial) -> str:
             row = self.run(phase, trial, launch)
             loss = f"{row.val_loss:.4f}" if row.status == "ok" else f"{row.status} {row.error}"
             return f"{row.arm}: {row.steps} steps, seed {row.seed}: {loss}, {row.train_time:.1f} s"
 
-        self.run_through(phase, wanted, self.done, one, at_once)
-        return [self.ledger.rows[trial.folder.name] for trial in wanted]
+        run_through(phase, wanted, self.done, one, at_once)
 
     def run_turns(self, phase: str, turns: Sequence[Sequence[Trial]], launch: Launcher, at_once: int) -> None:
         """`run_all`, one turn after the other. Times are compared within a turn: unless all of one have ended, and together,
@@ -182,7 +175,7 @@ def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.N
     for file in (Path(word.partition(":")[0].rpartition("=")[2]) for word in argv if ".py:" in word):
         if file.is_absolute() or ".." in file.parts:  # a report or record that names it would be refused after all training
             raise UsageError(f"{file} is a path of this machine: put the file beside the repository's, as in own/{file.name}")
-    if options.seeds == 1:
+    if getattr(options, "seeds", 0) == 1:
         raise UsageError("--seeds 1: one run has no variance and shows nothing; take at least 2, better 5")
     return options
 
@@ -242,13 +235,17 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     add("--ray-address", default="auto", help="with --launcher ray (default: auto)")
 
 
+def threads(side_by_side: int) -> int:
+    """Of each of so many trials at a time."""
+    return max(1, (os.cpu_count() or 1) // side_by_side)
+
+
 def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Launcher, int]:
     """How a trial is trained, and how many at once: several on one machine only where no clock is read."""
     if options.launcher == "ray":
         return trials.on_ray(options.gpus_per_trial, options.ray_address), 64  # Ray itself holds back what does not fit
     if side_by_side and options.side_by_side > 1:
-        threads = max(1, (os.cpu_count() or 1) // options.side_by_side)
-        return lambda trial: trials.train(trial, threads=threads), options.side_by_side
+        return lambda trial: trials.train(trial, threads=threads(options.side_by_side)), options.side_by_side
     return lambda trial: trials.train(trial, options.processes), 1
 
 

@@ -319,7 +319,7 @@ class Cases:
         if kind == "score":
             return compare.main(["score", "--times", str(folder)])
         if kind == "tune":
-            return tune.main(["--report", "--out", str(folder)])
+            return compare.main(["tune", "--report", "--out", str(folder)])
         if kind in ("compare", "scaling"):
             return (compare if kind == "compare" else scaling).main(["--report", str(folder)])
         (there := self.fresh / "tuned.json").write_text(

@@ -18,8 +18,7 @@ BUDGET = 24  # trials of a submission on a workload, those of its first study in
 GAIN = 0.005  # nats by which a move must lower the loss to be made: less is noise
 SEED = 200_000  # of all trials of a descent; the final runs have those after it
 SEEDS = 3  # final runs
-TOLERANCE = {"wiki": 0.02}  # see `tolerance`
-USUAL_TOLERANCE = 0.01  # elsewhere
+TOLERANCE, TOLERANCE_ON = 0.01, {"wiki": 0.02}  # nats by which no change may be better at the end; elsewhere
 
 Settings = dict[str, float]
 
@@ -103,11 +102,6 @@ def finals(table: Table, kind: str = "final") -> list[Row]:
 # ---------------------------------------------------------------- what came of it
 
 
-def tolerance(track: str) -> float:
-    """Nats by which no change may be better at the end."""
-    return TOLERANCE.get(track, USUAL_TOLERANCE)
-
-
 class Ending(NamedTuple):
     """The outcome of a submission's descent on a workload."""
 
@@ -119,8 +113,8 @@ class Ending(NamedTuple):
 
 def ending(space: Sequence[Dimension], table: Table) -> Ending | None:
     """None: there was no descent, or its final runs are still to come."""
-    best = found(table)
-    if best is None or len(finals(table)) < SEEDS:
+    best, runs = found(table), finals(table)
+    if best is None or len(runs) < SEEDS:
         return None
     tried = [row for kind in ("descent", "around") for row in table.of(kind)]
     rise = []
@@ -129,7 +123,7 @@ def ending(space: Sequence[Dimension], table: Table) -> Ending | None:
         losses = [row.val_loss for row in tried if row.settings == settings]
         rise += [(losses[0] - best.val_loss, f"{key}={settings[key]:g}")] if losses else []
     count = len(rows_of(table)) + len(table.of("search", FIRST_STUDY))
-    return Ending(best, count, sorted(rise), [row.val_loss for row in finals(table)])
+    return Ending(best, count, sorted(rise), [row.val_loss for row in runs])
 
 
 def speed_ups(tables: Tables) -> dict[str, tuple[float, float]]:

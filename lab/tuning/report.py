@@ -13,25 +13,11 @@ import numpy as np
 from engine.run_folder import atomic_write, read_json
 from engine.spec import UsageError, split
 from lab import plots
-from lab.ledger import cells
+from lab.ledger import cells, to_text
 from lab.markdown import table as markdown_table
-from lab.tuning import descent, score
+from lab.tuning import descent, score, tuned
 from lab.tuning.space import EXTRAS, submission
-from lab.tuning.tuned import (
-    CHANGES,
-    Scored,
-    Table,
-    Tables,
-    beaten,
-    dtype_of,
-    plain,
-    read_tables,
-    scored,
-    setting_words,
-    step_seconds,
-    studies,
-    target_of,
-)
+from lab.tuning.tuned import CHANGES, Scored, Table, Tables, plain
 
 
 def winners(tables: dict[str, Tables], before: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -85,18 +71,18 @@ def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] |
         f"{cost[name] / cost['adamw']:.2f}" if name in cost else "-",
         f"{sum(r.seconds for r in search):,.0f}",
         *(f"{rise[change]:+.4f}" if change in rise else "-" for change in CHANGES),
-        f"`{setting_words(best)}`" if best else "-",
+        f"`{to_text(best.settings)}`" if best else "-",
     ]
 
 
 def workload_table(track: str, tables: Tables) -> str:
     """Its submissions, the best first."""
-    target, cost = target_of(tables), step_seconds(tables)
+    target, cost = tuned.target_of(tables), tuned.step_seconds(tables)
     about = "No target yet: none of those that set it has been rerun."
     if target:
         reruns = f"{target['runs']} reruns of the best settings of its first study, at {target['steps']} steps"
         about = f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {reruns}."
-    if dtype := dtype_of(tables):  # none where every trial crashed at once
+    if dtype := tuned.dtype_of(tables):  # none where every trial crashed at once
         about += f" All trials in {dtype}."
     shown = sorted((table.typical(), name) for name, table in tables.items() if table.of("search"))
     rows = [workload_cells(track, name, tables[name], target, cost) for _, name in shown]
@@ -112,7 +98,7 @@ Coordinate descent from the best point of each first study, {descent.BUDGET} tri
 {descent.SEEDS} new seeds. A cell is the mean final loss (standard deviation), then the speed-up over AdamW in steps and in
 time: what AdamW needs for the worse of the two final losses over what the submission needs. The mean is of those in time. A
 *change* moves one setting by a factor, or takes weight decay away, on the same seed: it is better if it ends lower by more than
-{descent.USUAL_TOLERANCE} nats ({descent.TOLERANCE["wiki"]} on wiki)."""
+{descent.TOLERANCE} nats ({descent.TOLERANCE_ON["wiki"]} on wiki)."""
 
 
 def contest(tables: dict[str, Tables]) -> list[str]:
@@ -136,9 +122,10 @@ def contest(tables: dict[str, Tables]) -> list[str]:
                 steps, seconds = speed.get((name, track), (math.nan, math.nan))
                 loss = f"{statistics.mean(ending.losses):.4f} ({statistics.stdev(ending.losses):.4f})"
                 rise, best = ending.rise[0], ending.best
-                better.append(sum(rise < -descent.tolerance(track) for rise, _ in ending.rise))
+                least = descent.TOLERANCE_ON.get(track, descent.TOLERANCE)
+                better.append(sum(rise < -least for rise, _ in ending.rise))
                 of = [str(ending.trials), f"{best.val_loss:.4f}", str(len(ending.rise)), f"{rise[0]:+.4f} `{rise[1]}`"]
-                details.append([track, f"`{name}`", *of, f"`{setting_words(best)}`"])
+                details.append([track, f"`{name}`", *of, f"`{to_text(best.settings)}`"])
             cells.append(f"{loss}; {steps:.2f}, {seconds:.2f}" if ending else "-")
         rows.append(cells)
     of_all = sum(len(ending.rise) for ending in endings.values())
@@ -153,7 +140,7 @@ class Contents(NamedTuple):
 
     texts: dict[str, str]  # file -> content
     pictures: dict[str, Any]  # name -> what it is drawn from
-    times: score.Studies  # of the profiles; empty: no score yet
+    times: score.Studies = {}  # of the profiles; empty: no score yet
 
 
 def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> Contents:
@@ -164,12 +151,12 @@ def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> C
         raise UsageError(f"{place} holds no finished trial: ./run.sh compare tune --optimizers ...")
     if not any(row.status == "ok" for table in every for row in table.rows.values()):
         raise UsageError(f"{place}: every trial diverged or crashed: nothing to choose from")
-    times = studies(tables)
+    times = tuned.studies(tables)
     lines = ["submission,workload,study,seconds"]
     lines += [f"{s},{w},{n},{t:.5g}" for (s, w), each in sorted(times.items()) for n, t in enumerate(each)]
     texts = {"studies.csv": "\n".join(lines) + "\n", "tuned.json": json.dumps(winners(tables, before), indent=1) + "\n"}
-    result = scored(times)
-    text, pictures = [ABOUT, *contest(tables), *score_section(place, tables, times, result), *beaten(every)], {}
+    result = tuned.scored(times)
+    text, pictures = [ABOUT, *contest(tables), *score_section(place, tables, times, result), *tuned.beaten(every)], {}
     if result:
         pictures["profile"] = texts["studies.csv"]
     for track, of in tables.items():
@@ -184,14 +171,15 @@ def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> C
 def report(folder: Path) -> str:
     """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them. Raises
     UsageError: see `contents`."""
-    tables = read_tables(folder)
+    tables = tuned.read_tables(folder)
     chosen = folder / "tuned.json"
     made = contents(tables, str(folder), read_json(chosen) if chosen.exists() else {})
     for name, text in made.texts.items():
         atomic_write(folder / name, text)
     for name, data in made.pictures.items():
-        drawn = score.draw(score.medians(made.times), {}, score.TAU_MAX) if name == "profile" else None
-        plots.save(drawn or draw_sensitivity(name.partition("-")[2], tables[name.partition("-")[2]]), folder, name, data)
+        track = name.partition("-")[2]  # none of the profile
+        profile = None if track else score.draw(score.medians(made.times), {}, score.TAU_MAX)
+        plots.save(profile or draw_sensitivity(track, tables[track]), folder, name, data)
     count = sum(len(table.rows) for of in tables.values() for table in of.values())
     return f"{count} trials on {len(tables)} workloads: {folder / 'README.md'}"
 
@@ -205,7 +193,8 @@ def score_section(place: str, tables: dict[str, Tables], times: score.Studies, r
         command += f" --reference {summary['reference']}" if summary["reference"] else ""
         lines = ["## Score", "", f"Over {', '.join(summary['workloads'])}: `{command}`", "", score.score_table(summary)]
         lines += ["", "![profiles](profile.png)"]
-    every = ((track, name) for track, of in tables.items() if target_of(of) for name, table in of.items() if table.studies())
+    scorable = {track: of for track, of in tables.items() if tuned.target_of(of)}
+    every = ((track, name) for track, of in scorable.items() for name, table in of.items() if table.studies())
     if untimed := ", ".join(f"`{name}` on {track}" for track, name in every if (name, track) not in times):
         why = "since their steps were not timed beside AdamW's (`compare tune` of them does so)"
         lines += ["", f"Not scored, {why}: {untimed}."]

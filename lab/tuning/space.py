@@ -53,11 +53,13 @@ class Submission:
     average: str = ""
     outer: str = ""
     decay_schedule: str = ""
-    extra: tuple[Dimension, ...] = ()
+    stated: tuple[Dimension, ...] = ()  # the whole space, where it is not the registry's
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
         """The space. Raises UsageError: there is nothing to search."""
+        if self.stated:
+            return self.stated
         fixed, choice = split(self.optimizer)[1], optimizers.find(self.optimizer)
         # a default of None follows another setting: the method has its full strength without
         known = {key: search for key, (default, search) in choice.hyperparameters.items() if default is not None}
@@ -67,7 +69,7 @@ class Submission:
             space.append(Dimension("schedule", "warmup", *WARMUP))
         if not space:
             raise UsageError(f"{self.name}: every setting is fixed, nothing is left to search")
-        return (*space, *self.extra)
+        return tuple(space)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -109,13 +111,14 @@ class Submission:
 
 
 DECAY, EVERY = Dimension("average", "decay", 0.9, 0.999, "complement"), Dimension("average", "every", 1, 20, "log")
+OF_NADAMW = Submission("nadamw", "nadamw").dimensions
 EXTRAS = {
     # the classic two that AlgoPerf's targets are set by, beside AdamW and NAdamW; `sgd` is Nesterov's form
     "heavy_ball": Submission("heavy_ball", "sgd:nesterov=false"),
     # entries of AlgoPerf's first round: a schedule or an average on its baseline, NAdamW
     "cyclic": Submission("cyclic", "nadamw", "cyclic:cycles=2"),
-    "lawa_ema": Submission("lawa_ema", "nadamw", average="lawa_ema", extra=(DECAY,)),
-    "lawa_queue": Submission("lawa_queue", "nadamw", average="lawa_queue", extra=(EVERY,)),
+    "lawa_ema": Submission("lawa_ema", "nadamw", average="lawa_ema", stated=(*OF_NADAMW, DECAY)),
+    "lawa_queue": Submission("lawa_queue", "nadamw", average="lawa_queue", stated=(*OF_NADAMW, EVERY)),
 }
 
 

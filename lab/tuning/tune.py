@@ -24,23 +24,25 @@ import os
 import shutil
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import tricks
 from config import resolve
 from engine import hardware
-from engine.command import Parser, command
+from engine.command import Parser
 from engine.run_folder import intact
 from engine.spec import UsageError, nearest
 from lab import trials
-from lab.runner import Scheduler, alone_in, at_least
+from lab.runner import alone_in, at_least, run_through, threads
 from lab.trials import Arm, Trial
 from lab.tuning import descent, report, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
-from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table
+from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table, Tables
 from optimizers import OPTIMIZERS
 
 WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
@@ -56,15 +58,12 @@ class Job:
     kind: str
     track: str
     submission: Submission
+    table: Table  # its row's
     study: int
     number: int
     seed: int
     steps: int
     settings: dict[str, float]
-
-    @property
-    def table(self) -> tuple[str, str]:
-        return self.track, self.submission.name
 
     def trial(self, dtype: str) -> Trial:
         every = str(max(1, self.steps // VALIDATIONS))
@@ -77,51 +76,58 @@ def length(track: str) -> int:
     return tricks.track(track).settings["steps"]
 
 
-class Contest(Scheduler):
+class Contest:
     """Everybody's trials on every workload: which there are, which are wanted, and what these train for."""
 
     def __init__(self, options: argparse.Namespace):
         """Raises UsageError: a damaged table, trials of another version of a space, or of another compute type than asked
         for."""
-        super().__init__()
-        self.options, self.dtypes = options, compute_types(options)
+        self.options, self.tables = options, defaultdict(dict, tuned.read_tables(options.out))
+        self.dtypes = compute_types(options, self.tables)
         self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
-        self.tables: dict[tuple[str, str], Table] = {}
         # AdamW's too, which steps are compared with
         for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
-            table = self.tables[track, entry.name] = Table(options.out / track / f"{tuned.plain(entry.name)}.csv")
+            table = self.table(track, entry.name)
             if any(row.space != entry.version for row in table.of("search")):
                 why = "its trials are of another version of the space, or of the optimizer's file"
                 raise UsageError(f"{table.path}: {why}: move the table away first")
         self.late = 0  # trials that were not begun, since the hours were over
 
+    def table(self, track: str, name: str) -> Table:
+        """Of a submission's trials on a workload; empty before the first."""
+        if name not in self.tables[track]:
+            self.tables[track][name] = tuned.table_of(self.options.out, track, name)
+        return self.tables[track][name]
+
     # ---------------------------------------------------------------- what is to be trained
 
     def wanted(self, kind: str, track: str, entry: Submission) -> list[Job]:
         """The trials of a submission on a workload: `search`, `target` (the best settings of the first study of those that set
-        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs); once a
-        descent has ended, `around` (the changes that it has not tried) and `final` (its end on new seeds)."""
-        options, table, steps = self.options, self.tables[track, entry.name], length(track)
+        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs); of a
+        `descent` the first, and once it has ended, `around` (the changes that it has not tried) and `final` (its end on new
+        seeds)."""
+        options, table, steps = self.options, self.table(track, entry.name), length(track)
+        job = partial(Job, kind, track, entry, table)
         if kind == "search":
-            tried = [(study, points(entry.dimensions, options.trials, study)) for study in range(options.studies)]
-            numbered = [(study, n, point) for study, of in tried for n, point in enumerate(of)]
-            return [Job(kind, track, entry, study, n, 1000 * study + n, steps, point) for study, n, point in numbered]
+            tried = ((study, points(entry.dimensions, options.trials, study)) for study in range(options.studies))
+            return [job(study, n, 1000 * study + n, steps, point) for study, of in tried for n, point in enumerate(of)]
         if kind == "target":
             best = table.best(tuned.FIRST_STUDY) if entry.name in SETTERS else None
-            study, steps = best and tuned.target_study(best), round(SHORT * steps)
-            numbers = range(options.target_seeds if best else 0)
-            return [Job(kind, track, entry, study, n, 100_000 + n, steps, best.settings) for n in numbers]
-        if kind in ("around", "final"):
-            if not (best := descent.found(table)):
-                return []
-            done = [row.settings for row in descent.rows_of(table)]
-            left = [each for each in descent.changes(entry.dimensions, best.settings) if each not in done]
-            chosen = left if kind == "around" else [best.settings] * descent.SEEDS
-            first = descent.SEED + (kind == "final")
-            return [Job(kind, track, entry, 0, n, first + n * (kind == "final"), steps, each) for n, each in enumerate(chosen)]
-        best = table.best() if options.neighbours else None
-        off = enumerate(tuned.neighbours(best.settings).values() if best else ())
-        return [Job(kind, track, entry, best.study, 10 * best.number + n, best.seed, best.steps, each) for n, each in off]
+            seeds, short = range(options.target_seeds if best else 0), round(SHORT * steps)
+            return [job(tuned.target_study(best), n, 100_000 + n, short, best.settings) for n in seeds]
+        if kind == "neighbour":
+            best = table.best() if options.neighbours else None
+            off = tuned.neighbours(best.settings).values() if best else ()
+            return [job(best.study, 10 * best.number + n, best.seed, best.steps, each) for n, each in enumerate(off)]
+        if kind == "descent":
+            return [job(0, 0, descent.SEED, steps, {})]
+        if not (end := descent.found(table)):
+            return []
+        if kind == "final":
+            return [job(0, n, descent.SEED + 1 + n, steps, end.settings) for n in range(descent.SEEDS)]
+        done = [row.settings for row in descent.rows_of(table)]
+        left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done]
+        return [job(0, n, descent.SEED, steps, each) for n, each in enumerate(left)]
 
     def all_wanted(self, kind: str) -> list[Job]:
         """Round by round, so that whoever stops early has given everyone the same number of trials."""
@@ -132,22 +138,29 @@ class Contest(Scheduler):
     def timings(self) -> list[Job]:
         """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. A time to target
         is steps times the cost of a step, in which machines, or one machine on two days, differ more than many submissions."""
-        jobs, adamw, there = [], submission("adamw"), tuned.read_tables(self.options.out)
+        jobs, adamw = [], submission("adamw")
         for track in self.options.tracks:
-            target, beside = tuned.target_of(there.get(track, {})), self.tables[track, adamw.name]
-            of = {entry: self.tables[track, entry.name] for entry in self.options.submissions if target}
+            target, beside = tuned.target_of(self.tables[track]), self.table(track, adamw.name)
+            of = {entry: self.table(track, entry.name) for entry in self.options.submissions if target}
             untimed = {e: table for e, table in of.items() if table.meets(target["loss"]) and not tuned.timed(table, beside)}
             runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
             turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
             for number, (entry, table) in product(range(TIMINGS), runs.items() if untimed else ()):
                 settings = best.settings if (best := table.best()) else entry.defaults()
-                jobs.append(Job("timing", track, entry, turn, number, 1000 * turn + number, steps, settings))
+                jobs.append(Job("timing", track, entry, table, turn, number, 1000 * turn + number, steps, settings))
         return jobs
 
     # ---------------------------------------------------------------- training
 
+    def train(self, kind: str, jobs: list[Job]) -> None:
+        """All that is not there."""
+        ended, work = (self.has_descended, self.descend) if kind == "descent" else (self.ended, self.one)
+        run_through(kind, jobs, ended, work, self.options.side_by_side)
+
     def ended(self, job: Job) -> bool:
-        return self.tables[job.table].has(job.kind, job.study, job.number, job.steps)
+        """One that crashed is tried again."""
+        row = job.table.rows.get((job.kind, job.study, job.number, job.steps))
+        return row is not None and row.status != "crashed"
 
     def one(self, job: Job) -> str:
         """Train a job; a line about it, or nothing where no time was left."""
@@ -155,34 +168,27 @@ class Contest(Scheduler):
             self.late += 1
             return ""
         begun = time.monotonic()
-        outcome = trials.train(job.trial(self.dtypes[job.track]), threads=self.options.threads)
+        outcome = trials.train(job.trial(self.dtypes[job.track]), threads=threads(self.options.side_by_side))
         about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings)
         row = Row.of(outcome, time.monotonic() - begun, space=job.submission.version, **about)
-        self.tables[job.table].add(row)
+        job.table.add(row)
         loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
 
     def descend(self, first: Job) -> str:
         """A submission's descent on a workload, from where it stands to its end."""
-        table = self.tables[first.table]
-        while not (self.interrupted.is_set() or self.late) and (settings := self.next_settings(first)):
-            number = len(descent.rows_of(table))
+        while not (trials.INTERRUPTED.is_set() or self.late) and (settings := self.next_settings(first)):
+            number = len(descent.rows_of(first.table))
             line = self.one(dataclasses.replace(first, number=number, settings=settings))
-            if len(descent.rows_of(table)) == number:  # it crashed, or no time was left
+            if len(descent.rows_of(first.table)) == number:  # it crashed, or no time was left
                 return line
             print(f"descent  {line}", flush=True)
-        return f"{first.track}  {first.submission.name}: {len(descent.rows_of(table))} trials"
-
-    def descents(self) -> list[Job]:
-        """The first job of each."""
-        pairs = product(self.options.tracks, self.options.submissions)
-        return [Job("descent", track, entry, 0, 0, descent.SEED, length(track), {}) for track, entry in pairs]
+        return f"{first.track}  {first.submission.name}: {len(descent.rows_of(first.table))} trials"
 
     def next_settings(self, job: Job) -> dict[str, float] | None:
         """Of a descent that `job` begins: its next trial."""
-        table = self.tables[job.table]
-        start, most = table.best(tuned.FIRST_STUDY), descent.BUDGET - len(table.of("search", tuned.FIRST_STUDY))
-        return descent.following(job.submission.dimensions, table, start and start.settings, most)
+        start, most = job.table.best(tuned.FIRST_STUDY), descent.BUDGET - len(job.table.of("search", tuned.FIRST_STUDY))
+        return descent.following(job.submission.dimensions, job.table, start and start.settings, most)
 
     def has_descended(self, job: Job) -> bool:
         return self.next_settings(job) is None
@@ -192,15 +198,16 @@ class Contest(Scheduler):
     def seconds_of_a_trial(self, track: str) -> float:
         """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW. Raises
         UsageError: that run crashed."""
-        walls = [row.wall for entry in self.options.submissions for row in self.tables[track, entry.name].of("search")]
+        walls = [row.wall for entry in self.options.submissions for row in self.table(track, entry.name).of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
-        adamw, steps = submission("adamw"), length(track)
-        part, new_seed = max(2, round(CALIBRATED * steps)), time.time_ns() % 2**32  # no run has had it
-        trial = Job("plan", track, adamw, 0, 0, new_seed, part, adamw.defaults()).trial(self.dtypes[track])
+        adamw, steps, new_seed = submission("adamw"), length(track), time.time_ns() % 2**32  # no run has had it
+        part = max(2, round(CALIBRATED * steps))
+        job = Job("plan", track, adamw, self.table(track, "adamw"), 0, 0, new_seed, part, adamw.defaults())
+        trial = job.trial(self.dtypes[track])
         print(f"plan: timing {track}", flush=True)
         begun = time.monotonic()
-        outcome = trials.train(trial, threads=self.options.threads)
+        outcome = trials.train(trial, threads=threads(self.options.side_by_side))
         seconds = time.monotonic() - begun
         shutil.rmtree(trial.folder, ignore_errors=True)
         if outcome.result is None:
@@ -220,9 +227,9 @@ class Contest(Scheduler):
         else:
             left = count("neighbour") + SHORT * count("target")
         if options.descend:  # at most
-            left += descent.BUDGET - options.trials - len(descent.rows_of(self.tables[track, entry.name])) + descent.SEEDS
+            left += descent.BUDGET - options.trials - len(descent.rows_of(self.table(track, entry.name))) + descent.SEEDS
         alongside = "adamw" in [other.name for other in options.submissions]
-        timed = alongside or tuned.timed(self.tables[track, entry.name], self.tables[track, "adamw"])
+        timed = alongside or tuned.timed(self.table(track, entry.name), self.table(track, "adamw"))
         return left if timed else left + 2 * TIMINGS * TIMED
 
     def plan(self) -> None:
@@ -248,23 +255,19 @@ class Contest(Scheduler):
     def run(self) -> None:
         """Plan, then train all that is wanted and not there."""
         self.plan()
-        for kind in ("search", "target", "neighbour"):
-            self.run_through(kind, self.all_wanted(kind), self.ended, self.one, self.options.side_by_side)
-        if self.options.descend:
-            self.run_through("descent", self.descents(), self.has_descended, self.descend, self.options.side_by_side)
-            for kind in ("around", "final"):
-                self.run_through(kind, self.all_wanted(kind), self.ended, self.one, self.options.side_by_side)
-        self.run_through("timing", self.timings(), self.ended, self.one, self.options.side_by_side)
+        for kind in ("search", "target", "neighbour", *(("descent", "around", "final") if self.options.descend else ())):
+            self.train(kind, self.all_wanted(kind))
+        self.train("timing", self.timings())
         if self.late:
             print(f"the hours are over: {self.late} trials were not begun; the same command continues", flush=True)
 
 
-def compute_types(options: argparse.Namespace) -> dict[str, str]:
+def compute_types(options: argparse.Namespace, tables: dict[str, Tables]) -> dict[str, str]:
     """Workload -> the compute type of its trials, those of all submissions that are there and those to come. Raises UsageError:
     --dtype is not that of the trials that are there, or this machine lacks it."""
-    types, there, device = {}, tuned.read_tables(options.out), hardware.pick_device("auto")
+    types, device = {}, hardware.pick_device("auto")
     for track in options.tracks:
-        kept = tuned.dtype_of(there.get(track, {}))
+        kept = tuned.dtype_of(tables.get(track, {}))
         if kept and options.dtype not in ("auto", kept):
             where = f"the trials of {track} in {options.out} are in {kept}"
             raise UsageError(f"--dtype {options.dtype}: {where}: choose another --out")
@@ -282,11 +285,6 @@ def add_running(made: argparse.ArgumentParser) -> None:
     add("--machine-hours", type=float, default=0, help="fit the plan into this many hours, and begin nothing after them")
     add("--plan", action="store_true", help="print the plan and stop")
     add("--report", action="store_true", help="train nothing: write tables, plots and settings of what is there")
-
-
-def threads(options: argparse.Namespace) -> int:
-    """Of a trial."""
-    return max(1, (os.cpu_count() or 1) // options.side_by_side)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -322,7 +320,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         (first,) = points(entry.dimensions, 1, 0)
         for track in options.tracks:
             resolve(["--track", track, *entry.flags(first)])
-    options.threads = threads(options)
     return options
 
 
@@ -339,7 +336,3 @@ def carried_out(options: argparse.Namespace, contest: type[Contest], write: Call
 
 def run(argv: list[str]) -> str:
     return carried_out(parse(argv), Contest, report.report)
-
-
-def main(argv: list[str]) -> int:
-    return command("compare.py tune", lambda: run(argv), argv)

@@ -28,11 +28,8 @@ FIRST_STUDY = 0  # its number: everybody has it
 SETTERS = ("adamw", "nadamw", "sgd", "heavy_ball")  # of targets, as AlgoPerf has them (arXiv 2306.07179, section 4)
 SHORT = 0.75  # of a workload's length: what its target is set at, so that a tuned setter meets it before the end
 TIMED = 0.25  # of a workload's length: a run that times a step beside AdamW's
-CHANGES = ("lr / 2", "lr x 2", "no weight decay", "half the warm-up")  # of the best settings, one at a time
-
-
-def setting_words(row: "Row") -> str:
-    return " ".join(f"{key}={value:g}" for key, value in row.settings.items())
+CHANGES = {"lr / 2": ("lr", 0.5), "lr x 2": ("lr", 2.0), "no weight decay": ("weight_decay", 0.0)}
+CHANGES |= {"half the warm-up": ("warmup", 0.5)}  # of the best settings, one at a time: which setting, times what
 
 
 def plain(name: str) -> str:
@@ -68,7 +65,8 @@ class Row:
     def of(cls, outcome: Outcome, wall: float, **about: Any) -> "Row":
         """about: kind, study, number, settings and space."""
         trial, result, env = outcome.trial, outcome.result, outcome.trial.env()
-        losses = validations(trial.log())
+        vals = [event for event in trial.log() if event["event"] == "val" and event["loss"] is not None]  # else not finite
+        losses = [(event["step"], float(f"{event['loss']:.5g}")) for event in vals]
         status, loss, seconds = "crashed", math.inf, 0.0
         if result is not None:
             status, loss, seconds = result["status"], outcome.loss, result["process_time"]
@@ -76,11 +74,6 @@ class Row:
         about |= dict(seed=trial.seed, steps=trial.steps, status=status, val_loss=float(f"{loss:.6g}"), losses=losses)
         about |= dict(seconds=round(seconds, 2), wall=round(wall, 1), machine=env.get("cpu", ""))
         return cls(**about, dtype=DTYPES.get(env.get("dtype"), ""), source=env.get("source_sha256", "")[:12])
-
-
-def validations(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, loss) of each validation that was finite."""
-    return [(e["step"], float(f"{e['loss']:.5g}")) for e in log if e["event"] == "val" and e["loss"] is not None]
 
 
 class Table(Ledger):
@@ -91,11 +84,6 @@ class Table(Ledger):
 
     def of(self, kind: str, study: int | None = None) -> list[Row]:
         return [row for row in self.rows.values() if row.kind == kind and study in (None, row.study)]
-
-    def has(self, kind: str, study: int, number: int, steps: int) -> bool:
-        """Has the trial ended? One that crashed is tried again."""
-        row = self.rows.get((kind, study, number, steps))
-        return row is not None and row.status != "crashed"
 
     def studies(self) -> dict[int, list[Row]]:
         """Search trials by study. A study with fewer trials than another is not finished, and left out."""
@@ -137,6 +125,10 @@ class Table(Ledger):
 Tables = dict[str, Table]  # submission -> its trials on one workload
 
 
+def table_of(folder: Path, track: str, name: str) -> Table:
+    return Table(folder / track / f"{plain(name)}.csv")
+
+
 def read_tables(folder: Path) -> dict[str, Tables]:
     """workload -> submission -> table."""
     tables: dict[str, Tables] = {}
@@ -153,8 +145,7 @@ def dtype_of(tables: Tables) -> str:
 
 def neighbours(settings: dict[str, float]) -> dict[str, dict[str, float]]:
     """What is changed -> the settings with that one off."""
-    warmup = next((key for key in ("warmup", "schedule_warmup") if key in settings), "")
-    changes = zip(CHANGES, ("lr", "lr", "weight_decay", warmup), (0.5, 2.0, 0.0, 0.5), strict=True)
+    changes = ((name, key if key in settings else f"schedule_{key}", by) for name, (key, by) in CHANGES.items())
     return {name: settings | {key: float(f"{settings[key] * by:g}")} for name, key, by in changes if settings.get(key)}
 
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import train_gpt
 from engine import run_folder
 from engine.spec import UsageError
 from lab import trials
-from lab.runner import Runner, Scheduler, read_curves
+from lab.runner import Runner, in_turn, read_curves
 from lab.trials import Arm, Trial, train
 
 FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
@@ -85,19 +84,18 @@ def test_a_curve_that_a_full_disk_has_cut_is_read_without_its_last_line(tmp_path
 
 
 def test_jobs_are_done_side_by_side_until_one_is_interrupted():
-    scheduler, done = Scheduler(), []
-    assert sorted(scheduler.in_turn([3, 1, 2], lambda n: 10 * n, 2)) == [(1, 10), (2, 20), (3, 30)]
-    assert not scheduler.interrupted.is_set()
+    done, seen = [], []
+    assert sorted(in_turn([3, 1, 2], lambda n: 10 * n, 2)) == [(1, 10), (2, 20), (3, 30)]
 
     def work(job: int) -> None:
         if job == 1:
             raise KeyboardInterrupt
-        time.sleep(0.1)
+        seen.append(trials.INTERRUPTED.wait(5 * (job > 1)))  # who is at work when job 1 is interrupted is told
         done.append(job)
 
     with pytest.raises(KeyboardInterrupt):
-        list(scheduler.in_turn(range(50), work, 1))
-    assert scheduler.interrupted.is_set() and 49 not in done
+        list(in_turn(range(50), work, 1))
+    assert not seen[0] and all(seen[1:]) and 49 not in done and not trials.INTERRUPTED.is_set()
 
 
 @pytest.mark.slow

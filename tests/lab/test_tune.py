@@ -86,7 +86,8 @@ def fake(monkeypatch, tmp_path):
 
 
 def call(tmp_path, *words: str) -> int:
-    return tune.main([*words, "--workloads", "wiki", "tokens", "--side-by-side", "1", "--out", str(tmp_path / "out")])
+    where = ["--workloads", "wiki", "tokens", "--side-by-side", "1", "--out", str(tmp_path / "out")]
+    return compare.main(["tune", *words, *where])
 
 
 def table(tmp_path, name: str, track: str = "wiki") -> Table:
@@ -396,7 +397,7 @@ def test_bad_words_are_one_line(fake, tmp_path, capsys):
         assert call(tmp_path, *words) == 2, words
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
-    assert tune.main(["--optimizers", "adamw", "--workloads", "wikki"]) == 2
+    assert compare.main(["tune", "--optimizers", "adamw", "--workloads", "wikki"]) == 2
     assert "did you mean 'wiki'" in capsys.readouterr().err
     assert not fake.trained
 
@@ -528,7 +529,7 @@ def test_a_target_does_not_hang_on_the_number_of_studies(fake, tmp_path):
     adamw = made(tmp_path, "adamw", row(number=4), *reruns, row(number=2, study=1, loss=1.5), *others)
     assert adamw.best().study == 1 and tuned.target_of({"adamw": adamw})["loss"] == 2.1
     contest = tune.Contest(tune.parse(["--optimizers", "adamw", "--workloads", "wiki", "--out", str(tmp_path / "none")]))
-    contest.tables["wiki", "adamw"] = adamw
+    contest.tables["wiki"]["adamw"] = adamw
     assert {job.study for job in contest.wanted("target", "wiki", submission("adamw"))} == {4}  # these are what is rerun
 
 
@@ -664,7 +665,7 @@ def test_the_real_trainer(tmp_path, monkeypatch, sotu):
     short = tricks.TRACKS["tiny"].settings | {"steps": 20, "val_tokens": 512, "data_root": str(trials.ROOT / "corpora")}
     monkeypatch.setitem(tricks.TRACKS, "tiny", dataclasses.replace(tricks.TRACKS["tiny"], settings=short))
     monkeypatch.setattr(tune.Contest, "seconds_of_a_trial", lambda contest, track: 1.0)
-    assert tune.main([*words, "--side-by-side", "1", "--out", str(tmp_path / "out")]) == 0
+    assert compare.main(["tune", *words, "--side-by-side", "1", "--out", str(tmp_path / "out")]) == 0
     rows = Table(tmp_path / "out" / "tiny" / "adamw.csv").of("search")
     assert [r.status for r in rows] == ["ok", "ok"] and all(0 < r.val_loss < 6 and r.seconds > 0 for r in rows)
     assert len(rows[0].losses) == 20 and rows[0].losses[-1][1] == pytest.approx(rows[0].val_loss, abs=1e-4)
