@@ -134,8 +134,7 @@ def entry(name: str, end: dict[str, float]) -> Submission:
 def begin(name: str, end: dict[str, float], known: Tables) -> dict[str, float]:
     """Where a descent begins: Muon's at its best in records/tuning, a lever's where Muon stood half-way."""
     if name == "muon":
-        rows = [row for row in (known["muon"].best(), descent.found(known["muon"])) if row] if "muon" in known else []
-        best = min(rows, key=lambda row: row.val_loss, default=None)
+        best = descent.best_of(known["muon"]) if "muon" in known else None
         return best.settings if best else submission("muon").defaults()
     lever = LEVERS[name]
     return {"lr": end["lr"]} | {d.name: value for d, value in lever.own} | {"adamw_lr": end["adamw_lr"]} | dict(lever.start)

@@ -93,6 +93,11 @@ def found(table: Table, first: int | None = None) -> Row | None:
     return best
 
 
+def best_of(table: Table) -> Row | None:
+    """Of its search and its descent."""
+    return min(filter(None, (table.best(), found(table))), key=lambda row: row.val_loss, default=None)
+
+
 def finals(table: Table, kind: str = "final") -> list[Row]:
     """Its runs of that kind at the settings where the descent has arrived."""
     end = found(table)

@@ -27,18 +27,15 @@ def winners(tables: dict[str, Tables], before: dict[str, Any]) -> dict[str, dict
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for track, of in tables.items():
         for name, table in of.items():
-            best = min(filter(None, (table.best(), descent.found(table))), key=lambda row: row.val_loss, default=None)
-            if split(name) == (name, {}) and name not in EXTRAS and best:
+            if split(name) == (name, {}) and name not in EXTRAS and (best := descent.best_of(table)):
                 try:
                     flags = submission(name).flags(best.settings)
                 except UsageError:
                     chosen[track] |= {name: before[track][name]} if name in before.get(track, {}) else {}
                     continue
                 words = {flag.removeprefix("--"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
-                chosen[track][name] = words | {
-                    "val_loss": best.val_loss,
-                    "trials": len([*table.of("search"), *table.of("descent")]),
-                }
+                count = len(table.of("search")) + len(table.of("descent"))
+                chosen[track][name] = words | {"val_loss": best.val_loss, "trials": count}
     return chosen
 
 
