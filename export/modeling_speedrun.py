@@ -29,6 +29,15 @@ class Norm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
 
 
+class Parts(nn.Module):
+    """Weights and parts, under the names that they have in the trainer's model."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+
+
 class Gate(nn.Module):
     def __init__(self, width, outputs):
         super().__init__()
@@ -56,24 +65,17 @@ class ValueMix(nn.Module):
         return self.weights[0] * v + self.weights[1] * e if self.gate is None else v + 2 * self.gate(x).unsqueeze(-1) * e
 
 
-class Extras(nn.Module):
-    def __init__(self, c, layer):
-        super().__init__()
-        self.values = ValueMix(c) if value_table(c, layer) is not None else None
-        self.gate = Gate(c.width, c.heads) if c.attention_gate else None
-        if c.exclusive_attention:
-            self.exclusion = nn.Module()
-            self.exclusion.strength = nn.Parameter(torch.zeros(c.heads))
-
-
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.c = c
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
-        wanted = c.key_offset or c.exclusive_attention or c.attention_gate or value_table(c, layer) is not None
-        self.extras = Extras(c, layer) if wanted else None
+        self.extras = Parts(
+            values=ValueMix(c) if value_table(c, layer) is not None else None,
+            gate=Gate(c.width, c.heads) if c.attention_gate else None,
+            exclusion=Parts(strength=torch.zeros(c.heads)) if c.exclusive_attention else None,
+        )
 
     def forward(self, x, cos, sin, values, mask):
         (B, T, C), c = x.shape, self.c
@@ -84,7 +86,7 @@ class Attention(nn.Module):
             cos, sin = (table[:T, None].to(x.dtype) for table in (cos, sin))
             halves = (z.chunk(2, -1) for z in (q, k))
             q, k = (torch.cat([a * cos + b * sin, b * cos - a * sin], -1) for a, b in halves)
-        if self.extras is not None and self.extras.values is not None:
+        if self.extras.values is not None:
             v = self.extras.values(v, values, x)
         if c.key_offset:
             before = torch.cat([k[:, :1], k[:, :-1]], dim=1).chunk(4, -1)
@@ -138,35 +140,28 @@ class GPT(nn.Module):
                 self.register_buffer(name, torch.zeros(c.sequence_length, c.width // c.heads // 2))
         if c.ngram_buckets:
             self.orders = [int(n) for n in c.ngram_orders.split(",")]
-            self.ngrams = nn.Module()
-            self.ngrams.table = nn.Embedding(len(self.orders) * c.ngram_buckets, c.width)
+            self.ngrams = Parts(table=nn.Embedding(len(self.orders) * c.ngram_buckets, c.width))
         if c.smear:
-            self.smear = nn.Module()
-            self.smear.gate, self.smear.strength = Gate(c.width, 1), nn.Parameter(torch.zeros(()))
+            self.smear = Parts(gate=Gate(c.width, 1), strength=torch.zeros(()))
         self.embed_norm = Norm(c, c.width) if c.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
-        self.paths = self.make_paths() if c.value_embeddings or c.skips != "none" or c.input_shortcut or c.backout else None
+        self.paths = self.make_paths()
         self.norm = Norm(c, c.width)
         self.head = nn.Linear(c.width, c.padded_vocab, bias=c.head_bias)
 
     def make_paths(self):
-        c, paths = self.c, nn.Module()
+        c, paths = self.c, Parts()
         if c.value_embeddings:
-            paths.values = nn.Module()
-            n = min(c.value_embeddings, c.layers)
-            paths.values.tables = nn.ModuleList(nn.Embedding(c.padded_vocab, c.width) for _ in range(n))
-        if c.skips != "none" and c.layers > 1:
-            paths.skips = nn.Module()
-            if c.skips == "unet":
-                paths.skips.weights = nn.Parameter(torch.ones(c.layers // 2))
-            else:
-                paths.skips.strength, paths.skips.gate = nn.Parameter(torch.tensor(-1.5)), Gate(c.width, 1)
+            tables = (nn.Embedding(c.padded_vocab, c.width) for _ in range(min(c.value_embeddings, c.layers)))
+            paths.values = Parts(tables=nn.ModuleList(tables))
+        if c.skips == "unet" and c.layers > 1:
+            paths.skips = Parts(weights=torch.ones(c.layers // 2))
+        if c.skips == "single" and c.layers > 1:
+            paths.skips = Parts(strength=torch.tensor(-1.5), gate=Gate(c.width, 1))
         if c.input_shortcut:
-            paths.shortcut = nn.Module()
-            paths.shortcut.stream, paths.shortcut.inputs = (nn.Parameter(torch.ones(c.layers)) for _ in range(2))
+            paths.shortcut = Parts(stream=torch.ones(c.layers), inputs=torch.ones(c.layers))
         if c.backout:
-            paths.backout = nn.Module()
-            paths.backout.strength = nn.Parameter(torch.tensor(0.5))
+            paths.backout = Parts(strength=torch.tensor(0.5))
         return paths
 
     def ngram_rows(self, tokens):
@@ -206,12 +201,9 @@ class GPT(nn.Module):
         inputs, outputs = x, []
         for layer, block in enumerate(self.blocks):
             mask = (distance >= 0) & (distance < (c.windows[layer] or T)) & same
-            values = None
-            if self.paths is not None:
-                x = self.around(layer, x, inputs, outputs)
-                table = value_table(c, layer)
-                values = None if table is None else self.paths.values.tables[table](tokens)
-            x = block(x, cos, sin, values, mask)
+            table = value_table(c, layer)
+            values = None if table is None else self.paths.values.tables[table](tokens)
+            x = block(self.around(layer, x, inputs, outputs), cos, sin, values, mask)
             outputs.append(x)
         if c.backout:
             x = x - self.paths.backout.strength * outputs[2 * c.layers // 3]

@@ -10,7 +10,6 @@ import base64
 import csv
 import functools
 import html
-import importlib.util
 import json
 import math
 import sys
@@ -19,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import altair as alt
+    import vl_convert
+except ImportError:
+    alt = None
 
 from engine.command import Parser, command
 from engine.run_folder import ROOT, atomic_write
@@ -34,15 +39,6 @@ TEMPLATE = Path(__file__).with_name("page.html")
 POINTS = 60  # of a loss curve
 FROM = 0.1  # part of a curve that is left out at its start, where the loss falls by nats
 Rows = list[dict[str, Any]]
-
-
-def altair() -> Any:
-    """The library, imported when a page is made. Raises UsageError: it is not installed."""
-    if not all(importlib.util.find_spec(name) for name in ("altair", "vl_convert")):
-        raise UsageError("the page needs Altair: .venv/bin/pip install -e .[page]")
-    import altair
-
-    return altair
 
 
 # ---------------------------------------------------------------- what is shown
@@ -89,36 +85,33 @@ def own(folders: Iterable[Path]) -> Rows:
         if not (folder / "log.jsonl").exists():
             raise UsageError(f"{folder} holds no log: name run folders, such as runs/tiny/*")
         kept = see(folder).losses
-        every = max(1, len(kept) // POINTS)
-        name = str(folder)
-        rows += [dict(run=name, step=i + 1, loss=loss) for i, loss in enumerate(kept) if i % every == 0 and math.isfinite(loss)]
+        points = list(enumerate(kept, start=1))[:: max(1, len(kept) // POINTS)]
+        rows += [dict(run=str(folder), step=step, loss=loss) for step, loss in points if math.isfinite(loss)]
     return rows
 
 
 @functools.cache
-def contest() -> tuple[Rows, Rows, Rows]:
-    """Scores, profiles and the trials behind them."""
+def contest() -> tuple[Rows, Rows]:
+    """Scores, the best first, and profiles."""
     times = score.medians(score.read_studies(RECORDS / "tuning" / "studies.csv"))
     tau, (_, r) = np.linspace(1, score.TAU_MAX, 60), score.ratios(times, {})
-    value, met = score.scores(times, {}), np.isfinite(r).sum(1)
-    ranked = [
-        dict(rank=rank, submission=name, score=f"{value[i]:.3f}", met=int(met[i]))
-        for i, (name, rank) in enumerate(zip(times.submissions, score.ranks(value), strict=True))
-    ]
-    rho = score.profile(r, tau)
-    profiles = [
-        dict(submission=name, tau=round(float(t), 3), share=float(share))
-        for name, of in zip(times.submissions, rho, strict=True)
-        for t, share in zip(tau, of, strict=True)
-    ]
-    trials = [
+    values = score.scores(times, {})
+    ranked, profiles = [], []
+    for name, rank, value, own, shares in zip(times.submissions, score.ranks(values), values, r, score.profile(r, tau)):
+        ranked.append(dict(rank=rank, submission=name, score=f"{value:.3f}", met=int(np.isfinite(own).sum())))
+        profiles += [dict(submission=name, tau=round(float(at), 3), share=float(share)) for at, share in zip(tau, shares)]
+    return sorted(ranked, key=lambda row: row["rank"]), profiles
+
+
+def trials() -> Rows:
+    """Of the contest's searches: learning rate and final loss."""
+    tables = tuned.read_tables(RECORDS / "tuning")
+    rows = [(track, name, row) for track, of in tables.items() for name, table in of.items() for row in table.of("search")]
+    return [
         dict(workload=track, submission=name, lr=row.settings["lr"], loss=row.val_loss)
-        for track, tables in tuned.read_tables(RECORDS / "tuning").items()
-        for name, table in tables.items()
-        for row in table.of("search")
+        for track, name, row in rows
         if "lr" in row.settings and math.isfinite(row.val_loss)
     ]
-    return sorted(ranked, key=lambda row: row["rank"]), profiles, trials
 
 
 def scaling() -> Rows:
@@ -127,11 +120,11 @@ def scaling() -> Rows:
     for path in sorted(RECORDS.glob("scaling/*/scaling.json")):
         for trick in json.loads(path.read_text())["tricks"]:
             for size in trick["sizes"]:
-                if "ratios" in size:
-                    low, high = size["intervals"]["tokens"]
+                values = [size["ratios"]["tokens"], *size["intervals"]["tokens"]] if "ratios" in size else [None]
+                if all(value and math.isfinite(value) for value in values):
                     about = dict(experiment=path.parent.name, trick=trick["trick"], parameters=size["parameters"])
-                    rows.append(about | dict(ratio=size["ratios"]["tokens"], low=low, high=high))
-    return [row for row in rows if all(row[key] and math.isfinite(row[key]) for key in ("ratio", "low", "high"))]
+                    rows.append(about | dict(zip(("ratio", "low", "high"), values, strict=True)))
+    return rows
 
 
 def levers() -> Rows:
@@ -158,80 +151,65 @@ def published() -> Rows:
 
 def charts(folders: Sequence[Path]) -> dict[str, Any]:
     """Vega-Lite charts by the name of their place in the page."""
-    alt = altair()
-    drawn = {"chain": chain_chart(alt), "losses": curves(alt, losses()), "scaling": scaling_chart(alt)}
-    drawn |= {"profiles": profile_chart(alt), "sensitivity": sensitivity_chart(alt), "published": published_chart(alt)}
+    drawn = {"chain": chain_chart(), "losses": losses_chart(losses()), "scaling": scaling_chart(scaling())}
+    drawn |= {"profiles": profile_chart(), "sensitivity": sensitivity_chart(trials()), "published": published_chart()}
     if rows := levers():
-        drawn["levers"] = levers_chart(alt, rows)
+        drawn["levers"] = levers_chart(rows)
     if folders:
-        drawn["runs"] = runs_chart(alt, own(folders))
+        drawn["runs"] = runs_chart(own(folders))
     return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
 
 
-def wide(alt: Any, rows: Rows, what: str) -> Any:
+def wide(rows: Rows, what: str) -> Any:
     """An empty chart as wide as the page; what: its description for those who cannot see it."""
     return alt.Chart(alt.Data(values=rows), description=what, width="container", height=320)
 
 
-def choice(alt: Any, name: str, options: Iterable[str], first: str = "") -> Any:
+def choice(name: str, options: Iterable[str], first: str = "") -> Any:
     """The reader's choice from a list."""
     options = sorted(set(options))
     return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{name} "))
 
 
-def chain_chart(alt: Any) -> Any:
+def by_legend(field: str, faint: float = 0.1, **how: Any) -> tuple[Any, Any]:
+    """What clicks in the legend pick, and the opacity that it leaves to the others."""
+    picked = alt.selection_point(fields=[field], bind="legend", **how)
+    return picked, alt.condition(picked, alt.value(1.0), alt.value(faint))
+
+
+def chain_chart() -> Any:
+    points = wide(chain(), "Training time of every kept record, seconds").mark_point(filled=True, size=140)
+    x = alt.X("record:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30))
+    y = alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="training time, s (log)")
     tips = [f"{key}:N" for key in ("record", "category", "recipe", "against", "changed", "why", "machine", "date")]
-    return (
-        wide(alt, chain(), "Training time of every kept record, seconds")
-        .mark_point(filled=True, size=140)
-        .encode(
-            alt.X("record:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30)),
-            alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="training time, s (log)"),
-            alt.Color("category:N"),
-            tooltip=[*tips, "seconds:Q", "steps:Q", "loss:Q", "n:Q"],
-        )
-    )
+    return points.encode(x, y, alt.Color("category:N"), tooltip=[*tips, "seconds:Q", "steps:Q", "loss:Q", "n:Q"])
 
 
-def profile_chart(alt: Any) -> Any:
-    ranked, profiles, _ = contest()
+def profile_chart() -> Any:
+    ranked, profiles = contest()
     best = [row["submission"] for row in ranked]
-    arm = alt.selection_point(fields=["submission"], bind="legend", value=[{"submission": name} for name in best[:6]])
-    return (
-        wide(alt, profiles, "Share of workloads within tau times the best time")
-        .mark_line(interpolate="step-after", strokeWidth=2)
-        .encode(
-            alt.X("tau:Q", title="time / best time of the field", scale=alt.Scale(domain=[1, score.TAU_MAX])),
-            alt.Y("share:Q", title="share of workloads"),
-            alt.Color("submission:N", sort=best, legend=alt.Legend(symbolLimit=40)),
-            opacity=alt.condition(arm, alt.value(1.0), alt.value(0.08)),
-            tooltip=["submission:N", "tau:Q", "share:Q"],
-        )
-        .add_params(arm)
-    )
+    arm, opacity = by_legend("submission", 0.08, value=[{"submission": name} for name in best[:6]])
+    lines = wide(profiles, "Share of workloads within tau times the best time")
+    lines = lines.mark_line(interpolate="step-after", strokeWidth=2).add_params(arm)
+    x = alt.X("tau:Q", title="time / best time of the field", scale=alt.Scale(domain=[1, score.TAU_MAX]))
+    y = alt.Y("share:Q", title="share of workloads")
+    colour = alt.Color("submission:N", sort=best, legend=alt.Legend(symbolLimit=40))
+    return lines.encode(x, y, colour, opacity=opacity, tooltip=["submission:N", "tau:Q", "share:Q"])
 
 
-def sensitivity_chart(alt: Any) -> Any:
-    ranked, _, trials = contest()
-    where = choice(alt, "workload", (t["workload"] for t in trials))
-    who = choice(alt, "optimizer", (t["submission"] for t in trials), ranked[0]["submission"])
-    return (
-        wide(alt, trials, "Final loss against learning rate of one optimizer's trials")
-        .mark_point(filled=True, size=70)
-        .transform_filter((alt.datum.workload == where) & (alt.datum.submission == who))
-        .encode(
-            alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate (log)"),
-            alt.Y("loss:Q", scale=alt.Scale(zero=False), title="final loss, nats"),
-            tooltip=["submission:N", "lr:Q", "loss:Q"],
-        )
-        .add_params(where, who)
-    )
+def sensitivity_chart(rows: Rows) -> Any:
+    best = contest()[0][0]["submission"]
+    where, who = choice("workload", (r["workload"] for r in rows)), choice("optimizer", (r["submission"] for r in rows), best)
+    points = wide(rows, "Final loss against learning rate of one optimizer's trials").mark_point(filled=True, size=70)
+    points = points.transform_filter((alt.datum.workload == where) & (alt.datum.submission == who)).add_params(where, who)
+    x = alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate (log)")
+    y = alt.Y("loss:Q", scale=alt.Scale(zero=False), title="final loss, nats")
+    return points.encode(x, y, tooltip=["submission:N", "lr:Q", "loss:Q"])
 
 
-def scaling_chart(alt: Any) -> Any:
-    sizes = scaling()
-    which = choice(alt, "experiment", (row["experiment"] for row in sizes))
-    base = wide(alt, sizes, "Speed-up of each trick at each model size").transform_filter(alt.datum.experiment == which)
+def scaling_chart(rows: Rows) -> Any:
+    which = choice("experiment", (row["experiment"] for row in rows))
+    base = wide(rows, "Speed-up of each trick at each model size").transform_filter(alt.datum.experiment == which)
     x = alt.X("parameters:Q", scale=alt.Scale(type="log"), title="non-embedding parameters (log)")
     y = alt.Y("low:Q", title="speed-up in tokens (log)", scale=alt.Scale(type="log"))
     tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
@@ -239,69 +217,47 @@ def scaling_chart(alt: Any) -> Any:
     return (spans + base.mark_line(point=True).encode(x, y="ratio:Q", color="trick:N", tooltip=tips)).add_params(which)
 
 
-def levers_chart(alt: Any, rows: Rows) -> Any:
-    which = choice(alt, "workload", (row["workload"] for row in rows))
-    base = wide(alt, rows, "Final loss minus Muon's, of each lever").transform_filter(alt.datum.workload == which)
+def levers_chart(rows: Rows) -> Any:
+    which = choice("workload", (row["workload"] for row in rows))
+    base = wide(rows, "Final loss minus Muon's, of each lever").transform_filter(alt.datum.workload == which)
+    x = alt.X("low:Q", title="final loss minus Muon's, nats: left is better")
     y = alt.Y("name:N", sort=alt.EncodingSortField("difference"), title=None)
-    colour = alt.Color(
-        "verdict:N", scale=alt.Scale(domain=["helps", "no difference", "hurts"], range=["#0072B2", "#999999", "#D55E00"])
-    )
-    spans = base.mark_rule().encode(
-        alt.X("low:Q", title="final loss minus Muon's, nats: left is better"), alt.X2("high:Q"), y, colour
-    )
+    scale = alt.Scale(domain=["helps", "no difference", "hurts"], range=["#0072B2", "#999999", "#D55E00"])
+    colour = alt.Color("verdict:N", scale=scale)
     tips = ["name:N", "verdict:N", "difference:Q", "low:Q", "high:Q", "steps:Q", "cost:Q"]
-    return (spans + base.mark_point(filled=True, size=70).encode(x="difference:Q", y=y, color=colour, tooltip=tips)).add_params(
-        which
+    spans = base.mark_rule().encode(x, alt.X2("high:Q"), y, colour)
+    points = base.mark_point(filled=True, size=70).encode(x="difference:Q", y=y, color=colour, tooltip=tips)
+    return (spans + points).add_params(which)
+
+
+def published_chart() -> Any:
+    points = wide(published(), "Published records of modded-nanogpt, minutes to 3.28 on 8 H100").mark_point(
+        filled=True, size=70
     )
+    y = alt.Y("minutes:Q", scale=alt.Scale(type="log"), title="minutes to 3.28 on 8 H100 (log)")
+    return points.encode(alt.X("date:T", title=None), y, tooltip=["record:N", "date:T", "minutes:Q", "what:N"])
 
 
-def published_chart(alt: Any) -> Any:
-    return (
-        wide(alt, published(), "Published records of modded-nanogpt, minutes to 3.28 on 8 H100")
-        .mark_point(filled=True, size=70)
-        .encode(
-            alt.X("date:T", title=None),
-            alt.Y("minutes:Q", scale=alt.Scale(type="log"), title="minutes to 3.28 on 8 H100 (log)"),
-            tooltip=["record:N", "date:T", "minutes:Q", "what:N"],
-        )
-    )
+def runs_chart(rows: Rows) -> Any:
+    run, opacity = by_legend("run")
+    lines = wide(rows, "Training loss of your runs").mark_line().add_params(run)
+    y = alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats")
+    colour = alt.Color("run:N", legend=alt.Legend(columns=1, labelLimit=300))
+    return lines.encode(alt.X("step:Q"), y, colour, opacity=opacity, tooltip=["run:N", "step:Q", "loss:Q"])
 
 
-def runs_chart(alt: Any, rows: Rows) -> Any:
-    run = alt.selection_point(fields=["run"], bind="legend")
-    return (
-        wide(alt, rows, "Training loss of your runs")
-        .mark_line()
-        .encode(
-            alt.X("step:Q"),
-            alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats"),
-            alt.Color("run:N", legend=alt.Legend(columns=1, labelLimit=300)),
-            opacity=alt.condition(run, alt.value(1.0), alt.value(0.1)),
-            tooltip=["run:N", "step:Q", "loss:Q"],
-        )
-        .add_params(run)
-    )
-
-
-def curves(alt: Any, rows: Rows) -> Any:
+def losses_chart(rows: Rows) -> Any:
     """Loss against the axis, for the comparison, that the reader chooses; a click in the legend picks arms."""
-    which = choice(alt, "comparison", (row["comparison"] for row in rows))
+    which = choice("comparison", (row["comparison"] for row in rows))
     against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
-    arm = alt.selection_point(fields=["arm"], bind="legend", toggle="true")
-    return (
-        wide(alt, rows, "Training loss of the arms of a comparison")
-        .mark_line()
-        .transform_filter(alt.datum.comparison == which)
-        .transform_calculate(x=f"datum[{against.name}]")
-        .encode(
-            alt.X("x:Q", title="seconds, steps or tokens"),
-            alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats"),
-            alt.Color("arm:N", legend=alt.Legend(columns=1, labelLimit=300)),
-            opacity=alt.condition(arm, alt.value(1.0), alt.value(0.1)),
-            tooltip=["arm:N", "step:Q", "seconds:Q", "tokens:Q", "loss:Q"],
-        )
-        .add_params(which, against, arm)
-    )
+    arm, opacity = by_legend("arm", toggle="true")
+    lines = wide(rows, "Training loss of the arms of a comparison").mark_line().add_params(which, against, arm)
+    lines = lines.transform_filter(alt.datum.comparison == which).transform_calculate(x=f"datum[{against.name}]")
+    x = alt.X("x:Q", title="seconds, steps or tokens")
+    y = alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats")
+    colour = alt.Color("arm:N", legend=alt.Legend(columns=1, labelLimit=300))
+    tips = ["arm:N", "step:Q", "seconds:Q", "tokens:Q", "loss:Q"]
+    return lines.encode(x, y, colour, opacity=opacity, tooltip=tips)
 
 
 # ---------------------------------------------------------------- the page
@@ -334,17 +290,20 @@ def studies_shown() -> str:
 
 def page(folders: Sequence[Path]) -> str:
     """The HTML. Raises UsageError: Altair is missing, or a folder is no run."""
+    if alt is None:
+        raise UsageError("the page needs Altair: .venv/bin/pip install -e .[page]")
     drawn = {name: chart.to_dict() for name, chart in charts(folders).items()}
-    import vl_convert
-
-    specs = json.dumps(drawn).replace("<", "\\u003c")  # so that no name of a run can end the script
-    text = TEMPLATE.read_text()
-    filled = {"SCORES": score_table(), "STUDIES": studies_shown(), "SPECS": specs}
     board = '<section id="levers-board"><h2>Levers on Muon</h2><div class="chart" id="levers"></div></section>'
-    filled |= {"LEVERS": board if "levers" in drawn else ""}
-    filled |= {"RUNS": '<section><h2>Your runs</h2><div class="chart" id="runs"></div></section>' if folders else ""}
-    filled |= {"VEGA": vl_convert.javascript_bundle()}
-    for name, content in filled.items():
+    parts = {
+        "SCORES": score_table(),
+        "STUDIES": studies_shown(),
+        "SPECS": json.dumps(drawn).replace("<", "\\u003c"),  # so that no name of a run can end the script
+        "LEVERS": board if "levers" in drawn else "",
+        "RUNS": '<section><h2>Your runs</h2><div class="chart" id="runs"></div></section>' if folders else "",
+        "VEGA": vl_convert.javascript_bundle(),
+    }
+    text = TEMPLATE.read_text()
+    for name, content in parts.items():
         text = text.replace(f"<!-- {name} -->", content, 1)
     return text
 
