@@ -28,9 +28,10 @@ BATCH_TOKENS = 8192
 
 
 @torch.no_grad()
-def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int], bar: tqdm) -> list[float]:
+def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int], unit: str) -> list[float]:
     """Of the last `count` tokens of each row, given those before, in all, nats. A row longer than the context loses its
-    beginning. Rows of like length share a batch."""
+    beginning. Rows of like length share a batch. unit: what a row is, for the progress bar."""
+    bar = tqdm(total=len(rows), unit=unit, disable=None)
     room, sums = gpt.config.sequence_length + 1, [0.0] * len(rows)
     cut = [row[-room:] for row in rows]
     for batch in batches([len(row) for row in cut]):
@@ -42,6 +43,7 @@ def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int]
         for at, i in enumerate(batch):
             sums[i] = -float(losses[at, max(0, len(cut[i]) - 1 - counts[i]) : len(cut[i]) - 1].double().sum())
         bar.update(len(batch))
+    bar.close()
     return sums
 
 
@@ -79,9 +81,7 @@ def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
             end = [int(t) for t in tokenizer.encode(" " + ending)]
             rows.append(start + end)
             counts.append(len(end))
-    with tqdm(total=len(rows), unit="ending", disable=None) as bar:
-        sums = iter(log_probabilities(gpt, rows, counts, bar))
-    lengths, right = iter(counts), [0, 0]
+    sums, lengths, right = iter(log_probabilities(gpt, rows, counts, "ending")), iter(counts), [0, 0]
     for _, endings, label in asked:
         of = [next(sums) for _ in endings]
         mean = [value / max(1, next(lengths)) for value in of]
@@ -102,8 +102,7 @@ def bits_per_byte(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
     step = max(1, room // 2)
     ends = sorted({*range(min(room + 1, len(tokens)), len(tokens), step), len(tokens)})
     counts = [end - (ends[i - 1] if i else 1) for i, end in enumerate(ends)]
-    with tqdm(total=len(ends), unit="sequence", disable=None) as bar:
-        nats = -sum(log_probabilities(gpt, [tokens[max(0, end - room - 1) : end] for end in ends], counts, bar))
+    nats = -sum(log_probabilities(gpt, [tokens[max(0, end - room - 1) : end] for end in ends], counts, "sequence"))
     size = len(text.encode())
     data = {"bits_per_byte": nats / math.log(2) / size, "tokens": len(tokens) - 1, "bytes": size}
     return Answer("bits per byte: {bits_per_byte:.4f} ({tokens:,} tokens, {bytes:,} bytes)".format(**data), data)

@@ -23,6 +23,8 @@ from model import GPT
 
 NAMES = {"wte": "embedding", "wpe": "positions", "ln_f": "norm", "h": "blocks", "ln_1": "norm1", "ln_2": "norm2",
          "attn": "attention", "c_attn": "qkv", "c_fc": "up", "c_proj": "projection", "lm_head": "head"}  # fmt: skip
+SHAPE = {"vocab_size": "vocab_size", "sequence_length": "n_positions", "layers": "n_layer", "heads": "n_head",
+         "width": "n_embd"}  # fmt: skip
 TRANSPOSED = ("qkv.weight", "up.weight", "projection.weight")  # Hugging Face's Conv1D stores them so
 # What a GPT-2 of Hugging Face must have to be one of ours
 FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -56,17 +58,16 @@ def of_huggingface(config: dict[str, Any], state: dict[str, Tensor]) -> tuple[di
     same = FIXED | {"embd_pdrop": pdrop, "attn_pdrop": pdrop}
     if differs := [f"{key} {config[key]}" for key, value in same.items() if config.get(key, value) != value]:
         raise UsageError(f"a GPT-2 with {', '.join(differs)} cannot be taken over")
-    shape = dict(vocab_size=config["vocab_size"], sequence_length=config["n_positions"], layers=config["n_layer"])
-    shape |= dict(heads=config["n_head"], width=config["n_embd"], dropout=pdrop)
-    shape |= dict(mlp_ratio=(config.get("n_inner") or 4 * config["n_embd"]) // config["n_embd"])
-    return shape | dict(tied_head=config.get("tie_word_embeddings", True)), ours(state, TRANSPOSED)
+    shape = {name: config[theirs] for name, theirs in SHAPE.items()} | {"dropout": pdrop}
+    shape["mlp_ratio"] = (config.get("n_inner") or 4 * config["n_embd"]) // config["n_embd"]
+    return shape | {"tied_head": config.get("tie_word_embeddings", True)}, ours(state, TRANSPOSED)
 
 
 def of_nanogpt(stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Of the dictionary that nanoGPT's train.py saves."""
     given = stored["model_args"]
-    shape = dict(vocab_size=given["vocab_size"], sequence_length=given["block_size"], layers=given["n_layer"])
-    shape |= dict(heads=given["n_head"], width=given["n_embd"], dropout=given.get("dropout", 0.0), bias=given.get("bias", True))
+    shape = {name: given["block_size" if theirs == "n_positions" else theirs] for name, theirs in SHAPE.items()}
+    shape |= {"dropout": given.get("dropout", 0.0), "bias": given.get("bias", True)}
     return shape, ours({name.removeprefix("_orig_mod."): w for name, w in stored["model"].items()}, ())
 
 
@@ -105,8 +106,8 @@ def fill(gpt: GPT, source: str) -> None:
     gpt.load_state_dict(weights)
 
 
-def is_published(config: ModelConfig) -> str:
-    """Empty, where the model is a GPT-2 as transformers has it; else the first setting that it is not."""
+def odd_setting(config: ModelConfig) -> str:
+    """The first setting that no GPT-2 of transformers has; empty, where the model is one."""
     plain = ModelConfig()
     odd = (f.name for f in fields(ModelConfig) if f.name not in PUBLISHED and getattr(config, f.name) != getattr(plain, f.name))
     return next(odd, "")
@@ -116,7 +117,7 @@ def write(gpt: GPT, out: Path) -> None:
     """config.json and model.safetensors of a GPT2LMHeadModel; missing biases are zeros, padding of the vocabulary is cut off.
     Raises UsageError: it is no GPT-2 as published."""
     c = gpt.config
-    if odd := is_published(c):
+    if odd := odd_setting(c):
         raise UsageError(f"{odd} {getattr(c, odd)} is no GPT-2 of transformers")
     back = {ours: theirs for theirs, ours in NAMES.items()}
     state = {}
@@ -129,7 +130,7 @@ def write(gpt: GPT, out: Path) -> None:
             state[theirs.replace(".weight", ".bias")] = torch.zeros(value.size(0))
     if c.tied_head:
         del state["lm_head.weight"]
-    shape = dict(vocab_size=c.vocab_size, n_positions=c.sequence_length, n_layer=c.layers, n_head=c.heads, n_embd=c.width)
+    shape = {theirs: getattr(c, name) for name, theirs in SHAPE.items()}
     drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
     about = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_inner=c.mlp_ratio * c.width)
     out.mkdir(parents=True, exist_ok=True)

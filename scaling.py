@@ -22,89 +22,43 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from config import resolve
 from data.shards import Dataset, dataset_folder
-from engine.command import Answer, Parser, command
+from engine.command import Answer, command
 from engine.run_folder import intact, settings_hash
-from engine.spec import UsageError, nearest
+from engine.spec import UsageError
 from lab import plots, runner
 from lab.ledger import Row
 from lab.scaling import ladder, published, survival
 from lab.scaling import report as survival_report
-from lab.scaling.ladder import LADDERS, RETUNE_SEED, TIME_PAIRS, TIME_SEED, Cell, Ladder, Rung, size_of, size_words
+from lab.scaling.experiment import Experiment, make, parse
+from lab.scaling.ladder import Cell, size_words
 from lab.scaling.plan import plan
 
 REPORT = "scaling.json"
 LEAST_BUDGET = 0.125  # below which the base's curve is not extended
-Factors = dict[tuple[Rung, str], float]  # on the learning rate, by size and arm
+SAME = ("ladder", "base", "lr_transfer", "tokens_per_parameter", "flags")  # in every experiment of one folder
 
 
 # ---------------------------------------------------------------- what is to be run
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A ladder, its rungs, and the arms with their flags, the base first."""
-
-    ladder: Ladder
-    rungs: tuple[Rung, ...]
-    arms: dict[str, tuple[str, ...]]
-    options: argparse.Namespace
-
-    @property
-    def base(self) -> str:
-        return next(iter(self.arms))
-
-    def cell(self, phase: str, name: str, rung: Rung, budget: float = 1, factor: float = 1.0) -> Cell:
-        arm = ladder.at_size(name, self.arms[name], rung, self.options.lr_transfer, factor)
-        steps = self.options.timing_steps if phase == "time" else rung.steps(budget)
-        return Cell(phase, name, rung, budget, factor, steps, arm)
-
-    def retunes(self) -> list[Cell]:
-        factors = ladder.retune_factors(self.options.retune, self.options.retune_step) if self.options.retune > 1 else []
-        return [self.cell("retune", name, rung, 1, f) for rung in self.rungs for f in factors for name in self.arms]
-
-    def curves(self, factors: Factors) -> list[Cell]:
-        wanted = product(self.rungs, sorted(self.options.budgets), self.arms)
-        return [self.cell("curve", name, r, b, factors[r, name]) for r, b, name in wanted if b == 1 or name == self.base]
-
-    def timings(self, factors: Factors) -> list[Cell]:
-        return [self.cell("time", name, rung, 1, f) for (rung, name), f in factors.items() if self.options.timing_steps]
-
-    def planned(self) -> list[tuple[Cell, int]]:
-        """Every cell and its number of runs, as far as they are known before the first run."""
-        once = dict.fromkeys(product(self.rungs, self.arms), 1.0)
-        counts = {"retune": 1, "curve": self.options.seeds, "time": TIME_PAIRS}
-        return [(cell, counts[cell.phase]) for cell in (*self.retunes(), *self.curves(once), *self.timings(once))]
-
-    def train_tokens(self) -> int:
-        """Of the corpus. Raises UsageError: it is not prepared here; says how."""
-        config, _, _ = resolve(list(self.arms[self.base]))
-        return len(Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train"))
-
-
 def make_experiment(options: argparse.Namespace) -> Experiment:
-    """Raises UsageError: unknown ladder, size or trick; what the trainer, `check_settings` or `check_data` refuses."""
-    if options.ladder not in LADDERS:
-        raise UsageError(f"--ladder {options.ladder}: {nearest(options.ladder, LADDERS)}")
-    of = LADDERS[options.ladder]
-    sizes = ladder.own_sizes(options.sizes, of) if options.sizes else of.sizes
-    common = ("--track", of.track, *options.flags, *ladder.LAST_ONLY)
-    arms = {options.base: ("--tricks", options.base, *common)}
-    arms |= {f"+{word}": (*ladder.trick_flags(options.base, word), *common) for word in options.tricks}
-    if len(arms) <= len(options.tricks):
-        raise UsageError("the same trick twice: name each once")
-    ratio = options.tokens_per_parameter or of.tokens_per_parameter
-    rungs = tuple(ladder.rung(size, of, ratio, arms[options.base]) for size in sizes)
-    experiment = Experiment(of, rungs, arms, options)
+    """Raises UsageError: as `make`; what `check_settings` or `check_data` refuses."""
+    experiment = make(options)
     check_settings(experiment)
     check_data(experiment)
     return experiment
+
+
+def train_tokens(experiment: Experiment) -> int:
+    """Of the corpus. Raises UsageError: it is not prepared here; says how."""
+    config, _, _ = resolve(list(experiment.arms[experiment.base]))
+    return len(Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train"))
 
 
 def check_settings(experiment: Experiment) -> None:
@@ -124,7 +78,7 @@ def check_data(experiment: Experiment) -> None:
     """Raises UsageError: the longest run would see data twice; the corpus is not prepared, unless this is only a plan."""
     options, rung = experiment.options, experiment.rungs[-1]
     try:
-        there, most = experiment.train_tokens(), max(options.budgets)
+        there, most = train_tokens(experiment), max(options.budgets)
     except UsageError:
         if options.plan:
             return
@@ -144,63 +98,47 @@ def run(options: argparse.Namespace) -> str:
     experiment = make_experiment(options)
     if options.plan:
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
-        return plan(experiment.planned(), ["--hardware", options.hardware, "--gpu-price", str(options.price), *ranks])
+        runs = [(cell, len(experiment.seeds(cell.phase))) for cell in experiment.planned()]
+        return plan(runs, ["--hardware", options.hardware, "--gpu-price", str(options.price), *ranks])
     out = options.out or Path("scaling") / f"{options.ladder}-{options.base.replace(',', '+')}"
-    ratio = options.tokens_per_parameter or experiment.ladder.tokens_per_parameter
-    settings = {"ladder": options.ladder, "base": experiment.base, "lr_transfer": options.lr_transfer}
-    settings |= {"tokens_per_parameter": ratio, "flags": list(options.flags)}
-    runner.check_folder(out, REPORT, settings)
-    return runner.alone_in(out, lambda: measure(experiment, settings, out))
+    about = experiment.described()
+    runner.check_folder(out, REPORT, {key: about[key] for key in SAME})
+    return runner.alone_in(out, lambda: measure(experiment, out))
 
 
-def measure(experiment: Experiment, settings: dict[str, Any], out: Path) -> str:
+def measure(experiment: Experiment, out: Path) -> str:
     """`run` in its output folder: re-tune, curves, further runs of the base where needed, timing; then the report."""
     options = experiment.options
-    trainer, seeds = runner.Runner(out, options.keep_checkpoints, ladder.POINTS), range(options.seeds)
+    trainer = runner.Runner(out, options.keep_checkpoints, ladder.POINTS)
     beside, alone = runner.make_launcher(options, side_by_side=True), runner.make_launcher(options, side_by_side=False)
 
-    def trained(phase: str, cells: Sequence[Cell], seeds: Iterable[int]) -> None:
-        trainer.run_all(phase, [cell.trial(seed) for seed in seeds for cell in cells], *beside)
+    def trained(phase: str, cells: Sequence[Cell]) -> None:
+        trainer.run_all(phase, [cell.trial(seed) for seed in experiment.seeds(phase) for cell in cells], *beside)
 
     def rows(cells: Iterable[Cell]) -> list[Row]:
         return trainer.rows(cell.arm for cell in cells)[0]
 
     retunes = experiment.retunes()
-    trained("retune", retunes, [RETUNE_SEED])
-    factors = best_factors(experiment, retunes, rows(retunes))
+    trained("retune", retunes)
+    factors = experiment.best_factors(retunes, rows(retunes))
     curves = experiment.curves(factors)
-    trained("curve", curves, seeds)
+    trained("curve", curves)
     while more := missing_budgets(experiment, curves, rows(curves)):
-        trained("curve", more, seeds)
+        trained("curve", more)
         curves += more
     timed = experiment.timings(factors)
-    turns = product(experiment.rungs, range(TIME_SEED, TIME_SEED + TIME_PAIRS))
+    turns = product(experiment.rungs, experiment.seeds("time"))
     trainer.run_turns("time", [[c.trial(seed) for c in timed if c.rung == rung] for rung, seed in turns], *alone)
     cells = [*retunes, *curves, *timed]
     used, left_out = trainer.rows(cell.arm for cell in cells)
-    settings |= {"command": options.command, "at": options.at_parameters or 10 * experiment.rungs[-1].parameters}
-    settings |= {"seeds": options.seeds, "hold_out": options.hold_out}
-    settings |= {"sizes": [rung.described() for rung in experiment.rungs], "arms": list(experiment.arms)}
-    settings |= {"left_out": left_out, "cells": [cell.described() for cell in cells]}
+    settings = experiment.described() | {"left_out": left_out, "cells": [cell.described() for cell in cells]}
     return report(out, survival.summarise(used, settings))
-
-
-def best_factors(experiment: Experiment, retunes: Sequence[Cell], rows: Sequence[Row]) -> Factors:
-    """The best learning-rate factor of the re-tune; 1 without one. Raises UsageError: the base diverged at all of them."""
-    factors = {}
-    for rung, name in product(experiment.rungs, experiment.arms):
-        tried = [cell.described() for cell in retunes if (cell.name, cell.rung) == (name, rung)]
-        tuned = survival.retuned(tried, rows)
-        factors[rung, name] = tuned["best"] if tuned else 1.0
-        if tuned and name == experiment.base and not math.isfinite(min(tuned["losses"].values())):
-            raise survival.all_failed(len(tried), name, rung.size.name)
-    return factors
 
 
 def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequence[Row]) -> list[Cell]:
     """Further runs of the base: twice its largest budget where a trick's loss is below its losses, half its smallest where one
     is above; none beyond --most-budget, the corpus, or LEAST_BUDGET."""
-    there, more = experiment.train_tokens(), []
+    there, more = train_tokens(experiment), []
     losses = defaultdict(list)
     for row in rows:
         if row.phase == "curve" and math.isfinite(row.val_loss):
@@ -229,57 +167,11 @@ def report(out: Path, summary: dict[str, Any]) -> Answer:
     return Answer("\n".join(lines), summary)
 
 
-# ---------------------------------------------------------------- command
-
-
-def parser() -> argparse.ArgumentParser:
-    made = Parser(description=__doc__)
-    add = made.add_argument
-    add("--tricks", nargs="+", default=[], metavar="TRICK", help="tricks or optimizer SPECs, each tried alone on the base")
-    add("--base", default="modern", help="recipe or comma-separated tricks to compare with (default: modern)")
-    add("--ladder", default="cpu", help=f"{' or '.join(LADDERS)} (default: cpu)")
-    add("--sizes", nargs="+", default=[], help="such as 0.3M 0.8M (default: the ladder's)")
-    add("--tokens-per-parameter", type=float, default=0, help="at budget 1, non-embedding (default: the ladder's)")
-    add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="of the base; a trick has budget 1 (default: 0.5 1 2)")
-    add("--most-budget", type=float, default=4, help="double the base's budgets up to this to meet a trick's loss (default: 4)")
-    add("--seeds", type=int, default=3, help="runs at each point (default: 3)")
-    add("--lr-transfer", default="mup", help="learning rate by width: mup, power:EXPONENT or none (default: mup)")
-    add("--retune", type=int, default=3, help="learning rates that every arm tries at every size; 1: no tuning (default: 3)")
-    add("--retune-step", type=float, default=2, help="ratio of neighbouring rates (default: 2)")
-    add("--timing-steps", type=int, default=20, help="steps of the runs that measure seconds per token; 0: none (default: 20)")
-    add("--at", default="", help="size to predict for (default: 10 x the largest)")
-    add("--hold-out", type=int, default=1, help="number of largest sizes that the smaller ones must predict (default: 1)")
-    add("--plan", action="store_true", help="print runs, tokens, FLOPs, memory, hours and cost, and stop")
-    add("--hardware", default="here", help="for --plan: such as 8xH100, or here (default)")
-    add("--price", type=float, default=0, help="for --plan: dollars per GPU and hour (default: by engine/hardware.py)")
-    add("--report", type=Path, metavar="FOLDER", help="rewrite a folder's report from its trials")
-    add("--side-by-side", type=int, default=1, help="trials at once, sharing the cores; timing is one at a time (default: 1)")
-    runner.add_launcher_flags(made)
-    add("--out", type=Path, help="output folder (default: scaling/<ladder>-<base>)")
-    return made
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Command line -> options. Raises UsageError: an unknown flag or a value out of range."""
-    options = runner.read_options(parser(), argv)
-    if not options.report and not options.tricks:
-        raise UsageError("scale what? --tricks muon soap ... (see --help)")
-    runner.at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1)
-    if options.tokens_per_parameter < 0 or not options.retune_step > 1:
-        raise UsageError("--tokens-per-parameter must be above 0 and --retune-step above 1")
-    given = options.budgets
-    if len(set(given)) < max(2, len(given)) or not all(0 < budget < math.inf for budget in given) or 1 not in given:
-        raise UsageError(f"--budgets takes at least two different numbers above 0, one of them 1; not {given}")
-    ladder.transfer_exponent(options.lr_transfer, "adamw")
-    options.at_parameters = size_of(options.at) if options.at else None
-    return options
-
-
 def main(argv: list[str]) -> int:
     def work() -> str:
         if argv[:1] == ["fit"]:
             return published.fit_table(argv[1:])
-        options = parse(argv)
+        options = parse(argv, __doc__)
         if options.report:
             with intact(options.report / REPORT):
                 return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))

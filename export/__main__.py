@@ -94,7 +94,7 @@ def write(argv: list[str]) -> str:
     gpt, config = load_model(run)
     options.out.mkdir(parents=True, exist_ok=True)
     of_tokens = write_tokenizer(tokenizers.get(config["tokenizer"], options.data_root), options.out)
-    odd = hub.is_published(gpt.config)
+    odd = hub.odd_setting(gpt.config)
     if odd:
         write_speedrun(gpt, options.out)
     else:

@@ -73,7 +73,7 @@ def add(
     try:
         said = {"kind": kind, "category": category, "number": number, "name": name, "why": why}
         record = records.write(folder, runs, anew, rival, said)
-        for v in rules.verdicts(record):
+        for v in verdicts_on(record):
             if v.verdict == "fail":
                 raise UsageError(f"not a record: {v.rule}: {v.words}")
     except BaseException:
@@ -110,6 +110,14 @@ def runs_of(folder: Path, arm: str) -> list[Path]:
 
 
 Kept = Record | Report | Tuning | Tree
+RULES = {Record: rules.RULES, Report: reports.RULES, Tuning: tables.RULES, Levers: tables.LEVER_RULES, Tree: history.RULES}
+RERUN = {Record: rules.rerun, Report: reports.rerun}
+
+
+def verdicts_on(kept: Kept, rerun: bool = False) -> list[Verdict]:
+    """rerun: also train something of it again, where it is a record or report."""
+    also = {"rerun": RERUN[type(kept)]} if rerun and type(kept) in RERUN else {}
+    return judge(kept, RULES[type(kept)] | also)
 
 
 def everything() -> list[Kept]:
@@ -117,7 +125,8 @@ def everything() -> list[Kept]:
     root = records.RECORDS
     folders = [path for track in tricks.TRACKS for path in sorted((root / track).glob("*")) if path.is_dir()]
     tuned = [kind(root / kind.label) for kind in (Tuning, Levers) if (root / kind.label).is_dir()]
-    return [*map(Record, folders), *reports.all_reports(root), *tuned, Tree(root)]
+    made = [Report(path) for name in reports.KINDS for path in sorted((root / name).glob("*")) if path.is_dir()]
+    return [*map(Record, folders), *made, *tuned, Tree(root)]
 
 
 def chosen(names: list[str]) -> list[Kept]:
@@ -130,13 +139,6 @@ def chosen(names: list[str]) -> list[Kept]:
     if list(every) == [Tree.label]:
         raise UsageError("no records yet: ./run.sh records add")
     return [every[label] for label in labels]
-
-
-def verdicts_on(kept: Kept, rerun: bool = False) -> list[Verdict]:
-    """rerun: also train something of it again, where it is a record or report."""
-    if isinstance(kept, (Record, Report)):
-        return (rules if isinstance(kept, Record) else reports).verdicts(kept, rerun)
-    return judge(kept, {"tuning": tables.RULES, "levers": tables.LEVER_RULES}.get(kept.label, history.RULES))
 
 
 def verify(names: list[str], rerun: bool) -> Answer:

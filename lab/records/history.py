@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tricks
 from engine.run_folder import atomic_write
@@ -12,7 +11,7 @@ from lab.records import judge, reports, rules
 from lab.records import record as records
 from lab.records import tables as tuning_tables
 from lab.records.judge import need
-from lab.records.record import CATEGORIES, FinishedRun, Record
+from lab.records.record import CATEGORIES, FinishedRun, Record, interval
 from lab.trials import DTYPES
 
 PICTURE = "time to the target: baseline of the category, in grey, over each of its records"
@@ -32,12 +31,12 @@ def gains(chain: list[Record]) -> list[stats.Ratio]:
     return [stats.product(of_record) for of_record in parts.values()]
 
 
-def history(track: str, category: str, root: str = "") -> str:
-    """The table of a track's records; `root`: the way to records/ from the document that it stands in."""
+def history(track: str, category: str) -> str:
+    """The table of a track's records."""
     chain, rows = records.of_track(track, category), []
     for record, total in zip(chain, gains(chain), strict=True):
         about, s, against = record.about, record.about["statistics"], record.about["against"]
-        link = f"[{about['number']:03d}]({root}{track}/{record.folder.name}/README.md) {about['name']}"
+        link = f"[{about['number']:03d}]({track}/{record.folder.name}/README.md) {about['name']}"
         gained = (f"{against['record'][:3]}: {interval(against)}", interval(vars(total))) if against else ("-", "1x")
         loss = (f"{s['mean']:.4f} ({s['sd']:.4f})", f"{s['n']}, {s['p']:.1g}")
         dtype = DTYPES[about["numerics"]["dtype"]]
@@ -46,30 +45,22 @@ def history(track: str, category: str, root: str = "") -> str:
     return markdown.table(head, rows)
 
 
-def interval(ratio: dict[str, Any]) -> str:
-    return f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
-
-
 def tables() -> dict[str, str]:
     """Marker name -> generated part of records/README.md."""
-    chains = [
-        (track, category) for track in tricks.TRACKS for category in (*CATEGORIES, "open") if records.of_track(track, category)
-    ]
     of = {"record": rules.RULES, "report": reports.RULES, "tuning": tuning_tables.RULES}
     of |= {"levers": {"moves": tuning_tables.moves}, "records/": RULES}
     asked = [(kind, f"`{name}`", " ".join(rule.__doc__.split())) for kind, kept in of.items() for name, rule in kept.items()]
-    return {
-        "history": "\n\n".join(
-            [f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in chains]
-            + [f"![{PICTURE}](history-{track}.png)" for track in dict.fromkeys(track for track, _ in chains)]
-        ),
-        "rules": markdown.table(("of", "rule", "what it asks"), asked),
-    }
+    kept = chains()
+    every = [(track, category) for track in kept for category in (*CATEGORIES, "open") if records.of_track(track, category)]
+    shown = [f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in every]
+    shown += [f"![{PICTURE}](history-{track}.png)" for track in kept]
+    return {"history": "\n\n".join(shown), "rules": markdown.table(("of", "rule", "what it asks"), asked)}
 
 
-def chain_of(track: str) -> list[Record]:
-    """All records of a track, by category."""
-    return list(dict.fromkeys(r for category in ("open", *CATEGORIES) for r in records.of_track(track, category)))
+def chains() -> dict[str, list[Record]]:
+    """All records of each track that has any, by category."""
+    of = {t: dict.fromkeys(r for c in ("open", *CATEGORIES) for r in records.of_track(t, c)) for t in tricks.TRACKS}
+    return {track: list(kept) for track, kept in of.items() if kept}
 
 
 def render() -> str:
@@ -77,9 +68,8 @@ def render() -> str:
     path = records.RECORDS / "README.md"
     atomic_write(path, markdown.filled(path.read_text(), tables(), str(path)))
     written = [path.name]
-    for track in tricks.TRACKS:
-        if chain := chain_of(track):
-            written.append(plots.history(records.RECORDS, track, [r.about for r in chain], gains(chain)) + ".png")
+    for track, kept in chains().items():
+        written.append(plots.history(records.RECORDS, track, [r.about for r in kept], gains(kept)) + ".png")
     return "\n".join(f"wrote records/{name}" for name in written)
 
 
@@ -93,35 +83,31 @@ class Tree:
 
 def tree(tree: Tree) -> str:
     """records/ holds tracks, comparisons, scaling, tuning, levers, published, and in these only files that something names."""
-    chains = {track: chain for track in tricks.TRACKS if (chain := chain_of(track))}
     folders = {path.name for path in tree.folder.iterdir() if path.is_dir()} & {*FOLDERS, *tricks.TRACKS}
-    expected = {"README.md", "lessons.md", *(f"history-{track}.png" for track in chains)} & {
-        p.name for p in tree.folder.iterdir()
-    }
-    judge.only_files(tree.folder, {*expected, "README.md", *folders}, "folder of records", folders)
+    may = {"lessons.md", *(f"history-{track}.png" for track in chains())}
+    expected = {"README.md", *folders, *(name for name in may if (tree.folder / name).exists())}
+    judge.only_files(tree.folder, expected, "folder of records", folders)
     page = (tree.folder / "README.md").read_text()
     for place in sorted(folders - {"tuning", "levers"}):
-        inside = {path.name for path in (tree.folder / place).iterdir() if path.is_dir()}
-        beside = (tree.folder / place / "README.md").read_text() if place == "published" else ""
-        commands = [path.read_text() for path in (tree.folder / place).glob("*/scaling.json")] if place == "scaling" else []
-        files = {p.name for p in (tree.folder / place).iterdir() if p.is_file()} - {"README.md"}
-        stray = {name for name in files if name not in beside and not any(f"/{name} " in text for text in commands)}
-        need(not stray, f"{place}/ has the stray file {min(stray, default='')}")
-        unnamed = {name for name in inside if f"]({place}/{name}/README.md)" not in page}
-        need(not unnamed, f"README.md does not name {place}/{min(unnamed, default='')}")
+        here = tree.folder / place
+        beside = (here / "README.md").read_text() if place == "published" else ""
+        commands = [path.read_text() for path in here.glob("*/scaling.json")] if place == "scaling" else []
+        for path in sorted(here.iterdir()):
+            name = path.name
+            if path.is_dir():
+                need(f"]({place}/{name}/README.md)" in page, f"README.md does not name {place}/{name}")
+            elif name != "README.md" and name not in beside:
+                need(any(f"/{name} " in text for text in commands), f"{place}/ has the stray file {name}")
     return f"{len(folders)} folders"
 
 
 def page(tree: Tree) -> str:
     """README.md's tables are those of the records and rules; its pictures are drawn from the records."""
     text = (tree.folder / "README.md").read_text()
-    need(
-        text == markdown.filled(text, tables(), "README.md"),
-        "the tables of README.md are not those of the records: ./run.sh records render",
-    )
-    for track in tricks.TRACKS:
-        if chain := chain_of(track):
-            judge.pictured(tree.folder, [f"history-{track}"], plots.history_data([r.about for r in chain], gains(chain)))
+    as_rendered = text == markdown.filled(text, tables(), "README.md")
+    need(as_rendered, "the tables of README.md are not those of the records: ./run.sh records render")
+    for track, kept in chains().items():
+        judge.pictured(tree.folder, [f"history-{track}"], plots.history_data([r.about for r in kept], gains(kept)))
     return "as rendered"
 
 
@@ -130,8 +116,8 @@ RULES = {rule.__name__: rule for rule in (tree, page)}
 
 def curve(record: Record) -> plots.Curve:
     """The mean loss curve of a record's runs."""
-    losses = [[loss for e in log.of("train") for loss in e["loss"]] for log in record.logs]
-    return plots.curve(losses, [log.step_times for log in record.logs], [log.loss for log in record.logs])
+    logs = record.logs
+    return plots.curve([log.losses for log in logs], [log.step_times for log in logs], [log.loss for log in logs])
 
 
 def summary(folder: Path) -> str:

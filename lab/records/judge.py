@@ -23,6 +23,7 @@ from data.shards import dataset_folder, read_manifest
 from engine import run_folder
 from engine.spec import UsageError
 from lab import ledger, plots, trials
+from lab.records import record as records
 from lab.stats import Sample
 from lab.trials import Trial
 
@@ -90,9 +91,8 @@ def only_files(folder: Path, expected: set[str], what: str, folders: Collection[
 def smooth(who: str, steps: int, train: Points, val: Points, future: bool = False) -> None:
     """Validation losses are numbers and lie near the training losses just before them. future: training also predicted tokens
     after the next."""
-    need(
-        all(isinstance(loss, (int, float)) and math.isfinite(loss) for _, loss in (*train, *val)), f"{who}: a loss is no number"
-    )
+    numbers = all(isinstance(loss, (int, float)) and math.isfinite(loss) for _, loss in (*train, *val))
+    need(numbers, f"{who}: a loss is no number")
     last = max(1, len(train) // 20)
     for at, loss in val:
         before = mean([x for step, x in train if step <= at][-last:] or [math.inf])
@@ -157,11 +157,12 @@ def pictured(folder: Path, names: Iterable[str], data: Any) -> None:
         need(drawn == plots.data_hash(name, data), f"{name}.png was not drawn from these data: draw it again")
 
 
-def manifest(corpus: str, tokenizer: str) -> dict[str, Any]:
-    """dataset.json of a corpus that is prepared here. NotCheckable: it is not."""
-    if (there := read_manifest(dataset_folder(run_folder.ROOT / "corpora", corpus, tokenizer))) is None:
-        raise NotCheckable(f"the corpus is not here: ./run.sh data prepare {corpus} --tokenizer {tokenizer}")
-    return there
+def corpus(name: str, tokenizer: str) -> Path:
+    """The folder of a corpus that is prepared here. NotCheckable: it is not."""
+    folder = dataset_folder(records.RECORDS.parent / "corpora", name, tokenizer)
+    if read_manifest(folder) is None:
+        raise NotCheckable(f"the corpus is not here: ./run.sh data prepare {name} --tokenizer {tokenizer}")
+    return folder
 
 
 def fingerprint(splits: Mapping[str, Any]) -> str:
@@ -170,18 +171,17 @@ def fingerprint(splits: Mapping[str, Any]) -> str:
     return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
-def trained_again(trial: Trial, kept: Sample) -> str:
+def trained_again(trial: Trial, kept: Sample, instead: str = "") -> str:
     """Train it here in a fresh folder: a result that lies in runs/ proves nothing. Broken: it ends outside the 99 % prediction
-    interval of the runs that were kept. NotCheckable: today's trainer refuses it."""
+    interval of the runs that were kept. NotCheckable: today's trainer refuses it; instead: what to do then."""
     with tempfile.TemporaryDirectory() as fresh:
         try:
             outcome = trials.train(dataclasses.replace(trial, root=Path(fresh)))
         except UsageError as error:
-            raise NotCheckable(f"today's trainer cannot train this: {error}") from None
+            raise NotCheckable(f"today's trainer cannot train this: {error}{instead}") from None
     need(outcome.result is not None, f"it crashed: {outcome.error}")
     half = float(stdtrit(kept.n - 1, 0.995)) * kept.sd * math.sqrt(1 + 1 / kept.n)
-    words = (
-        f"{trial.arm.name}, seed {trial.seed}: {outcome.loss:.4f}, the runs that were kept end at {kept.mean:.4f} +- {half:.4f}"
-    )
+    said = f"{outcome.loss:.4f}, the runs that were kept end at {kept.mean:.4f} +- {half:.4f}"
+    words = f"{trial.arm.name}, seed {trial.seed}: {said}"
     need(abs(outcome.loss - kept.mean) <= half, words)
     return words

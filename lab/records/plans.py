@@ -4,7 +4,6 @@ import math
 import re
 import shlex
 from collections.abc import Iterable
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,9 @@ from engine.spec import split
 from lab import comparison
 from lab.horizon import FIRST_SEED
 from lab.ledger import Row
-from lab.records.judge import NotCheckable, need
-from lab.scaling import ladder, survival
-from lab.scaling.ladder import RETUNE_SEED, TIME_PAIRS, TIME_SEED, Rung, Size
+from lab.records.judge import Broken, NotCheckable, need
+from lab.scaling import experiment
+from lab.scaling.ladder import Cell, Size
 
 Summary = dict[str, Any]
 Arms = dict[str, tuple[str, ...]]  # name of a trial's arm -> its flags
@@ -109,72 +108,46 @@ def searched(name: str, rows: list[Row], summary: Summary, said: dict[str, list[
 # ---------------------------------------------------------------- scaling
 
 
-def sizes_of(words: list[str], of: ladder.Ladder) -> tuple[Size, ...]:
-    """The sizes of a command: the ladder's own, by words, or, as they could once be given, by a file in records/scaling."""
-    if len(words) == 1 and words[0].startswith("records/scaling/"):
-        listed = Path(__file__).parents[2] / "records" / "scaling" / Path(words[0]).name
-        lines = (line.split() for line in listed.read_text().splitlines() if not line.startswith("#"))
-        return tuple(Size(name, *map(int, shape)) for name, *shape in lines)
-    return ladder.own_sizes(words, of) if words else of.sizes
+def listed(words: list[str]) -> tuple[Size, ...]:
+    """The sizes of a file in records/scaling, by which they could once be given."""
+    if len(words) != 1 or not words[0].startswith("records/scaling/"):
+        return ()
+    file = Path(__file__).parents[2] / "records" / "scaling" / Path(words[0]).name
+    lines = (line.split() for line in file.read_text().splitlines() if not line.startswith("#"))
+    return tuple(Size(name, *map(int, shape)) for name, *shape in lines)
 
 
 def of_scaling(summary: Summary, rows: list[Row]) -> Arms:
-    """The arms at every size. Broken: also where a planned run is missing."""
-    said = words_of(summary["command"])
-    of, base, extra = ladder.LADDERS[said.get("--ladder", ["cpu"])[0]], said.get("--base", ["modern"])[0], said["--"]
-    common = ("--track", of.track, *extra, *ladder.LAST_ONLY)
-    arms = {base: ("--tricks", base, *common)}
-    registered(said.get("--tricks", []))
-    arms |= {f"+{word}": (*ladder.trick_flags(base, word), *common) for word in said.get("--tricks", [])}
-    ratio = float(said.get("--tokens-per-parameter", [0])[0]) or of.tokens_per_parameter
-    rungs = [ladder.rung(size, of, ratio, arms[base]) for size in sizes_of(said.get("--sizes", []), of)]
-    at, seeds = said.get("--at", [""])[0], int(said.get("--seeds", [3])[0])
-    about = {"ladder": said.get("--ladder", ["cpu"])[0], "base": base, "flags": extra, "arms": list(arms), "seeds": seeds}
-    about |= {"tokens_per_parameter": ratio, "lr_transfer": said.get("--lr-transfer", ["mup"])[0]}
-    about |= {"hold_out": int(said.get("--hold-out", [1])[0]), "at": ladder.size_of(at) if at else 10 * rungs[-1].parameters}
-    agree(summary, about | {"sizes": [rung.described() for rung in rungs]})
-    cells = of_cells(summary, arms, {rung.size.name: rung for rung in rungs}, said)
-    used = {(row.phase, row.arm, row.steps, row.pair) for row in rows if row.run not in summary.get("left_out", ())}
-    wanted = {"retune": [RETUNE_SEED], "curve": range(seeds), "time": range(TIME_SEED, TIME_SEED + TIME_PAIRS)}
-    planned = {(c["phase"], c["trial"], c["steps"], pair) for c in summary["cells"] for pair in wanted[c["phase"]]}
-    missing, strange = planned - used, used - planned
+    """The arms at every size. Broken: also where a planned cell or run is missing, or a cell does not follow from its size."""
+    try:
+        options = experiment.parse(shlex.split(summary["command"]))
+    except SystemExit:
+        raise Broken("its command asks for help alone") from None
+    registered(options.tricks)
+    made = experiment.make(options, listed(options.sizes))
+    agree(summary, made.described())
+    used = [row for row in rows if row.run not in summary.get("left_out", ())]
+    rungs, cells = {rung.size.name: rung for rung in made.rungs}, []
+    for c in summary["cells"]:
+        cell = made.cell(c["phase"], c["arm"], rungs[c["size"]], c["budget"], c["factor"])
+        for key, value in cell.described().items():
+            need(c[key] == value, f"{c['arm']} at {c['size']}: {key} is {c[key]!r}, by its size {value!r}")
+        cells.append(cell)
+    missing = set(map(as_planned, made.planned())) - set(map(as_planned, cells))
+    need(not missing, f"a cell is missing: {min(missing, default='')}")
+    ran = {(row.phase, row.arm, row.steps, row.pair) for row in used}
+    planned = {(cell.phase, cell.arm.name, cell.steps, seed) for cell in cells for seed in made.seeds(cell.phase)}
+    missing, strange = planned - ran, ran - planned
     need(not missing, f"a run is missing: {min(missing, default='')}")
     need(not strange, f"a run that was not planned: {min(strange, default='')}")
-    factors(summary, rows)
-    return cells
+    best = made.best_factors([cell for cell in cells if cell.phase == "retune"], used)
+    for cell in (cell for cell in cells if cell.phase != "retune"):
+        factor = best[cell.rung, cell.name]
+        words = f"{cell.name} at {cell.rung.size.name}: factor {cell.factor}, best is {factor}"
+        need(math.isclose(cell.factor, factor), words)
+    return {cell.arm.name: cell.arm.flags for cell in cells}
 
 
-def of_cells(summary: Summary, arms: Arms, rungs: dict[str, Rung], said: dict[str, list[str]]) -> Arms:
-    """The flags of every cell's trials. Broken: a cell is missing, or its length, batch or name do not follow."""
-    flags, there = {}, set()
-    for c in summary["cells"]:
-        rung, budget = rungs[c["size"]], c["budget"]
-        arm = ladder.at_size(c["arm"], arms[c["arm"]], rung, summary["lr_transfer"], c["factor"])
-        steps = int(said.get("--timing-steps", ["20"])[0]) if c["phase"] == "time" else rung.steps(budget)
-        follows = {"trial": arm.name, "steps": steps, "batch_tokens": rung.batch_tokens}
-        for key, value in follows.items():
-            need(c[key] == value, f"{c['arm']} at {c['size']}: {key} is {c[key]!r}, by its size {value!r}")
-        flags[arm.name] = arm.flags
-        there.add((c["phase"], c["arm"], c["size"], budget, c["factor"] if c["phase"] == "retune" else 1))
-    count, step = int(said.get("--retune", [3])[0]), float(said.get("--retune-step", [2])[0])
-    budgets = [float(b) for b in said.get("--budgets", ["0.5", "1", "2"])]
-    tried = ladder.retune_factors(count, step) if count > 1 else []
-    wanted = {("retune", name, size, 1, factor) for name, size, factor in product(arms, rungs, tried)}
-    wanted |= {
-        ("curve", name, size, b, 1) for name, size, b in product(arms, rungs, budgets) if b == 1 or name == summary["base"]
-    }
-    missing = wanted - there
-    need(not missing, f"a cell is missing: {min(missing, default='')}")
-    return flags
-
-
-def factors(summary: Summary, rows: Iterable[Row]) -> None:
-    """Broken: a curve was not trained at the best factor of its re-tune."""
-    for name, size in product(summary["arms"], (size["size"] for size in summary["sizes"])):
-        cells = [c for c in summary["cells"] if (c["arm"], c["size"]) == (name, size)]
-        best = survival.retuned([c for c in cells if c["phase"] == "retune"], list(rows)).get("best", 1.0)
-        for c in cells:
-            need(
-                c["phase"] == "retune" or math.isclose(c["factor"], best),
-                f"{name} at {size}: factor {c['factor']}, best is {best}",
-            )
+def as_planned(cell: Cell) -> tuple[str, str, str, float, float]:
+    """Before the re-tune says which factor the cells after it have."""
+    return cell.phase, cell.name, cell.rung.size.name, cell.budget, cell.factor if cell.phase == "retune" else 1

@@ -324,6 +324,10 @@ def rounded(ratio: stats.Ratio) -> dict[str, Any]:
     return {"n": ratio.n} | {key: float(f"{getattr(ratio, key):.4g}") for key in ("ratio", "low", "high", "p")}
 
 
+def interval(ratio: dict[str, Any]) -> str:
+    return f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
+
+
 def shards(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in ("file", "tokens", "sha256")} for entry in manifest["splits"][split]]
 
@@ -359,7 +363,6 @@ def readme(about: dict[str, Any]) -> str:
     if also := s.get("also"):
         lines.append("- loss elsewhere: " + ", ".join(f"`{word}` {loss:.4f}" for word, loss in also.items()))
     if against:
-        ratio = f"{against['ratio']:.3g}x ({against['low']:.3g}-{against['high']:.3g})"
         where = f"interleaved on the same machine, n = {against['n']} pairs"
-        lines.append(f"- {ratio} as fast as {against['record']}, {where}")
+        lines.append(f"- {interval(against)} as fast as {against['record']}, {where}")
     return "\n".join([*lines, "", "Checked by `./run.sh records verify`. Generated from record.json.", ""])

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import pairwise
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import mean_flops, resolve
+from data.shards import read_manifest
 from engine.run_folder import source_hash
 from engine.schedules import Course
 from engine.spec import UsageError
 from lab import comparison, ledger, plots
 from lab.records import judge as judging
 from lab.records import plans
-from lab.records.judge import STALLED, Broken, NotCheckable, Verdict, judge, need, only_files
+from lab.records.judge import STALLED, Broken, NotCheckable, need, only_files
 from lab.runner import POINTS, curves_by_run, read_curves
 from lab.scaling import ladder, survival
 from lab.scaling import report as survival_report
@@ -88,16 +89,6 @@ class Report:
         return curves_by_run(self.folder / "curves.csv")
 
 
-def all_reports(root: Path) -> list[Report]:
-    """All reports under a folder of records."""
-    return [Report(path) for name in KINDS for path in sorted((root / name).glob("*")) if path.is_dir()]
-
-
-def verdicts(report: Report, again: bool = False) -> list[Verdict]:
-    """again: also train one of its trials."""
-    return judge(report, RULES | {"rerun": rerun} if again else RULES)
-
-
 def files(report: Report) -> str:
     """Exactly the expected files are there; none names a path of a machine."""
     pictures = {f"{name}.png" for name in report.summary["plots"]}
@@ -157,10 +148,8 @@ def settings(report: Report) -> str:
             need(row.source != source_hash()[:12], str(error))
             raise NotCheckable(f"today's trainer cannot train {row.arm}: {error}") from None
         need(row.tokens == tokens, f"{who}: {row.tokens:,} tokens, by its settings {tokens:,}")
-        need(
-            math.isclose(row.flops, flops * tokens, rel_tol=1e-6),
-            f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}",
-        )
+        agree = math.isclose(row.flops, flops * tokens, rel_tol=1e-6)
+        need(agree, f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}")
         if row in report.used and row.source == source_hash()[:12]:
             name = Trial(Arm(row.arm, flags, shift), row.steps, row.pair).folder.name
             need(row.run == name, f"{who}: a run of these settings is named {name}, not {row.run}")
@@ -262,7 +251,7 @@ def data(report: Report) -> str:
     """The trials were trained on the corpus prepared here."""
     for fingerprint, arm in {row.data: row.arm for row in report.rows if row.data and row.arm in report.flags}.items():
         config, _, _ = resolve(plans.registered(report.flags[arm]))
-        here = judging.manifest(config.corpus, config.tokenizer)["splits"]
+        here = read_manifest(judging.corpus(config.corpus, config.tokenizer))["splits"]
         same = fingerprint == judging.fingerprint(here)
         need(same, f"{arm}: trained on other data ({fingerprint}) than {config.corpus} here")
     return "as prepared here"
@@ -302,25 +291,20 @@ def rerun(report: Report) -> str:
     return judging.trained_again(Trial(arm, row.steps, row.pair), Sample.of([r.val_loss for r in rows]))
 
 
-def difference(there: Any, again: Any) -> str:
+def difference(there: Any, again: Any, place: str = "") -> str:
     """Where two contents of JSON first differ, in words; empty if they do not. Numbers are the same to 1e-4: other machines
     round otherwise, and fits carry it on."""
-    stated, followed = dict(leaves(there)), dict(leaves(again))
-    if missing := stated.keys() ^ followed.keys():
-        return f"{min(missing)} is not in both"
-    for place, a in stated.items():
-        b = followed[place]
-        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (a, b))
-        if not (math.isclose(a, b, rel_tol=1e-4) if numbers else a == b):
-            return f"{place} is {a}, by the trials {b}"
-    return ""
-
-
-def leaves(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """(where, value) of all that JSON holds: ("arms[0].steps", 740)."""
-    parts = {f"{place}.{key}".lstrip("."): value for key, value in content.items()} if isinstance(content, dict) else {}
-    parts |= {f"{place}[{i}]": value for i, value in enumerate(content)} if isinstance(content, list) else {}
-    for where, value in parts.items():
-        yield from leaves(value, where)
-    if not parts:
-        yield place, content
+    lists = isinstance(there, list) and isinstance(again, list)
+    if lists:
+        there, again = dict(enumerate(there)), dict(enumerate(again))
+    if isinstance(there, dict) and isinstance(again, dict):
+        for key in there | again:
+            inner = f"{place}[{key}]" if lists else f"{place}.{key}".lstrip(".")
+            if key not in there or key not in again:
+                return f"{inner} is not in both"
+            if words := difference(there[key], again[key], inner):
+                return words
+        return ""
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (there, again))
+    same = math.isclose(there, again, rel_tol=1e-4) if numbers else there == again
+    return "" if same else f"{place} is {there}, by the trials {again}"

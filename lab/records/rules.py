@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import optimizers
 import tricks
 from config import FIELDS, Config, flag_of, mean_flops, only
-from data.shards import dataset_folder, read_manifest
+from data.shards import read_manifest
 from data.shards import verify as verify_shards
 from engine import run_folder
 from engine.schedules import Course
@@ -28,7 +28,7 @@ from engine.spec import split as split_spec
 from lab import ledger, trials
 from lab.records import judge as judging
 from lab.records import record as records
-from lab.records.judge import NotCheckable, Verdict, judge, need, only_files
+from lab.records.judge import NotCheckable, need, only_files
 from lab.records.overlap import repeats
 from lab.records.record import Record
 from lab.stats import Sample
@@ -54,11 +54,6 @@ def same(stated: dict[str, Any], followed: dict[str, Any], what: str = "") -> No
     """Broken: a stated value is not the one that follows from the logs."""
     for key, value in followed.items():
         need(stated[key] == value, f"{what}{key} is {stated[key]}, the logs give {value}")
-
-
-def verdicts(record: Record, again: bool = False) -> list[Verdict]:
-    """again: also train one of its seeds."""
-    return judge(record, RULES | {"rerun": rerun} if again else RULES)
 
 
 def schema(record: Record) -> str:
@@ -150,12 +145,13 @@ def configuration(record: Record) -> str:
 def stopping(record: Record) -> str:
     """Every run, the rival's too, ended at a fixed length whatever its loss; its log has all steps and exactly the planned
     validations, whose losses agree with the training losses."""
-    about, lengths = record.about, {}
+    about, anew = record.about, record.timed_anew
     need(not about["settings"]["stop_at_target"], "the runs stopped by their own validation loss")
     need(not about["settings"].get("minutes"), "the runs ended by the clock: a record has a fixed number of steps")
-    for log in record.all_logs:
-        lengths[log.path] = about["steps"] if log in record.logs else record.timed_anew[0].end.get("step", 0)
-        whole(log, lengths[log.path], about["settings"] if log in record.logs else about["against"]["settings"])
+    for log in record.logs:
+        whole(log, about["steps"], about["settings"])
+    for log in anew:
+        whole(log, anew[0].end.get("step", 0), about["against"]["settings"])
     return f"{about['steps']:,} steps"
 
 
@@ -250,11 +246,12 @@ def faster(record: Record) -> str:
         need(comparable, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
     ratio = records.rounded(record.speed_ratio)
     same(against, ratio, "against ")
-    words = f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
+    words = records.interval(ratio)
     need(ratio["low"] > 1, f"{words}: the interval holds 1, or slower")
-    if not all(log.ended for pair in record.pairs for log in pair):
+    logs = [log for pair in record.pairs for log in pair]
+    if not all(log.ended for log in logs):
         raise NotCheckable("the logs are from before they kept the time of day")
-    ran = sorted((ledger.moment(log.start["utc"]), log.path.name, ledger.moment(log.ended)) for log in paired(record))
+    ran = sorted((ledger.moment(log.start["utc"]), log.path.name, ledger.moment(log.ended)) for log in logs)
     for (_, one, ended), (begun, other, _) in pairwise(ran):
         need(ended <= begun, f"{one} and {other} ran at the same time")
     apart = max(map(ledger.hours_apart, record.pairs))
@@ -322,7 +319,8 @@ def transformer(record: Record) -> str:
 
 def data(record: Record) -> str:
     """The shards here have the record's sha256."""
-    stated, folder = record.about["data"], corpus(record)
+    stated, settings = record.about["data"], record.about["settings"]
+    folder = judging.corpus(settings["corpus"], settings["tokenizer"])
     problems = verify_shards(folder)
     need(not problems, problems[0] if problems else "")
     manifest = read_manifest(folder)
@@ -336,11 +334,9 @@ def overlap(record: Record) -> str:
     """The training data contains as many validation sequences as the record states, and at most 2 %."""
     stated, settings = record.about["data"]["overlap"], record.about["settings"]
     sequences = settings["val_tokens"] // settings["sequence_length"]
-    need(
-        stated["sequences"] == sequences,
-        f"the record says {stated['sequences']:,} validation sequences, there are {sequences:,}",
-    )
-    places = repeats(corpus(record), settings)
+    words = f"the record says {stated['sequences']:,} validation sequences, there are {sequences:,}"
+    need(stated["sequences"] == sequences, words)
+    places = repeats(judging.corpus(settings["corpus"], settings["tokenizer"]), settings)
     where = f", such as validation token {places[-1][0]} at training token {places[-1][1]}" if places else ""
     words = f"{len(places)} of {stated['sequences']:,} validation sequences stand in the training data{where}"
     need(len(places) == stated["in_train"], f"{words}; the record says {stated['in_train']}")
@@ -393,21 +389,14 @@ def rerun(record: Record) -> str:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             instead = f"read {records.OWN}, then name it in --optimizer" if key == "optimizer" else "registered names are"
             raise NotCheckable(f"its {key} is code from outside the repository, which is not run unasked: {instead}")
-    arm, seed = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), random.choice(about["seeds"])
-    try:
-        s = about["statistics"]
-        return judging.trained_again(trials.Trial(arm, about["steps"], seed), Sample(s["n"], s["mean"], s["sd"]))
-    except NotCheckable as reason:
-        elsewhere(record, str(reason).removeprefix("today's trainer cannot train this: "))
+    arm, s = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["statistics"]
+    trial = trials.Trial(arm, about["steps"], random.choice(about["seeds"]))
+    return judging.trained_again(trial, Sample(s["n"], s["mean"], s["sd"]), f"; check out commit {commit(record)}")
 
 
 def of_run(log: records.Log) -> tuple[str, str]:
     """What no two runs have in common."""
     return json.dumps(log.losses), json.dumps(log.step_times)
-
-
-def paired(record: Record) -> list[records.Log]:
-    return [log for pair in record.pairs for log in pair]
 
 
 def made_with(log: records.Log, whose: str, **hashes: str) -> None:
@@ -435,16 +424,6 @@ def category_problem(settings: dict[str, Any], category: str) -> str:
         fixed += [("the `modern` model's", key, value) for key, value in sets["modern"].items() if key not in free]
     wrong = (f"{key} is {settings[key]!r}, {whose} is {value!r}" for whose, key, value in fixed if settings[key] != value)
     return next(wrong, "")
-
-
-def corpus(record: Record) -> Path:
-    """NotCheckable: it is not prepared here."""
-    settings = record.about["settings"]
-    folder = dataset_folder(records.RECORDS.parent / "corpora", settings["corpus"], settings["tokenizer"])
-    if read_manifest(folder) is None:
-        command = f"./run.sh data prepare {settings['corpus']} --tokenizer {settings['tokenizer']}"
-        raise NotCheckable(f"the corpus is not here: {command}")
-    return folder
 
 
 def commit(record: Record) -> str:

@@ -35,13 +35,6 @@ def losses_by_budget(cells: Sequence[Found], rows: Sequence[Row]) -> list[Found]
     return points
 
 
-def token_cost(rows: Sequence[Row], trial: str) -> Found:
-    """FLOPs a token, and seconds a token by seed of the timed short runs."""
-    ran = [r for r in rows if r.arm == trial and r.tokens]
-    timed = {r.pair: r.train_time / r.tokens for r in ran if r.phase == "time" and r.status == "ok"}
-    return {"flops": ran[0].flops / ran[0].tokens if ran else math.nan, "seconds": timed}
-
-
 def retuned(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
     """Losses by learning-rate factor, and what it would have cost not to re-tune. {} without a re-tune."""
     factors = {(cell["trial"], cell["steps"]): cell["factor"] for cell in cells}
@@ -55,9 +48,11 @@ def retuned(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
 
 
 def measured(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
-    """All that is measured of one arm at one size."""
+    """All that is measured of one arm at one size. Its cost: FLOPs a token, and seconds a token by seed of the timed runs."""
     curve, tried = ([cell for cell in cells if cell["phase"] == phase] for phase in ("curve", "retune"))
-    cost = token_cost(rows, curve[0]["trial"] if curve else "")
+    ran = [r for r in rows if r.tokens and r.arm == (curve[0]["trial"] if curve else "")]
+    timed = {r.pair: r.train_time / r.tokens for r in ran if r.phase == "time" and r.status == "ok"}
+    cost = {"flops": ran[0].flops / ran[0].tokens if ran else math.nan, "seconds": timed}
     return {"points": losses_by_budget(curve, rows), "cost": cost, "retune": retuned(tried, rows)}
 
 

@@ -21,6 +21,7 @@ from engine import run_folder, spec
 from lab import comparison, ledger, markdown, plots, runner, stats, trials
 from lab.ledger import Row, read_rows
 from lab.records import reports
+from lab.records.judge import judge
 from lab.trials import Outcome
 
 FLAGS = ["--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256"]
@@ -209,7 +210,7 @@ def test_a_given_length_says_which_loss_is_lower_and_nothing_about_time(fake, tm
         in said
     )
     assert "--optimizer muon:lr=0.04" in (out / "README.md").read_text() and "| `fast` |" in (out / "README.md").read_text()
-    broken = lambda: {v.rule: v.words for v in reports.verdicts(reports.Report(out)) if v.verdict == "fail"}  # noqa: E731
+    broken = lambda: {v.rule: v.words for v in judge(reports.Report(out), reports.RULES) if v.verdict == "fail"}  # noqa: E731
     others = {
         "files",
         "runs",
@@ -402,7 +403,7 @@ def test_turns_that_lie_apart_are_told_and_are_no_evidence(fake, tmp_path, capsy
     trainer, out = fake({"baseline": 200, "modern": 100}), tmp_path / "comparisons" / "c"
     words = command(out, "--recipes", "baseline", "modern", "--seeds", "3", "--horizon", "baseline=215", "modern=110")
     assert compare.main(words) == 0
-    verdict = lambda: next(v for v in reports.verdicts(reports.Report(out)) if v.rule == "confirmed")  # noqa: E731
+    verdict = lambda: next(v for v in judge(reports.Report(out), reports.RULES) if v.rule == "confirmed")  # noqa: E731
     assert verdict().verdict == "pass"
     path = out / "trials.csv"
     row = next(row for row in read_rows(path) if (row.arm, row.seed) == ("modern", 1))

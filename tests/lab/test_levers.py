@@ -12,8 +12,8 @@ import optimizers
 from config import resolve
 from engine.spec import split
 from lab import levers, trials
-from lab.records import rules, tables
-from lab.records.judge import Broken
+from lab.records import tables
+from lab.records.judge import Broken, judge
 from lab.tuning import descent
 from lab.tuning.tuned import Table
 
@@ -64,7 +64,7 @@ def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa
     assert [agree[name] for name in NAMES[:3]] == ["yes |", "no |", "not seen |"]
     assert "| `tail_ema` | helps | -0.0" in text and "Missing here: aux_betas, " in text
     board = tables.Levers(out)
-    found = {v.rule: v.verdict for v in rules.judge(board, tables.LEVER_RULES)}
+    found = {v.rule: v.verdict for v in judge(board, tables.LEVER_RULES)}
     assert {found[rule] for rule in ("trials", "moves", "results")} == {"pass"}
     assert found["pictures"] == "fail", "none was drawn"
     forged = Table(out / "wiki" / "tail_ema.csv")

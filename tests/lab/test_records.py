@@ -25,6 +25,7 @@ from lab import trials
 from lab.records import __main__ as command
 from lab.records import history, overlap, reports, rules, tables
 from lab.records import record as records
+from lab.records.judge import judge
 from lab.records.record import Record
 from lab.records.reports import Report, difference
 from lab.records.tables import Tuning
@@ -122,12 +123,12 @@ def beside(made, place):
 
 def verdict(record: Record, rule: str) -> tuple[str, str]:
     """What one rule says of the record as it is on the disk now: verdict and words."""
-    (found,) = rules.judge(Record(record.folder), {rule: getattr(rules, rule)})
+    (found,) = judge(Record(record.folder), {rule: getattr(rules, rule)})
     return found.verdict, found.words
 
 
 def failures(record: Record) -> dict[str, str]:
-    return {v.rule: v.words for v in rules.verdicts(Record(record.folder)) if v.verdict == "fail"}
+    return {v.rule: v.words for v in command.verdicts_on(Record(record.folder)) if v.verdict == "fail"}
 
 
 # ---------------------------------------------------------------- what is kept
@@ -395,7 +396,7 @@ def test_verify_prints_what_is_broken(kept, capsys):
         "tiny/002-quick: FAIL, 18 rules, 2 broken" in shown and "  fail          statistics    mean is 2.0, the logs" in shown
     )
     edit(kept[1].folder / "record.json", lambda about: about.clear())  # no record at all: the other rules have nothing to read
-    assert list(failures(kept[1])) == ["schema"] and len(rules.verdicts(Record(kept[1].folder))) == 1
+    assert list(failures(kept[1])) == ["schema"] and len(command.verdicts_on(Record(kept[1].folder))) == 1
     assert command.main(["verify", "tiny/003"]) == 2 and "no record 'tiny/003'" in capsys.readouterr().err
 
 
@@ -685,7 +686,7 @@ def test_a_strangers_record_runs_no_code_of_its_own(kept, tmp_path):
     for key in rules.SPECS:
         found, said = verdict(with_settings(kept[1], **settings | {key: f"{code}:Mine"}), "rerun")
         assert found == "not checkable" and f"its {key} is code from outside the repository" in said
-    rules.verdicts(with_settings(kept[1], **dict.fromkeys(rules.SPECS, f"{code}:Mine")), again=True)
+    command.verdicts_on(with_settings(kept[1], **dict.fromkeys(rules.SPECS, f"{code}:Mine")), rerun=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -736,7 +737,7 @@ REPORT, CONFIRMED = "cpu-optimizers-schedule-free", 4  # and a line of trials.cs
 
 
 def report_failures(folder: Path) -> dict[str, str]:
-    return {v.rule: v.words for v in reports.verdicts(Report(folder)) if v.verdict == "fail"}
+    return {v.rule: v.words for v in command.verdicts_on(Report(folder)) if v.verdict == "fail"}
 
 
 def edit_row(number: int, **changes: str):
@@ -792,7 +793,7 @@ def test_tampering_with_a_report_is_found(tmp_path, tamper, rule, words):
     folder = tmp_path / "comparisons" / REPORT
     shutil.copytree(records.RECORDS / "comparisons" / REPORT, folder)
     tamper(folder)
-    (found,) = rules.judge(Report(folder), {rule: reports.RULES[rule]})
+    (found,) = judge(Report(folder), {rule: reports.RULES[rule]})
     assert found.verdict == "fail" and words in found.words
 
 
@@ -928,11 +929,11 @@ def test_forgeries_of_reports_and_tables_are_found(tmp_path, few_tables):
         of = tables.RULES if place == TABLES else reports.RULES
         made = Tuning if place == TABLES else Report
         if (place, rule) not in sound:
-            (before,) = rules.judge(made(folder), {rule: of[rule]})
+            (before,) = judge(made(folder), {rule: of[rule]})
             assert before.verdict != "fail", before
             sound.add((place, rule))
         tamper(folder)
-        (found,) = rules.judge(made(folder), {rule: of[rule]})
+        (found,) = judge(made(folder), {rule: of[rule]})
         assert found.verdict == "fail" and words in found.words, (rule, words, found)
 
 
@@ -940,7 +941,7 @@ def test_the_tree_of_records_holds_nothing_that_nothing_names(kept):
     root = records.RECORDS
 
     def failed() -> str:
-        return "; ".join(v.words for v in rules.judge(history.Tree(root), history.RULES) if v.verdict == "fail")
+        return "; ".join(v.words for v in judge(history.Tree(root), history.RULES) if v.verdict == "fail")
 
     assert not failed()
     for stray in (root / "evil.py", root / "tiny" / "x.txt"):
@@ -973,7 +974,7 @@ def test_rerun_of_a_comparison_trains_one_of_its_trials_again(tmp_path, monkeypa
         train = lambda trial, loss=loss: asked.append(trial) or SimpleNamespace(result={}, loss=loss, error="")  # noqa: E731
         monkeypatch.setattr(trials, "train", train)
         monkeypatch.setattr(reports.random, "choice", lambda several: several[0])
-        (found,) = rules.judge(Report(folder), {"rerun": reports.rerun})
+        (found,) = judge(Report(folder), {"rerun": reports.rerun})
         assert found.verdict == result and "adamw, seed 0" in found.words, found
     assert asked[0].steps == 2150 and asked[0].flags[:4] == ["--tricks", "modern,compile", "--optimizer", "adamw"]
     assert asked[0].root not in (None, trials.RUNS), "a result that lies in runs/ must not count"
@@ -995,7 +996,7 @@ def test_difference_says_where():
     there = {"a": [1.0, {"b": 2.0}], "c": None}
     assert difference(there, {"a": [1.0, {"b": 2.0 + 1e-9}], "c": None}) == ""
     assert difference(there, {"a": [1.0, {"b": 2.1}], "c": None}) == "a[1].b is 2.0, by the trials 2.1"
-    assert difference(there, {"a": [1.0], "c": None}) == "a[1].b is not in both"
+    assert difference(there, {"a": [1.0], "c": None}) == "a[1] is not in both"
     assert difference(there, {"a": [1.0, {"b": 2.0}]}) == "c is not in both"
     assert difference(there, {"a": [1.0, {"b": 2.0}], "c": 0}) == "c is None, by the trials 0"
     assert difference(there, {"a": [], "c": None}) and difference({"x": {}}, {"x": []})

@@ -468,7 +468,7 @@ def test_the_timings_of_a_turn_lie_together(fake, tmp_path):
     assert scaling.main(words) == 0 and summary(out)["apart"] == []
     timed = [row for row in read_rows(out / "trials.csv") if row.phase == "time"]
     last = timed[-1]
-    assert len(timed) == 2 * 2 * scaling.TIME_PAIRS and last.arm == "+muon at 332k"
+    assert len(timed) == 2 * 2 * ladder.TIME_PAIRS and last.arm == "+muon at 332k"
     text = (out / "trials.csv").read_text().splitlines(keepends=True)
     (out / "trials.csv").write_text("".join(line for line in text if last.run not in line))
     shutil.rmtree(tmp_path / "work" / "runs" / "cpu" / last.run)
@@ -510,7 +510,7 @@ def test_retune_is_equal_and_its_cost_is_told(fake, tmp_path):
     out = tmp_path / "s"
     words = command(out, "--tricks", "muon", "--seeds", "2", "--timing-steps", "0", sizes=("0.1M", "0.33M"))
     assert scaling.main(words) == 0
-    tried = [name.split(" at ")[0] for name, _, seed in trainer.trained if seed == scaling.RETUNE_SEED]
+    tried = [name.split(" at ")[0] for name, _, seed in trainer.trained if seed == ladder.RETUNE_SEED]
     assert tried.count("modern") == tried.count("+muon") == 3 * 2
     found = summary(out)["curves"]
     for size in ("98.3k", "332k"):
@@ -630,8 +630,9 @@ def test_a_plan_asks_the_cost_model(fake, tmp_path, capsys, monkeypatch):
     assert [*seconds] == [(32, False), (32, True), (64, False), (64, True)]
     assert {(p.where.name, p.ranks) for p in asked} == {("H100", 2)} and len(asked) == 4
     cost = float(re.search(r"hours, ([\d,]+) \$ on 2 x H100", text)[1].replace(",", ""))
-    planned = scaling.make_experiment(scaling.parse(["--plan", *words])).planned()
-    steps = [runs * cell.steps * seconds[cell.rung.size.width, cell.name == "+lion"] for cell, runs in planned]
+    made = scaling.make_experiment(scaling.parse(["--plan", *words]))
+    runs = [(len(made.seeds(cell.phase)), cell) for cell in made.planned()]
+    steps = [count * cell.steps * seconds[cell.rung.size.width, cell.name == "+lion"] for count, cell in runs]
     assert cost == pytest.approx(sum(steps) / 3600 * 2 * 5000, rel=0.1)  # and validations
 
 
@@ -668,7 +669,7 @@ def test_a_small_ladder_from_command_to_pictures(tmp_path, monkeypatch, sotu):
         return Outcome(trial, trial.result)
 
     monkeypatch.setattr(trials, "train", here)
-    monkeypatch.setattr(scaling, "TIME_PAIRS", 1)
+    monkeypatch.setattr("lab.scaling.experiment.TIME_PAIRS", 1)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # which only a main thread may call
     out = tmp_path / "s"
     sizes = (ladder.Size("3k", 1, 1, 16), ladder.Size("12k", 1, 1, 32))
