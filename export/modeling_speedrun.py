@@ -54,25 +54,15 @@ def value_table(c, layer):
     return layer - (c.layers - n) if layer >= c.layers - n else None
 
 
-class ValueMix(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gate = Gate(c.width, c.heads) if c.value_gates else None
-        self.weights = None if c.value_gates else nn.Parameter(torch.full((2,), 0.5))
-
-    def forward(self, v, e, x):
-        e = e.view_as(v)
-        return self.weights[0] * v + self.weights[1] * e if self.gate is None else v + 2 * self.gate(x).unsqueeze(-1) * e
-
-
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.c = c
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
+        mix = Parts(gate=Gate(c.width, c.heads)) if c.value_gates else Parts(weights=torch.full((2,), 0.5))
         self.extras = Parts(
-            values=ValueMix(c) if value_table(c, layer) is not None else None,
+            values=mix if value_table(c, layer) is not None else None,
             gate=Gate(c.width, c.heads) if c.attention_gate else None,
             exclusion=Parts(strength=torch.zeros(c.heads)) if c.exclusive_attention else None,
         )
@@ -86,8 +76,9 @@ class Attention(nn.Module):
             cos, sin = (table[:T, None].to(x.dtype) for table in (cos, sin))
             halves = (z.chunk(2, -1) for z in (q, k))
             q, k = (torch.cat([a * cos + b * sin, b * cos - a * sin], -1) for a, b in halves)
-        if self.extras.values is not None:
-            v = self.extras.values(v, values, x)
+        if (mix := self.extras.values) is not None:
+            e = values.view_as(v)
+            v = v + 2 * mix.gate(x).unsqueeze(-1) * e if c.value_gates else mix.weights[0] * v + mix.weights[1] * e
         if c.key_offset:
             before = torch.cat([k[:, :1], k[:, :-1]], dim=1).chunk(4, -1)
             now = k.chunk(4, -1)

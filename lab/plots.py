@@ -197,11 +197,11 @@ def forest(ratios: list[dict[str, Any]]) -> Any:
 
 def history_data(about: list[dict[str, Any]], gained: list[Ratio]) -> list[list[Any]]:
     """What `history` shows."""
-    figures = (
-        [f"{x:.4g}" for x in (a["statistics"]["train_time"], g.ratio, g.low, g.high)]
-        for a, g in zip(about, gained, strict=True)
-    )
-    return [[a["number"], a["name"], a["kind"], *of] for a, of in zip(about, figures, strict=True)]
+    shown = []
+    for a, g in zip(about, gained, strict=True):
+        figures = (a["statistics"]["train_time"], g.ratio, g.low, g.high)
+        shown.append([a["number"], a["name"], a["kind"], *(f"{x:.4g}" for x in figures)])
+    return shown
 
 
 def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[Ratio]) -> str:
@@ -224,11 +224,12 @@ def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[
 
 def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
     """All pictures of a scaling experiment for which there is something to draw; returns their names."""
-    measured = any("words" in s for trick in summary["tricks"] for s in trick["sizes"])
-    data = without_plots(summary)
-    drawn = [save(survival(summary), folder, "survival", data)] if measured else []
-    trained = any(of["points"] for of in summary["curves"][summary["base"]].values())
-    return [*drawn, save(size_curves(summary), folder, "sizes", data)] if trained else drawn
+    drawn, data = [], without_plots(summary)
+    if any("words" in s for trick in summary["tricks"] for s in trick["sizes"]):
+        drawn.append(save(survival(summary), folder, "survival", data))
+    if any(of["points"] for of in summary["curves"][summary["base"]].values()):
+        drawn.append(save(size_curves(summary), folder, "sizes", data))
+    return drawn
 
 
 def survival(summary: dict[str, Any]) -> Any:
