@@ -91,6 +91,12 @@ def times(comparison: str, arm: str) -> str:
     return f"{clock['ratio']:.1f} times as fast ({clock['low']:.1f}-{clock['high']:.1f})"
 
 
+def best_levers() -> str:
+    """The three that lower the loss most on the lever board's first workload."""
+    lines = next(iter(read(KEPT / "levers" / "levers.json").values()))
+    return ", ".join(f"`{x['name']}` {x['steps']:.2f}x" for x in lines[:3] if x["verdict"] == "helps")
+
+
 def findings() -> list[tuple[str, str, str]]:
     """Question, answer and evidence: what records/ and benchmarks/ hold, at most eight rows."""
     studies = tuned.studies(tuned.read_tables(KEPT / "tuning"))
@@ -106,7 +112,7 @@ def findings() -> list[tuple[str, str, str]]:
         ("Muon instead of AdamW, default settings", times(plain, "muon"), plain),
         ("Muon instead of AdamW, both tuned", times(fair, "muon"), fair),
         ("Schedule-Free AdamW instead of AdamW, both tuned", times(fair, "schedule_free_adamw"), fair),
-        ("SOAP instead of AdamW, both tuned", times(fair, "soap"), fair),
+        ("Best levers on a tuned Muon: its steps for their loss", best_levers(), "records/levers"),
         (f"Best AlgoPerf score of {entries} tuned optimizers", best, "records/tuning"),
         ("Tricks expected to help at ten times the largest size tried", larger, "docs/scaling.md"),
         ("Error of `./run.sh plan` on published GPU runs", f"{off['median']:.1%} (median of {off['n']})", "benchmarks"),
