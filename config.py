@@ -1,8 +1,6 @@
 """Every setting of a run: Config, the flags generated from it, and what follows from the settings before anything is built.
 
-    config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "modern,muon", "--steps", "600"])
-
-Settings are taken in this order, later ones win: defaults here, track, tricks as listed, flags.
+config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "modern,muon", "--steps", "600"])
 """
 
 import argparse
@@ -251,20 +249,20 @@ def shares(
     return per_rank, max(n for n in range(1, min(per_rank, most) + 1) if per_rank % n == 0)
 
 
-def stages(config: Config) -> Counter[tuple[float, float, int]]:
-    """(part of the windows, part of the sequences, size of the batch in --batch-tokens) -> in how many steps of the run."""
+def stages(config: Config, model_config: ModelConfig) -> Counter[tuple[float, int, int]]:
+    """(part of the windows, tokens of a sequence, size of the batch in --batch-tokens) -> in how many steps of the run."""
     course, counted = Course(config), Counter()
     for start, end in pairwise([*course.stage_starts(), config.steps]):
         now = course.at(start)
-        counted[now.windows[-1], now.length, now.batch] += end - start
+        counted[now.windows[-1], round(model_config.sequence_length * now.length), now.batch] += end - start
     return counted
 
 
 def mean_flops(config: Config, model_config: ModelConfig) -> int:
     """FLOPs that training needs per token: `flops_per_token`, the mean over a run whose windows or sequences change."""
-    T, flops, batches = model_config.sequence_length, 0, 0
-    for (part, cut, size), steps in stages(config).items():
-        flops += steps * size * flops_per_token(model_config, part, round(T * cut))
+    flops = batches = 0
+    for (part, length, size), steps in stages(config, model_config).items():
+        flops += steps * size * flops_per_token(model_config, part, length)
         batches += steps * size
     return round(flops / batches)
 

@@ -169,17 +169,13 @@ class Group:
     writes: dict[int, int] = field(default_factory=dict)
     created: set[int] = field(default_factory=set)
 
-    @property
-    def is_pass(self) -> bool:
-        return self.work.kind == "pass"
-
 
 def grouped(events: list[Event], fused: bool) -> list[Group]:
     """Events in the order in which they run; fused: all passes between two other events are one group."""
     groups: list[Group] = []
     seen: set[int] = set()
     for event in events:
-        if not (fused and event.work.kind == "pass" and groups and groups[-1].is_pass):
+        if not (fused and groups and event.work.kind == groups[-1].work.kind == "pass"):
             groups.append(Group(event.work))
         group = groups[-1]
         for storage, size in event.reads.items():
@@ -214,10 +210,10 @@ def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Gro
         read_later = {storage for storage in group.created & readers.keys() if readers[storage][-1] > i}
         lasting = (group.writes.keys() - group.created) | set(keep) | read_later
         group.writes = {storage: size for storage, size in group.writes.items() if storage in lasting}
-        if not (fused and group.is_pass):
+        if not (fused and group.work.kind == "pass"):
             continue
         made = (group.created - set(keep)) & group.writes.keys()
-        late = [storage for storage in made if all(groups[reader].is_pass for reader in readers[storage])]
+        late = [storage for storage in made if all(groups[reader].work.kind == "pass" for reader in readers[storage])]
         if sum(group.writes[storage] for storage in late) <= sum(group.reads.values()):
             continue
         for storage in late:
@@ -229,8 +225,7 @@ def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Gro
 
 
 def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[Operation]:
-    """What a device does for these events. fused: passes run as torch.compile has them; else one by one. keep: storages whose
-    content is needed afterwards."""
+    """What a device does for these events. fused: passes as torch.compile runs them. keep: storages needed afterwards."""
 
     def done(group: Group) -> Operation:
         moved = sum(group.reads.values()) + sum(group.writes.values())

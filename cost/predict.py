@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from config import Config, mean_flops, resolve, shares, stages
-from cost.step import Documents, Step, communication, documents_of, in_window, record_step
+from cost.step import Step, attended, attending, communication, documents_of, fp8_head, pieces_of, record_step
 from cost.time import real_step, step_time
 from engine import hardware
 from engine.command import Answer, Parser
@@ -32,12 +32,6 @@ class Machine:
     name: str
     cards: int
     card: Card | None
-
-    def link(self, ranks: int) -> float:
-        """Bytes/s between ranks: of the slowest wire, where they are on several machines."""
-        if self.card is None:
-            return math.inf
-        return self.card.link if ranks <= self.cards else min(self.card.link, self.card.network)
 
 
 def machine(words: str) -> Machine:
@@ -112,8 +106,7 @@ class TooLittleMemory(UsageError):
 
 
 def predict(argv: list[str]) -> Prediction:
-    """What a run with these flags, of `plan` and of the trainer, would take. Raises UsageError: bad flags, a batch that the
-    ranks do not divide, too little memory."""
+    """What a run with these flags, `plan`'s and the trainer's, would take. Raises UsageError: bad flags, too little memory."""
     flags, rest = parse(argv)
     config, model_config, recipe = resolve(rest)
     where = machine(flags.hardware)
@@ -123,66 +116,60 @@ def predict(argv: list[str]) -> Prediction:
         raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
     device = torch.device("cuda" if where.card else "cpu")
     _, micro = shares(config, model_config, ranks, device.type, where.card.memory if where.card else math.inf)
-    config, price, documents = replace(config, micro_batch_tokens=micro * model_config.sequence_length), flags.gpu_price, None
+    config, price = replace(config, micro_batch_tokens=micro * model_config.sequence_length), flags.gpu_price
     if where.card is None:
         dtype, _ = hardware.pick_dtype(config.dtype, device)
         step = record_step(config, model_config, ranks, dtype, "cpu")
         times = measured_times(config, model_config, dtype, step.micro_batches)
     else:
         dtype, price = torch.float32 if config.dtype == "fp32" else torch.bfloat16, price or where.card.price
-        documents = documents_of(config, model_config) if model_config.document_mask else None
-        step, times = card_times(config, model_config, where, ranks, dtype, documents)
+        step, times = card_times(config, model_config, where, ranks, dtype)
     return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price)
 
 
 def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
     """Seconds of a step on this CPU by part, the mean over the run's stages."""
-    T, counts = model_config.sequence_length, stages(config)
-    each, update = real_step(config, model_config, dtype, {(part, round(T * cut)) for part, cut, _ in counts})
-    passes = sum(steps * size * each[part, round(T * cut)] for (part, cut, size), steps in counts.items())
+    counts = stages(config, model_config)
+    each, update = real_step(config, model_config, dtype, {(part, length) for part, length, _ in counts})
+    passes = sum(steps * size * each[part, length] for (part, length, size), steps in counts.items())
     return {"forward and backward": micro_batches * passes / config.steps, "optimizer": update}
 
 
 def card_times(
-    config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype, documents: Documents | None
+    config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype
 ) -> tuple[Step, dict[str, float]]:
-    """The step of whole sequences, and seconds by part, the mean over the run's stages. Raises TooLittleMemory: the step does
-    not fit."""
-    T, counts = model_config.sequence_length, stages(config)
+    """The step of whole sequences, and seconds by part, the mean over the run's stages. Raises TooLittleMemory."""
+    T, counts, card = model_config.sequence_length, stages(config, model_config), where.card
+    link = card.link if ranks <= where.cards else min(card.link, card.network)  # of several machines the slowest wire
+    documents = documents_of(config, model_config) if model_config.document_mask else None
     record = recording(config, model_config, ranks, dtype)
     whole = record()
     check_memory(whole, where, config.micro_batch_tokens // T, T, lambda micro: record(micro * T))
     by_length = {}
-    for length in {round(T * cut) for _, cut, _ in counts}:
-        pieces = documents.pieces(T, length, config.align_documents) if documents else np.array([length])
+    for length in {length for _, length, _ in counts}:
+        pieces = pieces_of(*documents, T, length, config.align_documents) if documents else np.array([length])
         by_length[length] = (whole if length == T else record(length=length), pieces)
     times: Counter[str] = Counter()
-    for (part, cut, size), steps in counts.items():
-        step, pieces = by_length[round(T * cut)]
-        step = in_window(step, model_config, part, pieces, round(T * cut))
-        if model_config.head_dtype != "same" and where.card.fp8:
+    for (part, length, size), steps in counts.items():
+        step, pieces = by_length[length]
+        step = attending(step, attended(model_config, part, pieces), length)
+        if model_config.head_dtype != "same" and card.fp8:
             step = fp8_head(step, model_config.padded_vocab)
         step = replace(step, micro_batches=step.micro_batches * size)
-        for what, value in step_time(step, where.card, ranks, where.link(ranks)).items():
+        for what, value in step_time(step, card, ranks, link).items():
             times[what] += value * steps / config.steps
     return whole, dict(times)
 
 
 def recording(config: Config, model_config: ModelConfig, ranks: int, dtype: torch.dtype) -> Callable[..., Step]:
     """Tokens of a micro-batch, length of its sequences -> the step on a card; by default the run's own."""
-    # masked attention is fused: recorded without its masks, and counted by `in_window`
+    # masked attention is fused: recorded without its masks, and counted by `attended`
     unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
 
     def record(tokens: int = config.micro_batch_tokens, length: int = model_config.sequence_length) -> Step:
         return record_step(replace(config, micro_batch_tokens=tokens), replace(unmasked, sequence_length=length), ranks, dtype)
 
     return record
-
-
-def fp8_head(step: Step, vocabulary: int) -> Step:
-    """The step with products of the head, which have the vocabulary as a side, in 8-bit floats. Rounding is left out."""
-    passes = [replace(w, dtype=torch.float8_e4m3fn) if w.shape and vocabulary in w.shape else w for w in step.passes]
-    return replace(step, passes=passes)
 
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
@@ -218,7 +205,7 @@ def listed(values: dict[str, float], scale: float, form: str) -> str:
 
 def report(p: Prediction) -> Answer:
     """What `plan` prints."""
-    config, step, card, counts = p.config, p.step, p.where.card, stages(p.config)
+    config, step, card, counts = p.config, p.step, p.where.card, stages(p.config, p.model_config)
     taken = max(1, round(60 * config.minutes / p.seconds)) if config.minutes else config.steps
     flops = mean_flops(config, p.model_config)
     tokens = round(config.batch_tokens * sum(size * steps for (_, _, size), steps in counts.items()) / config.steps)

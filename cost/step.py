@@ -69,8 +69,7 @@ def communication(step: Step, ranks: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def pretended(ranks: int, fused_loss: bool):
-    """A process group of so many ranks whose collectives do nothing; this process is rank 0. fused_loss: the loss takes the
-    passes of a GPU's kernels."""
+    """This process as rank 0 of so many; collectives do nothing. fused_loss: the loss takes the passes of a GPU's kernels."""
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     kernels.use("meta" if fused_loss else "auto")
@@ -199,25 +198,19 @@ def fineweb_lengths(count: int) -> np.ndarray:
     return np.exp([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Where documents begin in a stream of so many tokens: [n], ascending."""
-
-    starts: np.ndarray
-    tokens: int
-
-    def pieces(self, sequence: int, length: int, align: bool) -> np.ndarray:
-        """Tokens [n] of each document in each sequence, where sequences are cut to `length`; attention stays inside them."""
-        begins = aligned(self.starts, self.tokens, sequence) if align else np.arange(0, self.tokens - sequence, sequence)
-        begins = (begins[:, None] + np.arange(0, sequence, length)).ravel()
-        edges = np.union1d(self.starts, np.concatenate([begins, begins + length]))
-        edges = edges[edges >= begins[0]]
-        before = begins[np.searchsorted(begins, edges[:-1], side="right") - 1]  # the sequence that began last
-        return np.diff(edges)[edges[:-1] < before + length]
+def pieces_of(starts: np.ndarray, tokens: int, sequence: int, length: int, align: bool) -> np.ndarray:
+    """Tokens [n] of each document in each sequence, where sequences are cut to `length`; attention stays inside them. starts:
+    where documents begin in a stream of so many tokens, ascending."""
+    begins = aligned(starts, tokens, sequence) if align else np.arange(0, tokens - sequence, sequence)
+    begins = (begins[:, None] + np.arange(0, sequence, length)).ravel()
+    edges = np.union1d(starts, np.concatenate([begins, begins + length]))
+    edges = edges[edges >= begins[0]]
+    before = begins[np.searchsorted(begins, edges[:-1], side="right") - 1]  # the sequence that began last
+    return np.diff(edges)[edges[:-1] < before + length]
 
 
-def documents_of(config: Config, model_config: ModelConfig) -> Documents | None:
-    """The documents of the first training shard if it is here, else FineWeb's by their distribution. None: not known."""
+def documents_of(config: Config, model_config: ModelConfig) -> tuple[np.ndarray, int] | None:
+    """Where documents begin in the first training shard, and its tokens; else by FineWeb's distribution. None: not known."""
     try:
         dataset = Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train")
     except UsageError:
@@ -225,25 +218,29 @@ def documents_of(config: Config, model_config: ModelConfig) -> Documents | None:
             return None
         lengths = fineweb_lengths(2**14).round().astype(int)
         ends = np.cumsum(np.random.default_rng(0).permutation(lengths))
-        return Documents(ends - np.diff(ends, prepend=0), int(ends[-1]))
+        return ends - np.diff(ends, prepend=0), int(ends[-1])
     shard = dataset.shards[0]
     starts = np.flatnonzero(shard == model_config.end_of_text)
     enough = len(starts) and len(shard) > 2 * model_config.sequence_length
-    return Documents(starts, len(shard)) if enough else None
+    return (starts, len(shard)) if enough else None
 
 
 def attended(model_config: ModelConfig, part: float, pieces: np.ndarray) -> float:
-    """Keys that a query meets, the mean over all blocks with `part` of their windows, counted as in `flops_per_token`.
-
-    pieces: tokens [n] within which a query meets those before it.
-    """
+    """Keys that a query meets, the mean over all blocks with `part` of their windows, counted as in `flops_per_token`. pieces:
+    tokens [n] within which a query meets those before it."""
     within = [np.minimum(window or pieces.max(), pieces) for window in model_config.windows(part)]
     return float(np.mean([(w * (pieces - w / 2)).sum() / pieces.sum() for w in within]))
 
 
-def in_window(step: Step, model_config: ModelConfig, part: float, pieces: np.ndarray, length: int) -> Step:
-    """The step with `part` of the model's windows and attention inside `pieces`, which was recorded with attention to all of
-    `length` tokens. Blocks of a mask that are computed in part, and the making of masks, are left out."""
-    share = attended(model_config, part, pieces) / (length / 2)
-    passes = [replace(work, flops=work.flops * share) if work.kind == "attention" else work for work in step.passes]
+def attending(step: Step, keys: float, length: int) -> Step:
+    """The step with queries that meet so many keys in the mean, which was recorded with attention to all of `length` tokens.
+    Blocks of a mask that are computed in part, and the making of masks, are left out."""
+    whole = length / 2
+    passes = [replace(w, flops=w.flops * keys / whole) if w.kind == "attention" else w for w in step.passes]
+    return replace(step, passes=passes)
+
+
+def fp8_head(step: Step, vocabulary: int) -> Step:
+    """The step with products of the head, which have the vocabulary as a side, in 8-bit floats. Rounding is left out."""
+    passes = [replace(work, dtype=torch.float8_e4m3fn) if vocabulary in work.shape else work for work in step.passes]
     return replace(step, passes=passes)

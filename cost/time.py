@@ -69,10 +69,8 @@ def roofline(card: Card, constants: Constants = FITTED) -> Callable[[Operation],
 def step_time(
     step: Step, card: Card, ranks: int = 1, link: float = math.inf, constants: Constants = FITTED
 ) -> dict[str, float]:
-    """Seconds of a step by part: product, attention, pass, optimizer, communication, overhead. Their sum is the step's.
-
-    link: bytes/s of one card to the others, before the share that collectives reach.
-    """
+    """Seconds of a step by part: product, attention, pass, optimizer, communication, overhead. Their sum is the step's. link:
+    bytes/s of one card to the others, before the share that collectives reach."""
     seconds, rate = roofline(card, constants), constants.link * link
     times: dict[str, float] = defaultdict(float)
     for work in step.passes:
@@ -106,10 +104,8 @@ def clocked(work: Callable[[], object], times: int) -> list[float]:
 def real_step(
     config: Config, model_config: ModelConfig, dtype: torch.dtype, forms: Iterable[tuple[float, int]]
 ) -> tuple[dict[tuple[float, int], float], float]:
-    """Seconds of a micro-batch in each form (part of the windows, sequence length), the median of three; and of an update.
-
-    The model and the optimizer are real, the tokens random. Nothing is written.
-    """
+    """Seconds of a micro-batch in each form (part of the windows, sequence length), the median of three; and of an update. The
+    model and the optimizer are real, the tokens random."""
     torch.manual_seed(config.seed)
     gpt = GPT(model_config)
     optimizer = build(config, gpt, dtype)

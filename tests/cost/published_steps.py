@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from config import Config
 from cost.operations import Operation
-from cost.step import Step, fineweb_lengths, record_step
+from cost.step import Step, attending, fineweb_lengths, fp8_head, record_step
 from cost.time import Constants, step_time
 from engine.hardware import CARDS
 from layers.shape import ModelConfig
@@ -97,15 +97,6 @@ def recorded(setup: Setup, tokens: int) -> Step:
     return record_step(config, model_config, ranks, dtype, autocast=setup.autocast, model=partial(published_model, setup))
 
 
-def changed(work: Operation, setup: Setup, length: int, keys: float) -> Operation:
-    """The operation as that run had it."""
-    if work.kind == "attention" and keys:
-        return replace(work, flops=work.flops * keys / (length / 2))
-    if setup.fp8_head and work.kind == "product" and VOCABULARY in work.shape:
-        return replace(work, dtype=torch.float8_e4m3fn)
-    return work
-
-
 def with_tables(step: Step, setup: Setup, tokens: int) -> Step:
     width = dict(setup.model).get("width", DENSE["width"])
     size = 2 * setup.tables * VOCABULARY * width  # bytes in bf16
@@ -121,7 +112,10 @@ def predicted(setup: Setup, constants: Constants) -> float:
     card, times = CARDS[setup.card], []
     for tokens, keys in zip(setup.tokens, setup.keys, strict=True):
         step = recorded(setup, tokens)
-        step = replace(step, passes=[changed(work, setup, tokens // setup.cards, keys) for work in step.passes])
+        if keys:
+            step = attending(step, keys, tokens // setup.cards)
+        if setup.fp8_head:
+            step = fp8_head(step, VOCABULARY)
         if setup.tables:
             step = with_tables(step, setup, tokens)
         times.append(sum(step_time(step, card, setup.cards, card.link, constants).values()))
@@ -130,10 +124,8 @@ def predicted(setup: Setup, constants: Constants) -> float:
 
 @cache
 def mean_keys(window: int, longest: int = 65536) -> float:
-    """Keys that a query meets on average: those before it in its document, cut to `longest`, within the window.
-
-    Attention kernels work in blocks, so half a block of 128 is added.
-    """
+    """Keys that a query meets on average: those before it in its document, cut to `longest`, within the window; and half a
+    block of 128, since attention kernels work in blocks."""
     lengths = np.minimum(fineweb_lengths(4096), longest)
     whole = np.minimum(lengths, window)
     met = whole**2 / 2 + window * (lengths - whole)
@@ -141,8 +133,7 @@ def mean_keys(window: int, longest: int = 65536) -> float:
 
 
 def windows(pairs: Sequence[tuple[int, int]], long: int, of: int, longest: int = 65536) -> tuple[float, ...]:
-    """Mean keys in each stage over `of` attention layers: `long` of them have the first window of its pair, the others the
-    second."""
+    """Mean keys in each stage over `of` attention layers: `long` have the first window of its pair, the others the second."""
     return tuple((long * mean_keys(a, longest) + (of - long) * mean_keys(b, longest)) / of for a, b in pairs)
 
 

@@ -16,7 +16,7 @@ import optimizers
 from config import Config, resolve, shares
 from cost.operations import Operation, Recorder, operations, peak
 from cost.predict import TooLittleMemory, machine, predict, report
-from cost.step import FINEWEB_MEDIAN, FINEWEB_SIGMA, Documents, Step, attended, communication, in_window, record_step
+from cost.step import FINEWEB_MEDIAN, FINEWEB_SIGMA, Step, attended, attending, communication, pieces_of, record_step
 from cost.time import FITTED, Constants, roofline, step_time
 from data.shards import aligned
 from engine.command import command
@@ -288,7 +288,7 @@ def test_windows_take_arithmetic_from_attention_alone():
     config = ModelConfig(vocab_size=256, sequence_length=512, layers=4, heads=4, width=512, window=128, window_pattern="LS")
     whole = dataclasses.replace(config, window=0, window_pattern="L")
     dense = step_of(whole)
-    windowed = in_window(dense, config, 1.0, np.array([512]), 512)
+    windowed = attending(dense, attended(config, 1.0, np.array([512])), 512)
     before, after = (sum(w.flops for w in step.passes) for step in (dense, windowed))
     saved = (flops_per_token(whole) - flops_per_token(config)) * 4 * 512  # tokens of a step_of
     assert before - after == pytest.approx(saved, rel=1e-3)
@@ -343,7 +343,6 @@ def test_keys_inside_documents_against_a_count(length, align):
     where the window shuts out another."""
     rng = np.random.default_rng(0)
     starts = np.unique(np.r_[0, rng.integers(0, 4000, 300)])
-    documents = Documents(starts, 4000)
     config = ModelConfig(vocab_size=256, sequence_length=32, layers=2, heads=4, width=16, window=5, window_pattern="LS")
     begins = aligned(starts, 4000, 32) if align else range(0, 4000 - 32, 32)
     met = {window: [] for window in config.windows(1.0)}
@@ -354,7 +353,7 @@ def test_keys_inside_documents_against_a_count(length, align):
                 seen = sum(k > at - (window or 32) for k in range(first, at + 1))
                 keys.append(seen - 0.5 * (at - first < (window or 32)))
     expected = np.mean([np.mean(met[window]) for window in config.windows(1.0)])
-    assert attended(config, 1.0, documents.pieces(32, length, align)) == pytest.approx(expected, rel=1e-9)
+    assert attended(config, 1.0, pieces_of(starts, 4000, 32, length, align)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_document_mask_saves_time_where_documents_are_known(capsys, tmp_path):
