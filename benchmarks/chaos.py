@@ -38,6 +38,7 @@ import train_gpt
 from config import ModelConfig, only
 from data import corpora
 from engine import checkpoint, run_folder
+from lab.trials import trainer
 from optimizers import OPTIMIZERS, find
 
 ROOT = Path(__file__).parent.parent
@@ -84,10 +85,8 @@ def same(a: tuple, b: tuple) -> bool:
 
 
 def start(folder: Path, ranks: int, flags: list[str]) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    words = [sys.executable, *launcher, "train_gpt.py", *flags, "--out", str(folder)]
-    how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+    how = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen([*trainer(ranks), *flags, "--out", str(folder)], start_new_session=True, **how)
 
 
 def kill_all(process: subprocess.Popen) -> None:

@@ -29,6 +29,7 @@ from engine import hardware
 from engine.command import command
 from engine.run_folder import now_utc
 from engine.spec import UsageError
+from lab.trials import trainer
 from layers import attention, kernels
 from optimizers.matrix import orthogonalize
 
@@ -143,10 +144,9 @@ def recipe_figures(track: str, recipe: str, root: Path, ranks: int, *more: str) 
     except TooLittleMemory as error:
         flags += ["--micro-batch-tokens", str(error.fits)]
         said = predict([*flags, *plan])
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     out = root / f"{track}-{recipe}"
     places = ["--data-root", str(root), "--out", str(out), "--val-every", str(STEPS), "--checkpoint-minutes", "0"]
-    subprocess.run([sys.executable, *launcher, "train_gpt.py", *flags, *places], cwd=ROOT, check=True)
+    subprocess.run([*trainer(ranks), *flags, *places], cwd=ROOT, check=True)
     events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     step = statistics.median([event["step_time"] for event in events if event["event"] == "train"][WARM:])
     rate, card = said.config.batch_tokens / step, said.where.card

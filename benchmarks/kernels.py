@@ -9,7 +9,6 @@ exists for a chip and fits it; how fast it is, benchmarks/gpu.py measures.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import re
@@ -28,11 +27,11 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.command import command
+from engine.run_folder import file_hash
 from engine.spec import UsageError
 from layers import kernels
 from layers.kernels import Plan
 
-RESULTS = Path(__file__).with_suffix(".json")
 EIGHTHS = {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", **EIGHTHS}
 MATRIX_UNITS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # PTX, newest first
@@ -129,11 +128,6 @@ def compiled(work: tuple[str, int]) -> dict[str, int | str]:
     return row | dict(spilled=spilled, shared=binary.metadata.shared, matrix_units=units)
 
 
-def source_hash() -> str:
-    """Of layers/kernels.py: a table made from other kernels is stale."""
-    return hashlib.sha256(Path(kernels.__file__).read_bytes()).hexdigest()[:12]
-
-
 def measure(path: Path) -> str:
     """A row per kernel and chip."""
     if triton.knobs.runtime.interpret:
@@ -144,14 +138,11 @@ def measure(path: Path) -> str:
         triton.knobs.cache.dir = folder
         rows = list(tqdm(pool.map(compiled, work), total=len(work), unit="kernel", disable=None))
     chips = {capability: dataclasses.asdict(chip) for capability, chip in CHIPS.items()}
-    about = {"triton": triton.__version__, "source": source_hash()}
+    about = {"triton": triton.__version__, "source": file_hash(Path(kernels.__file__))[:12]}  # of other kernels it is stale
     path.write_text(json.dumps({**about, "chips": chips, "kernels": rows}, indent=1) + "\n")
     return f"wrote {path}"
 
 
-def main(argv: list[str]) -> int:
-    return command("kernels", lambda: measure(Path(argv[0]) if argv else RESULTS))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".json")
+    sys.exit(command("kernels", lambda: measure(path)))

@@ -28,12 +28,13 @@ from engine import hardware
 from engine.command import command
 from engine.ranks import World
 from engine.spec import UsageError, nearest
+from lab.trials import trainer
 from layers.shape import ModelConfig, flops_per_token
 from model import GPT
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES, ROUNDS = 16, 7
-FLAGS = [sys.executable, "train_gpt.py", "--track", "cpu", "--val-tokens", "512", "--val-every", "1000"]
+FLAGS = ["--track", "cpu", "--val-tokens", "512", "--val-every", "1000"]
 
 
 def interleave(steps: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
@@ -150,23 +151,22 @@ def where_time_goes() -> None:
     print(f"| the model's arithmetic at the peak of matrix products | {least / step:.1%} |")
 
 
-def trained(words: list[str], **environment: str) -> dict:
+def trained(flags: list[str], ranks: int = 1, **environment: str) -> dict:
     """result.json of a run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [*words, "--out", folder + "/run"]
+        command = [*trainer(ranks), *FLAGS, *flags, "--out", folder + "/run"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | environment)
         return json.loads(Path(folder, "run", "result.json").read_text())
 
 
 def ranks() -> None:
     """Two gloo ranks of one thread against one process of two threads, interleaved."""
-    two = [FLAGS[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *FLAGS[1:]]
-    launches = {"1 process, 2 threads": (FLAGS, "2"), "2 gloo ranks, 1 thread each": (two, "1")}
+    launches = {"1 process, 2 threads": (1, "2"), "2 gloo ranks, 1 thread each": (2, "1")}
     print("\n| recipe on 2 cores | | tokens per second | relative | peak memory of a process |\n|---|---|---|---|---|")
     for recipe in ("baseline", "record"):
         results: dict[str, list[dict]] = {what: [] for what in launches}
-        for what, (words, threads) in [*launches.items()] * 3:
-            results[what].append(trained([*words, "--tricks", recipe, "--steps", "25"], OMP_NUM_THREADS=threads))
+        for what, (processes, threads) in [*launches.items()] * 3:
+            results[what].append(trained(["--tricks", recipe, "--steps", "25"], processes, OMP_NUM_THREADS=threads))
         rates = {what: [r["tokens"] / r["robust_train_time"] for r in each] for what, each in results.items()}
         for what, rate in rates.items():
             relative, memory = ratio(rate, next(iter(rates.values()))), results[what][-1]["peak_memory"] / 1e6
@@ -194,13 +194,13 @@ WAITING = {  # how threads wait for each other: environment of libgomp
 
 def waiting_threads() -> None:
     """Training on a quiet machine and beside one process that computes, by how threads wait; interleaved."""
-    words = [*FLAGS, "--tricks", "modern,muon", "--steps", "6"]
+    flags = ["--tricks", "modern,muon", "--steps", "6"]
     times: dict[tuple[str, bool], list[float]] = {(what, busy): [] for what in WAITING for busy in (False, True)}
     for _ in range(3):
         for what, busy in times:
             beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             try:
-                times[what, busy].append(trained(words, **WAITING[what])["train_time"])
+                times[what, busy].append(trained(flags, **WAITING[what])["train_time"])
             finally:
                 if beside:
                     beside.kill()

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from engine.command import Parser, command
-from engine.spec import UsageError, make, setting
+from engine.spec import UsageError, make, optional, setting
 
 
 def length(value: float, steps: int) -> float:
@@ -191,15 +191,10 @@ NO_RATES = {"schedule": "constant", "decay_schedule": "constant", "momentum_sche
 
 
 def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[float], Any]:
-    """Learning-rate schedule: step (0-based) -> multiplier of the peak learning rate. Raises UsageError: unknown schedule or
-    key, or a value out of range."""
+    """The schedule of that SPEC: step (0-based) -> multiplier of the peak learning rate; of MOMENTUM_SCHEDULES: momentum, None
+    for the optimizer's own. Raises UsageError: unknown schedule or key, or a value out of range."""
     schedule = make(spec, registry, what, "value")
     return lambda step: schedule.value(step, steps)
-
-
-def build_momentum(spec: str, steps: int) -> Callable[[float], float | None]:
-    """Momentum schedule: step (0-based) -> momentum, or None to leave the optimizer's own."""
-    return build(spec, steps, MOMENTUM_SCHEDULES, "momentum schedule")
 
 
 @dataclass(frozen=True)
@@ -228,8 +223,8 @@ class Course:
 
     def __init__(self, config: Any, steps: int | None = None):
         self.steps = config.steps if steps is None else steps
-        self.rate, self.momentum = build(config.schedule, self.steps), build_momentum(config.momentum_schedule, self.steps)
-        self.decay = build(config.decay_schedule, self.steps)
+        self.rate, self.decay = build(config.schedule, self.steps), build(config.decay_schedule, self.steps)
+        self.momentum = build(config.momentum_schedule, self.steps, MOMENTUM_SCHEDULES, "momentum schedule")
         self.batches, self.batch_rates = config.batch_stages, config.batch_rates
         self.windows, self.lengths = config.window_stages, config.length_stages
         self.future_tokens, self.tied_until = config.future_tokens, config.tied_until
@@ -302,10 +297,7 @@ def draw() -> str:
     parser.add_argument("--out", default="schedules.png", help="picture to write (.png or .svg)")
     options = parser.parse_args()
     built = [(spec, build(spec, options.steps)) for spec in options.specs]
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("drawing needs matplotlib: pip install matplotlib") from None
+    plt = optional("matplotlib.pyplot", "drawing needs matplotlib: pip install matplotlib")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for spec, schedule in built:
         axes.plot([schedule(step) for step in range(options.steps)], label=spec)

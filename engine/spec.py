@@ -163,6 +163,14 @@ def make(spec: str, registry: dict[str, type], what: str, method: str) -> Any:
         raise UsageError(f"{what} {spec!r} cannot be made: {error}") from None
 
 
+def optional(module: str, message: str) -> types.ModuleType:
+    """Import a module that only some uses need. Raises UsageError with this message: it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(message) from None
+
+
 TRUSTED: set[str] = set()  # words of the user's own command line: the only ones that may name code
 
 

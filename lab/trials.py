@@ -18,7 +18,7 @@ from typing import Any
 
 from config import resolve
 from engine import run_folder
-from engine.spec import UsageError
+from engine.spec import UsageError, optional
 
 ROOT = Path(__file__).parent.parent
 RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of its workers: they import this module
@@ -122,10 +122,7 @@ def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
         (trial.folder / "result.json").unlink(missing_ok=True)
     if (result := trial.result) is not None:
         return Outcome(trial, result)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["train_gpt.py", *trial.flags, "--out", str(trial.folder)]
+    command = [*trainer(processes), *trial.flags, "--out", str(trial.folder)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     pauses = [1, 0]
     while pauses:
@@ -142,6 +139,12 @@ def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
             break
         time.sleep(pauses.pop(0))
     return Outcome(trial, result, "" if result else error)
+
+
+def trainer(processes: int = 1) -> list[str]:
+    """The words that start the trainer, with torchrun where there are several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, "train_gpt.py"]
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -162,10 +165,7 @@ def on_ray(gpus: float, address: str = "auto") -> Launcher:
     The repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
     installed, or there is no cluster at `address`.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("--launcher ray needs the package ray: .venv/bin/pip install -e .[ray]") from None
+    ray = optional("ray", "--launcher ray needs the package ray: .venv/bin/pip install -e .[ray]")
     if not ray.is_initialized():
         try:
             ray.init(address, log_to_driver=False, logging_level="warning", runtime_env={"env_vars": RAY_ENVIRONMENT})

@@ -19,7 +19,6 @@ Weight decay acts on matrices, embeddings and the head; never on vectors (gains,
 """
 
 import dataclasses
-import importlib
 import inspect
 import math
 import traceback
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from engine.spec import UsageError, check_trusted, convert, nearest, parse, split, trust, typed_keys
+from engine.spec import UsageError, check_trusted, convert, nearest, optional, parse, split, trust, typed_keys
 from model import roles as roles_of
 from optimizers import base, elementwise, schedule_free  # they fill the registry, in the order of these imports
 
@@ -227,10 +226,7 @@ def of_collection(spec: str) -> str:
     if package not in COLLECTIONS:
         return spec
     check_trusted(name, "optimizer")
-    try:
-        module = importlib.import_module(package)
-    except ImportError:
-        raise UsageError(f"optimizer {name!r} needs the package {package}: pip install {package}") from None
+    module = optional(package, f"optimizer {name!r} needs the package {package}: pip install {package}")
     if package == "heavyball" and not torch.cuda.is_available():
         module.utils.compile_mode = None  # its compilation takes minutes on a CPU, and may fail
     classes = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)]

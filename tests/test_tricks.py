@@ -568,7 +568,7 @@ def test_what_muon_leaves_can_be_cautious_and_rare():
 
 def test_momentum_of_record_39():
     """2,420 steps: 0.85 to 0.95 over 300, back over the last 50."""
-    momentum = schedules.build_momentum(TRICKS["momentum_cooldown"].settings["momentum_schedule"], 2420)
+    momentum = schedules.build(TRICKS["momentum_cooldown"].settings["momentum_schedule"], 2420, schedules.MOMENTUM_SCHEDULES)
     assert momentum(0) == 0.85 and momentum(150) == pytest.approx(0.9, abs=1e-3)
     assert momentum(301) == momentum(2369) == 0.95 and momentum(2419) == pytest.approx(0.852, abs=1e-3)
 

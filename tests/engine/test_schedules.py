@@ -1,5 +1,6 @@
 """schedules.py against closed forms written out again here, and its drawing command."""
 
+import functools
 import itertools
 import math
 import sys
@@ -8,10 +9,11 @@ import types
 import pytest
 
 from engine import schedules
-from engine.schedules import MOMENTUM_SCHEDULES, SCHEDULES, build, build_momentum
+from engine.schedules import MOMENTUM_SCHEDULES, SCHEDULES, build
 from engine.spec import UsageError
 
 STEPS = 200
+build_momentum = functools.partial(build, registry=MOMENTUM_SCHEDULES, what="momentum schedule")
 
 
 def ramp(warmup: float):
