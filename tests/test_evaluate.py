@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from shared import DATA_ROOT
 from test_model import awake, small
 
 import evaluate
 from data.tokenizers import Bytes
 from engine.spec import UsageError
 
-BYTES = Bytes(DATA_ROOT)
+BYTES = Bytes()
 
 
 @pytest.fixture
