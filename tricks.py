@@ -327,8 +327,7 @@ BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, end_of_text=0)
 
 
 def workload(summary: str, settings: Settings) -> Track:
-    """A track for contests of optimizers: everything is fixed but the optimizer and its schedule. Its target comes from
-    the tuning itself (`lab.tuned.target_of`)."""
+    """A track for contests of optimizers: all is fixed but the optimizer and its schedule. `compare tune` sets the target."""
     common = dict(sequence_length=128, clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)
     recipes = {"baseline": (), "record": ("muon",)}
     return Track(f"workload: {summary}", common | settings, 0.0, "set by `compare tune`", recipes, workload=True)

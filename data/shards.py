@@ -94,8 +94,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> np.ndarray:
-    """Tokens of one shard, memory-mapped uint16. Raises UsageError: missing, not a shard, or not as long as its header says;
-    names the shard and the repair."""
+    """Tokens of one shard, memory-mapped uint16. Raises UsageError: missing, no shard, or not as long as its header says."""
     if not path.is_file():
         raise UsageError(f"shard {path} is missing; {repair(path.parent)}")
     size = path.stat().st_size

@@ -75,8 +75,7 @@ TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2, "mod97": Mod97}
 
 
 def get(name: str, data_root: Path | str) -> Tokenizer:
-    """The tokenizer of that name; files it needs are kept under `data_root`. Raises UsageError: unknown name, tiktoken missing,
-    or no network to fetch its files."""
+    """The tokenizer of that name; its files are kept under `data_root`. Raises UsageError: unknown, no tiktoken, no network."""
     if name not in TOKENIZERS:
         raise UsageError(f"unknown tokenizer {name!r}: {nearest(name, TOKENIZERS)}")
     return GPT2(Path(data_root)) if name == "gpt2" else TOKENIZERS[name]()

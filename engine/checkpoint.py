@@ -51,9 +51,8 @@ FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may lis
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor], blobs: dict[str, bytes]) -> Any:
-    """Nested dicts, sequences, sets, tensors, numpy's arrays and plain values as JSON; tensors go into `tensors` under their
-    path. Bytes, which may be a pickle, go into `blobs` under their hash, and only that is stored. Raises TypeError: something
-    that is none of these."""
+    """Nested dicts, sequences, sets, tensors, numpy's arrays and plain values as JSON. Tensors go into `tensors` by their path.
+    Bytes, which may be a pickle, go into `blobs` by their hash: that alone is stored. Raises TypeError: anything else."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -80,8 +79,7 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor], blobs: dict[str, byt
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor], own: dict[str, bytes]) -> Any:
-    """What `pack` took apart. own: bytes by their hash, from the state of a fresh optimizer of the same settings. Raises
-    UsageError: others were stored."""
+    """What `pack` took apart. own: bytes by their hash, of a fresh optimizer's state. Raises UsageError: others were stored."""
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         return tensors[content].reshape(packed["shape"])
@@ -271,8 +269,7 @@ def set_generators(states: list[Tensor], device: torch.device) -> None:
 
 
 def load_weights(gpt: nn.Module, path: Path) -> None:
-    """Copy the weights of a checkpoint into `gpt`, in place. Raises UsageError: they are not a safetensors file, or those of
-    another model."""
+    """Copy a checkpoint's weights into `gpt`, in place. Raises UsageError: no safetensors file, or another model's weights."""
     try:
         saved = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:

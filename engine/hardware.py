@@ -1,6 +1,4 @@
-"""What this machine can do: device, native bf16, the peak of its matrix products, and a description for the record.
-
-CARDS is the table of accelerators, with what their data sheets say."""
+"""What this machine can do, a description of it for the record, and CARDS: accelerators with what their data sheets say."""
 
 import importlib.util
 import math
@@ -98,8 +96,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Compute type and the reason for it. `auto` is bf16 where it is native, else fp32. Raises UsageError: bf16 asked for where
-    the device only emulates it."""
+    """Compute type and the reason for it. `auto`: bf16 where it is native, else fp32. Raises UsageError: bf16 only emulated."""
     native = has_native_bf16(device)
     if name == "bf16" and not native:
         raise UsageError(f"--dtype bf16: this {device.type} has no native bf16 and would emulate it slowly; use fp32")

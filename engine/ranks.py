@@ -149,8 +149,7 @@ class World:
         return value
 
     def check_equal(self, tensors: list[torch.Tensor], what: str) -> None:
-        """All ranks hold the same bits of `tensors`, judged by a checksum of each. Raises RankError: they do not; names the
-        ranks that differ from most."""
+        """All ranks hold the same bits of `tensors`, by checksums. Raises RankError: names the ranks that differ from most."""
         if self.size == 1:
             return
         sums = torch.stack([checksum(t) for t in tensors])

@@ -1,7 +1,4 @@
-"""What a run writes: its folder with config.json, env.json, log.jsonl, checkpoints/, lock and result.json.
-
-Only rank 0 writes. The contract of the files stands in README.md, "Where results go".
-"""
+"""What a run writes, rank 0 alone: its folder, whose files docs/checkpoints.md describes."""
 
 import contextlib
 import functools
@@ -66,8 +63,7 @@ def now_utc() -> str:
 
 
 def atomic_write(path: Path, text: str | bytes) -> None:
-    """A reader sees the old file or the whole new one; a full disk leaves nothing behind; a link there is replaced, not
-    followed."""
+    """A reader sees the old file or the whole new one; a full disk leaves nothing behind; a link there is replaced."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     try:
         with open(handle, "wb") as file:

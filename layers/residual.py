@@ -1,15 +1,8 @@
-"""What the speedrun adds around the blocks. Each piece exists only if its field of ModelConfig asks for it:
+"""What the speedrun adds around the blocks and inside attention. Each piece exists only if its field of ModelConfig asks for
+it; a block without any of them is `x = block(x, rotary)`, in model.py.
 
-    smear           x <- x + l sigmoid(W x[:12]) x_before          of the embedding x, before its norm
-    skips           x <- x + w x_j                                 before a block of the second half
-    input_shortcut  x <- a x + b x0                                before each block; x0 enters the first
-    value_embeddings  v <- a v + b table_j[token]                  inside attention, of the first and last blocks
-    backout         x <- x - c x_(2/3)                             after the last block
-    attention_gate, exclusive_attention, key_offset                inside attention
-
-A block without any of them is `x = block(x, rotary)`, in model.py. The definitions are modded-nanogpt's, each with
-the record that brought it. Gates' weights start at zero; `model.roles` calls them vectors, so that no optimizer takes them
-for matrices (modded-nanogpt moved them from Muon to Adam in #56) or decays them.
+The definitions are modded-nanogpt's, each with the record that brought it. Gates' weights start at zero; `model.roles` calls
+them vectors, so that no optimizer takes them for matrices (modded-nanogpt moved them from Muon to Adam in #56) or decays them.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,7 +28,7 @@ class Gate(nn.Module):
 
 
 class Smear(nn.Module):
-    """x_t + l sigmoid(W x_t[:12]) x_(t-1), [B, T, C] -> [B, T, C]; l starts at 0 (#34)."""
+    """x_t + l sigmoid(W x_t[:12]) x_(t-1) of the embedding x [B, T, C], before its norm; l starts at 0 (#34)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -80,7 +73,7 @@ class ResidualPaths(nn.Module):
 
 
 class InputShortcut(nn.Module):
-    """a x + b x0 before each block, with a and b learned for each; they start at 1 and 0 (#9)."""
+    """a x + b x0 before each block, x0 what enters the first; a and b, learned for each, start at 1 and 0 (#9)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -135,8 +128,7 @@ class Backout(nn.Module):
 
 
 def value_table(config: ModelConfig, layer: int) -> int | None:
-    """Which table of value embeddings a block reads: n tables serve the first n and the last n blocks, in the same order
-    (0 1 2 ... 0 1 2, #17)."""
+    """Which table of value embeddings a block reads: n tables serve the first n and last n blocks, 0 1 2 ... 0 1 2 (#17)."""
     n = min(config.value_embeddings, config.layers)
     if layer < n:
         return layer
