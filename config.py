@@ -131,10 +131,7 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
         if why := refusal(key, value, FIELDS[key].metadata):
             raise UsageError(f"{flag_of(key)} {why}")
     config = Config(**only(Config, settings))
-    try:
-        model_config = ModelConfig(**only(ModelConfig, settings))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    model_config = ModelConfig(**only(ModelConfig, settings))
     check(config, model_config)
     return config, model_config, recipe
 

@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass, fields
 
-from engine.spec import refusal, setting
+from engine.spec import UsageError, refusal, setting
 from layers.attention import ATTENTION
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and form of the model. Raises ValueError when the fields contradict each other."""
+    """Shape and form of the model. Raises UsageError: fields that contradict each other."""
 
     vocab_size: int = setting(50257, "tokens in the vocabulary", least=1)
     sequence_length: int = setting(1024, "context, tokens", least=1)
@@ -70,28 +70,28 @@ class ModelConfig:
     def __post_init__(self):
         for f in fields(self):
             if why := refusal(f.name, getattr(self, f.name), f.metadata):
-                raise ValueError(f"{f.name} {why}")
+                raise UsageError(f"{f.name} {why}")
         if self.attention == "flex" and self.dropout:
-            raise ValueError("attention flex has no dropout: use sdpa, or dropout 0")
+            raise UsageError("attention flex has no dropout: use sdpa, or dropout 0")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+            raise UsageError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.positions != "learned" and self.head_width % 4:
-            raise ValueError(f"rotary positions need a head width divisible by 4, got {self.head_width}")
+            raise UsageError(f"rotary positions need a head width divisible by 4, got {self.head_width}")
         if self.value_gates and not self.value_embeddings:
-            raise ValueError("value_gates need value_embeddings: such as 3")
+            raise UsageError("value_gates need value_embeddings: such as 3")
         if self.key_offset and self.positions != "half_rotary":
-            raise ValueError(f"key_offset needs positions half_rotary, got {self.positions}")
+            raise UsageError(f"key_offset needs positions half_rotary, got {self.positions}")
         if not 0 <= self.window <= self.sequence_length:
-            raise ValueError(f"window must be 0 to {self.sequence_length}, the sequence length; got {self.window}")
+            raise UsageError(f"window must be 0 to {self.sequence_length}, the sequence length; got {self.window}")
         if not self.window_pattern or set(self.window_pattern) - set("LS"):
-            raise ValueError(f"window_pattern takes the letters L and S, such as LSSS; not {self.window_pattern!r}")
+            raise UsageError(f"window_pattern takes the letters L and S, such as LSSS; not {self.window_pattern!r}")
         if self.yarn and self.positions == "learned":
-            raise ValueError("yarn needs positions rotary or half_rotary, got learned")
+            raise UsageError("yarn needs positions rotary or half_rotary, got learned")
         if self.head_dtype != "same" and (self.padded_vocab % 16 or self.width % 16):
             sides = f"{self.width} and {self.padded_vocab}: such as vocab_multiple 128"
-            raise ValueError(f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {sides}")
+            raise UsageError(f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {sides}")
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
-            raise ValueError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
+            raise UsageError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
 
     @property
     def head_width(self) -> int:
