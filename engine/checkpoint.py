@@ -387,16 +387,14 @@ class Checkpoints:
         path = path or branch()
         if path is None and resume == "must":
             raise UsageError(f"--resume must: {passed[0]}; use --resume auto to start anew")
-        self.clean(everything=resume == "never")
-        return path
-
-    def clean(self, everything: bool = False) -> None:
-        """Remove what interrupted writes and deletions left, or all there is. For rank 0, before anybody saves."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if everything:  # first: a run that is killed meanwhile must not pass for finished
-            (self.folder.parent / "result.json").unlink(missing_ok=True)
-        for path in [*self.folder.glob(".step-*.tmp"), *(listing(self.folder) if everything else ())]:
-            remove(path)
+        useless = list(self.folder.glob(".step-*.tmp"))  # what interrupted writes and deletions left
+        if resume == "never":
+            (self.folder.parent / "result.json").unlink(missing_ok=True)  # first: killed now, it must not pass for finished
+            useless += listing(self.folder)
+        for old in useless:
+            remove(old)
+        return path
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """Facts of each checkpoint completed since the last call: step, bytes, seconds that it took to write, and `blocked`,

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from engine.spec import UsageError, check_trusted, convert, nearest, optional, parse, split, trust, typed_keys
 from model import roles as roles_of
@@ -40,7 +40,7 @@ from optimizers import kronecker, matrix
 from optimizers.average import AVERAGES, OUTER, Averaged, build_around
 from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
 
-__all__ = ["AVERAGES", "OPTIMIZERS", "OUTER", "Choice", "build", "build_around", "compile_update", "copy_state", "find"]
+__all__ = ["AVERAGES", "OPTIMIZERS", "OUTER", "Choice", "build", "build_around", "compile_update", "find"]
 __all__ += ["elementwise", "kronecker", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
 
 COLLECTIONS = ("torch.optim", "pytorch_optimizer", "heavyball")  # public packages whose classes are found by name
@@ -281,13 +281,6 @@ def period(spec: str) -> int:
     if split(spec)[0] not in OPTIMIZERS:
         return 1
     return math.lcm(*(find(spec).setting(key, 1) for key in ("every", "adamw_every")))
-
-
-def copy_state(optimizer: torch.optim.Optimizer, source: nn.Parameter, target: nn.Parameter) -> None:
-    """Let `target` continue with the state of `source`, if the same method updates both."""
-    optimizer.state[target] = tree_map_only(Tensor, Tensor.clone, optimizer.state[source])
-    if isinstance(optimizer, Averaged):
-        optimizer.copy(source, target)
 
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:

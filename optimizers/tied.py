@@ -3,9 +3,10 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from optimizers import copy_state
+from optimizers.average import Averaged
 
 
 class TiedHead:
@@ -20,7 +21,10 @@ class TiedHead:
     def before_step(self, step: int) -> None:
         """In the first step of two weights: one history for both."""
         if self.until and step == math.ceil(self.until):
-            copy_state(self.optimizer, self.head, self.embedding)
+            state = self.optimizer.state
+            state[self.embedding] = tree_map_only(Tensor, Tensor.clone, state[self.head])
+            if isinstance(self.optimizer, Averaged):
+                self.optimizer.copy(self.head, self.embedding)
 
     def after_backward(self, step: int) -> None:
         if step < self.until:

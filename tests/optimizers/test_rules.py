@@ -1142,7 +1142,7 @@ for number, spec in enumerate(SHARED):
             optimizer.step()
             if step == 4 and world == 4:
                 if rank == 0:
-                    saved.clean()
+                    saved.folder.mkdir()
                 about = dict(config="", data="", source="", log_bytes=0, progress={"step": 5})
                 saved.save(5, gpt, optimizer.state_dict(), [], about)
                 saved.wait()
