@@ -157,7 +157,7 @@ def test_the_track_and_who_asks_for_steps(tmp_path):
         _ = Trial(Arm("timed", ("--track", "gpt2-small-10min")), 5, 0).folder
     assert Trial(Arm("by steps", ("--track", "gpt2-small-10min", "--minutes", "0")), 5, 0).folder
     with pytest.raises(judge.Broken, match="a record has a fixed number of steps"):
-        rules.stopping(types.SimpleNamespace(about={"settings": {"stop_at_target": False, "minutes": 10}}))
+        rules.stopping(types.SimpleNamespace(about={"settings": {"stop_at_target": False, "minutes": 10}}, timed_anew=[]))
     (tmp_path / "config.json").write_text(json.dumps({"steps": 10, "minutes": 1}))
     (tmp_path / "log.jsonl").write_text('{"event": "train", "step": 3, "train_time": 45.0, "loss": 1.0}\n')
     assert (runs.see(tmp_path).left, runs.see(tmp_path).steps) == (15.0, 0)

@@ -50,7 +50,7 @@ def test_in_a_browser(written, width):
             tab.wait_for_selector(f"#{place.get_attribute('id')} svg")
         marks = "all => all.map(c => c.querySelectorAll('svg .mark-symbol path, svg .mark-line path').length)"
         drawn = tab.eval_on_selector_all(".chart", marks)
-        assert len(drawn) == 7 and min(drawn) > 0
+        assert len(drawn) == 8 and min(drawn) > 0
         assert tab.title() == "NanoGPT speedrun"
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         names = "[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[1].textContent)"

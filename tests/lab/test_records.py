@@ -779,7 +779,7 @@ def edit_lines(change):
         (edit_row(0, train_time="99"), "curves", "the time is 99.0, by curves.csv"),
         (edit_row(CONFIRMED, val_loss="1.1"), "statistics", ", by the trials "),
         (edit_row(CONFIRMED, process_time="1"), "statistics", "process_time"),
-        (edit_lines(lambda lines: lines[:-1]), "statistics", "is not in both"),
+        (edit_lines(lambda lines: lines[:-1]), "statistics", ", by the trials "),
         (edit_lines(lambda lines: [*lines, lines[-1]]), "runs", "a trial stands in trials.csv twice"),
         (edit_text("README.md", "p = 1.2e-05", "p = 1.2e-06"), "words", "README.md is not what comparison.json gives"),
         (edit_text("comparison.json", '"n": 4', '"n": 5'), "statistics", ".n is 5, by the trials 4"),
