@@ -1,6 +1,5 @@
 """The options of the test command. What tests share is in shared.py."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -11,10 +10,6 @@ def pytest_configure(config):
     hands_out = getattr(config.option, "numprocesses", 0) and not hasattr(config, "workerinput")
     if not hands_out:  # that process of xdist's runs no test, and importing torch takes seconds in which the others wait for it
         config.pluginmanager.import_plugin("shared")
-
-
-def pytest_xdist_auto_num_workers(config):
-    return (os.cpu_count() or 1) + 1  # a fourth of the time a test waits, for other processes or for a timeout
 
 
 def pytest_addoption(parser):
