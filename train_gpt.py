@@ -213,7 +213,6 @@ class Training:
             self.mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
         seed(config.seed * 1009 + world.rank + 1)
         self.model, self.compiled = wrap(self.gpt, config, self.course, world)
-        self.peak, self.peak_source = hardware.matmul_peak(world.device, self.dtype)
         self.flops = mean_flops(config, self.model_config)
 
     def build_optimizer(self) -> None:
@@ -369,13 +368,14 @@ class Training:
         config, world, folder = self.config, self.world, self.run_folder
         saved = self.restore() if self.start else {}
         first, self.seconds = self.progress.step, self.clock.train_time
+        self.peak, source = hardware.matmul_peak(world.device, self.dtype)
         cards = world.gather(hardware.device_name(world.device))
         if self.compiled:
             world.beat("compiling")
             self.warm_up()
         if world.main:
             env = dict(data_fingerprint=self.fingerprint, world_size=world.size, dtype=str(self.dtype).removeprefix("torch."))
-            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=self.peak_source)
+            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=source)
             show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
             stem = self.start.parent.parent if self.branched else None
             folder.open(hardware.describe(world.device) | code_version() | env, saved, show, stem)
@@ -530,6 +530,8 @@ class Training:
         everyone = self.world.gather((progress.process_time, memory, state, self.wire_bytes or 0))
         process_times, memories, states, sent = zip(*everyone, strict=True)
         reached = progress.reached or {"time": None, "steps": None}
+        # again: another process may have slowed the products at the start
+        peak = self.peak and max(self.peak, hardware.matmul_peak(self.world.device, self.dtype)[0])
         result = {
             "status": status,
             "steps": progress.step,
@@ -546,7 +548,7 @@ class Training:
             "process_time": sum(process_times),
             "tokens_per_second": rate,
             "flops_per_token": self.flops,
-            "mfu": rate * self.flops / (self.peak * self.world.size) if self.peak else None,
+            "mfu": rate * self.flops / (peak * self.world.size) if peak else None,
             "peak_memory": max(memories),
             "optimizer_state_bytes": max(states),
             "wire_bytes": max(sent),

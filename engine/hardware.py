@@ -158,7 +158,7 @@ def device_name(device: torch.device) -> str:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """Peak of matrix products in FLOP/s, and where the figure is from; (None, ...) where it is unknown. GPUs: data sheet (bf16
-    only). CPU: the fastest of a few 2048^3 products timed now, about 0.2 s."""
+    only). CPU: the fastest of a few products timed now, about 0.2 s."""
     if device.type == "cuda":
         known = card_named(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
         return (known[1].bf16, "data sheet") if known else (None, "unknown GPU or dtype")

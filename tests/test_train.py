@@ -113,7 +113,8 @@ def test_the_display_divides_by_the_peak_of_all_ranks(sotu, tmp_path, monkeypatc
 
     flags = ["--track", "tiny", "--data-root", str(DATA_ROOT), "--out", str(tmp_path / "run")]
     training = train_gpt.Training(*resolve(flags), train_gpt.World("cpu"))
-    training.world.size, training.world.gather, training.peak = 8, lambda value: [value] * 8, 1e12
+    training.world.size, training.world.gather = 8, lambda value: [value] * 8
+    monkeypatch.setattr(train_gpt.hardware, "matmul_peak", lambda *_: (1e12, "measured"))
     monkeypatch.setattr(train_gpt.display, "Display", shown)
     with pytest.raises(Shown, match="8000000000000"):
         training.run()
@@ -379,6 +380,14 @@ def test_log_and_result_agree(train):
     assert sum(e["event"] == "end" for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines())) == 1
     assert end["optimizer_state_bytes"] >= 8 * end["parameters"]["total"]
     assert end["peak_memory"] > 50e6
+
+
+def test_mfu_is_of_the_faster_products(train, monkeypatch):
+    """Those timed at the start were slowed by another process."""
+    peaks = iter([(1e9, "measured"), (4e9, "measured")])
+    monkeypatch.setattr(train_gpt.hardware, "matmul_peak", lambda *_: next(peaks))
+    end = result(train("--steps", "2"))
+    assert end["mfu"] == pytest.approx(end["tokens_per_second"] * end["flops_per_token"] / 4e9)
 
 
 def test_stop_at_target(train):
