@@ -119,6 +119,7 @@ def test_resumed_goes_on_at_its_time(run, monkeypatch):
     assert [e["step"] for e in events(folder, "val")] == [e["step"] for e in events(whole, "val")] == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_ranks_go_by_the_clock_of_the_first(run, sotu, tmp_path):
     """All take the same steps, though a clock of their own says otherwise."""
     flags = (*TIMED, "--schedule", "linear", "--check-ranks", "1")

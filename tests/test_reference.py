@@ -102,6 +102,7 @@ def polar(g: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "nats"), [("bf16", 0.01), ("fp32", 0.002)])
+@pytest.mark.slow
 def test_modern_muon_follows_entry_36(sotu, tmp_path, one_thread, dtype, nats):
     """In bf16 as there; and in fp32 but for the embedding, where rounding hides less. eps goes with the batch: the entry's loss
     is a sum over its tokens."""

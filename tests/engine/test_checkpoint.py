@@ -577,6 +577,7 @@ train_gpt.leave(train_gpt.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_rank_whose_loss_is_not_finite_is_named(sotu, tmp_path):
     (tmp_path / "nan.py").write_text(NAN_ON_RANK_1)
     launch(2, tmp_path / "run", "--steps", "5", script=tmp_path / "nan.py").finish()

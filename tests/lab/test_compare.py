@@ -127,6 +127,7 @@ def test_a_path_of_this_machine_is_refused_before_anything_is_trained(capsys):
         assert "is a path of this machine: put the file beside" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_trick_that_halves_the_steps_is_found_faster(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "save", SAVE)
     trainer = fake({"baseline": 200, "+modern": 100, "+no_bias": 202}, {"+modern": 0.12}, noise=0.002)
@@ -173,6 +174,7 @@ def test_lengths_of_a_search_may_be_given(fake, tmp_path, capsys):
     assert "modern: fewer than three runs, or all of one length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_given_length_says_which_loss_is_lower_and_nothing_about_time(fake, tmp_path, capsys, monkeypatch):
     """Labelled arms, no search; the rules of kept reports hold, and see through a summary that says otherwise."""
     trainer = fake({"adamw": 200, "fast": 100, "same": 200}, {"fast": 0.12}, noise=0.002)

@@ -105,6 +105,7 @@ def judged(fake, tmp_path, monkeypatch):  # noqa: F811
     return run
 
 
+@pytest.mark.slow
 def test_each_fault_of_a_class_is_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(OWN)
@@ -146,6 +147,7 @@ def test_bad_words_are_one_line(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp_path, capsys):
     code, page, first = judged("lion", most=10, lion=3)
     assert (code, page) == (130, "") and len(first.trained) < 15

@@ -21,6 +21,7 @@ def test_every_study_says_what_it_is():
     assert all(re.search(rf"^  {name} .*min   .*\.$", listed, re.MULTILINE) for name in found)
 
 
+@pytest.mark.slow
 def test_one_study_leaves_picture_and_figures(tmp_path):
     said = command.main(["algoperf", "--out", str(tmp_path)])
     assert "holds: 11 of 11" in said
@@ -53,6 +54,7 @@ def test_all_runs_each_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.slow
 def test_what_is_refused(tmp_path, monkeypatch):
     for words, message in (
         (["rosenbrok"], "unknown study 'rosenbrok': did you mean 'rosenbrock'?"),
