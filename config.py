@@ -38,7 +38,7 @@ class Config:
     schedule: str = setting("constant", "learning-rate schedule SPEC")
     decay_schedule: str = setting("constant", "schedule SPEC of the weight decay; a step decays by this times the rate")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
-    steps: int = setting(1000, "optimizer updates; with --minutes only the whole for lengths such as warmup=100", least=1)
+    steps: int = setting(1000, "optimizer updates; with --minutes only what a length such as warmup=100 is a part of", least=1)
     minutes: float = setting(0.0, "end after this much training time, which schedules and stages follow; 0: by --steps")
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
     batch_stages: tuple[float, ...] = setting((1.0,), "batches in stages of equal length, multiples of --batch-tokens: 1/2/3")
