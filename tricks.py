@@ -233,6 +233,11 @@ TRICKS: dict[str, Trick] = {
         "2.358 to 2.345 min, and 3.3 s more once its rate was tuned (#42); on the optimizer track as good as tuned Muon",
         "nanochat: small gain to 26 layers",
     ),
+    "equal_rows": optimizer(
+        dict(optimizer="muon:equal_rows=true", schedule="wsd:cooldown=0.7"),
+        "MuonEq-R, arXiv 2603.28254; nanochat",
+        "very slight (nanochat)",
+    ),
     "cautious_decay": optimizer(
         dict(optimizer="muon:cautious=true", schedule="wsd:cooldown=0.7"),
         "cautious weight decay, arXiv 2510.12402; modded-nanogpt #43, whose decay also falls with the learning rate",
@@ -359,7 +364,9 @@ TRACKS: dict[str, Track] = {
             "muon": dict(  # as tuned on bytes-large; record 010
                 optimizer="muon:lr=0.0155,momentum=0.9642,weight_decay=0.177,adamw_lr=0.00779", schedule="cosine:warmup=0.0825"
             ),
-            "ngram_embedding": dict(ngram_buckets=16384, ngram_orders="2,3,4,5"),  # a byte alone says little
+            # a byte alone says little; narrow vectors keep the tables within twice the baseline's parameters
+            "ngram_embedding": dict(ngram_buckets=25600, ngram_orders="2,3,4,5,6,7,8,9", ngram_width=16, rates="ngrams=4"),
+            "wsd": dict(schedule="wsd:cooldown=0.8"),
             "batch_stages": dict(batch_tokens=2048),
             "small_batch": dict(batch_tokens=2048),
         },

@@ -12,14 +12,17 @@ class NgramEmbedding(nn.Module):
 
     modded-nanogpt record 62 (bigrams, after DeepSeek's Engram); on bytes, where one token says little, longer n-grams
     pay too. Training copes with collisions. Positions before the start of the sequence count as token 0. The tables of
-    all orders lie in one parameter [orders * ngram_buckets, width]: one lookup, one gradient.
+    all orders lie in one parameter [orders * ngram_buckets, ngram_width]: one lookup, one gradient. Narrow vectors go to
+    slices of the stream in turn, by order: as many parameters hold more rows, with fewer collisions.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.orders = [int(n) for n in config.ngram_orders.split(",")]
         self.buckets = config.ngram_buckets
-        self.table = nn.Embedding(len(self.orders) * self.buckets, config.width)
+        width = config.ngram_width or config.width
+        self.slices = config.width // width
+        self.table = nn.Embedding(len(self.orders) * self.buckets, width)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> rows of the table [B, T, orders]: a multiply-and-add hash, latest token first."""
@@ -33,4 +36,6 @@ class NgramEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> [B, T, C] fp32."""
-        return self.table(self.rows(tokens)).sum(-2)
+        found = self.table(self.rows(tokens))  # [B, T, orders, ngram_width]
+        found = F.pad(found, (0, 0, 0, -len(self.orders) % self.slices))
+        return found.unflatten(2, (-1, self.slices)).sum(2).flatten(-2)

@@ -51,6 +51,7 @@ class ModelConfig:
     )
     ngram_buckets: int = setting(0, "rows of each hashed n-gram embedding table; 0 is off (modded-nanogpt #62)")
     ngram_orders: str = setting("2,3", "n-gram lengths with a table each, tokens, comma-separated")
+    ngram_width: int = setting(0, "channels of n-gram vectors, each order's in its slice of the stream; 0: all of them")
     value_embeddings: int = setting(0, "value embeddings of this many first and last blocks; 0: off (modded-nanogpt #14, #17)")
     value_gates: bool = setting(False, "gates on the value embeddings, one a head (modded-nanogpt #55)")
     input_shortcut: bool = setting(False, "add the first block's input before each block (modded-nanogpt #9)")
@@ -92,6 +93,8 @@ class ModelConfig:
             raise UsageError(f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {sides}")
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise UsageError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
+        if self.ngram_width and self.width % self.ngram_width:
+            raise UsageError(f"width {self.width} is not divisible by ngram_width {self.ngram_width}")
 
     @property
     def head_width(self) -> int:

@@ -36,7 +36,16 @@ def awake(gpt: GPT) -> GPT:
 def test_kept_keys_and_values_give_the_same_logits():
     """Token by token and in pieces, with everything that looks back: smear, n-grams, key offsets, windows, documents."""
     modern = dict(positions="half_rotary", norm="rmsnorm", qk_norm=True, activation="relu2", bias=False, tied_head=False)
-    back = dict(smear=True, ngram_buckets=64, ngram_orders="2,4", key_offset=True, window=8, window_pattern="SL", yarn=True)
+    back = dict(
+        smear=True,
+        ngram_buckets=64,
+        ngram_orders="2,3,4",
+        ngram_width=16,
+        key_offset=True,
+        window=8,
+        window_pattern="SL",
+        yarn=True,
+    )
     paths = dict(value_embeddings=1, value_gates=True, skips="unet", backout=True, input_shortcut=True, attention_gate=True)
     kinds = [{}, modern, modern | back, modern | back | paths | dict(layers=3, exclusive_attention=True, embed_norm=True)]
     for settings in (*kinds, modern | dict(document_mask=True, end_of_text=7, window=16, smear=True)):
@@ -136,6 +145,22 @@ def test_ngrams_look_back_n_tokens():
     assert same.tolist() == [True] * 4 + [False] * 3 + [True] * 3
 
 
+def test_narrow_ngrams_take_slices_in_turn():
+    """Orders 2 and 4 add to the first half of the stream, order 3 to the second: a changed token is seen as far back."""
+    ngrams = small(ngram_buckets=4096, ngram_orders="2,3,4", ngram_width=16).ngrams
+    assert ngrams.table.weight.shape == (3 * 4096, 16) and small().config.width == 32
+    with torch.no_grad():
+        ngrams.table.weight.normal_()
+    a = torch.arange(10)[None] % 97
+    b = a.clone()
+    b[0, 4] = 50
+    changed = (ngrams(a) != ngrams(b))[0]  # [T, C]
+    assert changed[:, :16].any(-1).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert changed[:, 16:].any(-1).nonzero().flatten().tolist() == [4, 5, 6]
+    found = ngrams.table(ngrams.rows(a))[0]
+    torch.testing.assert_close(ngrams(a)[0], torch.cat([found[:, 0] + found[:, 2], found[:, 1]], -1))
+
+
 def test_ngram_hash_spreads():
     """Distinct n-grams share buckets no more often than chance would have it; the orders never share a row."""
     table = small(ngram_buckets=4096, ngram_orders="2,5").ngrams
@@ -203,10 +228,17 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"heads": 3}, {"layers": -1}, {"dropout": 1.0}, {"norm": "batchnorm"}, {"ngram_buckets": 8, "ngram_orders": "2,x"}],
+    [
+        {"heads": 3},
+        {"layers": -1},
+        {"dropout": 1.0},
+        {"norm": "batchnorm"},
+        {"ngram_width": 3},
+        {"ngram_orders": "2,x", "ngram_buckets": 8},
+    ],
 )
 def test_contradictions_raise(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong)) if "ngram_orders" not in wrong else "ngram_orders"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         ModelConfig(**SMALL | wrong)
 
 

@@ -522,6 +522,7 @@ def test_retied_head_is_a_tied_head_until_it_is_not(train, sotu, tmp_path):
     ("name", "keys"),
     [
         ("normuon", dict(normuon=True)),
+        ("equal_rows", dict(equal_rows=True)),
         ("cautious_decay", dict(cautious=True)),
         ("polar_express", dict(coefficients="polar_express")),
     ],
