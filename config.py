@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -115,9 +116,10 @@ CARD_MEMORY = 80e9  # bytes: of the card for which 65,536 tokens are usually not
 FIELDS = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields(cls)}
 
 
-def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig, str]:
-    """Command line -> config, model config, recipe name. Raises UsageError: an unknown word, a wrong type, a contradiction."""
-    given = flags_given(argv, description)
+def resolve(argv: list[str], description: str = "", others: Iterable[str] = ()) -> tuple[Config, ModelConfig, str]:
+    """Command line -> config, model config, recipe name. others: flags of the verb itself, which a misspelt word may mean.
+    Raises UsageError: an unknown word, a wrong type, a contradiction."""
+    given = flags_given(argv, description, others)
     settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
     if "optimizer" in given:  # its keys go over those of the tricks, where it is the same method
         given["optimizer"] = tricks.merge_optimizer(settings["optimizer"], given["optimizer"])
@@ -136,7 +138,7 @@ def resolve(argv: list[str], description: str = "") -> tuple[Config, ModelConfig
     return config, model_config, recipe
 
 
-def flags_given(argv: list[str], description: str) -> dict[str, Any]:
+def flags_given(argv: list[str], description: str, others: Iterable[str]) -> dict[str, Any]:
     """The flags of a command line by field, typed. Raises UsageError: an unknown flag, or a value of the wrong type."""
     flags = parser()
     flags.description = description
@@ -145,7 +147,7 @@ def flags_given(argv: list[str], description: str) -> dict[str, Any]:
         name = unknown[0].split("=")[0]
         hint = {"--lr": "a learning rate is a key of the optimizer, such as --optimizer adamw:lr=0.01"}.get(name)
         hint = hint or ("lists are written with commas, such as --tricks modern,muon" if name[:1] != "-" else "")
-        raise UsageError(f"unknown flag {name}: {hint or nearest(name, flags._option_string_actions)}")
+        raise UsageError(f"unknown flag {name}: {hint or nearest(name, [*flags._option_string_actions, *others])}")
     return {  # argparse makes an empty list of the value `--`
         key: value if isinstance(value, bool) else convert("--" if value == [] else value, FIELDS[key].type, flag_of(key))
         for key, value in vars(options).items()

@@ -53,8 +53,8 @@ def machine(words: str) -> Machine:
     return Machine(key, int(count), CARDS[key])
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of `plan` itself, and those that are left for the trainer. Raises UsageError: a value of the wrong type."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, tuple[Config, ModelConfig, str]]:
+    """The flags of `plan` itself, and what the trainer makes of the others. Raises UsageError: bad flags."""
     what = "Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written."
     others = "All other flags are the trainer's: ./run.sh train --help."
     flags = Parser(prog="./run.sh plan", description=what, epilog=others)
@@ -62,7 +62,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--hardware", default="here", help="such as 8xH100, or here, where a CPU takes three real steps (default: here)")
     add("--world-size", type=int, default=0, metavar="N", help="ranks, one per card (default: the cards of one machine)")
     add("--gpu-price", type=float, default=0.0, metavar="DOLLARS", help="per card and hour (default: by engine/hardware.py)")
-    return flags.parse_known_args(argv)
+    own, rest = flags.parse_known_args(argv)
+    return own, resolve(rest, others=flags._option_string_actions)
 
 
 def ranks_on(where: Machine, asked: int) -> int:
@@ -107,8 +108,7 @@ class TooLittleMemory(UsageError):
 
 def predict(argv: list[str]) -> Prediction:
     """What a run with these flags, `plan`'s and the trainer's, would take. Raises UsageError: bad flags, too little memory."""
-    flags, rest = parse(argv)
-    config, model_config, recipe = resolve(rest)
+    flags, (config, model_config, recipe) = parse(argv)
     where = machine(flags.hardware)
     ranks = ranks_on(where, flags.world_size)
     if model_config.head_dtype == "fp8" and not (where.card and where.card.fp8):

@@ -134,9 +134,7 @@ def test_runs_are_drawn(tmp_path, capsys):
 
 
 def check_plan(words: list[str]) -> None:
-    options, rest = predict.parse(words)
-    predict.machine(options.hardware)
-    resolve(rest)
+    predict.machine(predict.parse(words)[0].hardware)
 
 
 def check_compare(words: list[str]) -> None:

@@ -235,6 +235,8 @@ def test_a_cpu_is_timed_by_real_steps(monkeypatch):
     [
         (["--hardware", "8xH1000"], "did you mean 'H100'?"),
         (["--hardware", "0xH100"], "unknown card"),
+        (["--hardwar", "8xH100"], "did you mean '--hardware'?"),
+        (["--layer", "3"], "did you mean '--layers'?"),
         (["--hardware", "8xH100", "--world-size", "3"], "is not divisible by ranks x sequence length = 3 x"),
         (["--hardware", "8xH100", "--world-size", "12"], "at most 8, or a multiple of it"),
         (["--hardware", "8xH100", "--world-size", "many"], "invalid int value"),
