@@ -18,7 +18,7 @@ from engine.hardware import CARDS
 from lab import markdown, plots
 from lab.markdown import table
 from lab.records import history
-from lab.records.record import Record
+from lab.records.record import of_track
 from lab.scaling import report as survival_report
 from lab.tuning import tuned
 
@@ -174,11 +174,11 @@ def benchmark_tables() -> dict[str, str]:
 
 
 def draw_first_run() -> None:
-    """Loss against time of the `cpu` track's records."""
-    labels = {"001-baseline": "GPT-2 + AdamW", "009-adamw": "modern GPT + AdamW", "010-muon": "modern GPT + Muon (the record)"}
-    drawn = {label: Record(KEPT / "cpu" / name) for name, label in labels.items()}
-    target = next(iter(drawn.values())).about["target_loss"]
-    plots.losses(PICTURE, {label: history.curve(record) for label, record in drawn.items()}, target)
+    """Loss against time of the `cpu` track's records; the first is drawn as it was timed beside the second."""
+    first, *others = of_track("cpu", "gpt")
+    drawn = {f"{first.about['number']:03d} {first.about['name']}": others[0].rival_logs if others else first.logs}
+    drawn |= {f"{record.about['number']:03d} {record.about['name']}": record.logs for record in others}
+    plots.losses(PICTURE, {label: history.curve(logs) for label, logs in drawn.items()}, first.about["target_loss"])
 
 
 DOCUMENTS = {

@@ -11,7 +11,7 @@ from lab.records import judge, reports, rules
 from lab.records import record as records
 from lab.records import tables as tuning_tables
 from lab.records.judge import need
-from lab.records.record import CATEGORIES, FinishedRun, Record, interval
+from lab.records.record import CATEGORIES, FinishedRun, Log, Record, interval
 from lab.trials import DTYPES
 
 PICTURE = "time to the target: baseline of the category, in grey, over each of its records"
@@ -114,9 +114,8 @@ def page(tree: Tree) -> str:
 RULES = {rule.__name__: rule for rule in (tree, page)}
 
 
-def curve(record: Record) -> plots.Curve:
+def curve(logs: list[Log]) -> plots.Curve:
     """The mean loss curve of a record's runs."""
-    logs = record.logs
     return plots.curve([log.losses for log in logs], [log.step_times for log in logs], [log.loss for log in logs])
 
 
@@ -143,7 +142,7 @@ def summary(folder: Path) -> str:
     lines += ["  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows]
     lines += ["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain)
     if result["val_loss"] is not None and result["target_loss"]:
-        curves = {f"record {record.folder.name}, on its machine": curve(record) for record in beside}
+        curves = {f"record {record.folder.name}, on its machine": curve(record.logs) for record in beside}
         plots.losses(folder / "loss.png", curves | {"this run": plots.of_run(folder)}, result["target_loss"])
         lines.append(f"picture: {folder / 'loss.png'}")
     return "\n".join(lines)
