@@ -61,7 +61,7 @@ def add(
     if len(runs) < 2:
         raise UsageError("1 run is no evidence: at least two seeds, better five")
     for run in (*runs, *anew):
-        for part in records.FACTS:
+        for part in records.FACTS if run in runs else ("machine", "versions"):  # precision and compiling are a recipe's choice
             if run.facts[part] != runs[0].facts[part]:
                 raise UsageError(f"{run.folder} and {runs[0].folder} have different {part}")
     rival = records.previous(track, category) if kind == "record" else None

@@ -410,6 +410,8 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
     recipe's name are left out."""
     apart = (*run_folder.PRESENTATION, "seed", "steps", "tricks", "recipe")
     every = GONE | {name: field.default for name, field in FIELDS.items()} | settings
+    if not (every["document_mask"] or every["align_documents"]):
+        apart += ("end_of_text",)  # which then acts on nothing
     return json.loads(json.dumps({key: value for key, value in every.items() if key not in apart}))
 
 

@@ -279,16 +279,25 @@ def test_a_rival_that_is_not_the_previous_record_is_refused(runs, kept, which, c
 
 
 def test_runs_of_two_machines_are_refused(runs, kept, monkeypatch):
+    """The rival may have another precision and need not be compiled, which is a recipe's choice; a record's runs are alike."""
     shutil.rmtree(kept[1].folder)
-    read = records.FinishedRun.read
+    read, changed = records.FinishedRun.read, {}
 
     def elsewhere(folder: Path):
         run = read(folder)
-        return dataclasses.replace(run, env=run.env | {"cpu": "another"}) if folder in runs["baseline"] else run
+        return dataclasses.replace(run, env=run.env | changed.get(folder, {}))
 
     monkeypatch.setattr(records.FinishedRun, "read", elsewhere)
-    with pytest.raises(UsageError, match="have different machine"):
-        command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"])
+    for which, change, part in (
+        (runs["baseline"], {"cpu": "another"}, "machine"),
+        (runs["baseline"], {"torch": "2.12"}, "versions"),
+        (runs["quick"][1:], {"compile": True}, "numerics"),
+    ):
+        changed = dict.fromkeys(which, change)
+        with pytest.raises(UsageError, match=f"have different {part}"):
+            command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"])
+    changed = dict.fromkeys(runs["baseline"], {"compile": True})
+    assert command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"]).label == "tiny/002-quick"
 
 
 def test_a_record_is_taken_from_a_comparison(runs, kept, place, monkeypatch, capsys):
@@ -673,6 +682,11 @@ def test_a_rival_of_today_stands_for_an_older_record(beside):
     older = with_settings(older, ngram_sparse=False)
     edit(older.folder / "record.json", lambda about: about["settings"].pop("batch_stages"))
     assert verdict(beside, "rival")[0] == "pass"
+    older = with_settings(older, end_of_text=5)  # without a mask by document or sequences that start with one
+    assert verdict(beside, "rival")[0] == "pass"
+    with_settings(older, end_of_text=5, align_documents=True)
+    assert "have other settings than 001-baseline" in verdict(beside, "rival")[1]
+    with_settings(older, align_documents=False)
     with_settings(older, ngram_sparse=True)
     assert "have other settings than 001-baseline" in verdict(beside, "rival")[1]
     with_settings(older, ngram_sparse=False, batch_stages=[1, 2])
