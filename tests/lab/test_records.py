@@ -293,10 +293,10 @@ def test_runs_of_two_machines_are_refused(runs, kept, monkeypatch):
         (runs["baseline"], {"torch": "2.12"}, "versions"),
         (runs["quick"][1:], {"compile": True}, "numerics"),
     ):
-        changed = dict.fromkeys(which, change)
+        changed = {folder: change for folder in which}
         with pytest.raises(UsageError, match=f"have different {part}"):
             command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"])
-    changed = dict.fromkeys(runs["baseline"], {"compile": True})
+    changed = {folder: {"compile": True} for folder in runs["baseline"]}
     assert command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"]).label == "tiny/002-quick"
 
 
