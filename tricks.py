@@ -244,12 +244,6 @@ TRICKS: dict[str, Trick] = {
         "2.313 to 2.284 min; 2.2 s on one machine",
         "nanochat: helps to 26 layers, with a decay that falls as 1 / width^2",
     ),
-    "cautious_adamw": optimizer(
-        dict(optimizer="cautious_adamw"),
-        "arXiv 2510.12402; for AdamW as the only optimizer",
-        "lower final loss at every size, without further tuning",
-        "its authors: up to and above a billion parameters",
-    ),
     "cautious_rest": optimizer(
         dict(optimizer="muon:adamw_cautious=true,adamw_weight_decay=0.005", schedule="wsd:cooldown=0.7"),
         "modded-nanogpt #50: cautious decay of what AdamW updates beside Muon",
@@ -260,12 +254,6 @@ TRICKS: dict[str, Trick] = {
         "modded-nanogpt #39: AdamW moves every second step, by both steps' gradients",
         "part of 2.476 to 2.447 min, with a batch smaller by a third; 0.6 s on one machine",
         "nanochat: worse",
-    ),
-    "rate_by_role": optimizer(
-        dict(tied_head=False, rates="embedding=10"),
-        "modded-nanogpt, factors by tensor from 0.01 (smear gate, #52) to 75 (embeddings); the 10 here is chosen",
-        "not measured alone",
-        "muP, arXiv 2203.03466: wider hidden matrices need a lower rate, embeddings do not",
     ),
     "embedding_beta2": optimizer(
         dict(optimizer="muon:embedding_beta2=0.99"),

@@ -93,15 +93,21 @@ def ours_against_nanogpt() -> None:
         print(f"| {name} | {rate:,.0f} | {ratio(times['nanoGPT, float32, compiled'], each)} |")
 
 
+def of_record() -> train_gpt.Training:
+    """The cpu track's record recipe, ready to step with whole sequences, as in the second half of a run."""
+    flags = ["--track", "cpu", "--tricks", "record", "--length-stages", "1", "--out", tempfile.mkdtemp()]
+    training = train_gpt.Training(*resolve(flags), World("cpu"))
+    training.warm_up()
+    return training
+
+
 def record_mfu() -> None:
     """Step of the cpu track's record recipe against the peak of matrix products measured between the steps."""
-    config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "record", "--out", tempfile.mkdtemp()])
-    training, peaks = train_gpt.Training(config, model_config, recipe, World("cpu")), []
-    if training.compiled:
-        training.warm_up()
+    training, peaks = of_record(), []
+    config = training.config
     peak = partial(hardware.matmul_peak, torch.device("cpu"), training.dtype)
     step = statistics.median(interleave({"step": training.step, "peak": lambda: peaks.append(peak()[0])}, rounds=15)["step"])
-    done = config.batch_tokens * flops_per_token(model_config) / step
+    done = config.batch_tokens * flops_per_token(training.model_config) / step
     print("\n| cpu track, record recipe | |\n|---|---|")
     print(f"| step | {step * 1e3:.0f} ms, {config.batch_tokens / step:,.0f} tokens per second |")
     print(f"| model arithmetic | {done / 1e9:,.0f} GFLOP/s |")
@@ -127,11 +133,8 @@ def kind_of(event: Any) -> str:
 
 
 def where_time_goes() -> None:
-    """A step of the cpu track's record recipe by what its operations are for, and the least that its products could take."""
-    config, model_config, recipe = resolve(["--track", "cpu", "--tricks", "record", "--out", tempfile.mkdtemp()])
-    training = train_gpt.Training(config, model_config, recipe, World("cpu"))
-    if training.compiled:
-        training.warm_up()
+    """A step of the cpu track's record recipe by what its operations are for."""
+    training = of_record()
     for _ in range(3):
         training.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -143,12 +146,9 @@ def where_time_goes() -> None:
     for event in profile.events():
         seconds[kind_of(event)] += event.self_cpu_time_total / 1e6 / ROUNDS
     seconds["outside of PyTorch's operations: data, Python, waiting"] = step - sum(seconds.values())
-    peak = max(hardware.matmul_peak(torch.device("cpu"), training.dtype)[0] for _ in range(ROUNDS))
-    least = config.batch_tokens * flops_per_token(model_config) / peak
     print(f"\n| of a step of {step * 1e3:.0f} ms (with the profiler) | share |\n|---|---|")
     for kind, each in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"| {kind} | {each / step:.1%} |")
-    print(f"| the model's arithmetic at the peak of matrix products | {least / step:.1%} |")
 
 
 def trained(flags: list[str], ranks: int = 1, **environment: str) -> dict:
@@ -171,17 +171,6 @@ def ranks() -> None:
         for what, rate in rates.items():
             relative, memory = ratio(rate, next(iter(rates.values()))), results[what][-1]["peak_memory"] / 1e6
             print(f"| `{recipe}` | {what} | {statistics.median(rate):,.0f} | {relative} | {memory:,.0f} MB |", flush=True)
-
-
-def sampling() -> None:
-    """The next token after 1,000: with keys and values kept, and by a pass over the whole text."""
-    config = resolve(["--track", "cpu", "--tricks", "modern", "--sequence-length", "1024"])[1]
-    (kept, plain), text, ends = (GPT(config).eval(), GPT(config).eval()), torch.randint(256, (1, 1024)), iter(range(1000, 1024))
-    kept.remember()
-    with torch.no_grad():
-        times = interleave({"kept": lambda: kept(text[:, : next(ends)]), "not kept": lambda: plain(text[:, :1000])})
-    rates = " and ".join(f"{1 / statistics.median(each):,.3g} ({name})" for name, each in times.items())
-    print(f"\nsampling at length 1,000, tokens per second: {rates}, {ratio(times['not kept'], times['kept'])} times as many")
 
 
 WAITING = {  # how threads wait for each other: environment of libgomp
@@ -210,7 +199,7 @@ def waiting_threads() -> None:
         print(f"| {what} | {' | '.join(f'{statistics.median(t):.1f} | {ratio(t, usual)}' for t, usual in each)} |", flush=True)
 
 
-PARTS = (ours_against_nanogpt, record_mfu, where_time_goes, ranks, sampling, waiting_threads)
+PARTS = (ours_against_nanogpt, record_mfu, where_time_goes, ranks, waiting_threads)
 PARTS = {part.__name__.replace("_", "-"): part for part in PARTS}
 
 

@@ -131,7 +131,7 @@ class GPT(nn.Module):
                 self.register_buffer(name, torch.zeros(c.sequence_length, c.width // c.heads // 2))
         if c.ngram_buckets:
             self.orders = [int(n) for n in c.ngram_orders.split(",")]
-            self.ngrams = Parts(table=nn.Embedding(len(self.orders) * c.ngram_buckets, c.ngram_width or c.width))
+            self.ngrams = Parts(table=nn.Embedding(len(self.orders) * c.ngram_buckets, min(c.ngram_width or c.width, c.width)))
         if c.smear:
             self.smear = Parts(gate=Gate(c.width, 1), strength=torch.zeros(()))
         self.embed_norm = Norm(c, c.width) if c.embed_norm else nn.Identity()
@@ -181,9 +181,9 @@ class GPT(nn.Module):
             x = x + self.positions.weight[:T]
         if c.ngram_buckets:
             found = self.ngrams.table(self.ngram_rows(tokens))  # each order in its slice of the stream, in turn
-            slices = c.width // found.size(-1)
+            slices, rest = divmod(c.width, found.size(-1))
             found = F.pad(found, (0, 0, 0, -len(self.orders) % slices))
-            x = x + found.unflatten(2, (-1, slices)).sum(2).flatten(-2)
+            x = x + F.pad(found.unflatten(2, (-1, slices)).sum(2).flatten(-2), (0, rest))
         if c.smear:
             gated = self.smear.strength * self.smear.gate(x[:, 1:]) * x[:, :-1]
             x = torch.cat([x[:, :1], x[:, 1:] + gated], dim=1)

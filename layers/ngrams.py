@@ -20,8 +20,8 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.orders = [int(n) for n in config.ngram_orders.split(",")]
         self.buckets = config.ngram_buckets
-        width = config.ngram_width or config.width
-        self.slices = config.width // width
+        width = min(config.ngram_width or config.width, config.width)
+        self.slices, self.rest = divmod(config.width, width)
         self.table = nn.Embedding(len(self.orders) * self.buckets, width)
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -38,4 +38,4 @@ class NgramEmbedding(nn.Module):
         """tokens [B, T] int64 -> [B, T, C] fp32."""
         found = self.table(self.rows(tokens))  # [B, T, orders, ngram_width]
         found = F.pad(found, (0, 0, 0, -len(self.orders) % self.slices))
-        return found.unflatten(2, (-1, self.slices)).sum(2).flatten(-2)
+        return F.pad(found.unflatten(2, (-1, self.slices)).sum(2).flatten(-2), (0, self.rest))

@@ -93,8 +93,6 @@ class ModelConfig:
             raise UsageError(f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {sides}")
         if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
             raise UsageError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
-        if self.ngram_width and self.width % self.ngram_width:
-            raise UsageError(f"width {self.width} is not divisible by ngram_width {self.ngram_width}")
 
     @property
     def head_width(self) -> int:

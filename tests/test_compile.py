@@ -56,7 +56,8 @@ def test_forward_and_loss_are_one_graph(form):
     assert any("autograd_function" in name for name in names) == (form == "triton"), "the kernels are in the graph or are not"
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(grads, wanted_grads, atol=1e-5, rtol=1e-4)
-    optimizer = optimizers.build(spec, gpt, 10)
+    in_fp32 = ",dtype=fp32" if DEVICE == "cpu" else ""  # Triton's interpreter takes the bits of bf16 factors for integers
+    optimizer = optimizers.build(spec + in_fp32, gpt, 10)
     optimizer.step()
     end, _ = passed(compiled, gpt, tokens)
     assert end < loss and len(graphs) == 1

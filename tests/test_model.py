@@ -159,6 +159,11 @@ def test_narrow_ngrams_take_slices_in_turn():
     assert changed[:, 16:].any(-1).nonzero().flatten().tolist() == [4, 5, 6]
     found = ngrams.table(ngrams.rows(a))[0]
     torch.testing.assert_close(ngrams(a)[0], torch.cat([found[:, 0] + found[:, 2], found[:, 1]], -1))
+    uneven = small(ngram_buckets=64, ngram_orders="2,3", ngram_width=12).ngrams  # two slices of 12, and 8 channels without
+    with torch.no_grad():
+        uneven.table.weight.normal_()
+    assert (uneven(a)[..., :24] != 0).all() and (uneven(a)[..., 24:] == 0).all() and uneven(a).size(-1) == 32
+    assert small(ngram_buckets=64, ngram_width=48).ngrams.table.weight.size(1) == 32
 
 
 def test_ngram_hash_spreads():
@@ -233,7 +238,6 @@ def test_dropout_acts_in_training_only():
         {"layers": -1},
         {"dropout": 1.0},
         {"norm": "batchnorm"},
-        {"ngram_width": 3},
         {"ngram_orders": "2,x", "ngram_buckets": 8},
     ],
 )

@@ -556,7 +556,7 @@ def test_full_disk_is_one_line_and_loses_no_trial(fake, tmp_path, capsys, monkey
         (["--tricks", "muno"], "unknown trick 'muno': did you mean 'muon'?"),
         (["--recipes", "baseline"], "one arm is no comparison"),
         (["--recipes", "modern,muon", "modern,muon"], "are the same settings"),
-        (["--base", "record", "--leave-out", "wsd"], "it is not in record"),
+        (["--base", "record", "--leave-out", "smear"], "it is not in record"),
         (["--tricks", "muon", "--seeds", "1"], "one run has no variance"),
         (["--tricks", "muon", "--horizon", "muon"], "ARM=STEPS"),
         (["--tricks", "muon", "--horizon", "muon=20"], "there is no such arm: did you mean '+muon'?"),

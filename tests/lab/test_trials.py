@@ -19,7 +19,7 @@ from lab import trials
 from lab.runner import Runner, in_turn, read_curves
 from lab.trials import Arm, Trial, train
 
-FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256")
+FLAGS = ("--track", "tiny", "--val-tokens", "512", "--layers", "1", "--width", "32", "--batch-tokens", "256", "--dtype", "fp32")
 
 
 @pytest.fixture
