@@ -362,7 +362,7 @@ TRACKS: dict[str, Track] = {
             "muon": dict(  # as tuned on bytes-large; record 010
                 optimizer="muon:lr=0.0155,momentum=0.9642,weight_decay=0.177,adamw_lr=0.00779", schedule="cosine:warmup=0.0825"
             ),
-            "polar_express": dict(optimizer="muon:coefficients=polar_express,steps=3"),  # as good here as with five
+            "polar_express": dict(optimizer="muon:coefficients=polar_express,steps=3"),  # records/README.md: no worse
             # a byte alone says little; narrow vectors keep the tables within twice the baseline's parameters
             "ngram_embedding": dict(ngram_buckets=25600, ngram_orders="2,3,4,5,6,7,8,9", ngram_width=16, rates="ngrams=4"),
             "wsd": dict(schedule="wsd:cooldown=0.8"),

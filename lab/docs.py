@@ -82,6 +82,7 @@ def optimizer_tables() -> dict[str, str]:
 
 
 def as_fast(clock: dict[str, Any]) -> str:
+    """A ratio of times with its interval, in words."""
     return f"{clock['ratio']:.1f} times as fast ({clock['low']:.1f}-{clock['high']:.1f})"
 
 

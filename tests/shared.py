@@ -24,6 +24,9 @@ from optimizers import find  # noqa: E402
 hardware.matmul_peak = functools.cache(hardware.matmul_peak)  # measured once, not in every run
 REALLY_CHECK, PROVEN = shards.Dataset.check, set()
 DATA_ROOT = ROOT / "corpora"
+BACK = dict(smear=True, key_offset=True, window=8, window_pattern="SL", yarn=True)  # all that makes a model look back
+BACK |= dict(ngram_buckets=64, ngram_orders="2,3,4", ngram_width=12)
+PATHS = dict(value_embeddings=1, value_gates=True, skips="unet", backout=True, input_shortcut=True, attention_gate=True)
 
 
 def check(self, vocab_size: int) -> shards.Dataset:

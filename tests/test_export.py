@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from shared import result
+from shared import BACK, PATHS, result
 from test_model import TOKENS, awake, small
 
 import hub
@@ -103,17 +103,6 @@ def test_what_is_no_model_is_one_line(tmp_path):
 
 MODERN = dict(positions="half_rotary", norm="rmsnorm", qk_norm=True, activation="relu2", bias=False, tied_head=False)
 MODERN |= dict(norm_gains=False, vocab_multiple=64)
-BACK = dict(
-    smear=True,
-    ngram_buckets=64,
-    ngram_orders="2,3,4",
-    ngram_width=12,
-    key_offset=True,
-    window=8,
-    window_pattern="SL",
-    yarn=True,
-)
-PATHS = dict(value_embeddings=1, value_gates=True, skips="unet", backout=True, input_shortcut=True, attention_gate=True)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from shared import BACK, PATHS
 
 from layers.kernels import CPURMSNorm, rms_norm_reference
 from layers.shape import PRESETS, ModelConfig, flops_per_token
@@ -36,18 +37,7 @@ def awake(gpt: GPT) -> GPT:
 def test_kept_keys_and_values_give_the_same_logits():
     """Token by token and in pieces, with everything that looks back: smear, n-grams, key offsets, windows, documents."""
     modern = dict(positions="half_rotary", norm="rmsnorm", qk_norm=True, activation="relu2", bias=False, tied_head=False)
-    back = dict(
-        smear=True,
-        ngram_buckets=64,
-        ngram_orders="2,3,4",
-        ngram_width=16,
-        key_offset=True,
-        window=8,
-        window_pattern="SL",
-        yarn=True,
-    )
-    paths = dict(value_embeddings=1, value_gates=True, skips="unet", backout=True, input_shortcut=True, attention_gate=True)
-    kinds = [{}, modern, modern | back, modern | back | paths | dict(layers=3, exclusive_attention=True, embed_norm=True)]
+    kinds = [{}, modern, modern | BACK, modern | BACK | PATHS | dict(layers=3, exclusive_attention=True, embed_norm=True)]
     for settings in (*kinds, modern | dict(document_mask=True, end_of_text=7, window=16, smear=True)):
         gpt = awake(small(**settings)).eval()
         with torch.no_grad():

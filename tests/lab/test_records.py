@@ -216,6 +216,14 @@ def test_long_logs_are_kept_in_spans(runs):
     assert sum(times[0]) == pytest.approx(sum(times[1]), rel=1e-4)
 
 
+def test_the_recipe_record_is_the_newest_record():
+    """What `./run.sh` trains is what was proven, with every setting."""
+    newest = records.of_track("cpu", "gpt")[-1].about
+    config, model_config, _ = resolve(["--track", "cpu", "--tricks", "record"])
+    today = rules.complete(dataclasses.asdict(config) | dataclasses.asdict(model_config))
+    assert (config.steps, today) == (newest["steps"], rules.complete(newest["settings"]))
+
+
 def test_numbers_of_records_that_left_are_not_given_again():
     assert records.next_number("cpu") == 14 and records.next_number("gpt2-small") == 1
 
