@@ -15,6 +15,7 @@ import tricks
 from config import entries
 from engine import schedules
 from engine.hardware import CARDS
+from engine.run_folder import ROOT
 from lab import markdown, plots
 from lab.markdown import table
 from lab.records import history
@@ -22,21 +23,14 @@ from lab.records.record import of_track
 from lab.scaling import report as survival_report
 from lab.tuning import tuned
 
-ROOT = Path(__file__).parent.parent
-KEPT = ROOT / "records"
-BENCHMARKS = ROOT / "benchmarks"
-LADDER = KEPT / "scaling" / "h100-modern"
+KEPT, BENCHMARKS = ROOT / "records", ROOT / "benchmarks"
+LADDER = KEPT / "scaling" / "h100-modern" / "scaling.json"
 PICTURE = ROOT / "docs" / "first-run.png"
 SCHEDULES = {"schedule": schedules.SCHEDULES, "momentum schedule": schedules.MOMENTUM_SCHEDULES}
 
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def keys(cls: type) -> str:
-    """`name=default` of every setting of a registered class: the one place that knows how they are stored."""
-    return ", ".join(f"`{f.name}={f.default}`" for f in dataclasses.fields(cls))
 
 
 def rule(cls: type) -> str:
@@ -51,14 +45,20 @@ def source(cls: type) -> str:
 
 
 def settable(head: str, registry: dict[str, type]) -> str:
-    return table((head, "what it does", "settings and defaults"), [(f"`{n}`", rule(c), keys(c)) for n, c in registry.items()])
+    rows = []
+    for name, cls in registry.items():
+        keys = ", ".join(f"`{f.name}={f.default}`" for f in dataclasses.fields(cls))
+        rows.append((f"`{name}`", rule(cls), keys))
+    return table((head, "what it does", "settings and defaults"), rows)
 
 
 def trick_tables() -> dict[str, str]:
     tracks = [(f"`{n}`", t.summary, f"{t.target_loss or '-'}", t.target_source) for n, t in tricks.TRACKS.items()]
-    raced = {name: t.recipes for name, t in tricks.TRACKS.items() if not t.workload}
-    named = [(track, name, ", ".join(f"`{w}`" for w in words)) for track, of in raced.items() for name, words in of.items()]
-    recipes = [(f"`{track}`", f"`{name}`", words or "none: GPT-2 as published + AdamW") for track, name, words in named]
+    recipes = []
+    for track, about in tricks.TRACKS.items():
+        for name, words in about.recipes.items() if not about.workload else ():
+            listed = ", ".join(f"`{word}`" for word in words) or "none: GPT-2 as published + AdamW"
+            recipes.append((f"`{track}`", f"`{name}`", listed))
     rows = [(f"`{n}`", t.kind, t.source, t.claim, t.scale or "-") for n, t in tricks.TRICKS.items()]
     return {
         "tracks": table(("track", "what", "target, nats per token", "where the target is from"), tracks),
@@ -82,24 +82,14 @@ def optimizer_tables() -> dict[str, str]:
 
 
 def as_fast(clock: dict[str, Any]) -> str:
-    """A ratio of times with its interval, in words."""
     return f"{clock['ratio']:.1f} times as fast ({clock['low']:.1f}-{clock['high']:.1f})"
 
 
 def times(comparison: str, arm: str) -> str:
     """How many times as fast as AdamW an arm of a kept comparison is: at equal loss; as confirmed where it has no horizon."""
-    ratios = read(ROOT / comparison / "comparison.json")["ratios"]
-    ratio = next(ratio for ratio in ratios if ratio["arm"] == arm)
+    ratio = next(r for r in read(ROOT / comparison / "comparison.json")["ratios"] if r["arm"] == arm)
     clock = (ratio["equal_loss"] or ratio["confirmed"])["train_time"]
-    if ratio["verdict"] not in ("faster", "slower"):
-        return f"not significant (p = {clock['p']:.2g})"
-    return as_fast(clock)
-
-
-def best_levers() -> str:
-    """The three that lower the loss most on the lever board's first workload."""
-    lines = next(iter(read(KEPT / "levers" / "levers.json").values()))
-    return ", ".join(f"`{x['name']}` {x['steps']:.2f}x" for x in lines[:3] if x["verdict"] == "helps")
+    return as_fast(clock) if ratio["verdict"] in ("faster", "slower") else f"not significant (p = {clock['p']:.2g})"
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -107,7 +97,9 @@ def findings() -> list[tuple[str, str, str]]:
     studies = tuned.studies(tuned.read_tables(KEPT / "tuning"))
     _, contest = tuned.scored({key: [statistics.median(each)] for key, each in studies.items()})  # no intervals: they take 10 s
     first, entries = contest["submissions"][0], len(contest["submissions"])
-    tried = read(LADDER / "scaling.json")["tricks"]
+    board = next(iter(read(KEPT / "levers" / "levers.json").values()))  # of its first workload, the best lever first
+    levers = ", ".join(f"`{x['name']}` {x['steps']:.2f}x" for x in board[:3] if x["verdict"] == "helps")
+    tried = read(LADDER)["tricks"]
     alive = [f"`{t['trick'][1:]}`" for t in tried if (t["trends"]["tokens"] or {}).get("verdict") == "survives"]
     off = read(BENCHMARKS / "cost.json")["errors"]["not fitted"]
     faults, lost = (sum(row[key] for row in read(BENCHMARKS / "chaos.json")) for key in ("faults", "lost"))
@@ -117,7 +109,7 @@ def findings() -> list[tuple[str, str, str]]:
         ("The `cpu` track's record instead of GPT-2 with AdamW", as_fast(vars(gained)), "records"),
         ("Muon instead of AdamW, both tuned", times(fair, "muon"), fair),
         ("Schedule-Free AdamW instead of AdamW, both tuned", times(fair, "schedule_free_adamw"), fair),
-        ("Best levers on a tuned Muon: its steps for their loss", best_levers(), "records/levers"),
+        ("Best levers on a tuned Muon: its steps for their loss", levers, "records/levers"),
         (f"Best AlgoPerf score of {entries} tuned optimizers", best, "records/tuning"),
         ("Tricks expected to help at ten times the largest size tried", larger, "docs/scaling.md"),
         ("Error of `./run.sh plan` on published GPU runs", f"{off['median']:.1%} (median of {off['n']})", "benchmarks"),
@@ -129,14 +121,12 @@ def findings() -> list[tuple[str, str, str]]:
 
 def optimizer_figures() -> dict[str, str]:
     """What benchmarks/optimizers.py left of the methods that there are."""
-    figures = read(BENCHMARKS / "optimizers.json")
-    rows = []
-    for row in (row for group in figures["step"].values() for row in group if row["name"] in optimizers.OPTIMIZERS):
-        name = f"`{row['name']}`" if row["what"] == "ours" else ""
-        ratio = f"{row['ratio']:.2f} ({row['smallest']:.2f}-{row['largest']:.2f})"
-        chip = row["machine"].split("(R)")[0].split(",")[0]
+    groups, rows = read(BENCHMARKS / "optimizers.json")["step"].values(), []
+    for row in (row for group in groups for row in group if row["name"] in optimizers.OPTIMIZERS):
         if row["what"] != "torch.optim.AdamW fused":  # what the others are compared with
-            state = f"{row['state_per_parameter']:.1f}"
+            name = f"`{row['name']}`" if row["what"] == "ours" else ""
+            ratio = f"{row['ratio']:.2f} ({row['smallest']:.2f}-{row['largest']:.2f})"
+            state, chip = f"{row['state_per_parameter']:.1f}", row["machine"].split("(R)")[0].split(",")[0]
             rows.append((name, row["what"], f"{row['milliseconds']:,.0f}", ratio, state, chip))
     head = ("method", "code", "ms a step", "x fused AdamW (smallest-largest)", "bytes of state a weight", "processor")
     return {"step": table(head, rows)}
@@ -146,11 +136,10 @@ def cost_tables() -> dict[str, str]:
     """What tests/cost/published_steps.py left, and the cards that the cost model knows."""
     figures = read(BENCHMARKS / "cost.json")
     errors = [(what, str(e["n"]), f"{e['median']:.1%}") for what, e in figures["errors"].items()]
-    elsewhere = []
+    elsewhere, cards = [], []
     for r in figures["optimizers"] + figures["elsewhere"]:
         off = f"{r['predicted'] / r['published'] - 1:+.1%}"
         elsewhere.append((r["what"], f"{r['published']:,.1f}", f"{r['predicted']:,.1f}", off, r["source"]))
-    cards = []
     for name, c in CARDS.items():
         numbers = (f"{c.bf16 / 1e12:.0f}", f"{c.reached:.0%}", f"{c.bandwidth / 1e12:.2f}", f"{c.memory / 1e9:.0f}")
         cards.append((f"`{name}`", *numbers, f"{c.link / 1e9:.0f}", f"{c.price:g}" if c.price else "-", c.source))
@@ -180,10 +169,10 @@ def benchmark_tables() -> dict[str, str]:
 
 def draw_first_run() -> None:
     """Loss against time of the `cpu` track's records; the first is drawn as it was timed beside the second."""
-    first, *others = of_track("cpu", "gpt")
-    drawn = {f"{first.about['number']:03d} {first.about['name']}": others[0].rival_logs if others else first.logs}
-    drawn |= {f"{record.about['number']:03d} {record.about['name']}": record.logs for record in others}
-    plots.losses(PICTURE, {label: history.curve(logs) for label, logs in drawn.items()}, first.about["target_loss"])
+    first, second, *_ = chain = of_track("cpu", "gpt")
+    logs = [second.rival_logs, *(record.logs for record in chain[1:])]
+    labels = [f"{record.about['number']:03d} {record.about['name']}" for record in chain]
+    plots.losses(PICTURE, dict(zip(labels, map(history.curve, logs))), first.about["target_loss"])
 
 
 DOCUMENTS = {
@@ -191,7 +180,7 @@ DOCUMENTS = {
     ROOT / "docs" / "tricks.md": trick_tables,
     ROOT / "docs" / "optimizers.md": optimizer_tables,
     ROOT / "docs" / "schedules.md": lambda: {f"{head}s": settable(head, registry) for head, registry in SCHEDULES.items()},
-    ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER / "scaling.json"), "tokens")},
+    ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER), "tokens")},
     BENCHMARKS / "README.md": benchmark_tables,
     KEPT / "README.md": history.tables,
     KEPT / "published" / "README.md": published_tables,

@@ -1,20 +1,17 @@
 """Statistics of runs: does an arm meet the target, by what factor do two arms differ, how many steps does an arm need,
-how many runs does a claim need. scipy has the distributions; here are the questions.
+how many runs does a claim need.
 
-All tests treat runs (seeds) as the independent units and use the variance that was measured. Times are compared as
-ratios: their logarithms are what is averaged, so that A/B and B/A give the same verdict.
+Runs (seeds) are the independent units, their variance is measured. Times are compared by the mean of their log ratios, so that
+A/B and B/A give the same verdict.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
-
-# Student's distribution function and its inverse: scipy.stats.t's own, without checks that take longer than all else here
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr, stdtrit  # Student's distribution function and its inverse; scipy.stats.t checks too slowly
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,8 @@ class Sample:
         return self.mean - half, self.mean + half
 
     def p_above(self, target: float) -> float:
-        """p of the one-sided t-test whose null hypothesis is: the mean loss is at or above the target.
-
-        A record needs p < 0.01: the speedrun's rule. nan for one run; 0 or 1 where the runs do not differ at all.
-        """
+        """p of the one-sided t-test whose null hypothesis is: the mean loss is at or above the target. nan for one run; 0 or 1
+        where the runs do not differ at all."""
         if self.n < 2:
             return math.nan
         if self.sd == 0:
@@ -69,15 +64,14 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95) ->
         raise ValueError(f"pairs of positive values wanted, at least two: got {list(a)} and {list(b)}")
     sample = Sample.of(np.log(x / y))
     paired = product([(sample.mean, sample.sd / math.sqrt(sample.n), sample.n - 1)], level)
-    return dataclasses.replace(paired, n=sample.n, sd=sample.sd)
+    return replace(paired, n=sample.n, sd=sample.sd)
 
 
 def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> Ratio:
     """A ratio made of independent factors, each as (log of the factor, its standard error, degrees of freedom).
 
-    Errors add in squares; the t distribution's degrees of freedom are Welch and Satterthwaite's (Biometrics Bulletin 2,
-    1946). `n` of the result is the largest whole number of runs with no more degrees of freedom than that; `sd` is the
-    standard error.
+    Errors add in squares; the degrees of freedom are Welch and Satterthwaite's (Biometrics Bulletin 2, 1946). `n` of the result
+    is the largest number of runs with no more degrees of freedom; `sd` is the standard error.
     """
     log = sum(value for value, _, _ in parts)
     variances = [(se**2, df) for _, se, df in parts if se > 0]
@@ -100,8 +94,7 @@ def power(n: int | np.ndarray, effect: float, alpha: float, two_sided: bool = Fa
 def runs_needed(
     gap: float, sd: float, alpha: float = 0.01, chance: float = 0.9, most: int = 1000, two_sided: bool = False
 ) -> int:
-    """Runs so that a test finds a true gap (one-sided: target - expected mean loss) with that chance; `most` if even
-    they do not suffice."""
+    """Runs so that a test finds a true gap (one-sided: target - expected mean loss) with that chance, `most` at most."""
     if gap <= 0 or sd == 0:
         return 2 if gap > 0 else most
     n = np.arange(2, most + 1)
@@ -111,10 +104,8 @@ def runs_needed(
 
 def smallest_difference(n: int, sd: float, alpha: float = 0.01, chance: float = 0.9) -> float:
     """The gap that n values with that standard deviation would have shown with that chance, two-sided."""
-    if n < 2:
-        return math.inf
-    if sd == 0:
-        return 0.0
+    if n < 2 or sd == 0:
+        return math.inf if n < 2 else 0.0
     most = 1.0
     while power(n, most, alpha, two_sided=True) < chance:
         most *= 2
@@ -137,11 +128,10 @@ class Horizon:
 def horizon(steps: Sequence[float], losses: Sequence[float], target: float, level: float = 0.95) -> Horizon | None:
     """Inverse prediction: a line through final loss against log2(steps), solved for the target, with Fieller's interval.
 
-    Each loss is that of a whole run of so many steps, its schedule ending there. The variance is that about the line,
-    so repeated runs at one length and runs at several lengths both serve. None where the loss does not fall with steps.
+    Each loss is of a whole run, its schedule ending at its last step; the variance is about the line. None: the loss does not
+    fall with steps. Raises ValueError: fewer than three runs, or all of one length.
 
-    Source: Draper and Smith, Applied Regression Analysis, section 3.2 (inverse regression). Raises ValueError: fewer than three
-    runs, or all of one length.
+    Source: Draper and Smith, Applied Regression Analysis, section 3.2 (inverse regression).
     """
     x, y = np.log2(np.asarray(steps, float)), np.asarray(losses, float)
     n = len(x)
@@ -156,11 +146,10 @@ def horizon(steps: Sequence[float], losses: Sequence[float], target: float, leve
     # all d with (y_mean + slope d - target)^2 <= t^2 sd^2 (1/n + d^2 / spread)
     t2 = (stdtrit(n - 2, (1 + level) / 2) * sd) ** 2
     a, b, c = slope**2 - t2 / spread, slope * (y.mean() - target), (y.mean() - target) ** 2 - t2 / n
-    root = max(0.0, b * b - a * c) if a > 0 else b * b - a * c  # rounding: a > 0 has real roots
-    low, high = -math.inf, math.inf
-    if a > 0 or (a < 0 < offset and root > 0 and c > 0):
+    root, low, high = b * b - a * c, -math.inf, math.inf
+    if a > 0:  # real roots, but for rounding
+        low, high = ((-b + sign * math.sqrt(max(0.0, root))) / a for sign in (-1, 1))
+    elif a < 0 < offset and root > 0 and c > 0:  # the slope is not certain: no upper bound; the middle is surely too short
         low = (-b - math.sqrt(root)) / a
-    if a > 0:  # else the slope itself is not certain: no upper bound, and a lower one only where the middle is surely too short
-        high = (-b + math.sqrt(root)) / a
     se = math.log(2) * sd / -slope * math.sqrt(1 / n + offset**2 / spread)  # delta method
     return Horizon(*(float(2.0 ** (middle + d)) for d in (offset, low, high)), slope, sd, se, n - 2)
