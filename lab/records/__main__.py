@@ -8,10 +8,9 @@
 """
 
 import argparse
-import json
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +18,15 @@ import tricks
 from engine.command import Answer, Parser, command
 from engine.run_folder import source_hash
 from engine.spec import UsageError, nearest
-from lab import ledger, trials
+from lab import trials
 from lab.records import history, reports, rules, tables
 from lab.records import record as records
 from lab.records.history import Tree
 from lab.records.judge import Verdict, judge
-from lab.records.record import CATEGORIES, FinishedRun, Record
+from lab.records.record import CATEGORIES, FinishedRun, Kept, Record
 from lab.records.reports import Report
 from lab.records.tables import Levers, Tuning
+from lab.runner import read_report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,21 +57,20 @@ def add(
     """Keep finished runs as the track's next record, if they meet every rule. Raises UsageError: the rule that is not met;
     nothing is kept then. against: run folders of the previous record, interleaved with these; else its own logs count."""
     runs, anew = (sorted(map(FinishedRun.read, group), key=lambda run: run.config["seed"]) for group in (folders, against))
-    track = runs[0].config["track"]
     if len(runs) < 2:
         raise UsageError("1 run is no evidence: at least two seeds, better five")
     for run in (*runs, *anew):
         for part in records.FACTS if run in runs else ("machine", "versions"):  # precision and compiling are a recipe's choice
             if run.facts[part] != runs[0].facts[part]:
                 raise UsageError(f"{run.folder} and {runs[0].folder} have different {part}")
+    track = runs[0].config["track"]
     rival = records.previous(track, category) if kind == "record" else None
     if kind == "record" and rival is None:
         raise UsageError(f"{track} has no record to be faster than: add its baseline first, with --kind baseline")
-    number = records.next_number(track)
-    folder = records.RECORDS / track / f"{number:03d}-{name}"
+    said = {"kind": kind, "category": category, "number": records.next_number(track), "name": name, "why": why}
+    folder = records.RECORDS / track / f"{said['number']:03d}-{name}"
     folder.mkdir(parents=True)
     try:
-        said = {"kind": kind, "category": category, "number": number, "name": name, "why": why}
         record = records.write(folder, runs, anew, rival, said)
         for v in verdicts_on(record):
             if v.verdict == "fail":
@@ -96,10 +95,7 @@ def named_runs(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
 
 def runs_of(folder: Path, arm: str) -> list[Path]:
     """Run folders of the confirming runs of an arm of a comparison."""
-    try:
-        summary, rows = json.loads((folder / "comparison.json").read_text()), ledger.read_rows(folder / "trials.csv")
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no comparison") from None
+    summary, rows = read_report(folder, "comparison.json")
     steps = {a["name"]: a["steps"] for a in summary["arms"]}
     if arm not in steps:
         raise UsageError(f"{folder} has no arm {arm!r}: {nearest(arm, steps)}")
@@ -109,45 +105,35 @@ def runs_of(folder: Path, arm: str) -> list[Path]:
     return [trials.RUNS / "runs" / summary["track"] / name for name in names]
 
 
-Kept = Record | Report | Tuning | Tree
 RULES = {Record: rules.RULES, Report: reports.RULES, Tuning: tables.RULES, Levers: tables.LEVER_RULES, Tree: history.RULES}
-RERUN = {Record: rules.rerun, Report: reports.rerun}
+RERUN = {Record: {"rerun": rules.rerun}, Report: {"rerun": reports.rerun}}
 
 
 def verdicts_on(kept: Kept, rerun: bool = False) -> list[Verdict]:
     """rerun: also train something of it again, where it is a record or report."""
-    also = {"rerun": RERUN[type(kept)]} if rerun and type(kept) in RERUN else {}
-    return judge(kept, RULES[type(kept)] | also)
-
-
-def everything() -> list[Kept]:
-    """All that lies in records/, sound or not; records/ itself the last."""
-    root = records.RECORDS
-    folders = [path for track in tricks.TRACKS for path in sorted((root / track).glob("*")) if path.is_dir()]
-    tuned = [kind(root / kind.label) for kind in (Tuning, Levers) if (root / kind.label).is_dir()]
-    made = [Report(path) for name in reports.KINDS for path in sorted((root / name).glob("*")) if path.is_dir()]
-    return [*map(Record, folders), *made, *tuned, Tree(root)]
+    return judge(kept, RULES[type(kept)] | (RERUN.get(type(kept), {}) if rerun else {}))
 
 
 def chosen(names: list[str]) -> list[Kept]:
-    """What is kept, by its labels; all where none is named."""
-    every = {kept.label: kept for kept in everything()}
+    """What is kept, sound or not, by its labels; all where none is named, records/ itself the last."""
+    root, places = records.RECORDS, dict.fromkeys(tricks.TRACKS, Record) | dict.fromkeys(reports.KINDS, Report)
+    kept = [kind(path) for place, kind in places.items() for path in sorted((root / place).glob("*")) if path.is_dir()]
+    kept += [kind(root / kind.label) for kind in (Tuning, Levers) if (root / kind.label).is_dir()]
+    every = {one.label: one for one in (*kept, Tree(root))}
     labels = [name.rstrip("/").removeprefix("records/") for name in names] or list(every)
     for label in labels:
         if label not in every:
             raise UsageError(f"no record {label!r}: {nearest(label, every)}")
-    if list(every) == [Tree.label]:
-        raise UsageError("no records yet: ./run.sh records add")
     return [every[label] for label in labels]
 
 
 def verify(names: list[str], rerun: bool) -> Answer:
     """Print the verdicts as they come; returns the last words, all verdicts, and exit code 2 if a rule is broken, else 0."""
-    broken, kept, older, data = 0, chosen(names), defaultdict(list), {}
+    kept, broken, older, data = chosen(names), 0, defaultdict(list), {}
     for one in kept:
         verdicts = verdicts_on(one, rerun)
         data[one.label] = [v._asdict() for v in verdicts]
-        count = {word: sum(v.verdict == word for v in verdicts) for word in ("fail", "not checkable")}
+        count = Counter(v.verdict for v in verdicts)
         broken += count["fail"] > 0
         counted = f"{count['fail']} broken, {count['not checkable']} not checkable"
         print(f"{one.label}: {'FAIL' if count['fail'] else 'pass'}, {len(verdicts)} rules, {counted}")
@@ -158,10 +144,10 @@ def verify(names: list[str], rerun: bool) -> Answer:
     if made := "; ".join(f"{commit} ({', '.join(labels)})" for commit, labels in older.items()):
         instead = "verified as text; to train one again, check out its commit"
         print(f"made by other sources than these, at commits {made}: {instead}")
-    counts = [sum(isinstance(one, kind) for one in kept) for kind in (Record, Report)]
-    words = f"{counts[0]} records, {counts[1]} reports, {broken} with a broken rule\nverify cannot find what was invented as a "
-    words += "whole, every number following from another: --rerun would, by training again"
-    return Answer(words, data, 2 if broken else 0)
+    numbers = [sum(isinstance(one, kind) for one in kept) for kind in (Record, Report)]
+    words = f"{numbers[0]} records, {numbers[1]} reports, {broken} with a broken rule\n"
+    words += "verify cannot find what was invented as a whole, every number following from another: "
+    return Answer(words + "--rerun would, by training again", data, 2 if broken else 0)
 
 
 def run(argv: list[str]) -> int | str:

@@ -1,7 +1,7 @@
 """What people read of the records: the history of each track, as a table and a picture, and one run beside its track's."""
 
+import itertools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import tricks
@@ -11,7 +11,7 @@ from lab.records import judge, reports, rules
 from lab.records import record as records
 from lab.records import tables as tuning_tables
 from lab.records.judge import need
-from lab.records.record import CATEGORIES, FinishedRun, Log, Record, interval
+from lab.records.record import CATEGORIES, FinishedRun, Kept, Log, Record, interval
 from lab.trials import DTYPES
 
 PICTURE = "time to the target: baseline of the category, in grey, over each of its records"
@@ -19,8 +19,7 @@ FOLDERS = ("comparisons", "scaling", "tuning", "levers", "published")  # beside 
 
 
 def gains(chain: list[Record]) -> list[stats.Ratio]:
-    """Baseline over each record of a category: the product of the time ratios down to it, each from interleaved pairs, with the
-    interval that the pairs of all of them leave."""
+    """Baseline over each record: the product of the time ratios down to it, with the interval that the pairs of all leave."""
     parts: dict[str, list[tuple[float, float, int]]] = {}
     for record in chain:
         parts[record.folder.name] = []
@@ -32,7 +31,7 @@ def gains(chain: list[Record]) -> list[stats.Ratio]:
 
 
 def history(track: str, category: str) -> str:
-    """The table of a track's records."""
+    """The table of the records of a track's category."""
     chain, rows = records.of_track(track, category), []
     for record, total in zip(chain, gains(chain), strict=True):
         about, s, against = record.about, record.about["statistics"], record.about["against"]
@@ -50,10 +49,11 @@ def tables() -> dict[str, str]:
     of = {"record": rules.RULES, "report": reports.RULES, "tuning": tuning_tables.RULES}
     of |= {"levers": {"moves": tuning_tables.moves}, "records/": RULES}
     asked = [(kind, f"`{name}`", " ".join(rule.__doc__.split())) for kind, kept in of.items() for name, rule in kept.items()]
-    kept = chains()
-    every = [(track, category) for track in kept for category in (*CATEGORIES, "open") if records.of_track(track, category)]
-    shown = [f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in every]
-    shown += [f"![{PICTURE}](history-{track}.png)" for track in kept]
+    shown = []
+    for track, category in itertools.product(chains(), (*CATEGORIES, "open")):
+        if records.of_track(track, category):
+            shown.append(f"`{track}`, category {category}:\n\n{history(track, category)}")
+    shown += [f"![{PICTURE}](history-{track}.png)" for track in chains()]
     return {"history": "\n\n".join(shown), "rules": markdown.table(("of", "rule", "what it asks"), asked)}
 
 
@@ -73,11 +73,9 @@ def render() -> str:
     return "\n".join(f"wrote records/{name}" for name in written)
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(Kept):
     """The folder records/ itself."""
 
-    folder: Path
     label = "records"
 
 
@@ -106,8 +104,8 @@ def page(tree: Tree) -> str:
     text = (tree.folder / "README.md").read_text()
     as_rendered = text == markdown.filled(text, tables(), "README.md")
     need(as_rendered, "the tables of README.md are not those of the records: ./run.sh records render")
-    for track, kept in chains().items():
-        judge.pictured(tree.folder, [f"history-{track}"], plots.history_data([r.about for r in kept], gains(kept)))
+    shown = {f"history-{t}": plots.history_data([r.about for r in kept], gains(kept)) for t, kept in chains().items()}
+    judge.pictured(tree.folder, shown)
     return "as rendered"
 
 
@@ -127,19 +125,16 @@ def summary(folder: Path) -> str:
     for record in beside:
         about = record.about
         shown[f"{record.folder.name} (n = {about['statistics']['n']})"] = about["statistics"] | {"steps": about["steps"]}
-    columns = [("validation loss", "mean", ".4f"), ("steps", "steps", ","), ("tokens", "tokens", ",")]
-    columns += [("time, s", "train_time", ",.1f"), ("CPU time, s", "process_time", ",.1f")]
-    columns += [("memory, GB", "peak_memory", ",.1f")]
-    rows = [("", *(head for head, _, _ in columns))]
+    rows = []
     for name, s in shown.items():
-        s = s | {"peak_memory": s["peak_memory"] / 1e9}
-        rows.append((name, *("-" if s[key] is None else format(s[key], form) for _, key, form in columns)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        loss = "-" if s["mean"] is None else f"{s['mean']:.4f}"  # of a run that diverged
+        costs = (f"{s['train_time']:,.1f}", f"{s['process_time']:,.1f}", f"{s['peak_memory'] / 1e9:,.1f}")
+        rows.append((name, loss, f"{s['steps']:,}", f"{s['tokens']:,}", *costs))
+    head = ("", "validation loss", "steps", "tokens", "time, s", "CPU time, s", "memory, GB")
     reached = f"target {result['target_loss']:g} {'reached' if result['target_reached'] else 'NOT reached'}"
     speed = f"{result['tokens_per_second']:,.0f} tokens per second" + (f", MFU {result['mfu']:.0%}" if result["mfu"] else "")
     what = f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}"
-    lines = [f"{what}: {reached if result['target_loss'] else 'no target'}, {speed}"]
-    lines += ["  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows]
+    lines = [f"{what}: {reached if result['target_loss'] else 'no target'}, {speed}", markdown.table(head, rows, aligned=True)]
     lines += ["Times of records are those of the machine that ran them; for a fair ratio: ./run.sh compare"] * bool(chain)
     if result["val_loss"] is not None and result["target_loss"]:
         curves = {f"record {record.folder.name}, on its machine": curve(record.logs) for record in beside}

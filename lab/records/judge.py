@@ -24,6 +24,7 @@ from engine import run_folder
 from engine.spec import UsageError
 from lab import ledger, plots, trials
 from lab.records import record as records
+from lab.records.record import STALLED
 from lab.stats import Sample
 from lab.trials import Trial
 
@@ -31,9 +32,8 @@ Points = Sequence[tuple[int, float]]  # (step, loss)
 MOST_GAP = {500: 0.25, 0: 0.5}  # nats between the last validation and the training loss before it, by least steps of the run
 MOST_GAP_BEFORE = 1.0  # at earlier validations: the schedule has hardly begun to fall
 ALIKE = 0.1  # of the scatter from step to step: seeds differ by about as much as steps do
-STALLED = 1.1  # train time over robust time
 LEAST_MEMORY = 200_000_000  # bytes of a process that has imported torch
-OLDER_SOURCES = ("data", "optimizers")  # folders that ran, beside all files at the top; and at first those were tools no more:
+OLDER_SOURCES = ("data", "optimizers")  # folders that once ran, beside the files at the top; later without these:
 TOOLS = ("compare.py", "cost.py", "operations.py", "sample.py", "scaling.py")
 
 
@@ -51,9 +51,15 @@ class NotCheckable(Exception):
     """A rule cannot be checked here; its text says why."""
 
 
-def need(condition: bool, words: str) -> None:
+def need(condition: object, words: str) -> None:
     if not condition:
         raise Broken(words)
+
+
+def agree(stated: Mapping[str, Any], expected: Mapping[str, Any], words: str) -> None:
+    """Broken: another value is stated than the expected one. words: with places for key, stated and expected."""
+    for key, value in expected.items():
+        need(stated.get(key) == value, words.format(key=key, stated=stated.get(key), expected=value))
 
 
 def judge(kept: Any, rules: Mapping[str, Callable[[Any], str]]) -> list[Verdict]:
@@ -61,36 +67,34 @@ def judge(kept: Any, rules: Mapping[str, Callable[[Any], str]]) -> list[Verdict]
     verdicts = []
     for name, rule in rules.items():
         try:
-            verdicts.append(Verdict(name, "pass", rule(kept)))
+            verdict, words = "pass", rule(kept)
         except NotCheckable as reason:
-            verdicts.append(Verdict(name, "not checkable", str(reason)))
+            verdict, words = "not checkable", str(reason)
         except (Broken, UsageError) as problem:
-            verdicts.append(Verdict(name, "fail", str(problem)))
+            verdict, words = "fail", str(problem)
         except Exception as problem:  # a file of another shape, or none; sizes that no machine has
-            verdicts.append(Verdict(name, "fail", f"cannot be read: {type(problem).__name__} {problem}"))
-        if name == "schema" and verdicts[-1].verdict == "fail":
+            verdict, words = "fail", f"cannot be read: {type(problem).__name__} {problem}"
+        verdicts.append(Verdict(name, verdict, words))
+        if (name, verdict) == ("schema", "fail"):
             break
     return verdicts
 
 
-def only_files(folder: Path, expected: set[str], what: str, folders: Collection[str] = ()) -> dict[str, str]:
-    """The texts of a folder by name. Broken: a file is missing, not expected or a link, or names a path of the machine that it
-    is from."""
+def only_files(folder: Path, expected: set[str], what: str, folders: Collection[str] = ()) -> None:
+    """Broken: a file is missing, not expected or a link, or a text names a path of the machine that it is from."""
     there = {path.name for path in folder.iterdir()} - {"lock"}  # of who writes there, which git leaves out too
-    need(not expected - there, f"missing: {', '.join(sorted(expected - there))}")
-    need(not there - expected, f"not part of a {what}: {', '.join(sorted(there - expected))}")
-    links = [name for name in sorted(there) if (folder / name).is_symlink()]
-    need(not links, f"a link: {', '.join(links)}")
-    texts = {name: (folder / name).read_text() for name in there - set(folders) if not name.endswith(".png")}
-    for text in texts.values():
+    links = {name for name in there if (folder / name).is_symlink()}
+    for wrong, names in (("missing", expected - there), (f"not part of a {what}", there - expected), ("a link", links)):
+        need(not names, f"{wrong}: {', '.join(sorted(names))}")
+    for name in there - set(folders):
+        text = "" if name.endswith(".png") else (folder / name).read_text()
         path = re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\)\S*", text)
         need(path is None, f"a path of a machine: {path and path[0]}")
-    return texts
 
 
 def smooth(who: str, steps: int, train: Points, val: Points, future: bool = False) -> None:
-    """Validation losses are numbers and lie near the training losses just before them. future: training also predicted tokens
-    after the next."""
+    """Broken: a loss is no number, or a validation loss lies far from the training losses just before it. future: training also
+    predicted tokens after the next."""
     numbers = all(isinstance(loss, (int, float)) and math.isfinite(loss) for _, loss in (*train, *val))
     need(numbers, f"{who}: a loss is no number")
     last = max(1, len(train) // 20)
@@ -112,49 +116,47 @@ def unlike(runs: Mapping[str, Sequence[float]]) -> None:
 
 
 def used(who: str, device: str, cores: int, train_time: float, end: Mapping[str, float]) -> None:
-    """CPU time and memory are those that a process can have. end: process_time, peak_memory."""
-    words = f"{who}: {end['process_time']:.1f} s of CPU time in {train_time:.1f} s on {cores} cores"
-    need(0 <= end["process_time"] <= STALLED * cores * train_time + 1, words)
-    least = LEAST_MEMORY if device == "cpu" else 1
-    need(end["peak_memory"] >= least, f"{who}: {end['peak_memory']:,} bytes of memory, torch alone needs more")
+    """Broken: CPU time or memory that no process can have. end: process_time, peak_memory."""
+    seconds, memory = end["process_time"], end["peak_memory"]
+    possible = 0 <= seconds <= STALLED * cores * train_time + 1
+    need(possible, f"{who}: {seconds:.1f} s of CPU time in {train_time:.1f} s on {cores} cores")
+    need(memory >= (LEAST_MEMORY if device == "cpu" else 1), f"{who}: {memory:,} bytes of memory, torch alone needs more")
 
 
 @cache
 def at_commit(commit: str) -> tuple[set[str], datetime]:
-    """Hashes of what trained at a commit, one for each way in which they were made since the first; and its time. NotCheckable:
-    the commit is not here."""
+    """Hashes of what trained at a commit, in each way that they were ever made; and its time. NotCheckable: it is not here."""
     stamp = run_folder.git("show", "-s", "--format=%ct", commit) if re.fullmatch(r"[0-9a-f]{7,64}", commit) else None
     if not stamp:
         raise NotCheckable(f"commit {commit} is not here")
     archive = subprocess.run(["git", "archive", commit, "--", "*.py"], capture_output=True, check=True, cwd=run_folder.ROOT)
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         texts = {Path(m.name): tar.extractfile(m).read() for m in tar if m.isfile()}
-    flat = [path for path in texts if str(path.parent) in (".", *OLDER_SOURCES)]
-    ways = ([(str(p), p) for p in texts if len(p.parts) < 3 and p.parts[0] in run_folder.TRAINING],)
-    ways += ([(p.name, p) for p in flat], [(p.name, p) for p in flat if p.name not in TOOLS])
-    hashes = set()
-    for way in ways:
-        digest = hashlib.sha256()
-        for name, path in sorted(way, key=lambda named: named[1]):
-            digest.update(name.encode() + b"\0" + texts[path])
-        hashes.add(digest.hexdigest())
+    flat = {path: path.name for path in texts if str(path.parent) in (".", *OLDER_SOURCES)}
+    ways = [{path: str(path) for path in texts if len(path.parts) < 3 and path.parts[0] in run_folder.TRAINING}]
+    ways += [flat, {path: name for path, name in flat.items() if name not in TOOLS}]
+    contents = (b"".join(way[path].encode() + b"\0" + texts[path] for path in sorted(way)) for way in ways)
+    hashes = {hashlib.sha256(content).hexdigest() for content in contents}
     return hashes, datetime.fromtimestamp(int(stamp), timezone.utc).replace(tzinfo=None)
 
 
 def made_at(commit: str, source: str, ended: Iterable[str]) -> None:
     """Broken: the commit has another source than the runs, or is younger than one of them; a run is from the future."""
-    times = sorted(map(ledger.moment, filter(None, ended)))
-    need(not times or times[-1] <= ledger.moment(run_folder.now_utc()), f"a run ended in the future: {times and times[-1]}")
-    hashes, begun = at_commit(commit)
+    times, now = list(map(ledger.moment, filter(None, ended))), ledger.moment(run_folder.now_utc())
+    for time in times:
+        need(time <= now, f"a run ended in the future: {time}")
+    hashes, made = at_commit(commit)
     need(any(known.startswith(source) for known in hashes), f"commit {commit[:12]} has not the source {source[:12]}")
-    need(not times or begun <= times[0], f"a run of {times and times[0]} is older than its commit {commit[:12]}, of {begun}")
+    for time in times:
+        need(made <= time, f"a run of {time} is older than its commit {commit[:12]}, of {made}")
 
 
-def pictured(folder: Path, names: Iterable[str], data: Any) -> None:
-    """Broken: a picture was drawn from other data than these."""
-    for name in names:
+def pictured(folder: Path, pictures: Mapping[str, Any]) -> str:
+    """Broken: a picture was drawn from other data than these. pictures: name -> what it shows."""
+    for name, data in pictures.items():
         drawn = plots.drawn_from(folder / f"{name}.png")
         need(drawn == plots.data_hash(name, data), f"{name}.png was not drawn from these data: draw it again")
+    return f"{len(pictures)} pictures"
 
 
 def corpus(name: str, tokenizer: str) -> Path:
@@ -167,13 +169,13 @@ def corpus(name: str, tokenizer: str) -> Path:
 
 def fingerprint(splits: Mapping[str, Any]) -> str:
     """As env.json has it, from the shards of both splits."""
-    texts = [json.dumps(splits[split], sort_keys=True) for split in ("train", "val")]
-    return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+    texts = (json.dumps(splits[split], sort_keys=True).encode() for split in ("train", "val"))
+    return "-".join(hashlib.sha256(text).hexdigest()[:16] for text in texts)
 
 
 def trained_again(trial: Trial, kept: Sample, instead: str = "") -> str:
-    """Train it here in a fresh folder: a result that lies in runs/ proves nothing. Broken: it ends outside the 99 % prediction
-    interval of the runs that were kept. NotCheckable: today's trainer refuses it; instead: what to do then."""
+    """Train it here in a fresh folder, since a result in runs/ proves nothing. Broken: it ends outside the 99 % prediction
+    interval of the kept runs. NotCheckable: today's trainer refuses it; instead: what to do then."""
     with tempfile.TemporaryDirectory() as fresh:
         try:
             outcome = trials.train(dataclasses.replace(trial, root=Path(fresh)))
@@ -181,7 +183,7 @@ def trained_again(trial: Trial, kept: Sample, instead: str = "") -> str:
             raise NotCheckable(f"today's trainer cannot train this: {error}{instead}") from None
     need(outcome.result is not None, f"it crashed: {outcome.error}")
     half = float(stdtrit(kept.n - 1, 0.995)) * kept.sd * math.sqrt(1 + 1 / kept.n)
-    said = f"{outcome.loss:.4f}, the runs that were kept end at {kept.mean:.4f} +- {half:.4f}"
-    words = f"{trial.arm.name}, seed {trial.seed}: {said}"
+    words = f"{trial.arm.name}, seed {trial.seed}: {outcome.loss:.4f}"
+    words += f", the runs that were kept end at {kept.mean:.4f} +- {half:.4f}"
     need(abs(outcome.loss - kept.mean) <= half, words)
     return words

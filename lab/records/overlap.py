@@ -1,8 +1,7 @@
 """Does validation text stand in the training data? Counted, so that a record can state it and anyone can count again.
 
-Natural corpora quote themselves: a few stretches are no leak, and whoever compares recipes on one corpus compares them on the
-same stretches. A whole split that leaked is one (15 of 34 audited entries of one contest had trained on most of their
-validation documents).
+Natural corpora quote themselves: a few stretches are no leak. A whole split that leaked is one (15 of 34 audited entries of one
+contest had trained on most of their validation documents).
 """
 
 import functools
@@ -12,6 +11,7 @@ import numpy as np
 
 from data.shards import Dataset, validation_starts
 
+SETTINGS = ("sequence_length", "val_tokens", "val_spread")  # of the trainer, that `repeats` takes
 LONGEST = 256  # tokens that must be equal
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it vanishes mod 2^64
 
@@ -25,17 +25,11 @@ def rolling_hash(tokens: np.ndarray, length: int) -> np.ndarray:
     return hashes
 
 
-def repeats(folder: Path, settings: dict) -> list[tuple[int, int]]:
-    """(position in the validation split, position in the training split) of each validation sequence whose first tokens stand
-    in the training data, word for word; once for each sequence. Compared are LONGEST tokens, or the largest power of two that
-    a sequence has."""
-    files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
-    return repeats_of(folder, files, *(settings[key] for key in ("sequence_length", "val_tokens", "val_spread")))
-
-
 @functools.cache
-def repeats_of(folder: Path, files: tuple, T: int, tokens: int, spread: bool) -> list[tuple[int, int]]:
-    """`repeats` by its settings, found once. files: names and times, so that changed shards are read anew."""
+def repeats(folder: Path, T: int, tokens: int, spread: bool) -> list[tuple[int, int]]:
+    """(position in the validation split, position in the training split) of each validation sequence of length T whose first
+    tokens stand in the training data, word for word; once for each sequence. Compared are LONGEST tokens, or the largest power
+    of two that a sequence has."""
     train, val = Dataset(folder, "train"), Dataset(folder, "val")
     length = min(LONGEST, 2 ** (T.bit_length() - 1))
     starts = validation_starts(val, T, tokens, spread)

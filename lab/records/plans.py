@@ -1,4 +1,5 @@
-"""What the command of a report plans: which arms with which flags, which runs. Broken: the report says otherwise."""
+"""What the command of a report plans: which arms with which flags, which runs. Broken: the report says otherwise. `rows` are
+the trials that are not left out."""
 
 import math
 import re
@@ -13,12 +14,13 @@ from engine.spec import split
 from lab import comparison
 from lab.horizon import FIRST_SEED
 from lab.ledger import Row
-from lab.records.judge import Broken, NotCheckable, need
+from lab.records.judge import Broken, NotCheckable, agree, need
 from lab.scaling import experiment
 from lab.scaling.ladder import Cell, Size
 
 Summary = dict[str, Any]
 Arms = dict[str, tuple[str, ...]]  # name of a trial's arm -> its flags
+BY_COMMAND = "{key} is {stated!r}, by the command {expected!r}"
 
 
 def words_of(command: str) -> dict[str, list[str]]:
@@ -44,65 +46,59 @@ def registered(flags: Iterable[str]) -> list[str]:
     return list(flags)
 
 
-def agree(summary: Summary, planned: dict[str, Any]) -> None:
-    """Broken: the summary has another value than the command."""
-    for key, value in planned.items():
-        need(summary.get(key) == value, f"{key} is {summary.get(key)!r}, by the command {value!r}")
-
-
 def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
     """The arms of a comparison, as the command names them. Broken: also where a run of a search is missing."""
     said = words_of(summary["command"])
-    mode = next((m for m in comparison.MODES if f"--{m.replace('_', '-')}" in said), "")
-    of = {m: said.get(f"--{m.replace('_', '-')}", []) for m in comparison.MODES}
-    track, base = said.get("--track", ["cpu"])[0], said.get("--base", [""])[0]
-    target = float(said.get("--target", [0])[0])
-    about = {"track": track, "mode": mode, "target": target or tricks.track(track).target_loss}
-    about |= {"margin": float(said.get("--margin", [comparison.MARGIN])[0]), "steps": int(said.get("--steps", [0])[0]) or None}
-    about |= {"seeds": int(said["--seeds"][0])} if said.get("--seeds", ["0"]) != ["0"] else {}
-    options = SimpleNamespace(**of | {"track": track, "base": base, "again": (of["again"] or [""])[0]})
-    base = base or ("modern" if of["optimizers"] else "baseline")
-    specs = dict(map(comparison.named, of["optimizers"]))
+
+    def one(flag: str, default: Any) -> Any:
+        """The word of a flag that has one, as the type of its default."""
+        return type(default)((said.get(flag) or [default])[0])
+
+    of = {mode: said.get(f"--{mode.replace('_', '-')}", []) for mode in comparison.MODES}
+    mode, specs = next((mode for mode, words in of.items() if words), ""), dict(map(comparison.named, of["optimizers"]))
+    track, target, steps = one("--track", "cpu"), one("--target", 0.0), one("--steps", 0)
+    base = one("--base", "modern" if specs else "baseline")
+    options = SimpleNamespace(**of | {"track": track, "base": one("--base", ""), "again": one("--again", "")})
     stacks = {name: [base] for name in specs} or dict(comparison.words_of_arms(options, base))
-    agree(summary, about | {"base": next(iter(stacks))})
+    about = {"track": track, "mode": mode, "target": target or tricks.track(track).target_loss, "base": next(iter(stacks))}
+    about |= {"margin": one("--margin", comparison.MARGIN), "steps": steps or None}
+    about |= {"seeds": one("--seeds", 0)} if one("--seeds", 0) else {}
+    agree(summary, about, BY_COMMAND)
     names = [arm["name"] for arm in summary["arms"]]
-    given = dict.fromkeys(names if about["steps"] else (), about["steps"])
-    given |= dict(word.rsplit("=", 1) for word in said.get("--horizon", []))
     need(names == list(stacks), f"arms {names}, by the command {list(stacks)}")
+    given = dict.fromkeys(names if steps else (), steps) | dict(word.rsplit("=", 1) for word in said.get("--horizon", []))
     common = ["--track", track, *said["--"], *(["--target-loss", str(target)] if target else [])]
     for arm in summary["arms"]:
         name, flags = arm["name"], list(arm["flags"])
         wanted = ["--tricks", ",".join(stacks[name]) or "baseline"]
-        if of["optimizers"]:
+        if specs:
             spec = flags[3] if "--tuned-on" in said and split(flags[3])[0] == split(specs[name])[0] else specs[name]
             wanted, flags = [*wanted, "--optimizer", spec], without(flags, "--schedule")
             common = without(common, "--schedule")
         need(flags == [*wanted, *common], f"{name}: flags {' '.join(flags)}, by the command {' '.join([*wanted, *common])}")
-        planned = int(given.get(name, arm["steps"] or 0))
-        need(planned == (arm["steps"] or 0), f"{name}: {arm['steps']} steps, by the command {planned}")
-        searched(name, [r for r in rows if (r.arm, r.phase) == (name, "search")], summary, said)
+        ran, planned = arm["steps"] or 0, int(given.get(name, arm["steps"] or 0))
+        need(ran == planned, f"{name}: {ran} steps, by the command {planned}")
+        searched(name, [row for row in rows if (row.arm, row.phase) == (name, "search")], summary["mode"], said)
     return {arm["name"]: tuple(arm["flags"]) for arm in summary["arms"]}
 
 
 def without(flags: list[str], flag: str) -> list[str]:
     """Flags without one that takes a word."""
-    return [word for i, word in enumerate(flags) if word != flag and (not i or flags[i - 1] != flag)]
+    return [word for before, word in zip(["", *flags], flags) if flag not in (before, word)]
 
 
-def searched(name: str, rows: list[Row], summary: Summary, said: dict[str, list[str]]) -> None:
+def searched(name: str, rows: list[Row], mode: str, said: dict[str, list[str]]) -> None:
     """Broken: a run of an arm's search is missing. The first has the first seed, each further one the next."""
-    used = [row for row in rows if row.run not in summary.get("left_out", ())]
-    pairs = {row.pair for row in used}
+    pairs, ran = {row.pair for row in rows}, {(row.steps, row.pair) for row in rows}
     gap = set(range(FIRST_SEED, max(pairs, default=0))) - pairs
     need(not gap, f"{name}: the search's run with seed {min(gap, default=0)} is missing")
-    first = said.get("--first-steps", ["0"])[0]
-    begun = first == "0" or not rows or (int(first), FIRST_SEED) in {(row.steps, row.pair) for row in used}
-    need(begun or summary["mode"] == "chain", f"{name}: the search's first run, of {first} steps, is missing")
+    first = int(said.get("--first-steps", ["0"])[0])
+    begun = not first or not rows or (first, FIRST_SEED) in ran or mode == "chain"
+    need(begun, f"{name}: the search's first run, of {first} steps, is missing")
     for word in said.get("--lengths", []):
         of, _, lengths = word.rpartition("=")
         for n, steps in enumerate(lengths.split(",") if of == name else ()):
-            there = (int(steps), FIRST_SEED + n) in {(row.steps, row.pair) for row in used}
-            need(there, f"{name}: its run of {steps} steps with seed {FIRST_SEED + n} is missing")
+            need((int(steps), FIRST_SEED + n) in ran, f"{name}: its run of {steps} steps with seed {FIRST_SEED + n} is missing")
 
 
 # ---------------------------------------------------------------- scaling
@@ -125,26 +121,24 @@ def of_scaling(summary: Summary, rows: list[Row]) -> Arms:
         raise Broken("its command asks for help alone") from None
     registered(options.tricks)
     made = experiment.make(options, listed(options.sizes))
-    agree(summary, made.described())
-    used = [row for row in rows if row.run not in summary.get("left_out", ())]
+    agree(summary, made.described(), BY_COMMAND)
     rungs, cells = {rung.size.name: rung for rung in made.rungs}, []
     for c in summary["cells"]:
         cell = made.cell(c["phase"], c["arm"], rungs[c["size"]], c["budget"], c["factor"])
-        for key, value in cell.described().items():
-            need(c[key] == value, f"{c['arm']} at {c['size']}: {key} is {c[key]!r}, by its size {value!r}")
+        agree(c, cell.described(), f"{c['arm']} at {c['size']}: {{key}} is {{stated!r}}, by its size {{expected!r}}")
         cells.append(cell)
     missing = set(map(as_planned, made.planned())) - set(map(as_planned, cells))
     need(not missing, f"a cell is missing: {min(missing, default='')}")
-    ran = {(row.phase, row.arm, row.steps, row.pair) for row in used}
+    ran = {(row.phase, row.arm, row.steps, row.pair) for row in rows}
     planned = {(cell.phase, cell.arm.name, cell.steps, seed) for cell in cells for seed in made.seeds(cell.phase)}
     missing, strange = planned - ran, ran - planned
     need(not missing, f"a run is missing: {min(missing, default='')}")
     need(not strange, f"a run that was not planned: {min(strange, default='')}")
-    best = made.best_factors([cell for cell in cells if cell.phase == "retune"], used)
+    best = made.best_factors([cell for cell in cells if cell.phase == "retune"], rows)
     for cell in (cell for cell in cells if cell.phase != "retune"):
         factor = best[cell.rung, cell.name]
-        words = f"{cell.name} at {cell.rung.size.name}: factor {cell.factor}, best is {factor}"
-        need(math.isclose(cell.factor, factor), words)
+        same = math.isclose(cell.factor, factor)
+        need(same, f"{cell.name} at {cell.rung.size.name}: factor {cell.factor}, best is {factor}")
     return {cell.arm.name: cell.arm.flags for cell in cells}
 
 

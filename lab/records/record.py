@@ -1,7 +1,7 @@
 """A record: evidence that a recipe meets a track's target, in a form that a stranger can check by machine.
 
-A record is a folder records/<track>/NNN-name/: record.json (record.schema.json says what stands in it), `seedN.log.jsonl` of
-each run, README.md. Here is what it says and how it is written; what it must keep is in rules.py.
+A record is a folder records/<track>/NNN-name/: record.json (see record.schema.json), `seedN.log.jsonl` of each run, README.md.
+Here is what it says and how it is written; what it must keep is in rules.py.
 """
 
 import json
@@ -22,11 +22,11 @@ import optimizers
 import tricks
 from config import Config, only
 from data.shards import dataset_folder, read_manifest
-from engine.run_folder import PRESENTATION, atomic_write, settings_hash
+from engine.run_folder import PRESENTATION, read_json, settings_hash
 from engine.schedules import NO_RATES, Course
 from engine.spec import UsageError
 from lab import stats
-from lab.records.overlap import repeats
+from lab.records.overlap import SETTINGS, repeats
 from lab.trials import DTYPES
 from layers.shape import ModelConfig
 from model import GPT, roles
@@ -34,6 +34,7 @@ from model import GPT, roles
 RECORDS = Path(__file__).parents[2] / "records"
 LEFT = {"cpu": (3, 4, 5, 6, 7, 8, 11)}  # numbers of records that are gone: records/lessons.md
 OWN = "optimizer.py"  # in a record's folder: the file of an optimizer of one's own
+STALLED = 1.1  # train time over robust time
 LOGGED_STEPS = 18_000  # in a record's logs; longer ones keep spans of steps
 CATEGORIES = ("gpt", "optimizer")  # and `open`, which takes no new record: any model, tables without a transformer too
 FACTS = {  # what a record keeps of its runs' env.json
@@ -43,52 +44,26 @@ FACTS = {  # what a record keeps of its runs' env.json
 }
 
 
-@dataclass(frozen=True)
 class Log:
-    """The log of one run as a record keeps it (`compact`)."""
+    """The log of one run as a record keeps it (`compact`). Raises UsageError: the file is missing or a line is no event."""
 
-    path: Path
-
-    @cached_property
-    def events(self) -> list[dict[str, Any]]:
-        """Its lines, the first of which may be `start` and the last `end`. UsageError: it is missing or a line is no event."""
+    def __init__(self, path: Path):
+        self.path = path
         try:
-            events = [json.loads(line) for line in self.path.read_text().splitlines()]
-            if not events or any("event" not in e for e in events):
-                raise ValueError("a line without an event")
-            return events
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"{self.path.parent.name}/{self.path.name} is damaged: {error}") from None
+            self.events = [json.loads(line) for line in path.read_text().splitlines()]
+            first, last, train, val = self.events[0], self.events[-1], self.of("train"), self.of("val")
+            self.start: dict[str, Any] = first if first["event"] == "start" else {}
+            self.end: dict[str, Any] = last if last["event"] == "end" else {}
+            self.losses = [loss for e in train for loss in e["loss"]]  # of each span of steps
+            self.step_times = [seconds for e in train for seconds in e["step_time"]]
+            self.loss = math.inf if not val or val[-1]["loss"] is None else val[-1]["loss"]  # of the last validation
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"{path.parent.name}/{path.name} is damaged: {error!r}") from None
+        self.train_time = sum(self.step_times)
+        self.ended: str | None = self.end.get("utc")  # None in logs from before they kept the time of day
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == kind]
-
-    @property
-    def start(self) -> dict[str, Any]:
-        return self.events[0] if self.events[0]["event"] == "start" else {}
-
-    @property
-    def end(self) -> dict[str, Any]:
-        return self.events[-1] if self.events[-1]["event"] == "end" else {}
-
-    @property
-    def ended(self) -> str | None:
-        """Time of day; None in logs from before they kept it."""
-        return self.end.get("utc")
-
-    @property
-    def step_times(self) -> list[float]:
-        """Seconds of each span of steps."""
-        return [seconds for e in self.of("train") for seconds in e["step_time"]]
-
-    @cached_property
-    def losses(self) -> list[float]:
-        """Training losses, of each span of steps."""
-        return [loss for e in self.of("train") for loss in e["loss"]]
-
-    @property
-    def train_time(self) -> float:
-        return sum(self.step_times)
 
     def robust_train_time(self, settings: dict[str, Any]) -> float | None:
         """Steps x median step, summed over groups of steps of equal work; None where the log has spans of several steps."""
@@ -99,30 +74,25 @@ class Log:
             groups[course.at(step).batch, step % period].append(seconds)
         return sum(len(times) * statistics.median(times) for times in groups.values())
 
-    @property
-    def loss(self) -> float:
-        """Loss of the last validation; inf without one."""
-        values = self.of("val")
-        return values[-1]["loss"] if values and values[-1]["loss"] is not None else math.inf
-
 
 @dataclass(frozen=True)
-class Record:
-    """A folder of records/<track>/."""
+class Kept:
+    """What is kept in a folder of records/."""
 
     folder: Path
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """record.json. UsageError: it is missing or no JSON."""
-        try:
-            return json.loads((self.folder / "record.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.label}/record.json is damaged: {error}") from None
 
     @property
     def label(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+class Record(Kept):
+    """A folder of records/<track>/."""
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """record.json. UsageError: it is damaged."""
+        return read_json(self.folder / "record.json")
 
     @cached_property
     def logs(self) -> list[Log]:
@@ -135,7 +105,7 @@ class Record:
 
     @cached_property
     def timed_anew(self) -> list[Log]:
-        """Runs of the rival that were trained anew beside this record's own and are kept with it, by seed."""
+        """Runs of the rival that were trained anew beside this record's own and are kept with it."""
         here = (self.about["against"] or {}).get("logs") == "here"
         return [Log(path) for path in sorted(self.folder.glob("against-seed*.log.jsonl"))] if here else []
 
@@ -160,15 +130,10 @@ class Record:
 
 
 def of_track(track: str, category: str | None = None) -> list[Record]:
-    """The records of a track, oldest first."""
+    """The records of a track, oldest first. The category `gpt` begins with the baseline with which `open` began."""
     records = [Record(path.parent) for path in sorted((RECORDS / track).glob("*/record.json"))]
-    return [r for r in records if category is None or belongs(r.about, category)]
-
-
-def belongs(about: dict[str, Any], category: str) -> bool:
-    """`gpt` begins with the baseline with which `open` began."""
-    began = (category, about.get("category"), about.get("kind")) == ("gpt", "open", "baseline")
-    return began or about.get("category") == category
+    wanted = [(category, "record"), (category, "baseline"), ("open" if category == "gpt" else category, "baseline")]
+    return [r for r in records if category is None or (r.about.get("category"), r.about.get("kind")) in wanted]
 
 
 def previous(track: str, category: str, number: float = math.inf) -> Record | None:
@@ -217,9 +182,8 @@ class FinishedRun:
     def facts(self) -> dict[str, Any]:
         """What the runs of one experiment have in common, under the names of record.json."""
         settings = {k: v for k, v in self.config.items() if k not in (*PRESENTATION, "seed")}
-        parts = {part: {key: self.env[key] for key in keys} for part, keys in FACTS.items()}
-        data = {"fingerprint": self.env["data_fingerprint"]}
-        return {"settings": settings, "source_sha256": self.env["source_sha256"], "data": data, **parts}
+        made = {"source_sha256": self.env["source_sha256"], "data": {"fingerprint": self.env["data_fingerprint"]}}
+        return {"settings": settings} | made | {part: {key: self.env[key] for key in keys} for part, keys in FACTS.items()}
 
     def log(self, span: int) -> str:
         """The log as a record keeps it. UsageError: it does not end."""
@@ -236,8 +200,8 @@ class FinishedRun:
 
 
 def compact(events: Iterable[dict[str, Any]], about: dict[str, Any], span: int) -> list[dict[str, Any]]:
-    """A run's log with its training steps as lists: per span of so many steps the mean loss and the sum of seconds. A line of
-    steps ends where another event stands. about: what the `start` line says of the run: seed, hashes."""
+    """A run's log with its training steps between other events as one line of lists: per span of so many steps the mean loss
+    and the sum of seconds. about: what the `start` line says of the run: seed, hashes."""
     lines: list[dict[str, Any]] = []
     for kind, group in groupby(events, lambda e: e["event"]):
         steps = list(group)
@@ -254,12 +218,10 @@ def compact(events: Iterable[dict[str, Any]], about: dict[str, Any], span: int) 
 
 
 def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival: Record | None, said: dict[str, Any]) -> Record:
-    """Write the files of a record into an empty folder.
-
-    runs: by seed; anew: runs of the rival that were interleaved with these, without which the rival's own logs count.
-    """
+    """Write the files of a record into an empty folder. runs: by seed. anew: runs of the rival that were interleaved with
+    these; without them the rival's own logs count."""
     facts, config = runs[0].facts, runs[0].config
-    settings, goal = facts["settings"], config["target_loss"]
+    settings, goal, seeds = facts["settings"], config["target_loss"], [run.config["seed"] for run in runs]
     corpus = dataset_folder(config["data_root"], config["corpus"], config["tokenizer"])
     if (manifest := read_manifest(corpus)) is None:
         raise UsageError(f"{corpus} is not here: the hashes of the data belong to a record")
@@ -269,23 +231,22 @@ def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival:
             (folder / f"{prefix}seed{run.config['seed']}.log.jsonl").write_text(run.log(span))
     if "optimizer_code" in settings:
         keep_optimizer(Path(settings["optimizer"].partition(":")[0]), folder)
-    seeds = [run.config["seed"] for run in runs]
     logs = [Log(folder / f"seed{seed}.log.jsonl") for seed in seeds]
     about = {"format": 1, "track": config["track"], **said, "date": (logs[-1].ended or "unknown")[:10]}
     about |= {"recipe": ",".join(tricks.spelled_out(config["track"], config["tricks"])) or "baseline", **facts}
     about |= {"config_sha256": settings_hash(settings), "steps": config["steps"], "seeds": seeds, "target_loss": goal}
     about |= {"statistics": outcome(logs, goal) | work(settings, runs[0].result["flops_per_token"])}
     about |= {"commit": runs[0].env["commit"], "parameters": parameters(settings)}
-    about |= {"against": rival and {"record": rival.folder.name, "logs": "here" if anew else "there"}}
     about["data"] |= {split: shards(manifest, split) for split in ("train", "val")}
-    sequences = config["val_tokens"] // config["sequence_length"]
-    about["data"]["overlap"] = {"sequences": sequences, "in_train": len(repeats(corpus, settings))}
+    count, places = config["val_tokens"] // config["sequence_length"], repeats(corpus, *(settings[key] for key in SETTINGS))
+    about["data"]["overlap"] = {"sequences": count, "in_train": len(places)}
+    about["against"] = rival and {"record": rival.folder.name, "logs": "here" if anew else "there"}
     if anew:
         about["against"]["settings"] = anew[0].facts["settings"]
     (folder / "record.json").write_text(json.dumps(about))
     if rival:
         about["against"] |= rounded(Record(folder).speed_ratio)
-    atomic_write(folder / "record.json", json.dumps(about, indent=1) + "\n")
+    (folder / "record.json").write_text(json.dumps(about, indent=1) + "\n")
     (folder / "README.md").write_text(readme(about))
     return Record(folder)
 
@@ -301,16 +262,15 @@ def keep_optimizer(file: Path, folder: Path) -> None:
 def outcome(logs: list[Log], target: float) -> dict[str, Any]:
     """Losses and times in record.json, from the logs alone. Rounded: every figure is compared to the printed digit."""
     losses, times = stats.Sample.of([log.loss for log in logs]), stats.Sample.of([log.train_time for log in logs])
-    ends = {key: statistics.mean(log.end[key] for log in logs) for key in ("robust_train_time", "process_time", "peak_memory")}
     made = {"n": losses.n, "mean": round(losses.mean, 5), "sd": round(losses.sd, 5)}
     made |= {"interval": [round(x, 5) for x in losses.interval()], "p": float(f"{losses.p_above(target):.3g}")}
     made |= {"train_time": round(times.mean, 3), "train_time_sd": round(times.sd, 3)}
-    made |= {key: round(ends[key], 3) for key in ("robust_train_time", "process_time")}
-    made["peak_memory"] = round(ends["peak_memory"])
+    for key, digits in (("robust_train_time", 3), ("process_time", 3), ("peak_memory", None)):
+        made[key] = round(statistics.mean(log.end[key] for log in logs), digits)
     also = [log.end.get("val_also", {}) for log in logs]
     if words := set.intersection(*map(set, also)):
         made["also"] = {word: round(statistics.mean(losses[word] for losses in also), 5) for word in sorted(words)}
-    return made | {"stalled": sum(log.train_time > 1.1 * log.end["robust_train_time"] for log in logs)}
+    return made | {"stalled": sum(log.train_time > STALLED * log.end["robust_train_time"] for log in logs)}
 
 
 def work(settings: dict[str, Any], flops_per_token: float) -> dict[str, Any]:
@@ -333,8 +293,7 @@ def shards(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
 
 
 def command_of(about: dict[str, Any]) -> str:
-    """The command that trains a record's runs. An entry of the `optimizer` category chose more than its tricks; the name of a
-    recipe says the rest."""
+    """The command that trains a record's runs. An entry of the `optimizer` category chose more than its tricks."""
     words = ["./run.sh", "train", "--track", about["track"], "--tricks", about["recipe"]]
     if about["category"] == "optimizer":
         for key in ("optimizer", "outer", "average", "schedule", "decay_schedule", "momentum_schedule", "clip"):

@@ -1,5 +1,5 @@
-"""Reports kept in records/: comparisons and scaling experiments, each beside the trials from which its statistics follow, and
-the rules that a report must keep."""
+"""Reports kept in records/: comparisons and scaling experiments, with the trials from which their statistics follow, and the
+rules that they must keep."""
 
 import json
 import math
@@ -7,10 +7,8 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import pairwise
-from pathlib import Path
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from config import mean_flops, resolve
@@ -21,7 +19,8 @@ from engine.spec import UsageError
 from lab import comparison, ledger, plots
 from lab.records import judge as judging
 from lab.records import plans
-from lab.records.judge import STALLED, Broken, NotCheckable, need, only_files
+from lab.records.judge import Broken, NotCheckable, need, only_files
+from lab.records.record import STALLED, Kept
 from lab.runner import POINTS, curves_by_run, read_curves
 from lab.scaling import ladder, survival
 from lab.scaling import report as survival_report
@@ -39,28 +38,18 @@ class Kind(NamedTuple):
     name: str  # of the file with its statistics
     again: Callable[[Summary, list[ledger.Row]], Summary]  # the same statistics, from the trials
     markdown: Callable[[Summary], str]
-    planned: Callable[[Summary, list[ledger.Row]], dict[str, tuple[str, ...]]]  # name of each trial's arm -> its flags
+    planned: Callable[[Summary, list[ledger.Row]], plans.Arms]
     points: int  # that curves.csv keeps of a trial's training loss
 
 
-KINDS = {
-    # of several machines or not: the summary says which ones
-    "comparisons": Kind(
-        "comparison.json", partial(comparison.again, allow_mixed=True), comparison.markdown, plans.of_comparison, POINTS
-    ),
-    "scaling": Kind("scaling.json", survival.again, survival_report.markdown, plans.of_scaling, ladder.POINTS),
-}
+anew = partial(comparison.again, allow_mixed=True)  # the summary says which machines there were
+COMPARISON = Kind("comparison.json", anew, comparison.markdown, plans.of_comparison, POINTS)
+SCALING = Kind("scaling.json", survival.again, survival_report.markdown, plans.of_scaling, ladder.POINTS)
+KINDS = {"comparisons": COMPARISON, "scaling": SCALING}
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Kept):
     """A folder of records/comparisons or records/scaling."""
-
-    folder: Path
-
-    @property
-    def label(self) -> str:
-        return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
     def kind(self) -> Kind:
@@ -75,14 +64,19 @@ class Report:
         return json.loads((self.folder / self.kind.name).read_text())
 
     @cached_property
-    def flags(self) -> plans.Arms:
-        """Of each arm's trials. Broken: the command planned another report."""
-        return self.kind.planned(self.summary, self.rows)
+    def counted(self) -> list[ledger.Row]:
+        """The rows that are not left out."""
+        return [row for row in self.rows if row.run not in self.summary.get("left_out", ())]
 
     @cached_property
+    def flags(self) -> plans.Arms:
+        """Of each arm's trials. Broken: the command planned another report."""
+        return self.kind.planned(self.summary, self.counted)
+
+    @property
     def used(self) -> list[ledger.Row]:
         """The rows that the statistics are made of."""
-        return [row for row in self.rows if row.run not in self.summary.get("left_out", ()) and row.arm in self.flags]
+        return [row for row in self.counted if row.arm in self.flags]
 
     @cached_property
     def curves(self) -> list[list[dict[str, Any]]]:
@@ -113,15 +107,15 @@ def runs(report: Report) -> str:
     for row in rows:
         who = named(row)
         if words := report.flags.get(row.arm):
-            recipe = "+".join(words[words.index("--tricks") + 1].split(","))[:100]
-            begun = re.fullmatch(rf"{re.escape(recipe)}-s{row.seed}-[0-9a-f]{{8}}", row.run)
-            need(bool(begun), f"{who}: its run cannot have the name {row.run}")
+            recipe = words[words.index("--tricks") + 1].replace(",", "+")[:100]
+            fits = re.fullmatch(rf"{re.escape(recipe)}-s{row.seed}-[0-9a-f]{{8}}", row.run)
+            need(fits, f"{who}: its run cannot have the name {row.run}")
         if row.status == "crashed":
             continue
         need(row.status != "ok" or (row.val_loss, row.train_time) not in seen, f"{who}: loss and time of another trial")
         seen.add((row.val_loss, row.train_time))
         machine = re.fullmatch(MACHINE, row.machine)
-        need(bool(machine), f"{who}: {row.machine!r} is no machine")
+        need(machine, f"{who}: {row.machine!r} is no machine")
         judging.used(who, "cpu" if machine[2] else "cuda", int(machine[1]), row.train_time, vars(row))
         need(row.stalled == (row.train_time > STALLED * row.robust_train_time), f"{who}: stalled is {row.stalled}")
         ran[row.phase].append((ledger.moment(row.ended), row.train_time, who))
@@ -133,24 +127,24 @@ def runs(report: Report) -> str:
 
 def settings(report: Report) -> str:
     """Tokens, FLOPs and paired seeds follow from the flags, and so do run names if the source is today's."""
-    moving, first = set(), {}
+    moving, first, again = set(), {}, report.summary.get("mode") == "again"
     for row in (row for row in report.rows if row.arm in report.flags and row.status != "crashed"):
         who, flags, shift = named(row), report.flags[row.arm], row.seed - row.pair
-        again = report.summary.get("mode") == "again"
         need(first.setdefault(row.arm, shift) == shift and (again or not shift), f"{who}: a pair is of one seed")
-        if "record" in flags and row.source != source_hash()[:12]:  # what `record` was then, trains no more
+        of_today = row.source == source_hash()[:12]
+        if "record" in flags and not of_today:  # what `record` was then, trains no more
             moving.add((row.tokens / row.steps, round(row.flops / row.tokens)))
             need(not again or len(moving) == 1, f"{who}: other tokens or FLOPs a step than other runs of the recipe")
             continue
         try:
             tokens, flops = work(tuple(plans.without(plans.registered(flags), "--optimizer")), row.steps)
         except UsageError as error:
-            need(row.source != source_hash()[:12], str(error))
+            need(not of_today, str(error))
             raise NotCheckable(f"today's trainer cannot train {row.arm}: {error}") from None
         need(row.tokens == tokens, f"{who}: {row.tokens:,} tokens, by its settings {tokens:,}")
-        agree = math.isclose(row.flops, flops * tokens, rel_tol=1e-6)
-        need(agree, f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}")
-        if row in report.used and row.source == source_hash()[:12]:
+        same = math.isclose(row.flops, flops * tokens, rel_tol=1e-6)
+        need(same, f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}")
+        if of_today and row in report.counted:
             name = Trial(Arm(row.arm, flags, shift), row.steps, row.pair).folder.name
             need(row.run == name, f"{who}: a run of these settings is named {name}, not {row.run}")
     return f"{len(first)} arms"
@@ -174,26 +168,24 @@ def curves(report: Report) -> str:
     there = {(row.arm, row.seed, row.steps) for row in report.rows}
     for lines in report.curves:
         train, val = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
-        arm, seed, steps = (lines[0][key] for key in ("arm", "seed", "steps"))
+        arm, seed, steps = run = tuple(lines[0][key] for key in ("arm", "seed", "steps"))
         who = f"{arm}, {steps} steps, seed {seed}"
-        need((arm, seed, steps) in there, f"{who}: curves.csv has a run that trials.csv has not")
+        need(run in there, f"{who}: curves.csv has a run that trials.csv has not")
         span = math.ceil(steps / report.kind.points)
         need([c["step"] for c in train] == [*range(span, steps, span), steps], f"{who}: curves.csv lacks points")
-        for part in (train, val):
-            for key in ("step", "tokens", "train_time"):
-                values = [c[key] for c in part]
-                need(values == sorted(values), f"{who}: {key} runs backwards in curves.csv")
+        for part, key in product((train, val), ("step", "tokens", "train_time")):
+            values = [c[key] for c in part]
+            need(values == sorted(values), f"{who}: {key} runs backwards in curves.csv")
         future = "future" in " ".join(report.flags.get(arm, ()))
         judging.smooth(who, steps, *([(c["step"], c["loss"]) for c in part] for part in (train, val)), future)
-        alike[arm, steps][f"seed {seed}"] = [c["loss"] for c in train]
-        if val:
-            ends[arm, seed, steps].append(val[-1])
-    for (arm, steps), of in alike.items():
-        judging.unlike({f"{arm}, {steps} steps, {seed}": losses for seed, losses in of.items()})
+        alike[arm, steps][who] = [c["loss"] for c in train]
+        ends[run] += val[-1:]
+    for losses in alike.values():
+        judging.unlike(losses)
     for row in (row for row in report.rows if row.status == "ok"):
-        of = ends[row.arm, row.seed, row.steps]  # several where it was trained again
-        need(bool(of), f"{named(row)}: curves.csv has no loss at its end")
-        end = min(of, key=lambda c: abs(c["train_time"] - row.train_time))
+        of_run = ends[row.arm, row.seed, row.steps]  # several where it was trained again
+        need(of_run, f"{named(row)}: curves.csv has no loss at its end")
+        end = min(of_run, key=lambda c: abs(c["train_time"] - row.train_time))
         for word, stated, drawn, most in (
             ("loss", row.val_loss, end["loss"], 1e-5),
             ("time", row.train_time, end["train_time"], 1e-3),
@@ -207,7 +199,7 @@ def confirmed(report: Report) -> str:
     """Each arm of a comparison has a line for every planned confirming run, failed ones too. All arms on one seed ran within
     the hour."""
     summary = report.summary
-    if report.kind is not KINDS["comparisons"]:
+    if report.kind is SCALING:
         return "no comparison"
     planned = {arm["name"]: arm["steps"] for arm in summary["arms"] if arm["steps"]}
     if len(planned) < 2 or summary["base"] not in planned:
@@ -238,13 +230,10 @@ def words(report: Report) -> str:
 
 def pictures(report: Report) -> str:
     """The pictures were drawn from these statistics and curves: each names the hash of what it shows."""
-    data = plots.without_plots(report.summary)
-    if report.kind is KINDS["comparisons"]:
-        left_out = report.summary.get("left_out", ())
-        drawn = [row for row in report.rows if row.run not in left_out]
-        data = [data, read_curves(report.folder / "curves.csv", drawn)]
-    judging.pictured(report.folder, report.summary["plots"], data)
-    return f"{len(report.summary['plots'])} pictures"
+    shown = plots.without_plots(report.summary)
+    if report.kind is COMPARISON:
+        shown = [shown, read_curves(report.folder / "curves.csv", report.counted)]
+    return judging.pictured(report.folder, dict.fromkeys(report.summary["plots"], shown))
 
 
 def data(report: Report) -> str:
@@ -271,9 +260,8 @@ def code(report: Report) -> str:
     return f"{len(kept)} commits"
 
 
-RULES = {
-    rule.__name__: rule for rule in (files, command, runs, settings, curves, confirmed, statistics, words, pictures, data, code)
-}
+KEPT = (files, command, runs, settings, curves, confirmed, statistics, words, pictures, data, code)
+RULES = {rule.__name__: rule for rule in KEPT}
 
 
 def rerun(report: Report) -> str:

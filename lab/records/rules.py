@@ -1,17 +1,16 @@
 """The rules that a record must keep, each checked by machine: pass, fail, or not checkable here with the reason.
 
 They answer what has gone wrong in published records: picked seeds, statistics that do not follow from the logs, validation
-text in the training data, clocks that do not add up, models that look ahead. What an older trainer made is read as stored:
-today's code says only whether it can train it again.
+text in the training data, clocks that do not add up, models that look ahead.
 """
 
 import json
 import math
 import random
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jsonschema
 import torch
@@ -28,8 +27,8 @@ from engine.spec import split as split_spec
 from lab import ledger, trials
 from lab.records import judge as judging
 from lab.records import record as records
-from lab.records.judge import NotCheckable, need, only_files
-from lab.records.overlap import repeats
+from lab.records.judge import NotCheckable, agree, need, only_files
+from lab.records.overlap import SETTINGS, repeats
 from lab.records.record import Record
 from lab.stats import Sample
 from layers.shape import ModelConfig
@@ -47,13 +46,8 @@ FIXED_SETTINGS = ("corpus", "tokenizer", "vocab_size", "val_tokens", "val_spread
 # Settings that older trainers had and today's has not, with the value at which they changed nothing.
 GONE = dict.fromkeys(("batch_schedule", "window_schedule", "length_schedule"), "constant")
 GONE |= {"shard_optimizer": False, "table_optimizer": "sparse_adagrad", "ngram_sparse": False}
+BY_LOGS = "{key} is {stated}, the logs give {expected}"
 EVENTS = {"start", "resume", "branch", "stopped", "train", "val", "target", "epoch", "checkpoint", "note", "end"}
-
-
-def same(stated: dict[str, Any], followed: dict[str, Any], what: str = "") -> None:
-    """Broken: a stated value is not the one that follows from the logs."""
-    for key, value in followed.items():
-        need(stated[key] == value, f"{what}{key} is {stated[key]}, the logs give {value}")
 
 
 def schema(record: Record) -> str:
@@ -69,27 +63,30 @@ def schema(record: Record) -> str:
 def files(record: Record) -> str:
     """Exactly the expected files are there; they are small; none names a path of a machine; README.md follows from
     record.json."""
-    expected = {"record.json", "README.md", *(log.path.name for log in record.all_logs)}
-    expected |= {records.OWN} if "optimizer_code" in record.about["settings"] else set()
-    texts = only_files(record.folder, expected, "record")
+    about = record.about
+    expected = {"record.json", "README.md", *(f"seed{seed}.log.jsonl" for seed in about["seeds"])}
+    expected |= {log.path.name for log in record.timed_anew}
+    expected |= {records.OWN} if "optimizer_code" in about["settings"] else set()
+    only_files(record.folder, expected, "record")
     size = sum(path.stat().st_size for path in record.folder.iterdir())
     need(size <= LARGEST, f"{size:,} bytes, more than {LARGEST:,}")
-    need(texts["README.md"] == records.readme(record.about), "README.md is not what record.json gives")
+    text = (record.folder / "README.md").read_text()
+    need(text == records.readme(about), "README.md is not what record.json gives")
     return f"{len(expected)} files, {size / 1000:,.0f} kB"
 
 
 def number(record: Record) -> str:
     """A track's numbers are used once, with no gaps except those in lessons.md, and their dates are in order."""
-    about, folders = record.about, [path.name for path in record.folder.parent.iterdir() if path.is_dir()]
-    given = [int(name[:3]) for name in folders if name[:3].isdigit()]
-    here, gone = about["number"], records.LEFT.get(about["track"], ())
+    about = record.about
+    here, date, gone = about["number"], about["date"], records.LEFT.get(about["track"], ())
+    given = [int(path.name[:3]) for path in record.folder.parent.glob("[0-9][0-9][0-9]*") if path.is_dir()]
     need(given.count(here) == 1 and here not in gone, f"number {here} was given twice")
     missing = set(range(1, here)) - {*given, *gone}
     need(not missing, f"there is no record {min(missing, default=0)}")
     before = records.previous(about["track"], about["category"], here)
-    early = before and "unknown" not in (before.about["date"], about["date"]) and about["date"] < before.about["date"]
-    need(not early, f"its date {about['date']} is before that of {before and before.folder.name}")
-    return f"{here}, {about['date']}"
+    if before and "unknown" not in (before.about["date"], date):
+        need(date >= before.about["date"], f"its date {date} is before that of {before.folder.name}")
+    return f"{here}, {date}"
 
 
 def seeds(record: Record) -> str:
@@ -110,7 +107,7 @@ def distinct(record: Record) -> str:
     seen = {what: f"{other.label}, {log.path.name}" for other in others for log in other.logs for what in of_run(log)}
     here: dict[str, str] = {}
     for log in record.all_logs:
-        for word, what in zip(("losses", "times"), of_run(log), strict=True):
+        for word, what in zip(("losses", "times"), of_run(log)):
             same = here.get(what) or (log in record.logs and seen.get(what))  # the rival's runs may be those of its record
             need(not same, f"{log.path.name} and {same} are the same run: they have the same {word}")
             here[what] = log.path.name
@@ -123,49 +120,49 @@ def configuration(record: Record) -> str:
     """By their hashes, all runs had the settings, source and data that record.json states; the recipe's name
     follows from them."""
     about, settings = record.about, record.about["settings"]
-    config = run_folder.settings_hash(settings)
+    config, source, data = run_folder.settings_hash(settings), about["source_sha256"], about["data"]["fingerprint"]
     need(about["config_sha256"] == config, "config_sha256 is not the hash of the settings: one of them was changed")
     for log in record.logs:
-        made_with(log, "record.json states", config=config, source=about["source_sha256"], data=about["data"]["fingerprint"])
-    for key in ("steps", "target_loss"):
-        need(about[key] == settings[key], f"{key} {about[key]} is not that of the settings")
+        made = {"config": config, "source": source, "data": data}
+        agree(log.start, made, f"{log.path.name} was made with another {{key}} than record.json states")
+    agree(about, {key: settings[key] for key in ("steps", "target_loss")}, "{key} {stated} is not that of the settings")
     words = settings["tricks"].split(",")
     need(settings.get("recipe", about["recipe"]) == "+".join(words), f"the recipe of the settings is not {settings['tricks']}")
     if "record" not in words:  # whose meaning moves on
         spelled = ",".join(tricks.spelled_out(about["track"], settings["tricks"])) or "baseline"
         need(about["recipe"] == spelled, f"the recipe is {about['recipe']}, by the settings {spelled}")
-    data = judging.fingerprint(about["data"])
-    need(about["data"]["fingerprint"] == data, f"the fingerprint of these shards is {data}")
+    of_shards = judging.fingerprint(about["data"])
+    need(data == of_shards, f"the fingerprint of these shards is {of_shards}")
     if "optimizer_code" in settings:
         kept = run_folder.file_hash(record.folder / records.OWN)
         need(kept == settings["optimizer_code"], f"{records.OWN} is not the optimizer that ran")
-    return f"config {config[:8]}, source {about['source_sha256'][:8]}"
+    return f"config {config[:8]}, source {source[:8]}"
 
 
 def stopping(record: Record) -> str:
     """Every run, the rival's too, ended at a fixed length whatever its loss; its log has all steps and exactly the planned
     validations, whose losses agree with the training losses."""
-    about, anew = record.about, record.timed_anew
-    need(not about["settings"]["stop_at_target"], "the runs stopped by their own validation loss")
-    need(not about["settings"].get("minutes"), "the runs ended by the clock: a record has a fixed number of steps")
+    about, settings = record.about, record.about["settings"]
+    need(not settings["stop_at_target"], "the runs stopped by their own validation loss")
+    need(not settings.get("minutes"), "the runs ended by the clock: a record has a fixed number of steps")
     for log in record.logs:
-        whole(log, about["steps"], about["settings"])
-    for log in anew:
-        whole(log, anew[0].end.get("step", 0), about["against"]["settings"])
+        whole(log, about["steps"], settings)
+    for log in record.timed_anew:
+        whole(log, record.timed_anew[0].end.get("step", 0), about["against"]["settings"])
     return f"{about['steps']:,} steps"
 
 
 def whole(log: records.Log, steps: int, settings: dict[str, Any]) -> None:
     """Broken: the log of a run of that length lacks a step, or has an event too many."""
     name, end, following, points = log.path.name, log.end, 1, []
-    need(bool(end) and end["status"] == "ok", f"{name} has no end, or did not end well")
+    need(end.get("status") == "ok", f"{name} has no end, or did not end well")
     need(end["step"] == steps, f"{name} ended at step {end['step']} of {steps}")
     for e in log.of("train"):
         first, last = e["first"], e["last"]
         need(first == following, f"{name}: steps {following} to {first - 1} are missing")
-        spans = math.ceil((last - first + 1) / e["span"])
-        need(len(e["loss"]) == len(e["step_time"]) == spans, f"{name}: steps {first} to {last} are not all there")
-        points += [(min(first + e["span"] * (i + 1) - 1, last), loss) for i, loss in enumerate(e["loss"])]
+        ends = [*range(first + e["span"] - 1, last, e["span"]), last]  # of the spans
+        need(len(e["loss"]) == len(e["step_time"]) == len(ends), f"{name}: steps {first} to {last} are not all there")
+        points += zip(ends, e["loss"])
         following = last + 1
     need(following == steps + 1, f"{name} does not hold steps 1 to {steps}")
     every = settings["val_every"] or math.ceil(steps / 5)
@@ -185,14 +182,12 @@ def whole(log: records.Log, steps: int, settings: dict[str, Any]) -> None:
 
 def statistics(record: Record) -> str:
     """The statistics follow from the logs, to the printed digit."""
-    about = record.about
-    s = about["statistics"]
+    about, s = record.about, record.about["statistics"]
     followed = records.outcome(record.logs, about["target_loss"])
-    same(s, followed)
+    agree(s, followed, BY_LOGS)
     extra = s.keys() - followed.keys() - {"tokens", "flops"}
     need(not extra, f"{min(extra, default='')} does not follow from the logs")
-    config, model_config = today(record)
-    same(s, records.work(about["settings"], mean_flops(config, model_config)))
+    agree(s, records.work(about["settings"], mean_flops(*today(record))), BY_LOGS)
     return f"n = {s['n']}, mean {s['mean']:.4f}, sd {s['sd']:.4f}, p = {s['p']:.2g}"
 
 
@@ -220,15 +215,16 @@ def rival(record: Record) -> str:
     if not record.timed_anew:
         return f"{name}, its own runs"
     first = record.timed_anew[0]
-    steps, full = first.end["step"], before.about["steps"]
+    steps, full, config = first.end["step"], before.about["steps"], first.start["config"]
+    own = {"source": about["source_sha256"], "data": about["data"]["fingerprint"]}
     for log in record.timed_anew:
-        made_with(log, "the record's own runs", source=about["source_sha256"], data=about["data"]["fingerprint"])
-        made_with(log, first.path.name, config=first.start["config"])
-        need((log.end.get("status"), log.end.get("step")) == ("ok", steps), f"{log.path.name} did not end well at step {steps}")
+        made = f"{log.path.name} was made with another {{key}} than"
+        agree(log.start, own, f"{made} the record's own runs")
+        agree(log.start, {"config": config}, f"{made} {first.path.name}")
     need(steps <= full, f"the rival ran for {steps} steps, as a record for {full}: longer is slower")
     alike = complete(against["settings"]) == complete(before.about["settings"])
-    ran_so = run_folder.settings_hash(against["settings"]) == first.start["config"]
-    need(alike and ran_so, f"the runs that it was timed against have other settings than {name}")
+    alike = alike and run_folder.settings_hash(against["settings"]) == config
+    need(alike, f"the runs that it was timed against have other settings than {name}")
     return f"{name}, {steps:,} of its {full:,} steps"
 
 
@@ -245,7 +241,7 @@ def faster(record: Record) -> str:
         comparable = record.timed_anew or record.rival.about[key] == about[key]
         need(comparable, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
     ratio = records.rounded(record.speed_ratio)
-    same(against, ratio, "against ")
+    agree(against, ratio, f"against {BY_LOGS}")
     words = records.interval(ratio)
     need(ratio["low"] > 1, f"{words}: the interval holds 1, or slower")
     logs = [log for pair in record.pairs for log in pair]
@@ -263,21 +259,19 @@ def clock(record: Record) -> str:
     """Times are positive, grow, add up and fit between start and end; robust time is steps x median step; stalled runs are
     counted; CPU time and memory are possible; the date is when the last run ended."""
     about, machine = record.about, record.about["machine"]
-    device = machine.get("device") or ("cuda" if machine["gpus"] else "cpu")
     for log in record.all_logs:
-        name, total, before, sums = log.path.name, 0.0, 0.0, {}
+        name, total, before, train = log.path.name, log.train_time, 0.0, log.of("train")
         need(min(log.step_times) > 0, f"{name}: a step took no time")
-        for e in log.of("train"):
-            sums[e["last"]] = total = total + sum(e["step_time"])
+        sums = dict(zip((e["last"] for e in train), accumulate(sum(e["step_time"]) for e in train)))
         for e in (e for e in log.events if e["event"] in ("val", "target")):
             step, time, summed = e["step"], e["train_time"], sums.get(e["step"], math.nan)
             need(time >= before, f"{name}: the clock ran backwards at step {step}")
             agree = math.isclose(time, summed, rel_tol=1e-4)
             need(agree, f"{name}: the steps to {step} add up to {summed:.3f} s, the log says {time:.3f}")
             before = time
-        judging.used(name, device, machine["cpu_count"], total, log.end)
-        need(bool(log.ended and log.start["utc"]) or about["category"] == "open", f"{name} has no time of day")
-        if log.ended:
+        judging.used(name, machine["device"], machine["cpu_count"], total, log.end)
+        if log.ended or about["category"] != "open":
+            need(log.ended and log.start["utc"], f"{name} has no time of day")
             span = (ledger.moment(log.ended) - ledger.moment(log.start["utc"])).total_seconds()
             need(span + 1 >= total, f"{name}: steps of {total:.0f} s between a start and an end {span:.0f} s apart")
     need(about["date"] == (record.logs[-1].ended or "unknown")[:10], "the date is not that of the last run's end")
@@ -291,12 +285,19 @@ def clock(record: Record) -> str:
 
 def track(record: Record) -> str:
     """Settings that define the track, and those that the category fixes, are unchanged."""
-    about = record.about
-    problem = category_problem(about["settings"], about["category"])
-    need(not problem, problem)
-    need(about["settings"]["track"] == about["track"], "the settings are of another track")
+    about, settings, category = record.about, record.about["settings"], record.about["category"]
+    weights = settings.get("init_from")
+    need(not weights, f"it starts from the weights of {weights}: a record's are random at first")
+    baseline, modern = (json.loads(json.dumps(tricks.apply(settings["track"], name)[0])) for name in ("baseline", "modern"))
+    fixed = {key: value for key, value in baseline.items() if key in FIXED_SETTINGS}
+    agree(settings, fixed, "{key} is {stated!r}, the track's is {expected!r}")
+    if category == "optimizer":
+        free = (*OPTIMIZER_SETTINGS, *FIXED_SETTINGS, *run_folder.PRESENTATION)
+        fixed = {key: value for key, value in modern.items() if key not in free}
+        agree(settings, fixed, "{key} is {stated!r}, the `modern` model's is {expected!r}")
+    need(settings["track"] == about["track"], "the settings are of another track")
     need(about["target_loss"] == tricks.track(about["track"]).target_loss, "the target is not the track's")
-    return f"category {about['category']}, {about['settings']['val_tokens']:,} validation tokens"
+    return f"category {category}, {settings['val_tokens']:,} validation tokens"
 
 
 def transformer(record: Record) -> str:
@@ -308,22 +309,21 @@ def transformer(record: Record) -> str:
     if about["category"] != "gpt":
         return f"category {about['category']}"
     base = records.parameters(tricks.apply(about["track"], "baseline")[0])
-    matrices, least, most = here.get("matrix", 0), base["matrix"], 2 * sum(base.values())
+    matrices, least, total, most = here.get("matrix", 0), base["matrix"], sum(here.values()), 2 * sum(base.values())
     need(matrices >= least, f"its blocks hold {matrices:,} parameters in matrices, fewer than the baseline's {least:,}")
-    need(sum(here.values()) <= most, f"{sum(here.values()):,} parameters are more than twice the baseline's, {most:,}")
+    need(total <= most, f"{total:,} parameters are more than twice the baseline's, {most:,}")
     wanted = tricks.track(about["track"]).settings.get("val_also", "").split(",")
     missing = set(filter(None, wanted)) - about["statistics"].get("also", {}).keys()
     need(not missing, f"no loss on {', '.join(sorted(missing))}: prepare that corpus (./run.sh data prepare) and train again")
-    return f"{sum(here.values()) / 1e6:.1f}M parameters, {matrices / 1e6:.1f}M of them in the matrices of blocks"
+    return f"{total / 1e6:.1f}M parameters, {matrices / 1e6:.1f}M of them in the matrices of blocks"
 
 
 def data(record: Record) -> str:
     """The shards here have the record's sha256."""
     stated, settings = record.about["data"], record.about["settings"]
     folder = judging.corpus(settings["corpus"], settings["tokenizer"])
-    problems = verify_shards(folder)
-    need(not problems, problems[0] if problems else "")
-    manifest = read_manifest(folder)
+    problems, manifest = verify_shards(folder), read_manifest(folder)
+    need(not problems, "; ".join(problems))
     for split in ("train", "val"):
         need(records.shards(manifest, split) == stated[split], f"the {split} shards here are not those of the record")
     epochs = record.about["statistics"]["tokens"] / sum(entry["tokens"] for entry in stated["train"])
@@ -333,14 +333,14 @@ def data(record: Record) -> str:
 def overlap(record: Record) -> str:
     """The training data contains as many validation sequences as the record states, and at most 2 %."""
     stated, settings = record.about["data"]["overlap"], record.about["settings"]
-    sequences = settings["val_tokens"] // settings["sequence_length"]
-    words = f"the record says {stated['sequences']:,} validation sequences, there are {sequences:,}"
-    need(stated["sequences"] == sequences, words)
-    places = repeats(judging.corpus(settings["corpus"], settings["tokenizer"]), settings)
+    said, sequences = stated["sequences"], settings["val_tokens"] // settings["sequence_length"]
+    need(said == sequences, f"the record says {said:,} validation sequences, there are {sequences:,}")
+    corpus = judging.corpus(settings["corpus"], settings["tokenizer"])
+    places = repeats(corpus, *(settings[key] for key in SETTINGS))
     where = f", such as validation token {places[-1][0]} at training token {places[-1][1]}" if places else ""
-    words = f"{len(places)} of {stated['sequences']:,} validation sequences stand in the training data{where}"
+    words = f"{len(places)} of {sequences:,} validation sequences stand in the training data{where}"
     need(len(places) == stated["in_train"], f"{words}; the record says {stated['in_train']}")
-    need(len(places) <= MOST_OVERLAP * stated["sequences"], f"{words}: more than {MOST_OVERLAP:.0%}")
+    need(len(places) <= MOST_OVERLAP * sequences, f"{words}: more than {MOST_OVERLAP:.0%}")
     return words
 
 
@@ -360,7 +360,7 @@ def model(record: Record) -> str:
         before = [p.clone() for p in gpt.parameters()]
         logits, loss, later = gpt(tokens[:, :-1]), gpt(tokens[:, :-1], tokens[:, 1:]), gpt(changed)
         alone = torch.cat([gpt(row[None]) for row in tokens[:, :-1]])
-    need(bool(torch.isfinite(logits).all()), "logits are not finite")
+    need(torch.isfinite(logits).all(), "logits are not finite")
     need(torch.allclose(logits[:, :half], later[:, :half], atol=1e-4), "a prediction depends on later tokens")
     need(not torch.allclose(logits[:, half:], later[:, half:], atol=1e-4), "predictions do not depend on the tokens")
     need(torch.allclose(logits, alone, atol=1e-4), "a prediction depends on the rest of the batch")
@@ -399,12 +399,6 @@ def of_run(log: records.Log) -> tuple[str, str]:
     return json.dumps(log.losses), json.dumps(log.step_times)
 
 
-def made_with(log: records.Log, whose: str, **hashes: str) -> None:
-    """Broken: the log starts with another hash."""
-    for key, value in hashes.items():
-        need(log.start.get(key) == value, f"{log.path.name} was made with another {key} than {whose}")
-
-
 def complete(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings to compare between trainers: what one of them does not have is at the value that changes nothing. Length and the
     recipe's name are left out."""
@@ -415,47 +409,31 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in every.items() if key not in apart}))
 
 
-def category_problem(settings: dict[str, Any], category: str) -> str:
-    """What of these settings the category does not allow; empty if nothing."""
-    if settings.get("init_from"):
-        return f"it starts from the weights of {settings['init_from']}: a record's are random at first"
-    sets = {name: json.loads(json.dumps(tricks.apply(settings["track"], name)[0])) for name in ("baseline", "modern")}
-    fixed = [("the track's", key, value) for key, value in sets["baseline"].items() if key in FIXED_SETTINGS]
-    if category == "optimizer":
-        free = (*OPTIMIZER_SETTINGS, *FIXED_SETTINGS, *run_folder.PRESENTATION)
-        fixed += [("the `modern` model's", key, value) for key, value in sets["modern"].items() if key not in free]
-    wrong = (f"{key} is {settings[key]!r}, {whose} is {value!r}" for whose, key, value in fixed if settings[key] != value)
-    return next(wrong, "")
-
-
 def commit(record: Record) -> str:
     return (record.about["commit"] or "unknown")[:12]
-
-
-def elsewhere(record: Record, why: str) -> NoReturn:
-    raise NotCheckable(f"today's trainer cannot train this: {why}; check out commit {commit(record)}")
 
 
 def today(record: Record) -> tuple[Config, ModelConfig]:
     """The record's settings as today's trainer has them. NotCheckable: it does not know one of them, or refuses it."""
     settings = record.about["settings"]
-    for key, value in settings.items():
-        if key not in (*FIELDS, "recipe", "optimizer_code") and (key not in GONE or GONE[key] != value):
-            elsewhere(record, f"it has no setting {key} {value!r}")
+    known = {*FIELDS, "recipe", "optimizer_code", *(key for key, value in GONE.items() if settings.get(key) == value)}
     try:
+        if strange := sorted(settings.keys() - known):
+            raise ValueError(f"it has no setting {strange[0]} {settings[strange[0]]!r}")
         Course(records.config_of(settings))
         optimizers.period(settings["optimizer"])
         return records.config_of(settings), ModelConfig(**only(ModelConfig, settings))
     except ValueError as error:
-        elsewhere(record, str(error))
+        raise NotCheckable(f"today's trainer cannot train this: {error}; check out commit {commit(record)}") from None
 
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
     """Trainer flags that give exactly these settings."""
-
-    def words(name: str, value: Any) -> str:
+    flags = []
+    for name in sorted(FIELDS.keys() & settings.keys()):
+        flag, value = flag_of(name), settings[name]
         if FIELDS[name].type is bool:
-            return flag_of(name) if value else flag_of(name).replace("--", "--no-", 1)
-        return f"{flag_of(name)}={'/'.join(map(str, value)) if isinstance(value, list) else value}"
-
-    return [words(name, settings[name]) for name in sorted(FIELDS.keys() & settings.keys())]
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
+    return flags

@@ -3,10 +3,8 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from pathlib import Path
 from statistics import median
 
 import tricks
@@ -14,6 +12,7 @@ from engine.run_folder import read_json
 from lab import ledger, levers
 from lab.records import judge as judging
 from lab.records.judge import NotCheckable, need
+from lab.records.record import Kept
 from lab.tuning import descent, report, tune, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
 from lab.tuning.tuned import Row
@@ -23,11 +22,9 @@ LONE = 1.0  # nats by which one validation may lie below all others of its run
 LEAST_SHARE = 0.1  # of the wall-clock time of a trial is CPU time of its steps, as the median over a table
 
 
-@dataclass(frozen=True)
-class Tuning:
+class Tuning(Kept):
     """The folder records/tuning."""
 
-    folder: Path
     label = "tuning"
     command = "./run.sh compare tune --report"
     names = (*OPTIMIZERS, *EXTRAS)
@@ -47,7 +44,6 @@ class Tuning:
                 yield f"{track}/{name}", track, name, ledger.read(table.path, Row)
 
 
-@dataclass(frozen=True)
 class Levers(Tuning):
     """The folder records/levers."""
 
@@ -63,12 +59,12 @@ class Levers(Tuning):
 def files(tuning: Tuning) -> str:
     """Exactly the expected files are there: a table of each submission, which is registered or somebody's file."""
     pictures = {f"{name}.png" for name in tuning.contents.pictures}
-    judging.only_files(tuning.folder, {*tuning.tables, *tuning.contents.texts, *pictures}, "tuning report", set(tuning.tables))
+    judging.only_files(tuning.folder, {*tuning.tables, *tuning.contents.texts, *pictures}, "tuning report", tuning.tables)
     for track, of in tuning.tables.items():
         need(track in tricks.TRACKS, f"there is no workload {track}")
         judging.only_files(tuning.folder / track, {f"{name}.csv" for name in of}, "workload")
-        strange = {name for name in of if name not in tuning.names and ":" not in name}
-        need(not strange, f"{track}: there is no submission {min(strange, default='')}")
+        for name in of:
+            need(name in tuning.names or ":" in name, f"{track}: there is no submission {name}")
     return f"{sum(map(len, tuning.tables.values()))} tables of {len(tuning.tables)} workloads"
 
 
@@ -81,7 +77,7 @@ def trials(tuning: Tuning) -> str:
         ended = [row for row in rows if row.status == "ok"]
         for row in ended:
             name = f"{who}, {row.kind} {row.study}, {row.number}"
-            step, last = row.losses[-1] if row.losses else (0, math.nan)
+            step, last = row.losses[-1]
             same = step == row.steps and math.isclose(last, row.val_loss, rel_tol=1e-4)
             need(same, f"{name}: {row.val_loss}, by its curve {last}")
             lowest = sorted(loss for _, loss in row.losses)[:2]
@@ -118,14 +114,14 @@ def studies(tuning: Tuning) -> str:
 
 
 def in_order(who: str, entry: Submission, start: descent.Settings, rows: list[Row]) -> list[descent.Settings]:
-    """What a descent from there has tried. Broken: other moves than its losses lead to."""
+    """What a descent from `start` has tried. Broken: other moves than its losses lead to."""
     tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in rows])
     need([row.settings for row in rows] == tried, f"{who}: the losses of the descent lead elsewhere")
     return tried
 
 
 def descended(who: str, entry: Submission, table: tuned.Table) -> dict[str, list[tuple[int, dict[str, float]]]]:
-    """(seed, settings) that trials may have which belong to a descent, by their kind. Its own must have come in this order."""
+    """(seed, settings) that the trials of a descent may have, by their kind. Broken: its own did not come in this order."""
     if not (rows := descent.rows_of(table)):
         return {}
     tried, end = in_order(who, entry, table.best(tuned.FIRST_STUDY).settings, rows), descent.found(table).settings
@@ -138,7 +134,6 @@ def descended(who: str, entry: Submission, table: tuned.Table) -> dict[str, list
 
 def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tuple[int, int, dict[str, float]]]:
     """(seed, steps, settings) that such a trial may have, as tune.Contest makes them."""
-    every = [trial for of in search.values() for trial in of.values()]
     if row.kind == "search":
         return [(1000 * row.study + row.number, length, row.settings)]
     if row.kind == "neighbour":
@@ -149,36 +144,34 @@ def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tu
         return [(100_000 + row.number, round(tuned.SHORT * length), of.settings)] if of else []
     if row.kind == "timing":  # of the best, or of the defaults where there is none
         seed, steps = 1000 * row.study + row.number, max(1, round(tuned.TIMED * length))
-        return [(seed, steps, settings) for settings in ([of.settings for of in every] or [row.settings])]
+        tried = [trial.settings for of in search.values() for trial in of.values()]
+        return [(seed, steps, settings) for settings in tried or [row.settings]]
     return []
 
 
 def results(tuning: Tuning) -> str:
     """README.md and the other files beside it follow from the tables."""
     for name, text in tuning.contents.texts.items():
-        there, follow = (tuning.folder / name).read_text().splitlines(), text.splitlines()
-        differ = (n for n, (a, b) in enumerate(zip_longest(there, follow), 1) if a != b)
-        need(there == follow, f"{name} line {next(differ, 0)} does not follow from the tables: {tuning.command}")
+        lines = zip_longest((tuning.folder / name).read_text().splitlines(), text.splitlines())
+        for number, (there, follows) in enumerate(lines, 1):
+            need(there == follows, f"{name} line {number} does not follow from the tables: {tuning.command}")
     return ", ".join(tuning.contents.texts)
 
 
 def pictures(tuning: Tuning) -> str:
     """The pictures were drawn from these tables: each names the hash of what it shows."""
-    for name, data in tuning.contents.pictures.items():
-        judging.pictured(tuning.folder, [name], data)
-    return f"{len(tuning.contents.pictures)} pictures"
+    return judging.pictured(tuning.folder, tuning.contents.pictures)
 
 
 def moves(board: Levers) -> str:
     """Trials of a descent follow from the losses before them; a lever's begins where Muon stood half-way. Final runs have the
     settings at a descent's end, and the planned seeds and lengths."""
     for who, track, name, rows in board.rows():
-        need("muon" in board.tables[track], f"{track}: there is no Muon")
+        table, length = board.tables[track][name], tune.length(track)
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
-        length, entry, of = tune.length(track), levers.entry(name, end), descent.rows_of(board.tables[track][name])
+        entry, of, best = levers.entry(name, end), descent.rows_of(table), descent.found(table).settings
         in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end, {}), of)
         lengths = {"final": {length}, "descent": {length}, "length": {round(part * length) for part in levers.LENGTHS}}
-        best = descent.found(board.tables[track][name]).settings
         for row in rows:
             seed = descent.SEED + (row.kind != "descent") * (1 + row.number)
             fits = row.seed == seed and row.steps in lengths.get(row.kind, ()) and row.space == entry.version
