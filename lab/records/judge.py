@@ -93,8 +93,7 @@ def only_files(folder: Path, expected: set[str], what: str, folders: Collection[
 
 
 def smooth(who: str, steps: int, train: Points, val: Points, future: bool = False) -> None:
-    """Broken: a loss is no number, or a validation loss lies far from the training losses just before it. future: training also
-    predicted tokens after the next."""
+    """Broken: a validation loss is far from the training losses just before it. future: training also predicts later tokens."""
     numbers = all(isinstance(loss, (int, float)) and math.isfinite(loss) for _, loss in (*train, *val))
     need(numbers, f"{who}: a loss is no number")
     last = max(1, len(train) // 20)

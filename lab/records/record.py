@@ -27,7 +27,7 @@ from engine.schedules import NO_RATES, Course
 from engine.spec import UsageError
 from lab import stats
 from lab.records.overlap import SETTINGS, repeats
-from lab.trials import DTYPES
+from lab.trials import DTYPES, whole_lines
 from layers.shape import ModelConfig
 from model import GPT, roles
 
@@ -36,6 +36,7 @@ LEFT = {"cpu": (3, 4, 5, 6, 7, 8, 11)}  # numbers of records that are gone: reco
 OWN = "optimizer.py"  # in a record's folder: the file of an optimizer of one's own
 STALLED = 1.1  # train time over robust time
 LOGGED_STEPS = 18_000  # in a record's logs; longer ones keep spans of steps
+SPECS = ("optimizer", "outer", "average", "schedule", "decay_schedule", "momentum_schedule")  # settings that may name code
 CATEGORIES = ("gpt", "optimizer")  # and `open`, which takes no new record: any model, tables without a transformer too
 FACTS = {  # what a record keeps of its runs' env.json
     "machine": ("device", "platform", "cpu", "cpu_count", "threads", "gpus", "world_size"),
@@ -59,6 +60,7 @@ class Log:
             self.loss = math.inf if not val or val[-1]["loss"] is None else val[-1]["loss"]  # of the last validation
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{path.parent.name}/{path.name} is damaged: {error!r}") from None
+        self.own = {"losses": str(self.losses), "times": str(self.step_times)}  # what no two runs have in common
         self.train_time = sum(self.step_times)
         self.ended: str | None = self.end.get("utc")  # None in logs from before they kept the time of day
 
@@ -190,8 +192,7 @@ class FinishedRun:
         path, facts = self.folder / "log.jsonl", self.facts
         about = {"seed": self.config["seed"], "config": settings_hash(facts["settings"])}
         about |= {"source": facts["source_sha256"], "data": facts["data"]["fingerprint"]}
-        lines = path.read_text().splitlines() if path.exists() else ()
-        events = compact(map(json.loads, lines), about, span)
+        events = compact(map(json.loads, whole_lines(path).splitlines()), about, span)
         if not events or events[-1]["event"] != "end":
             raise UsageError(f"{path} does not end with an end event: the run was cut off")
         events[-1] |= {key: round(self.result[key], 4) for key in ("robust_train_time", "process_time", "peak_memory")}
@@ -205,14 +206,14 @@ def compact(events: Iterable[dict[str, Any]], about: dict[str, Any], span: int) 
     lines: list[dict[str, Any]] = []
     for kind, group in groupby(events, lambda e: e["event"]):
         steps = list(group)
-        if kind == "train":
-            spans = [steps[i : i + span] for i in range(0, len(steps), span)]
-            losses = [round(statistics.mean(s["loss"] for s in some), 4) for some in spans]
-            seconds = [float(f"{sum(s['step_time'] for s in some):.5g}") for some in spans]
-            steps = [{"event": "train", "first": steps[0]["step"], "last": steps[-1]["step"], "span": span}]
-            steps[0] |= {"loss": losses, "step_time": seconds}
         if kind == "start":
             steps = [{"event": "start", **about, "utc": e.get("utc")} for e in steps]
+        if kind == "train":
+            spans = [steps[i : i + span] for i in range(0, len(steps), span)]
+            made = {"event": "train", "first": steps[0]["step"], "last": steps[-1]["step"], "span": span}
+            made["loss"] = [round(statistics.mean(s["loss"] for s in some), 4) for some in spans]
+            made["step_time"] = [float(f"{sum(s['step_time'] for s in some):.5g}") for some in spans]
+            steps = [made]
         lines += [{key: value for key, value in e.items() if key != "tokens"} for e in steps]
     return lines
 
@@ -296,7 +297,7 @@ def command_of(about: dict[str, Any]) -> str:
     """The command that trains a record's runs. An entry of the `optimizer` category chose more than its tricks."""
     words = ["./run.sh", "train", "--track", about["track"], "--tricks", about["recipe"]]
     if about["category"] == "optimizer":
-        for key in ("optimizer", "outer", "average", "schedule", "decay_schedule", "momentum_schedule", "clip"):
+        for key in (*SPECS, "clip"):
             value = str(about["settings"].get(key, "none"))
             says = value not in ("none", "keep") and (key, value) != ("decay_schedule", "constant")
             words += [f"--{key.replace('_', '-')}", value] * says

@@ -196,8 +196,7 @@ def curves(report: Report) -> str:
 
 
 def confirmed(report: Report) -> str:
-    """Each arm of a comparison has a line for every planned confirming run, failed ones too. All arms on one seed ran within
-    the hour."""
+    """Every planned confirming run of a comparison has a line, failed ones too. All arms on one seed ran within the hour."""
     summary = report.summary
     if report.kind is SCALING:
         return "no comparison"
@@ -260,8 +259,8 @@ def code(report: Report) -> str:
     return f"{len(kept)} commits"
 
 
-KEPT = (files, command, runs, settings, curves, confirmed, statistics, words, pictures, data, code)
-RULES = {rule.__name__: rule for rule in KEPT}
+ORDER = (files, command, runs, settings, curves, confirmed, statistics, words, pictures, data, code)
+RULES = {rule.__name__: rule for rule in ORDER}
 
 
 def rerun(report: Report) -> str:
@@ -280,8 +279,7 @@ def rerun(report: Report) -> str:
 
 
 def difference(there: Any, again: Any, place: str = "") -> str:
-    """Where two contents of JSON first differ, in words; empty if they do not. Numbers are the same to 1e-4: other machines
-    round otherwise, and fits carry it on."""
+    """Where two contents of JSON first differ, in words. Numbers may by 1e-4: other machines round otherwise."""
     lists = isinstance(there, list) and isinstance(again, list)
     if lists:
         there, again = dict(enumerate(there)), dict(enumerate(again))

@@ -29,7 +29,7 @@ from lab.records import judge as judging
 from lab.records import record as records
 from lab.records.judge import NotCheckable, agree, need, only_files
 from lab.records.overlap import SETTINGS, repeats
-from lab.records.record import Record
+from lab.records.record import SPECS, Record
 from lab.stats import Sample
 from layers.shape import ModelConfig
 from model import GPT
@@ -39,7 +39,6 @@ LARGEST = 300_000  # bytes of a record
 ALPHA = 0.01  # largest p of the claim that the mean loss is below the target
 MOST_OVERLAP = 0.02  # of the validation sequences; a corpus quotes itself, and a leak is of whole documents
 # What an entry of the `optimizer` category may choose; all else is what the track has with `modern`.
-SPECS = ("optimizer", "outer", "average", "schedule", "decay_schedule", "momentum_schedule")  # settings that may name code
 OPTIMIZER_SETTINGS = ("tricks", "recipe", *SPECS, "steps", "clip", "compile")
 # What no record may choose: it defines the track.
 FIXED_SETTINGS = ("corpus", "tokenizer", "vocab_size", "val_tokens", "val_spread", "target_loss")
@@ -61,8 +60,7 @@ def schema(record: Record) -> str:
 
 
 def files(record: Record) -> str:
-    """Exactly the expected files are there; they are small; none names a path of a machine; README.md follows from
-    record.json."""
+    """Exactly the expected files are there, small ones; none names a path of a machine; README.md follows from record.json."""
     about = record.about
     expected = {"record.json", "README.md", *(f"seed{seed}.log.jsonl" for seed in about["seeds"])}
     expected |= {log.path.name for log in record.timed_anew}
@@ -91,8 +89,7 @@ def number(record: Record) -> str:
 
 def seeds(record: Record) -> str:
     """The seeds are 0 to n - 1 and each has its log: none was picked or dropped."""
-    declared = record.about["seeds"]
-    last = len(declared) - 1
+    declared, last = record.about["seeds"], len(record.about["seeds"]) - 1
     need(declared == list(range(last + 1)), f"seeds {declared} are not 0 to {last}: one was dropped or picked")
     for log, seed in zip(record.logs, declared, strict=True):
         need(log.start.get("seed") == seed, f"{log.path.name} is of seed {log.start.get('seed')}")
@@ -100,14 +97,13 @@ def seeds(record: Record) -> str:
 
 
 def distinct(record: Record) -> str:
-    """No two logs, here or in other records of the category, are of one run: losses and times differ, between seeds by more
-    than a little noise."""
+    """No two logs, here or in other records of the category, are of one run: seeds differ by more than a little noise."""
     track, category = record.about["track"], record.about["category"]
     others = [other for other in records.of_track(track, category) if other.folder != record.folder]
-    seen = {what: f"{other.label}, {log.path.name}" for other in others for log in other.logs for what in of_run(log)}
+    seen = {what: f"{other.label}, {log.path.name}" for other in others for log in other.logs for what in log.own.values()}
     here: dict[str, str] = {}
     for log in record.all_logs:
-        for word, what in zip(("losses", "times"), of_run(log)):
+        for word, what in log.own.items():
             same = here.get(what) or (log in record.logs and seen.get(what))  # the rival's runs may be those of its record
             need(not same, f"{log.path.name} and {same} are the same run: they have the same {word}")
             here[what] = log.path.name
@@ -117,8 +113,7 @@ def distinct(record: Record) -> str:
 
 
 def configuration(record: Record) -> str:
-    """By their hashes, all runs had the settings, source and data that record.json states; the recipe's name
-    follows from them."""
+    """By their hashes, all runs had the settings, source and data of record.json; the recipe's name follows from them."""
     about, settings = record.about, record.about["settings"]
     config, source, data = run_folder.settings_hash(settings), about["source_sha256"], about["data"]["fingerprint"]
     need(about["config_sha256"] == config, "config_sha256 is not the hash of the settings: one of them was changed")
@@ -229,8 +224,7 @@ def rival(record: Record) -> str:
 
 
 def faster(record: Record) -> str:
-    """It takes less time than the previous record, paired by seed, on the same machine within the same hour: the interval of
-    the ratio is above 1."""
+    """It takes less time than the previous record, by pairs of one seed, machine and hour: the ratio's interval is above 1."""
     about, against = record.about, record.about["against"]
     if about["kind"] == "baseline":
         before = records.previous(about["track"], about["category"], about["number"])
@@ -347,8 +341,8 @@ def overlap(record: Record) -> str:
 def model(record: Record) -> str:
     """A model of these settings with random weights: no prediction depends on later tokens or on the rest of the batch,
     probabilities sum to one, evaluation changes no weight."""
-    config = today(record)[1]
     torch.manual_seed(0)
+    config = today(record)[1]
     gpt = GPT(config).eval()
     length = min(config.sequence_length, 64)
     tokens = torch.randint(config.vocab_size, (2, length + 1))
@@ -389,19 +383,19 @@ def rerun(record: Record) -> str:
         if ":" in split_spec(about["settings"].get(key, ""))[0]:  # path/to/file.py:Class, or module:Class
             instead = f"read {records.OWN}, then name it in --optimizer" if key == "optimizer" else "registered names are"
             raise NotCheckable(f"its {key} is code from outside the repository, which is not run unasked: {instead}")
-    arm, s = trials.Arm(about["name"], tuple(flags_of(complete(about["settings"])))), about["statistics"]
-    trial = trials.Trial(arm, about["steps"], random.choice(about["seeds"]))
+    settings, flags, s = complete(about["settings"]), [], about["statistics"]
+    for name in sorted(FIELDS.keys() & settings.keys()):
+        flag, value = flag_of(name), settings[name]
+        if FIELDS[name].type is bool:
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
+    trial = trials.Trial(trials.Arm(about["name"], tuple(flags)), about["steps"], random.choice(about["seeds"]))
     return judging.trained_again(trial, Sample(s["n"], s["mean"], s["sd"]), f"; check out commit {commit(record)}")
 
 
-def of_run(log: records.Log) -> tuple[str, str]:
-    """What no two runs have in common."""
-    return json.dumps(log.losses), json.dumps(log.step_times)
-
-
 def complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings to compare between trainers: what one of them does not have is at the value that changes nothing. Length and the
-    recipe's name are left out."""
+    """Settings to compare between trainers: what one does not have is at the value that changes nothing. Without length, names."""
     apart = (*run_folder.PRESENTATION, "seed", "steps", "tricks", "recipe")
     every = GONE | {name: field.default for name, field in FIELDS.items()} | settings
     if not (every["document_mask"] or every["align_documents"]):
@@ -425,15 +419,3 @@ def today(record: Record) -> tuple[Config, ModelConfig]:
         return records.config_of(settings), ModelConfig(**only(ModelConfig, settings))
     except ValueError as error:
         raise NotCheckable(f"today's trainer cannot train this: {error}; check out commit {commit(record)}") from None
-
-
-def flags_of(settings: dict[str, Any]) -> list[str]:
-    """Trainer flags that give exactly these settings."""
-    flags = []
-    for name in sorted(FIELDS.keys() & settings.keys()):
-        flag, value = flag_of(name), settings[name]
-        if FIELDS[name].type is bool:
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
-    return flags

@@ -69,8 +69,7 @@ def files(tuning: Tuning) -> str:
 
 
 def trials(tuning: Tuning) -> str:
-    """No trial is in a table twice. A loss is the end of its curve, which has no lone low point; CPU time is what a computing
-    process takes."""
+    """No trial is there twice. A loss is the end of its curve, which has no lone low point; CPU time is that of computing."""
     count = 0
     for who, _, _, rows in tuning.rows():
         need(len({row.key for row in rows}) == len(rows), f"{who}: a trial stands there twice")
