@@ -73,15 +73,6 @@ class Report(Kept):
         """Of each arm's trials. Broken: the command planned another report."""
         return self.kind.planned(self.summary, self.counted)
 
-    @property
-    def used(self) -> list[ledger.Row]:
-        """The rows that the statistics are made of."""
-        return [row for row in self.counted if row.arm in self.flags]
-
-    @cached_property
-    def curves(self) -> list[list[dict[str, Any]]]:
-        return curves_by_run(self.folder / "curves.csv")
-
 
 def files(report: Report) -> str:
     """Exactly the expected files are there; none names a path of a machine."""
@@ -166,7 +157,8 @@ def curves(report: Report) -> str:
     validation losses agree with its training losses; seeds differ by more than a little noise."""
     ends, alike = defaultdict(list), defaultdict(dict)
     there = {(row.arm, row.seed, row.steps) for row in report.rows}
-    for lines in report.curves:
+    drawn = curves_by_run(report.folder / "curves.csv")
+    for lines in drawn:
         train, val = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
         arm, seed, steps = run = tuple(lines[0][key] for key in ("arm", "seed", "steps"))
         who = f"{arm}, {steps} steps, seed {seed}"
@@ -186,13 +178,13 @@ def curves(report: Report) -> str:
         of_run = ends[row.arm, row.seed, row.steps]  # several where it was trained again
         need(of_run, f"{named(row)}: curves.csv has no loss at its end")
         end = min(of_run, key=lambda c: abs(c["train_time"] - row.train_time))
-        for word, stated, drawn, most in (
+        for word, stated, shown, most in (
             ("loss", row.val_loss, end["loss"], 1e-5),
             ("time", row.train_time, end["train_time"], 1e-3),
             ("number of tokens", row.tokens, end["tokens"], 0),
         ):
-            need(abs(stated - drawn) <= most, f"{named(row)}: the {word} is {stated}, by curves.csv {drawn}")
-    return f"{len(report.curves)} curves"
+            need(abs(stated - shown) <= most, f"{named(row)}: the {word} is {stated}, by curves.csv {shown}")
+    return f"{len(drawn)} curves"
 
 
 def confirmed(report: Report) -> str:
@@ -204,10 +196,10 @@ def confirmed(report: Report) -> str:
     if len(planned) < 2 or summary["base"] not in planned:
         return "nothing was to be confirmed"
     for name, steps in planned.items():
-        rows = [row for row in report.used if (row.arm, row.steps, row.phase) == (name, steps, "confirm")]
+        rows = [row for row in report.counted if (row.arm, row.steps, row.phase) == (name, steps, "confirm")]
         ran, most = sorted(row.pair for row in rows), max(len(rows), summary["seeds"])
         need(ran == list(range(most)), f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
-    for far in ledger.turns_apart(row for row in report.used if row.steps == planned.get(row.arm)):
+    for far in ledger.turns_apart(row for row in report.counted if row.steps == planned.get(row.arm)):
         raise Broken(f"pair {far['pair']} lies {far['hours']:.1f} hours apart: interleaved is within the hour")
     return f"{summary['seeds']} seeds of {len(planned)} arms"
 
@@ -266,8 +258,8 @@ RULES = {rule.__name__: rule for rule in ORDER}
 def rerun(report: Report) -> str:
     """One confirming run trained again here ends within the noise of its arm's (99 % prediction interval)."""
     groups = defaultdict(list)
-    for row in report.used:
-        if row.status == "ok" and row.phase in ("confirm", "curve"):
+    for row in report.counted:
+        if row.arm in report.flags and row.status == "ok" and row.phase in ("confirm", "curve"):
             groups[row.arm, row.steps].append(row)
     several = [rows for rows in groups.values() if len(rows) > 2]
     if not several:

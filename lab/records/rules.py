@@ -115,11 +115,9 @@ def distinct(record: Record) -> str:
 def configuration(record: Record) -> str:
     """By their hashes, all runs had the settings, source and data of record.json; the recipe's name follows from them."""
     about, settings = record.about, record.about["settings"]
-    config, source, data = run_folder.settings_hash(settings), about["source_sha256"], about["data"]["fingerprint"]
+    config, data = run_folder.settings_hash(settings), about["data"]["fingerprint"]
     need(about["config_sha256"] == config, "config_sha256 is not the hash of the settings: one of them was changed")
-    for log in record.logs:
-        made = {"config": config, "source": source, "data": data}
-        agree(log.start, made, f"{log.path.name} was made with another {{key}} than record.json states")
+    made_as_stated(record.logs, about, config)
     agree(about, {key: settings[key] for key in ("steps", "target_loss")}, "{key} {stated} is not that of the settings")
     words = settings["tricks"].split(",")
     need(settings.get("recipe", about["recipe"]) == "+".join(words), f"the recipe of the settings is not {settings['tricks']}")
@@ -131,7 +129,14 @@ def configuration(record: Record) -> str:
     if "optimizer_code" in settings:
         kept = run_folder.file_hash(record.folder / records.OWN)
         need(kept == settings["optimizer_code"], f"{records.OWN} is not the optimizer that ran")
-    return f"config {config[:8]}, source {source[:8]}"
+    return f"config {config[:8]}, source {about['source_sha256'][:8]}"
+
+
+def made_as_stated(logs: list[records.Log], about: dict[str, Any], config: str) -> None:
+    """Broken: a run had other settings, by their hash, or another source or data."""
+    made = {"config": config, "source": about["source_sha256"], "data": about["data"]["fingerprint"]}
+    for log in logs:
+        agree(log.start, made, f"{log.path.name} was made with another {{key}} than record.json states")
 
 
 def stopping(record: Record) -> str:
@@ -209,16 +214,10 @@ def rival(record: Record) -> str:
     need(ran == about["seeds"], f"the rival ran on seeds {ran}, the record on {about['seeds']}: a pair is of one seed")
     if not record.timed_anew:
         return f"{name}, its own runs"
-    first = record.timed_anew[0]
-    steps, full, config = first.end["step"], before.about["steps"], first.start["config"]
-    own = {"source": about["source_sha256"], "data": about["data"]["fingerprint"]}
-    for log in record.timed_anew:
-        made = f"{log.path.name} was made with another {{key}} than"
-        agree(log.start, own, f"{made} the record's own runs")
-        agree(log.start, {"config": config}, f"{made} {first.path.name}")
+    made_as_stated(record.timed_anew, about, run_folder.settings_hash(against["settings"]))
+    steps, full = record.timed_anew[0].end["step"], before.about["steps"]
     need(steps <= full, f"the rival ran for {steps} steps, as a record for {full}: longer is slower")
     alike = complete(against["settings"]) == complete(before.about["settings"])
-    alike = alike and run_folder.settings_hash(against["settings"]) == config
     need(alike, f"the runs that it was timed against have other settings than {name}")
     return f"{name}, {steps:,} of its {full:,} steps"
 
@@ -395,7 +394,7 @@ def rerun(record: Record) -> str:
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings to compare between trainers: what one does not have is at the value that changes nothing. Without length, names."""
+    """Settings to compare between trainers: what one does not have is at the value that changes nothing. No length or names."""
     apart = (*run_folder.PRESENTATION, "seed", "steps", "tricks", "recipe")
     every = GONE | {name: field.default for name, field in FIELDS.items()} | settings
     if not (every["document_mask"] or every["align_documents"]):
