@@ -1,15 +1,17 @@
 """What the command of a report plans: which arms with which flags, which runs. Broken: the report says otherwise. `rows` are
 the trials that are not left out."""
 
+import argparse
 import math
 import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import tricks
+from config import flag_of
+from engine.command import Parser
 from engine.spec import split
 from lab import comparison
 from lab.horizon import FIRST_SEED
@@ -20,22 +22,25 @@ from lab.scaling.ladder import Cell, Size
 
 Summary = dict[str, Any]
 Arms = dict[str, tuple[str, ...]]  # name of a trial's arm -> its flags
+# Flags of compare.py that say what runs: with one word, and its default; with several
+ONE = {"track": "cpu", "base": "", "again": "", "tuned_on": "", "target": 0.0, "margin": comparison.MARGIN, "steps": 0}
+ONE |= {"seeds": 0, "first_steps": 0}
+SEVERAL = ("tricks", "chain", "leave_out", "recipes", "horizon", "lengths")
 BY_COMMAND = "{key} is {stated!r}, by the command {expected!r}"
 
 
-def words_of(command: str) -> dict[str, list[str]]:
-    """Flag -> its words; `--` -> what the trainer gets."""
-    said: dict[str, list[str]] = {}
-    words, here = shlex.split(command), ""
+def options_of(command: str) -> argparse.Namespace:
+    """What a command of compare.py says of arms and runs; `flags` is what the trainer gets."""
+    parser, words = Parser(add_help=False), shlex.split(command)
+    parser.add_argument("--optimizers", "--arm", nargs="+", action="extend", default=[])
+    for name in SEVERAL:
+        parser.add_argument(flag_of(name), nargs="+", default=[])
+    for name, default in ONE.items():
+        parser.add_argument(flag_of(name), type=type(default), default=default)
     cut = words.index("--") if "--" in words else len(words)
-    for word in words[:cut]:
-        if word.startswith("--"):
-            here, _, value = word.partition("=")
-            here = "--optimizers" if here == "--arm" else here
-            said[here] = said.get(here, []) * (here == "--optimizers") + [value] * bool(value)
-        else:
-            said.setdefault(here, []).append(word)
-    return said | {"--": words[cut + 1 :]}
+    options, _ = parser.parse_known_args(words[:cut])
+    options.flags = words[cut + 1 :]
+    return options
 
 
 def registered(flags: Iterable[str]) -> list[str]:
@@ -48,37 +53,29 @@ def registered(flags: Iterable[str]) -> list[str]:
 
 def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
     """The arms of a comparison, as the command names them. Broken: also where a run of a search is missing."""
-    said = words_of(summary["command"])
-
-    def one(flag: str, default: Any) -> Any:
-        """The word of a flag that has one, as the type of its default."""
-        return type(default)((said.get(flag) or [default])[0])
-
-    of = {mode: said.get(f"--{mode.replace('_', '-')}", []) for mode in comparison.MODES}
-    mode, specs = next((mode for mode, words in of.items() if words), ""), dict(map(comparison.named, of["optimizers"]))
-    track, target, steps = one("--track", "cpu"), one("--target", 0.0), one("--steps", 0)
-    base = one("--base", "modern" if specs else "baseline")
-    options = SimpleNamespace(**of | {"track": track, "base": one("--base", ""), "again": one("--again", "")})
+    options = options_of(summary["command"])
+    specs, steps, target = dict(map(comparison.named, options.optimizers)), options.steps, options.target
+    base = options.base or ("modern" if specs else "baseline")
     stacks = {name: [base] for name in specs} or dict(comparison.words_of_arms(options, base))
-    about = {"track": track, "mode": mode, "target": target or tricks.track(track).target_loss, "base": next(iter(stacks))}
-    about |= {"margin": one("--margin", comparison.MARGIN), "steps": steps or None}
-    about |= {"seeds": one("--seeds", 0)} if one("--seeds", 0) else {}
+    about = {"track": options.track, "mode": next((mode for mode in comparison.MODES if getattr(options, mode)), "")}
+    about |= {"target": target or tricks.track(options.track).target_loss, "base": next(iter(stacks))}
+    about |= {"margin": options.margin, "steps": steps or None} | ({"seeds": options.seeds} if options.seeds else {})
     agree(summary, about, BY_COMMAND)
     names = [arm["name"] for arm in summary["arms"]]
     need(names == list(stacks), f"arms {names}, by the command {list(stacks)}")
-    given = dict.fromkeys(names if steps else (), steps) | dict(word.rsplit("=", 1) for word in said.get("--horizon", []))
-    common = ["--track", track, *said["--"], *(["--target-loss", str(target)] if target else [])]
+    given = dict.fromkeys(names if steps else (), steps) | dict(word.rsplit("=", 1) for word in options.horizon)
+    common = ["--track", options.track, *options.flags, *(["--target-loss", str(target)] if target else [])]
     for arm in summary["arms"]:
         name, flags = arm["name"], list(arm["flags"])
         wanted = ["--tricks", ",".join(stacks[name]) or "baseline"]
         if specs:
-            spec = flags[3] if "--tuned-on" in said and split(flags[3])[0] == split(specs[name])[0] else specs[name]
+            spec = flags[3] if options.tuned_on and split(flags[3])[0] == split(specs[name])[0] else specs[name]
             wanted, flags = [*wanted, "--optimizer", spec], without(flags, "--schedule")
             common = without(common, "--schedule")
         need(flags == [*wanted, *common], f"{name}: flags {' '.join(flags)}, by the command {' '.join([*wanted, *common])}")
         ran, planned = arm["steps"] or 0, int(given.get(name, arm["steps"] or 0))
         need(ran == planned, f"{name}: {ran} steps, by the command {planned}")
-        searched(name, [row for row in rows if (row.arm, row.phase) == (name, "search")], summary["mode"], said)
+        searched(name, [row for row in rows if (row.arm, row.phase) == (name, "search")], options)
     return {arm["name"]: tuple(arm["flags"]) for arm in summary["arms"]}
 
 
@@ -87,15 +84,15 @@ def without(flags: list[str], flag: str) -> list[str]:
     return [word for before, word in zip(["", *flags], flags) if flag not in (before, word)]
 
 
-def searched(name: str, rows: list[Row], mode: str, said: dict[str, list[str]]) -> None:
+def searched(name: str, rows: list[Row], options: argparse.Namespace) -> None:
     """Broken: a run of an arm's search is missing. The first has the first seed, each further one the next."""
     pairs, ran = {row.pair for row in rows}, {(row.steps, row.pair) for row in rows}
     gap = set(range(FIRST_SEED, max(pairs, default=0))) - pairs
     need(not gap, f"{name}: the search's run with seed {min(gap, default=0)} is missing")
-    first = int(said.get("--first-steps", ["0"])[0])
-    begun = not first or not rows or (first, FIRST_SEED) in ran or mode == "chain"
+    first = options.first_steps
+    begun = not first or not rows or (first, FIRST_SEED) in ran or options.chain
     need(begun, f"{name}: the search's first run, of {first} steps, is missing")
-    for word in said.get("--lengths", []):
+    for word in options.lengths:
         of, _, lengths = word.rpartition("=")
         for n, steps in enumerate(lengths.split(",") if of == name else ()):
             need((int(steps), FIRST_SEED + n) in ran, f"{name}: its run of {steps} steps with seed {FIRST_SEED + n} is missing")
