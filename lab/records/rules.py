@@ -259,8 +259,8 @@ def clock(record: Record) -> str:
         for e in (e for e in log.events if e["event"] in ("val", "target")):
             step, time, summed = e["step"], e["train_time"], sums.get(e["step"], math.nan)
             need(time >= before, f"{name}: the clock ran backwards at step {step}")
-            agree = math.isclose(time, summed, rel_tol=1e-4)
-            need(agree, f"{name}: the steps to {step} add up to {summed:.3f} s, the log says {time:.3f}")
+            same = math.isclose(time, summed, rel_tol=1e-4)
+            need(same, f"{name}: the steps to {step} add up to {summed:.3f} s, the log says {time:.3f}")
             before = time
         judging.used(name, machine["device"], machine["cpu_count"], total, log.end)
         if log.ended or about["category"] != "open":
@@ -271,8 +271,8 @@ def clock(record: Record) -> str:
     today(record)
     for log in record.logs:
         robust = log.robust_train_time(about["settings"])
-        agree = robust is None or math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3)
-        need(agree, f"{log.path.name}: robust time is not steps x median step")
+        same = robust is None or math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3)
+        need(same, f"{log.path.name}: robust time is not steps x median step")
     return f"sums agree; {about['statistics']['stalled']} of {len(record.logs)} runs stalled"
 
 
