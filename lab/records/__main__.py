@@ -1,7 +1,6 @@
 """Keep, check and show records (records/README.md): evidence that a recipe meets a track's target, checked by machine.
 
 ./run.sh records add --comparison comparisons/muon --arm modern,muon --against-arm record --name muon --why "..."
-./run.sh records add runs/cpu/mine-s* --name mine --why "..."        check finished runs and keep them as a record
 ./run.sh records verify [cpu/010-muon scaling/cpu-modern] [--rerun]  every rule on every record and report, or on some
 ./run.sh records render                                              tables and pictures of records/README.md
 ./run.sh records summary runs/cpu/record-s0-1a2b3c4d                 one run beside the track's records
@@ -32,16 +31,13 @@ from lab.runner import read_report
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="records", description=__doc__)
     verbs = made.add_subparsers(dest="verb", required=True)
-    adder = verbs.add_parser("add", help="keep finished runs as the track's next record")
-    add = adder.add_argument
-    add("runs", type=Path, nargs="*", help="run folders, one per seed")
-    add("--comparison", type=Path, metavar="FOLDER", help="take the runs from a comparison: needs --arm")
-    add("--arm", help="arm of the comparison whose confirming runs become the record")
+    add = verbs.add_parser("add", help="keep runs of a comparison as the track's next record").add_argument
+    add("--comparison", type=Path, required=True, metavar="FOLDER", help="output folder of `compare`")
+    add("--arm", required=True, help="arm of the comparison whose confirming runs become the record")
     add("--against-arm", metavar="ARM", help="arm of the comparison that is the previous record")
     add("--name", required=True, help="short name in lower case")
     add("--why", required=True, help="what is new and why it pays off, a sentence or two")
     add("--category", choices=CATEGORIES, default="gpt", help="gpt: a GPT of baseline size; optimizer: the `modern` model")
-    add("--against", type=Path, nargs="+", metavar="RUN", default=[], help="the previous record's runs, interleaved with these")
     add("--kind", choices=("record", "baseline"), default="record", help="baseline: what the track starts from")
     checker = verbs.add_parser("verify", help="check records and reports; exit code 2 if a rule is broken")
     checker.add_argument("names", nargs="*", metavar="NAME", help="such as cpu/010-muon, scaling/cpu-modern, tuning, levers")
@@ -79,18 +75,6 @@ def add(
         shutil.rmtree(folder)
         raise
     return record
-
-
-def named_runs(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """Run folders of the record and of its rival, as the command line says."""
-    if bool(options.runs) == bool(options.comparison):
-        raise UsageError("add what? run folders, or --comparison FOLDER --arm ARM")
-    if not options.comparison:
-        return options.runs, options.against
-    if not options.arm:
-        raise UsageError("--comparison needs --arm: which of its arms becomes the record?")
-    rival = runs_of(options.comparison, options.against_arm) if options.against_arm else options.against
-    return runs_of(options.comparison, options.arm), rival
 
 
 def runs_of(folder: Path, arm: str) -> list[Path]:
@@ -153,7 +137,7 @@ def verify(names: list[str], rerun: bool) -> Answer:
 def run(argv: list[str]) -> int | str:
     options = parser().parse_args(argv)
     if options.verb == "add":
-        runs, against = named_runs(options)
+        runs, against = (runs_of(options.comparison, arm) if arm else [] for arm in (options.arm, options.against_arm))
         record = add(runs, options.name, options.why, options.category, against, options.kind)
         return f"{record.folder}\nkept; now: ./run.sh records render"
     if options.verb == "verify":

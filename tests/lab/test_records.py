@@ -323,10 +323,10 @@ def test_a_record_is_taken_from_a_comparison(runs, kept, place, monkeypatch, cap
     (place / "c" / "comparison.json").write_text(json.dumps({"track": "tiny", "arms": arms}))
     words = ["add", "--comparison", str(place / "c"), "--name", "quick", "--why", "Faster."]
     for more, message in (
-        ([], "--comparison needs --arm"),
+        ([], "required: --arm"),
         (["--arm", "quik"], "did you mean 'quick'?"),
         (["--arm", "lost"], "has no confirming runs"),
-        (["--arm", "quick", "somewhere"], "add what?"),
+        (["--arm", "quick", "somewhere"], "unrecognized arguments: somewhere"),
     ):
         assert command.main([*words, *more]) == 2 and message in capsys.readouterr().err
     assert command.main([*words, "--arm", "quick", "--against-arm", "baseline"]) == 0
