@@ -158,12 +158,12 @@ def pictured(folder: Path, pictures: Mapping[str, Any]) -> str:
     return f"{len(pictures)} pictures"
 
 
-def corpus(name: str, tokenizer: str) -> Path:
-    """The folder of a corpus that is prepared here. NotCheckable: it is not."""
+def corpus(name: str, tokenizer: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the manifest of a corpus that is prepared here. NotCheckable: it is not."""
     folder = dataset_folder(records.RECORDS.parent / "corpora", name, tokenizer)
-    if read_manifest(folder) is None:
+    if (manifest := read_manifest(folder)) is None:
         raise NotCheckable(f"the corpus is not here: ./run.sh data prepare {name} --tokenizer {tokenizer}")
-    return folder
+    return folder, manifest
 
 
 def fingerprint(splits: Mapping[str, Any]) -> str:

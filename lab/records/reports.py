@@ -12,7 +12,6 @@ from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from config import mean_flops, resolve
-from data.shards import read_manifest
 from engine.run_folder import source_hash
 from engine.schedules import Course
 from engine.spec import UsageError
@@ -231,8 +230,8 @@ def data(report: Report) -> str:
     """The trials were trained on the corpus prepared here."""
     for fingerprint, arm in {row.data: row.arm for row in report.rows if row.data and row.arm in report.flags}.items():
         config, _, _ = resolve(plans.registered(report.flags[arm]))
-        here = read_manifest(judging.corpus(config.corpus, config.tokenizer))["splits"]
-        same = fingerprint == judging.fingerprint(here)
+        _, here = judging.corpus(config.corpus, config.tokenizer)
+        same = fingerprint == judging.fingerprint(here["splits"])
         need(same, f"{arm}: trained on other data ({fingerprint}) than {config.corpus} here")
     return "as prepared here"
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 import optimizers
 import tricks
 from config import FIELDS, Config, flag_of, mean_flops, only
-from data.shards import read_manifest
 from data.shards import verify as verify_shards
 from engine import run_folder
 from engine.schedules import Course
@@ -314,8 +313,8 @@ def transformer(record: Record) -> str:
 def data(record: Record) -> str:
     """The shards here have the record's sha256."""
     stated, settings = record.about["data"], record.about["settings"]
-    folder = judging.corpus(settings["corpus"], settings["tokenizer"])
-    problems, manifest = verify_shards(folder), read_manifest(folder)
+    folder, manifest = judging.corpus(settings["corpus"], settings["tokenizer"])
+    problems = verify_shards(folder)
     need(not problems, "; ".join(problems))
     for split in ("train", "val"):
         need(records.shards(manifest, split) == stated[split], f"the {split} shards here are not those of the record")
@@ -328,7 +327,7 @@ def overlap(record: Record) -> str:
     stated, settings = record.about["data"]["overlap"], record.about["settings"]
     said, sequences = stated["sequences"], settings["val_tokens"] // settings["sequence_length"]
     need(said == sequences, f"the record says {said:,} validation sequences, there are {sequences:,}")
-    corpus = judging.corpus(settings["corpus"], settings["tokenizer"])
+    corpus, _ = judging.corpus(settings["corpus"], settings["tokenizer"])
     places = repeats(corpus, *(settings[key] for key in SETTINGS))
     where = f", such as validation token {places[-1][0]} at training token {places[-1][1]}" if places else ""
     words = f"{len(places)} of {sequences:,} validation sequences stand in the training data{where}"
