@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,10 +44,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    # of several machines or not: the summary says which ones
-    "comparisons": Kind(
-        "comparison.json", partial(comparison.again, allow_mixed=True), comparison.markdown, plans.of_comparison, POINTS
-    ),
+    "comparisons": Kind("comparison.json", comparison.again, comparison.markdown, plans.of_comparison, POINTS),
     "scaling": Kind("scaling.json", survival.again, survival_report.markdown, plans.of_scaling, ladder.POINTS),
 }
 
