@@ -60,12 +60,6 @@ class Lever:
     outer: str = ""
     decay_schedule: str = ""
 
-    def agrees(self, verdict: str) -> str:
-        """The claim with ours: yes; no; not seen: we found no difference; or - where there is no claim."""
-        if not self.says:
-            return "-"
-        return "yes" if verdict == self.says else "not seen" if verdict == NONE else "no"
-
 
 def beta(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, float]:
     return Dimension(part, key, 0.5, 0.999, "complement"), start
@@ -113,17 +107,15 @@ LEVERS: dict[str, Lever] = {
 # fmt: on
 
 
-@cache
-def space_of_muon() -> tuple[Dimension, ...]:
-    return tuple(sorted(submission("muon").dimensions, key=lambda d: d.key != "lr"))
+SPACE = tuple(sorted(submission("muon").dimensions, key=lambda d: d.key != "lr"))  # of Muon, its rate first
 
 
 def entry(name: str, end: dict[str, float]) -> Submission:
     """Muon; or a lever, the settings that it does not move fixed where Muon stood half-way, `end`."""
     if name == "muon":
-        return Submission(name, name, SCHEDULE, stated=space_of_muon())
+        return Submission(name, name, SCHEDULE, stated=SPACE)
     lever, method, moved = LEVERS[name], split(LEVERS[name].optimizer)[0], [d for d, _ in LEVERS[name].own]
-    rates = [d for d in space_of_muon() if "lr" in d.key]
+    rates = [d for d in SPACE if "lr" in d.key]
     free = {"schedule_warmup", *(d.name for d in (*moved, *rates))}
     fixed = {k: v for k, v in end.items() if k not in free and hasattr(optimizers.OPTIMIZERS[method], k)}
     optimizer = tricks.merge_optimizer(f"{method}:" + ",".join(f"{k}={v:g}" for k, v in fixed.items()), lever.optimizer)

@@ -1,6 +1,7 @@
 """Running the trials of an experiment: each once, whatever interrupts it, and what they leave in the output folder."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -19,10 +20,10 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.run_folder import atomic_write, lock, read_json, refuse_links, source_hash
+from engine.run_folder import atomic_write, lock, now_utc, read_json, refuse_links, source_hash
 from engine.spec import UsageError
 from lab import trials
-from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
+from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, moment, read_rows
 from lab.trials import Arm, Launcher, Outcome, Trial, whole_lines
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
@@ -45,7 +46,7 @@ def in_turn(jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator
         trials.INTERRUPTED.clear()  # for who comes next: all of these have seen it
 
 
-def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], bool], work: Callable[[J], str], at_once: int) -> None:
+def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], Any], work: Callable[[J], str], at_once: int) -> None:
     """Do the jobs that have not `ended` before. `work` gives a line about the job that it did, or nothing; jobs have `steps`,
     by which the rest is estimated."""
     left = [job for job in jobs if not ended(job)]
@@ -54,15 +55,12 @@ def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], bool], work: 
     begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
     with tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty()) as bar:
         for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
+            bar.update()
             steps += job.steps
-            rest = (time.monotonic() - begun) * (total / steps - 1) / 60
-            say(bar, f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min" if line else "")
-
-
-def say(bar: tqdm, line: str) -> None:
-    bar.update()
-    if line:
-        print(line, flush=True) if bar.disable else bar.write(line)
+            if line:
+                rest = (time.monotonic() - begun) * (total / steps - 1) / 60
+                line = f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min"
+                print(line, flush=True) if bar.disable else bar.write(line)
 
 
 class Runner:
@@ -72,15 +70,10 @@ class Runner:
         self.out, self.keep_checkpoints, self.points = out, keep_checkpoints, points
         self.ledger, self.lock = Ledger(out / "trials.csv", Row), threading.Lock()
 
-    def find(self, trial: Trial) -> Row | None:
-        """The row of a trial that has ended, unless the trainer's code has changed since."""
+    def done(self, trial: Trial) -> Row | None:
+        """The row of a trial that has ended; None if it crashed or the trainer's code has changed since: it is tried again."""
         row = self.ledger.rows.get(trial.folder.name)
-        return row if row and row.source in ("", source_hash()[:12]) else None
-
-    def done(self, trial: Trial) -> bool:
-        """A trial that crashed in an earlier session is tried again."""
-        row = self.find(trial)
-        return row is not None and row.status != "crashed"
+        return row if row and row.status != "crashed" and row.source in ("", source_hash()[:12]) else None
 
     def rows(self, arms: Iterable[Arm]) -> tuple[list[Row], list[str]]:
         """The rows of these arms as they are set and coded now; and the runs that bear an arm's name but are of other settings
@@ -88,10 +81,10 @@ class Runner:
         named = {arm.name: arm for arm in arms}
 
         def current(row: Row) -> bool:
-            try:
-                return self.find(Trial(named[row.arm], row.steps, row.pair)) is row
-            except UsageError:  # a length that the arm as it is set now cannot have
-                return False
+            with contextlib.suppress(UsageError):  # a length that the arm as it is set now cannot have
+                same = Trial(named[row.arm], row.steps, row.pair).folder.name == row.run
+                return same and row.source in ("", source_hash()[:12])  # none: it crashed
+            return False
 
         of_arms = [row for row in self.ledger.rows.values() if row.arm in named]
         used = [row for row in of_arms if current(row)]
@@ -100,8 +93,8 @@ class Runner:
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
         """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
         there."""
-        if self.done(trial):
-            return self.find(trial)
+        if row := self.done(trial):
+            return row
         if trials.INTERRUPTED.is_set():
             raise KeyboardInterrupt
         outcome = launch(trial)
@@ -126,25 +119,19 @@ class Runner:
 
     def run_turns(self, phase: str, turns: Sequence[Sequence[Trial]], launch: Launcher, at_once: int) -> None:
         """`run_all`, one turn after the other. Times are compared within a turn: unless all of one have ended, and together,
-        those that ended over an hour ago are trained again."""
-        wanted, again = [], 0
+        those that ended over an hour ago, here or by their run folders in another experiment, are trained again."""
+        wanted, again, now = [], 0, moment(now_utc())
         for turn in turns:
-            rows = [self.ended(trial) for trial in turn]
+            rows = [self.done(trial) or (Row.of("", Outcome(trial, trial.result)) if trial.result else None) for trial in turn]
             together = all(rows) and hours_apart(rows) <= MOST_APART
-            for trial, row in zip(turn, rows, strict=True):
-                if row is not None and not together and hours_since(row.ended) > MOST_APART:
+            for trial, row in zip(turn, rows):
+                if row and not together and (now - moment(row.ended)).total_seconds() > 3600 * MOST_APART:
                     self.ledger.rows.pop(trial.folder.name, None)
                     trial, again = dataclasses.replace(trial, extra=trials.ANEW), again + 1
                 wanted.append(trial)
         if again:
             print(f"{again} trials ended over an hour ago, others of their turns did not: they are trained again", flush=True)
         self.run_all(phase, wanted, launch, at_once)
-
-    def ended(self, trial: Trial) -> Row | None:
-        """The row of a trial that has ended without a crash, here or, by its run folder, in another experiment."""
-        if self.done(trial):
-            return self.find(trial)
-        return Row.of("", Outcome(trial, trial.result)) if trial.result else None
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Add to curves.csv, in one piece: validation losses, and means of the training loss over spans of steps."""
@@ -164,6 +151,9 @@ class Runner:
                 writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
             self.out.mkdir(parents=True, exist_ok=True)
             atomic_write(path, there + text.getvalue())
+
+
+# ---------------------------------------------------------------- commands and their folders
 
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -232,7 +222,6 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=1, help="ranks of a trial, by torchrun (default: 1)")
     add("--launcher", choices=("local", "ray"), default="local", help="where trials run (default: local)")
     add("--gpus-per-trial", type=float, default=0, help="with --launcher ray (default: 0, one CPU)")
-    add("--ray-address", default="auto", help="with --launcher ray (default: auto)")
 
 
 def threads(side_by_side: int) -> int:
@@ -243,10 +232,13 @@ def threads(side_by_side: int) -> int:
 def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Launcher, int]:
     """How a trial is trained, and how many at once: several on one machine only where no clock is read."""
     if options.launcher == "ray":
-        return trials.on_ray(options.gpus_per_trial, options.ray_address), 64  # Ray itself holds back what does not fit
+        return trials.on_ray(options.gpus_per_trial), 64  # Ray itself holds back what does not fit
     if side_by_side and options.side_by_side > 1:
         return lambda trial: trials.train(trial, threads=threads(options.side_by_side)), options.side_by_side
     return lambda trial: trials.train(trial, options.processes), 1
+
+
+# ---------------------------------------------------------------- curves.csv
 
 
 def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
