@@ -176,7 +176,7 @@ def moves(board: Levers) -> str:
         need("muon" in board.tables[track], f"{track}: there is no Muon")
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
         length, entry, of = tune.length(track), levers.entry(name, end), descent.rows_of(board.tables[track][name])
-        in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end, {}), of)
+        in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end), of)
         lengths = {"final": {length}, "descent": {length}, "length": {round(part * length) for part in levers.LENGTHS}}
         best = descent.found(board.tables[track][name]).settings
         for row in rows:
