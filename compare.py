@@ -54,8 +54,7 @@ VERBS = {"score": score.run, "levers": levers.run, "tune": tune.run}
 
 
 def make_arms(options: argparse.Namespace) -> list[Arm]:
-    """The arms, the base first. Raises UsageError: unknown words, fewer than two arms, two alike, or settings that the trainer
-    refuses."""
+    """The arms, the base first. Raises UsageError: unknown words, one arm, two alike, or settings that the trainer refuses."""
     common = ("--track", options.track, *options.flags, *(("--target-loss", str(options.target)) if options.target else ()))
     base = options.base or ("modern" if options.optimizers else "baseline")
     if options.optimizers:
@@ -72,9 +71,9 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         folder = Trial(arm, 1, 0).folder  # the trainer's own check of every setting
         if folder in seen:
             raise UsageError(f"{arm.name!r} and {seen[folder]!r} are the same settings: give two seeds to one arm instead")
+        if arm.name in seen.values():
+            raise UsageError("two arms have the same name: give each another, as in --arm fast=muon:lr=0.04")
         seen[folder] = arm.name
-    if len(set(seen.values())) < len(arms):
-        raise UsageError("two arms have the same name: give each another, as in --arm fast=muon:lr=0.04")
     return arms
 
 
@@ -111,10 +110,13 @@ class Comparison:
 
     def __init__(self, arms: list[Arm], options: argparse.Namespace, out: Path, settings: dict[str, Any]):
         self.arms, self.options, self.out, self.settings = arms, options, out, settings
-        self.target = settings["target"]
-        self.runner = runner.Runner(out, options.keep_checkpoints)
+        self.target, self.runner = settings["target"], runner.Runner(out, options.keep_checkpoints)
         self.launch, self.at_once = runner.make_launcher(options, side_by_side=True)  # of the search
-        self.base_steps = options.given.get(arms[0].name) or steps_of(arms[0])
+        own = {arm.name: resolve(list(arm.flags))[0].steps for arm in arms}  # lengths of the recipes' own runs
+        self.base_steps = options.given.get(arms[0].name) or own[arms[0].name]
+        # a stack less one trick has no length of its own
+        shared = options.first_steps or (self.base_steps if options.mode in ("chain", "leave_out") else 0)
+        self.first = {name: shared or steps for name, steps in own.items()}  # where the searches begin
 
     def run(self) -> Answer:
         """Search, confirm, write the report; returns its verdict lines."""
@@ -142,19 +144,15 @@ class Comparison:
         """The search of each arm."""
         if self.options.mode != "chain":
             return {arm.name: search for arm, search in runner.in_turn(arms, self.find, self.at_once)}
-        searches, begin = {}, 0
+        searches = {}
         for arm in arms:  # each begins where the one before ended: far below the recipe's own length
-            searches[arm.name] = self.find(arm, begin)
+            searches[arm.name] = self.find(arm)
             if horizon := searches[arm.name].found:
-                begin = round(horizon.steps)
+                self.first = dict.fromkeys(self.first, round(horizon.steps))
         return searches
 
-    def first(self, arm: Arm) -> int:
-        """Steps at which its search begins: a stack less one trick has no length of its own, so at the whole stack's."""
-        return self.options.first_steps or (self.base_steps if self.options.mode in ("chain", "leave_out") else steps_of(arm))
-
-    def find(self, arm: Arm, begin: int = 0) -> Search:
-        """An arm's horizon, by a search from `begin` steps (0: from its first) or at the lengths given."""
+    def find(self, arm: Arm) -> Search:
+        """An arm's horizon, by a search or at the lengths given."""
         options = self.options
 
         def run(steps: int, seed: int) -> float:
@@ -164,13 +162,13 @@ class Comparison:
 
         if arm.name in options.at:
             return search_at(run, options.at[arm.name], self.target)
-        return search(run, begin or self.first(arm), self.target, options.max_steps or 4 * self.base_steps)
+        return search(run, self.first[arm.name], self.target, options.max_steps or 4 * self.base_steps)
 
     def plan(self) -> Answer:
         """What `run` has still to train, and how long that takes here by real steps of each arm. Nothing is written."""
         options, rows = self.options, []
         for arm in self.arms:
-            first, given = self.first(arm), options.given.get(arm.name)
+            first, given = self.first[arm.name], options.given.get(arm.name)
             steps = given or math.ceil(first * (1 + MARGIN))
             searched = options.at.get(arm.name, [] if given else [first] * SEARCHED)
             wanted = [Trial(arm, n, FIRST_SEED + i) for i, n in enumerate(searched)]
@@ -192,11 +190,6 @@ class Comparison:
         return report(self.out, summary, rows, self.options.allow_mixed)
 
 
-def steps_of(arm: Arm) -> int:
-    """The length of the recipe's own runs."""
-    return resolve(list(arm.flags))[0].steps
-
-
 def seeds_needed(searches: dict[str, Search]) -> int:
     """Runs so that every arm, true to its search, is confirmed with p < 0.01 at a chance of 90 %; 5 without a search."""
     horizons = [search.found for search in searches.values() if search.found]
@@ -207,10 +200,9 @@ def seeds_needed(searches: dict[str, Search]) -> int:
 def report(out: Path, summary: dict[str, Any], rows: list[Row], allow_mixed: bool) -> Answer:
     """Write comparison.json, README.md and the plots; returns the verdict lines. Raises UsageError: times of several machines,
     unless `allow_mixed`."""
-    machines, left_out = summary["machines"], summary.get("left_out", ())
-    if len(machines) > 1 and not allow_mixed:
+    if len(machines := summary["machines"]) > 1 and not allow_mixed:
         raise UsageError(f"times of {len(machines)} machines in one comparison ({'; '.join(machines)}): add --allow-mixed")
-    curves = runner.read_curves(out / "curves.csv", [row for row in rows if row.run not in left_out])
+    curves = runner.read_curves(out / "curves.csv", [row for row in rows if row.run not in summary.get("left_out", ())])
     summary["plots"] = plots.draw_comparison(out, summary, curves)
     runner.write_report(out, REPORT, summary, comparison.markdown(summary))
     return Answer("\n".join(comparison.verdict_lines(summary)), summary)
@@ -266,8 +258,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[int]]:
-    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several if the example has several. Raises UsageError: a word of another
-    form."""
+    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several if the example has several. Raises UsageError: another form."""
     steps = {}
     for word in words:
         name, equals, given = word.rpartition("=")
