@@ -59,9 +59,6 @@ def words_of_arms(options: Any, base: str) -> list[tuple[str, list[str]]]:
     return [(base, [base]), *((f"-{w}", [x for x in stack if x != w]) for w in options.leave_out)]
 
 
-# ---------------------------------------------------------------- statistics
-
-
 def horizon(rows: Rows, target: float) -> stats.Horizon | None:
     """The arm's horizon, from its runs within a doubling of the confirmed length, or else of the middle of the search. None:
     too few, of one length, or without a sure slope: its interval has no end then, and the standard error, which takes the slope
@@ -77,11 +74,8 @@ def horizon(rows: Rows, target: float) -> stats.Horizon | None:
 
 
 def confirmed(rows: Rows, target: float, sets_target: bool = False) -> Made | None:
-    """The confirming runs of an arm as a claim: n, mean, sd, p. A run that did not end in a loss voids it.
-
-    sets_target: the arm is the baseline at the length by whose mean the track's target was set. No number of runs would show
-    that to be below itself; its mean must not be above.
-    """
+    """The confirming runs of an arm as a claim: n, mean, sd, p. A run that did not end in a loss voids it. sets_target: the
+    target is the mean of this very arm and length, which no number of runs would show to be below: it must not be above."""
     runs = sorted((row for row in rows if row.phase == "confirm"), key=lambda row: row.seed)
     if not runs:
         return None
@@ -95,12 +89,6 @@ def confirmed(rows: Rows, target: float, sets_target: bool = False) -> Made | No
     claim["met"] = sample.mean <= target if sets_target else p < ALPHA
     claim["stalled"] = sum(row.stalled for row in runs)
     return claim | {"costs": {cost: statistics.mean(getattr(row, cost) for row in runs) for cost in COSTS}}
-
-
-def pairs(base: Rows, arm: Rows) -> list[tuple[Row, Row]]:
-    """Confirming runs of both that belong together: with the same seed, except in an A/A comparison."""
-    one, other = ({r.pair: r for r in rows if r.phase == "confirm" and math.isfinite(r.val_loss)} for rows in (base, arm))
-    return [(one[pair], other[pair]) for pair in sorted(one.keys() & other.keys())]
 
 
 def ratios(matched: Sequence[tuple[Row, Row]], per_step: bool) -> dict[str, stats.Ratio]:
@@ -124,7 +112,8 @@ def loss_difference(matched: Sequence[tuple[Row, Row]]) -> Made:
 def compare(base: Rows, arm: Rows, target: float, base_sets_target: bool = False, at_steps: bool = False) -> Made:
     """What `arm` saves against `base`: a verdict, and a ratio with interval and p for each cost. at_steps: lengths were given
     without a search: equal ones say which loss is lower then, and nothing about the time to the target."""
-    matched = pairs(base, arm)
+    one, other = ({r.pair: r for r in rows if r.phase == "confirm" and math.isfinite(r.val_loss)} for rows in (base, arm))
+    matched = [(one[pair], other[pair]) for pair in sorted(one.keys() & other.keys())]  # of one seed, except of A/A
     made: Made = {"n": len(matched), "confirmed": {}, "equal_loss": {}}
     few = {"verdict": "not decided", "why": f"{len(matched)} pairs of confirming runs: at least three are needed"}
     if len(matched) < 2:
@@ -200,9 +189,6 @@ def again(summary: Made, rows: Rows) -> Made:
     settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
     settings |= {key: summary[key] for key in ("left_out", "steps") if key in summary}  # comparisons from before have none
     return summarise(rows, settings)
-
-
-# ---------------------------------------------------------------- words
 
 
 def ratio_words(ratio: Made) -> str:
@@ -281,10 +267,6 @@ def verdict_lines(summary: Made) -> list[str]:
     return lines + [f"pair {t['pair']} lies {t['hours']:.1f} hours apart, {why}" for t in summary.get("apart", ())]
 
 
-ARM_HEAD = ["arm", "horizon, steps", "confirmed at", "loss, mean (sd)", "p against the target", "time, s"]
-ARM_HEAD += ["saves time", "saves steps", "verdict: time", "steps"]
-
-
 def arm_cells(arm: Made, ratio: Made, is_base: bool) -> tuple[str, ...]:
     """ratio: against the base; empty if there is none."""
     h, claim = arm["horizon"], arm["confirmed"] or {}
@@ -301,6 +283,8 @@ def arm_cells(arm: Made, ratio: Made, is_base: bool) -> tuple[str, ...]:
 
 def markdown(summary: Made) -> str:
     """README.md of the output folder."""
+    head = ["arm", "horizon, steps", "confirmed at", "loss, mean (sd)", "p against the target", "time, s"]
+    head += ["saves time", "saves steps", "verdict: time", "steps"]
     against, base = against_base(summary), summary["base"]
     arms = [arm_cells(arm, against.get(arm["name"], {}), arm["name"] == base) for arm in summary["arms"]]
     costs = []
@@ -313,7 +297,7 @@ def markdown(summary: Made) -> str:
     if "--tuned-on" in summary["command"].split():
         today = "written out below; the same command takes those of today."
         lines += [f"`--tuned-on`: settings as tuning had found them by then, {today}", ""]
-    lines += [table(ARM_HEAD, arms), ""]
+    lines += [table(head, arms), ""]
     lines += ["Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a"]
     lines += ["ratio is base over arm: above 1 the arm saves. Verdicts: p < 0.01."]
     lines += ["", *(f"- {line}" for line in verdict_lines(summary)), ""]

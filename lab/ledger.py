@@ -124,7 +124,7 @@ class Row:
         about |= dict(source=env["source_sha256"][:12], dtype=DTYPES[env["dtype"]])
         commit = (env["commit"] or "unknown")[:12] + ("+" if env["dirty"] else "")
         ended = [event["utc"] for event in trial.log() if event["event"] == "end"]  # long ago, for a run that was there already
-        return cls(**about, commit=commit, ended=ended[-1] if ended else now_utc())
+        return cls(**about, commit=commit, ended=(ended or [now_utc()])[-1])
 
 
 read_rows = partial(read, kind=Row)  # the lines of a trials.csv
@@ -165,5 +165,5 @@ def turns_apart(rows: Iterable[Row], phase: str = "confirm") -> list[dict[str, A
     for row in rows:
         if row.phase == phase and math.isfinite(row.val_loss):
             turns[row.pair].append(row)
-    hours = {pair: hours_apart(turn) for pair, turn in sorted(turns.items())}
+    hours = {pair: hours_apart(turns[pair]) for pair in sorted(turns)}
     return [{"pair": pair, "hours": round(apart, 2)} for pair, apart in hours.items() if apart > MOST_APART]

@@ -10,15 +10,12 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm import tqdm
 
 from engine.run_folder import atomic_write, lock, now_utc, read_json, refuse_links, source_hash
 from engine.spec import UsageError
@@ -31,8 +28,7 @@ J, T = TypeVar("J"), TypeVar("T")
 
 
 def in_turn(jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator[tuple[J, T]]:
-    """Each job as it ends, with what `work` made of it. They are begun in their order, side by side; once one of them is
-    interrupted, none is begun any more."""
+    """Each job as it ends, with what `work` made of it. Begun in their order, side by side; an interrupt begins no more."""
     pool = ThreadPoolExecutor(at_once)
     try:
         futures = {pool.submit(work, job): job for job in jobs}
@@ -47,20 +43,16 @@ def in_turn(jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator
 
 
 def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], Any], work: Callable[[J], str], at_once: int) -> None:
-    """Do the jobs that have not `ended` before. `work` gives a line about the job that it did, or nothing; jobs have `steps`,
-    by which the rest is estimated."""
+    """Do the jobs that have not `ended` before. `work` gives a line to print, or none; the rest is estimated by `steps`."""
     left = [job for job in jobs if not ended(job)]
     if len(left) < len(jobs):
         print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
     begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
-    with tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty()) as bar:
-        for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
-            bar.update()
-            steps += job.steps
-            if line:
-                rest = (time.monotonic() - begun) * (total / steps - 1) / 60
-                line = f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min"
-                print(line, flush=True) if bar.disable else bar.write(line)
+    for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
+        steps += job.steps
+        rest = (time.monotonic() - begun) * (total / steps - 1) / 60
+        if line:
+            print(f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min", flush=True)
 
 
 class Runner:
@@ -76,8 +68,7 @@ class Runner:
         return row if row and row.status != "crashed" and row.source in ("", source_hash()[:12]) else None
 
     def rows(self, arms: Iterable[Arm]) -> tuple[list[Row], list[str]]:
-        """The rows of these arms as they are set and coded now; and the runs that bear an arm's name but are of other settings
-        or other code."""
+        """The rows of these arms as set and coded now; and the runs under an arm's name of other settings or other code."""
         named = {arm.name: arm for arm in arms}
 
         def current(row: Row) -> bool:
@@ -91,8 +82,7 @@ class Runner:
         return used, [row.run for row in of_arms if row not in used]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
-        there."""
+        """The trial's row, trained if it is not there. Raises UsageError: its compute type is not that of the others."""
         if row := self.done(trial):
             return row
         if trials.INTERRUPTED.is_set():
@@ -153,12 +143,9 @@ class Runner:
             atomic_write(path, there + text.getvalue())
 
 
-# ---------------------------------------------------------------- commands and their folders
-
-
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole. Raises
-    UsageError: an unknown flag, a single seed, or an optimizer in a file outside of this folder."""
+    """Command line -> options; `flags`: what stood after `--`, for the trainer; `command`: the whole. Raises UsageError: an
+    unknown flag, a single seed, or an optimizer in a file outside of this folder."""
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.flags, options.command = tuple(argv[cut + 1 :]), shlex.join(argv)
@@ -178,8 +165,7 @@ def at_least(options: argparse.Namespace, **least: float) -> None:
 
 
 def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
-    """May an experiment with these settings, whose report is `file`, be kept in this folder? Raises UsageError: it holds
-    another one, or something else, or links."""
+    """Raises UsageError: the folder holds a report `file` with other settings, or something else, or links."""
     refuse_links(out)
     if (out / file).exists():
         there = read_json(out / file)
@@ -191,7 +177,7 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
 
 
 def alone_in(out: Path, work: Callable[[], T]) -> T:
-    """Do the work while nobody else may use the folder: two experiments in one would write over each other's trials."""
+    """Do the work while nobody else uses the folder: two experiments in one would write over each other's trials."""
     held = lock(out)
     try:
         return work()
@@ -238,12 +224,8 @@ def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Laun
     return lambda trial: trials.train(trial, options.processes), 1
 
 
-# ---------------------------------------------------------------- curves.csv
-
-
 def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
-    """Lines of curves.csv, see `curves_by_run`. rows: the runs wanted (default: all); by their clocks, since a trial trained
-    again has the name of the first."""
+    """Lines of `curves_by_run`. rows: of these runs alone, by their clocks: a trial trained again has the name of the first."""
     runs = curves_by_run(path)
     if rows is not None:
         clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
@@ -252,8 +234,7 @@ def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str,
 
 
 def curves_by_run(path: Path) -> list[list[dict[str, Any]]]:
-    """Lines of curves.csv by run: those of its training loss, then its validations; `steps` is its length. Raises UsageError:
-    a line is damaged."""
+    """Lines of curves.csv by run: training losses, then validations; `steps`: its length. Raises UsageError: a damaged line."""
     number = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
     runs: list[list[dict[str, Any]]] = []
     for place, cells in enumerate(csv.DictReader(io.StringIO(whole_lines(path))), start=2):
