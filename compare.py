@@ -36,7 +36,7 @@ from engine.schedules import Course
 from engine.spec import UsageError, nearest, split
 from lab import comparison, levers, plots, runner, stats
 from lab.comparison import MARGIN, MODES
-from lab.horizon import FIRST_SEED, Search, search, search_at
+from lab.horizon import FIRST_SEED, Search, concluded, search
 from lab.ledger import Row
 from lab.markdown import table
 from lab.runs import duration
@@ -45,7 +45,6 @@ from lab.trials import Arm, Trial
 from lab.tuning import score, tune
 
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
-AGAIN = 100  # first seed of the second arm of an A/A comparison
 SEARCHED = 7  # runs that a plan counts for a search: five if it begins next to the horizon, one more for each stride
 REPORT = "comparison.json"
 VERBS = {"score": score.run, "levers": levers.run, "tune": tune.run}
@@ -63,7 +62,7 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         stacks = comparison.words_of_arms(options, base)
         arms = [Arm(name, ("--tricks", ",".join(words) or "baseline", *common)) for name, words in stacks]
     if options.again:
-        arms[1] = dataclasses.replace(arms[1], first_seed=AGAIN)
+        arms[1] = dataclasses.replace(arms[1], first_seed=100)
     if len(arms) < 2:
         raise UsageError("one arm is no comparison: name at least two")
     seen: dict[Path, str] = {}
@@ -160,8 +159,8 @@ class Comparison:
             print(f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {self.target:g})", flush=True)
             return row.val_loss
 
-        if arm.name in options.at:
-            return search_at(run, options.at[arm.name], self.target)
+        if at := options.at.get(arm.name):
+            return concluded([(steps, seed, run(steps, seed)) for seed, steps in enumerate(at, FIRST_SEED)], self.target)
         return search(run, self.first[arm.name], self.target, options.max_steps or 4 * self.base_steps)
 
     def plan(self) -> Answer:

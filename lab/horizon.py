@@ -4,7 +4,7 @@ The target must hold at the end of a schedule of that length, so a validation ha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lab.stats import Horizon, horizon
@@ -13,14 +13,14 @@ STRIDE = math.sqrt(2)  # between the lengths tried: half a doubling
 LEAST = 4  # steps: nothing shorter is tried
 SEEDS = 2  # runs at each of three lengths about the target: what the variance is measured from
 FIRST_SEED = 1000  # of the search, whose runs have a seed each; confirming runs have seeds from 0: none is used twice
-Run = tuple[int, int, float]  # steps, seed, loss
+Runs = list[tuple[int, int, float]]  # steps, seed, loss
 
 
 @dataclass(frozen=True)
 class Search:
     """Every run of a search and what they say; `found` is None if the target was out of reach."""
 
-    runs: Sequence[Run]
+    runs: Runs
     found: Horizon | None
     why: str = ""  # of a search without a result
 
@@ -33,7 +33,7 @@ def search(run: Callable[[int, int], float], first: int, target: float, most: in
     within a doubling of the target. Runs of one seed have most of their scatter in common, whatever their length, and the
     line's interval takes runs for independent: so each has a seed of its own. Beyond `most` steps the target is out of reach.
     """
-    runs: list[Run] = []
+    runs: Runs = []
 
     def tried(steps: int) -> float:
         seed = FIRST_SEED + len(runs)
@@ -58,21 +58,15 @@ def search(run: Callable[[int, int], float], first: int, target: float, most: in
     between = round(math.sqrt(met * missed))
     for length in (missed, between, met) * (SEEDS - 1):
         tried(length)
-    return concluded(runs, [r for r in runs if 0.5 <= r[0] / between <= 2], target)
+    return concluded(runs, target, between)
 
 
-def search_at(run: Callable[[int, int], float], lengths: Sequence[int], target: float) -> Search:
-    """As `search`, at given lengths, in their order; the same one may come twice."""
-    runs = [(steps, seed, run(steps, seed)) for seed, steps in enumerate(lengths, FIRST_SEED)]
-    return concluded(runs, runs, target)
-
-
-def concluded(runs: Sequence[Run], near: Sequence[Run], target: float) -> Search:
-    """The horizon that the runs near the target say."""
-    lengths, _, losses = zip(*near)
+def concluded(runs: Runs, target: float, middle: float = 0) -> Search:
+    """The horizon that the runs say; middle: those within a doubling of this length alone."""
+    lengths, losses = zip(*((steps, loss) for steps, _, loss in runs if not middle or 0.5 <= steps / middle <= 2))
     if not all(map(math.isfinite, losses)):
         return Search(runs, None, "some runs near the target diverged")
-    if len(near) < 3 or len(set(lengths)) < 2:
+    if len(losses) < 3 or len(set(lengths)) < 2:
         return Search(runs, None, "fewer than three runs, or all of one length")
     found = horizon(lengths, losses, target)
     return Search(runs, found, "" if found else "more steps did not lower the loss")

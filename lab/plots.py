@@ -251,13 +251,12 @@ def survival_panel(axis, trick: dict[str, Any], at: float) -> list[float]:
         points.append((at, trend["ratio"], trend["low"], trend["high"]))
     for n, ratio, low, high in points:
         colour, marker = ("C1", "D") if n == at else ("C0", "o")
-        low, low_cap = (low, "_") if low >= ratio / 10 else (ratio / 10, 7)  # 6, 7: matplotlib's arrowheads
-        high, high_cap = (high, "_") if high is not None and high <= ratio * 10 else (ratio * 10, 6)
-        axis.plot([n, n], [low, high], color=colour, linewidth=1.4)
-        for end, cap in ((low, low_cap), (high, high_cap)):
-            axis.plot(n, end, marker=cap, color=colour, markersize=7)
+        for end, limit, arrowhead in ((low, ratio / 10, 7), (high, ratio * 10, 6)):  # 6, 7: matplotlib's
+            shown = limit if end is None else min(max(end, ratio / 10), ratio * 10)
+            axis.plot([n, n], [ratio, shown], color=colour, linewidth=1.4)
+            axis.plot(n, shown, marker="_" if shown == end else arrowhead, color=colour, markersize=7)
+            drawn.append(shown)
         axis.plot(n, ratio, marker, color=colour, markersize=5)
-        drawn += [low, high]
     for s in (size for size in trick["sizes"] if "ratios" not in size):
         if s.get("words", "-")[0] in "<>":
             bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")
