@@ -123,12 +123,11 @@ class Comparison:
         searches = self.find_horizons([arm for arm in self.arms if arm.name not in plan or arm.name in options.at])
         searches = {name: search for name, search in searches.items() if name not in plan}
         plan |= {name: math.ceil(search.found.steps * (1 + MARGIN)) for name, search in searches.items() if search.found}
-        seeds, why = options.seeds or seeds_needed(searches), {name: search.why for name, search in searches.items()}
-        arms = [(arm.name, list(arm.flags), plan.get(arm.name), why.get(arm.name, "")) for arm in self.arms]
-        about = {"command": options.command, "margin": MARGIN, "seeds": seeds}
-        about["arms"] = [dict(zip(("name", "flags", "steps", "why"), arm)) for arm in arms]
-        self.settings |= about | ({"steps": options.steps} if options.steps else {})
-        planned = [arm for arm in self.arms if arm.name in plan]
+        why = {name: search.why for name, search in searches.items()}
+        arms = [dict(name=a.name, flags=list(a.flags), steps=plan.get(a.name), why=why.get(a.name, "")) for a in self.arms]
+        seeds, planned = options.seeds or seeds_needed(searches), [arm for arm in self.arms if arm.name in plan]
+        self.settings |= {"command": options.command, "margin": MARGIN, "seeds": seeds, "arms": arms}
+        self.settings |= {"steps": options.steps} if options.steps else {}
         if len(planned) < 2 or planned[0] is not self.arms[0]:
             self.report()
             reasons = "; ".join(f"{arm.name}: {why[arm.name]}" for arm in self.arms if arm.name not in plan)

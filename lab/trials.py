@@ -110,10 +110,8 @@ INTERRUPTED = threading.Event()  # nothing is begun or waited for any more
 
 def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
     """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from the last
-    checkpoint; a diverged run is a result, and so is that of another experiment that is at the same trial.
-
-    processes: ranks, started by torchrun if there are several. threads: of each rank; 0: what torch takes.
-    """
+    checkpoint; a diverged run is a result, and so is that of another experiment that is at the same trial. processes: ranks,
+    by torchrun if there are several. threads: of each rank; 0: what torch takes."""
     if trial.extra == ANEW:  # a trainer that crashes at once must not leave the old one
         (trial.folder / "result.json").unlink(missing_ok=True)
     command = [*trainer(processes), *trial.flags, "--out", str(trial.folder)]
@@ -149,11 +147,9 @@ def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, st
 
 
 def on_ray(gpus: float) -> Launcher:
-    """Trains on a Ray cluster (RAY_ADDRESS, or the one that runs here) when `gpus` GPUs, or one CPU if 0, are free there.
-
-    The repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
-    installed, or there is no cluster.
-    """
+    """Trains on a Ray cluster (RAY_ADDRESS, or the one that runs here) when `gpus` GPUs, or one CPU if 0, are free there. The
+    repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
+    installed, or there is no cluster."""
     ray = optional("ray", "--launcher ray needs the package ray: .venv/bin/pip install -e .[ray]")
     if not ray.is_initialized():
         try:
