@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,6 +117,7 @@ class Judgement:
 
     def __init__(self, name: str, minutes: float, out: Path):
         self.name, self.minutes, self.out, self.lines, self.begun = name, minutes, out, [], time.monotonic()
+        self.table = partial(tuned.table_of, out / "tune")  # of a track and an optimizer
         self.commands = [f"./run.sh judge {shlex.join([name, '--budget', f'{minutes:g}', '--out', str(out)])}"]
 
     def run(self) -> str:
@@ -137,9 +139,6 @@ class Judgement:
         self.commands.append(f"./run.sh {verb} {shlex.join(words)}")
         print(f"\n{(time.monotonic() - self.begun) / 60:.0f} minutes are over; now {self.commands[-1]}", flush=True)
         return words
-
-    def table(self, track: str, name: str) -> tuned.Table:
-        return tuned.table_of(self.out / "tune", track, name)
 
     def plan(self) -> tuple[int, ...]:
         """The largest of PLANS that fits the minutes, by the wall-clock time of the first trial."""

@@ -131,14 +131,12 @@ class Runner:
         pieces = [train[start : start + span] for start in range(0, len(train), span)]
         lines = [piece[-1] | {"loss": round(sum(e["loss"] for e in piece) / len(piece), 4)} for piece in pieces]
         lines += [e | {"loss": round(e["loss"], 5)} for e in events if e["event"] == "val" and e["loss"] is not None]
+        points = [(e["event"], e["step"], e["tokens"], round(e["train_time"], 3), e["loss"]) for e in lines]
+        path, text = self.out / "curves.csv", io.StringIO()
         with self.lock:
-            path, text = self.out / "curves.csv", io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
             if not (there := whole_lines(path)):
-                writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-            for e in lines:
-                when = (e["step"], e["tokens"], round(e["train_time"], 3))
-                writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
+                text.write("arm,seed,phase,kind,step,tokens,train_time,loss\n")
+            csv.writer(text, lineterminator="\n").writerows((row.arm, row.seed, row.phase, *point) for point in points)
             self.out.mkdir(parents=True, exist_ok=True)
             atomic_write(path, there + text.getvalue())
 
