@@ -27,8 +27,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import optimizers
 import tricks
 from config import resolve
@@ -38,7 +36,7 @@ from engine.schedules import Course
 from engine.spec import UsageError, nearest, split
 from lab import comparison, levers, plots, runner, stats
 from lab.comparison import MARGIN, MODES
-from lab.horizon import FIRST_SEED, Search, search, search_at
+from lab.horizon import FIRST_SEED, Search, concluded, search
 from lab.ledger import Row
 from lab.markdown import table
 from lab.runs import duration
@@ -47,8 +45,7 @@ from lab.trials import Arm, Trial
 from lab.tuning import score, tune
 
 LEAST_SEEDS, MOST_SEEDS = 3, 8  # what a power calculation may choose
-AGAIN = 100  # first seed of the second arm of an A/A comparison
-SEARCHED = 7  # runs that a plan counts for a search: five where it begins next to the horizon, one more for each stride
+SEARCHED = 7  # runs that a plan counts for a search: five if it begins next to the horizon, one more for each stride
 REPORT = "comparison.json"
 VERBS = {"score": score.run, "levers": levers.run, "tune": tune.run}
 
@@ -56,8 +53,7 @@ VERBS = {"score": score.run, "levers": levers.run, "tune": tune.run}
 
 
 def make_arms(options: argparse.Namespace) -> list[Arm]:
-    """The arms, the base first. Raises UsageError: unknown words, no arm or the same arm twice, or settings that the trainer
-    refuses."""
+    """The arms, the base first. Raises UsageError: unknown words, one arm, two alike, or settings that the trainer refuses."""
     common = ("--track", options.track, *options.flags, *(("--target-loss", str(options.target)) if options.target else ()))
     base = options.base or ("modern" if options.optimizers else "baseline")
     if options.optimizers:
@@ -66,7 +62,7 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         stacks = comparison.words_of_arms(options, base)
         arms = [Arm(name, ("--tricks", ",".join(words) or "baseline", *common)) for name, words in stacks]
     if options.again:
-        arms[1] = dataclasses.replace(arms[1], first_seed=AGAIN)
+        arms[1] = dataclasses.replace(arms[1], first_seed=100)
     if len(arms) < 2:
         raise UsageError("one arm is no comparison: name at least two")
     seen: dict[Path, str] = {}
@@ -74,9 +70,9 @@ def make_arms(options: argparse.Namespace) -> list[Arm]:
         folder = Trial(arm, 1, 0).folder  # the trainer's own check of every setting
         if folder in seen:
             raise UsageError(f"{arm.name!r} and {seen[folder]!r} are the same settings: give two seeds to one arm instead")
+        if arm.name in seen.values():
+            raise UsageError("two arms have the same name: give each another, as in --arm fast=muon:lr=0.04")
         seen[folder] = arm.name
-    if len({arm.name for arm in arms}) < len(arms):
-        raise UsageError("two arms have the same name: give each another, as in --arm fast=muon:lr=0.04")
     return arms
 
 
@@ -91,8 +87,8 @@ def optimizer_arm(options: argparse.Namespace, word: str, base: str, common: tup
 
 
 def tuned_for(workload: str, word: str) -> tuple[str, str]:
-    """Optimizer and schedule as tuned for a workload by `compare tune`, keys that the word gives kept; the workload may be
-    FOLDER/WORKLOAD, its --out. Raises UsageError: nothing was tuned for the workload, or not this optimizer."""
+    """Optimizer and schedule as `compare tune` tuned them for a workload, or for FOLDER/WORKLOAD of its --out; keys that the
+    word gives are kept. Raises UsageError: nothing was tuned for the workload, or not this optimizer."""
     folder, _, workload = workload.rpartition("/")
     file = Path(folder) / "tuned.json" if folder else tricks.TUNED
     if not file.exists():
@@ -109,76 +105,72 @@ def tuned_for(workload: str, word: str) -> tuple[str, str]:
 
 
 class Comparison:
-    """Arms, the base first, their trials in a folder, and what these say."""
+    """Arms, the base first, their trials in a folder, and what these say. settings: what identifies it in comparison.json."""
 
-    def __init__(self, arms: list[Arm], options: argparse.Namespace, out: Path):
-        self.arms, self.options, self.out = arms, options, out
-        self.target = target_of(options)
-        self.runner = runner.Runner(out, options.keep_checkpoints)
+    def __init__(self, arms: list[Arm], options: argparse.Namespace, out: Path, settings: dict[str, Any]):
+        self.arms, self.options, self.out, self.settings = arms, options, out, settings
+        self.target, self.runner = settings["target"], runner.Runner(out, options.keep_checkpoints)
         self.launch, self.at_once = runner.make_launcher(options, side_by_side=True)  # of the search
-        self.base_steps = options.given.get(arms[0].name) or steps_of(arms[0])
+        own = {arm.name: resolve(list(arm.flags))[0].steps for arm in arms}  # lengths of the recipes' own runs
+        self.base_steps = options.given.get(arms[0].name) or own[arms[0].name]
+        # a stack less one trick has no length of its own
+        shared = options.first_steps or (self.base_steps if options.mode in ("chain", "leave_out") else 0)
+        self.first = {name: shared or steps for name, steps in own.items()}  # where the searches begin
 
-    def run(self, settings: dict[str, Any]) -> Answer:
-        """Search, confirm, write the report; returns its verdict lines. settings: what identifies the experiment."""
-        options = self.options
-        searches = self.find_horizons([arm for arm in self.arms if arm.name not in options.given or arm.name in options.at])
-        searches = {name: search for name, search in searches.items() if name not in options.given}
-        horizons = {name: search.found.steps for name, search in searches.items() if search.found}
-        plan = options.given | {name: math.ceil(steps * (1 + options.margin)) for name, steps in horizons.items()}
-        seeds = options.seeds or seeds_needed(searches, options.margin)
+    def run(self) -> Answer:
+        """Search, confirm, write the report; returns its verdict lines."""
+        options, plan = self.options, dict(self.options.given)
+        searches = self.find_horizons([arm for arm in self.arms if arm.name not in plan or arm.name in options.at])
+        searches = {name: search for name, search in searches.items() if name not in plan}
+        plan |= {name: math.ceil(search.found.steps * (1 + MARGIN)) for name, search in searches.items() if search.found}
         why = {name: search.why for name, search in searches.items()}
-        arms = [{"name": (n := a.name), "flags": list(a.flags), "steps": plan.get(n), "why": why.get(n, "")} for a in self.arms]
-        settings |= {"command": options.command, "margin": options.margin, "seeds": seeds, "arms": arms}
-        settings |= {"steps": options.steps} if options.steps else {}
-        names = [arm.name for arm in self.arms if arm.name in plan]
-        if len(names) < 2 or names[0] != settings["base"]:
-            self.report(settings)
+        arms = [dict(name=a.name, flags=list(a.flags), steps=plan.get(a.name), why=why.get(a.name, "")) for a in self.arms]
+        seeds, planned = options.seeds or seeds_needed(searches), [arm for arm in self.arms if arm.name in plan]
+        self.settings |= {"command": options.command, "margin": MARGIN, "seeds": seeds, "arms": arms}
+        self.settings |= {"steps": options.steps} if options.steps else {}
+        if len(planned) < 2 or planned[0] is not self.arms[0]:
+            self.report()
             reasons = "; ".join(f"{arm.name}: {why[arm.name]}" for arm in self.arms if arm.name not in plan)
             raise UsageError(f"nothing to compare ({reasons}): raise --max-steps or --target; trials are kept in {self.out}")
-        print(f"confirming with {seeds} seeds: {', '.join(f'{name} {plan[name]} steps' for name in names)}", flush=True)
-        turns = [[Trial(arm, plan[arm.name], seed) for arm in self.arms if arm.name in plan] for seed in range(seeds)]
+        lengths = ", ".join(f"{arm.name} {plan[arm.name]} steps" for arm in planned)
+        print(f"confirming with {seeds} seeds: {lengths}", flush=True)
+        turns = [[Trial(arm, plan[arm.name], seed) for arm in planned] for seed in range(seeds)]
         self.runner.run_turns("confirm", turns, *runner.make_launcher(options, side_by_side=False))
-        return self.report(settings)
+        return self.report()
 
     def find_horizons(self, arms: list[Arm]) -> dict[str, Search]:
         """The search of each arm."""
-        with tqdm(unit="trial", desc="search", disable=not sys.stderr.isatty()) as bar:
-            if self.options.mode != "chain":
-                searches = runner.in_turn(arms, lambda arm: self.find(arm, self.first(arm), bar), self.at_once)
-                return {arm.name: search for arm, search in searches}
-            searches, begin = {}, self.first(self.arms[0])
-            for arm in arms:  # each begins where the one before ended: far below the recipe's own length
-                searches[arm.name] = self.find(arm, begin, bar)
-                if horizon := searches[arm.name].found:
-                    begin = round(horizon.steps)
-            return searches
+        if self.options.mode != "chain":
+            return {arm.name: search for arm, search in runner.in_turn(arms, self.find, self.at_once)}
+        searches = {}
+        for arm in arms:  # each begins where the one before ended: far below the recipe's own length
+            searches[arm.name] = self.find(arm)
+            if horizon := searches[arm.name].found:
+                self.first = dict.fromkeys(self.first, round(horizon.steps))
+        return searches
 
-    def first(self, arm: Arm) -> int:
-        """Steps at which its search begins: a stack less one trick has no length of its own, so at the whole stack's."""
-        return self.options.first_steps or (self.base_steps if self.options.mode in ("chain", "leave_out") else steps_of(arm))
-
-    def find(self, arm: Arm, first: int, bar: tqdm) -> Search:
-        """An arm's horizon, by a search from `first` steps or at the lengths given."""
+    def find(self, arm: Arm) -> Search:
+        """An arm's horizon, by a search or at the lengths given."""
         options = self.options
 
         def run(steps: int, seed: int) -> float:
             row = self.runner.run("search", Trial(arm, steps, seed), self.launch)
-            runner.say(bar, f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {self.target:g})")
+            print(f"search  {arm.name}: {steps} steps, seed {seed}: {row.val_loss:.4f} (target {self.target:g})", flush=True)
             return row.val_loss
 
-        if arm.name in options.at:
-            return search_at(run, options.at[arm.name], self.target)
-        return search(run, first, self.target, options.max_steps or 4 * self.base_steps)
+        if at := options.at.get(arm.name):
+            return concluded([(steps, seed, run(steps, seed)) for seed, steps in enumerate(at, FIRST_SEED)], self.target)
+        return search(run, self.first[arm.name], self.target, options.max_steps or 4 * self.base_steps)
 
     def plan(self) -> Answer:
         """What `run` has still to train, and how long that takes here by real steps of each arm. Nothing is written."""
         options, rows = self.options, []
         for arm in self.arms:
-            first, given = self.first(arm), options.given.get(arm.name)
-            steps = given or math.ceil(first * (1 + options.margin))
+            first, given = self.first[arm.name], options.given.get(arm.name)
+            steps = given or math.ceil(first * (1 + MARGIN))
             searched = options.at.get(arm.name, [] if given else [first] * SEARCHED)
             wanted = [Trial(arm, n, FIRST_SEED + i) for i, n in enumerate(searched)]
-            wanted += [Trial(arm, steps, seed) for seed in range(options.seeds or seeds_needed({}, options.margin))]
+            wanted += [Trial(arm, steps, seed) for seed in range(options.seeds or seeds_needed({}))]
             left = [trial.steps for trial in wanted if not self.runner.done(trial)]
             of = predicted(Arm(arm.name, tuple(wanted[-1].flags)), [])
             batch = of.config.batch_tokens * Course(of.config).units_before(steps) / steps
@@ -190,32 +182,25 @@ class Comparison:
         text = table(("arm", "runs x steps", "tokens", "time"), cells, aligned=True)
         return Answer(f"{text}\n{time}; a search is counted as {SEARCHED} runs of the length at which it begins", rows)
 
-    def report(self, settings: dict[str, Any]) -> Answer:
+    def report(self) -> Answer:
         rows, left_out = self.runner.rows(self.arms)
-        summary = comparison.summarise(rows, settings | {"left_out": left_out}, self.options.allow_mixed)
-        return report(self.out, summary, rows)
+        summary = comparison.summarise(rows, self.settings | {"left_out": left_out})
+        return report(self.out, summary, rows, self.options.allow_mixed)
 
 
-def steps_of(arm: Arm) -> int:
-    """The length of the recipe's own runs."""
-    return resolve(list(arm.flags))[0].steps
-
-
-def target_of(options: argparse.Namespace) -> float:
-    return options.target or tricks.track(options.track).target_loss
-
-
-def seeds_needed(searches: dict[str, Search], margin: float) -> int:
-    """Runs so that every arm, true to its search, is confirmed with p < 0.01 at a chance of 90 %."""
+def seeds_needed(searches: dict[str, Search]) -> int:
+    """Runs so that every arm, true to its search, is confirmed with p < 0.01 at a chance of 90 %; 5 without a search."""
     horizons = [search.found for search in searches.values() if search.found]
-    wanted = [stats.runs_needed(-h.slope * math.log2(1 + margin), h.sd, comparison.ALPHA, most=MOST_SEEDS) for h in horizons]
-    return max([LEAST_SEEDS, *wanted]) if wanted else 5
+    wanted = [stats.runs_needed(-h.slope * math.log2(1 + MARGIN), h.sd, comparison.ALPHA, most=MOST_SEEDS) for h in horizons]
+    return max(LEAST_SEEDS, *wanted) if wanted else 5
 
 
-def report(out: Path, summary: dict[str, Any], rows: list[Row]) -> Answer:
-    """Write comparison.json, README.md and the plots; returns the verdict lines."""
-    left_out = summary.get("left_out", ())
-    curves = runner.read_curves(out / "curves.csv", [row for row in rows if row.run not in left_out])
+def report(out: Path, summary: dict[str, Any], rows: list[Row], allow_mixed: bool) -> Answer:
+    """Write comparison.json, README.md and the plots; returns the verdict lines. Raises UsageError: times of several machines,
+    unless `allow_mixed`."""
+    if len(machines := summary["machines"]) > 1 and not allow_mixed:
+        raise UsageError(f"times of {len(machines)} machines in one comparison ({'; '.join(machines)}): add --allow-mixed")
+    curves = runner.read_curves(out / "curves.csv", [row for row in rows if row.run not in summary.get("left_out", ())])
     summary["plots"] = plots.draw_comparison(out, summary, curves)
     runner.write_report(out, REPORT, summary, comparison.markdown(summary))
     return Answer("\n".join(comparison.verdict_lines(summary)), summary)
@@ -245,7 +230,6 @@ def parser() -> argparse.ArgumentParser:
     add("--lengths", nargs="+", default=[], metavar="ARM=STEPS,...", help="lengths to search, or of runs beside --horizon")
     add("--first-steps", type=int, default=0, help="first length of a search (default: the recipe's or the stack's)")
     add("--max-steps", type=int, default=0, help="length at which a search gives up (default: 4 x the base's)")
-    add("--margin", type=float, default=MARGIN, help=f"confirm at this much more than the horizon (default: {MARGIN})")
     add("--seeds", type=int, default=0, help=f"confirming runs (default: {LEAST_SEEDS} to {MOST_SEEDS}, as the variance needs)")
     add("--side-by-side", type=int, default=1, help="arms searched at once, sharing the cores; confirming is one at a time")
     runner.add_launcher_flags(made)
@@ -262,18 +246,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("compare what? --tricks, --chain, --leave-out, --recipes, --optimizers or --again (see --help)")
     if options.tuned_on and not options.optimizers:
         raise UsageError("--tuned-on goes with --optimizers")
-    runner.at_least(options, seeds=0, steps=0, first_steps=0, max_steps=0, side_by_side=1, processes=1, margin=0)
+    runner.at_least(options, seeds=0, steps=0, first_steps=0, max_steps=0, side_by_side=1, processes=1)
     if options.steps and (options.first_steps or options.max_steps or "--steps" in options.flags):
         raise UsageError("--steps is the length of all runs: leave out --first-steps, --max-steps and the --steps after --")
     options.mode = next((mode for mode in MODES if getattr(options, mode)), "")
-    options.given = {name: steps[0] for name, steps in steps_of_arms("--horizon", options.horizon, "2400").items()}
+    options.given = {name: steps for name, (steps,) in steps_of_arms("--horizon", options.horizon, "2400").items()}
     options.at = steps_of_arms("--lengths", options.lengths, "2400,2000")
     return options
 
 
 def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[int]]:
-    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several where the example has several. Raises UsageError: a word of another
-    form."""
+    """ARM=STEPS,STEPS ... -> arm -> [steps, steps], several if the example has several. Raises UsageError: another form."""
     steps = {}
     for word in words:
         name, equals, given = word.rpartition("=")
@@ -289,7 +272,7 @@ def run(options: argparse.Namespace) -> Answer:
     if options.report:
         summary, rows = runner.read_report(options.report, REPORT)
         with intact(options.report / REPORT):
-            return report(options.report, comparison.again(summary, rows, options.allow_mixed), rows)
+            return report(options.report, comparison.again(summary, rows), rows, options.allow_mixed)
     arms = make_arms(options)
     names = [arm.name for arm in arms]
     for flag, given in (("--horizon", options.given), ("--lengths", options.at)):
@@ -297,12 +280,12 @@ def run(options: argparse.Namespace) -> Answer:
             raise UsageError(f"{flag} {min(unknown)}: there is no such arm: {nearest(min(unknown), names)}")
     options.given = dict.fromkeys(names if options.steps else (), options.steps) | options.given
     what = f"{options.track}-{options.mode.replace('_', '-')}-{names[0].split(':')[0]}"
-    out, target = options.out or Path("comparisons") / what, target_of(options)
+    out, target = options.out or Path("comparisons") / what, options.target or tricks.track(options.track).target_loss
     settings = {"track": options.track, "target": target, "base": names[0], "mode": options.mode}
     runner.check_folder(out, REPORT, settings)
     if options.plan:
-        return Comparison(arms, options, out).plan()
-    return runner.alone_in(out, lambda: Comparison(arms, options, out).run(settings))
+        return Comparison(arms, options, out, settings).plan()
+    return runner.alone_in(out, lambda: Comparison(arms, options, out, settings).run())
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,6 @@ The plan follows from the time of the first trial. The same command continues, a
 README.md and pictures. Exit codes: 0 judged, 2 wrong arguments or a class that cannot train, 130 interrupted.
 """
 
-import argparse
 import io
 import math
 import os
@@ -18,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,6 +117,7 @@ class Judgement:
 
     def __init__(self, name: str, minutes: float, out: Path):
         self.name, self.minutes, self.out, self.lines, self.begun = name, minutes, out, [], time.monotonic()
+        self.table = partial(tuned.table_of, out / "tune")  # of a track and an optimizer
         self.commands = [f"./run.sh judge {shlex.join([name, '--budget', f'{minutes:g}', '--out', str(out)])}"]
 
     def run(self) -> str:
@@ -139,13 +140,10 @@ class Judgement:
         print(f"\n{(time.monotonic() - self.begun) / 60:.0f} minutes are over; now {self.commands[-1]}", flush=True)
         return words
 
-    def table(self, track: str, name: str) -> tuned.Table:
-        return tuned.table_of(self.out / "tune", track, name)
-
     def plan(self) -> tuple[int, ...]:
         """The largest of PLANS that fits the minutes, by the wall-clock time of the first trial."""
         trial = next(iter(self.table(FIRST, self.name).rows.values())).wall / 60 * 2 / min(2, CORES)
-        plan = [next(iter(PLANS)), *(plan for plan, cost in PLANS.items() if cost * trial <= self.minutes)][-1]
+        plan = max((p for p, cost in PLANS.items() if cost * trial <= self.minutes), key=PLANS.get, default=min(PLANS))
         words = "plan: {0} x {1} of 5 x 3 trials on {2} of 5 workloads, then {3} seeds, then {4} of 2 sizes"
         self.lines.append(f"{words.format(*plan)}; about {PLANS[plan] * trial:.0f} minutes")
         print(self.lines[-1], flush=True)
@@ -204,7 +202,7 @@ class Judgement:
 
 def parse(argv: list[str]) -> Judgement:
     """Raises UsageError: an unknown optimizer, or one with keys, or a rival."""
-    parser = Parser(prog="judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="judge.py", description=__doc__)
     parser.add_argument("name", help="a registered optimizer, path.py:Class, or a class of a package: heavyball.SOAP")
     parser.add_argument("--budget", type=float, default=30, help="minutes (default: 30)")
     parser.add_argument("--out", type=Path, help="output folder (default: judge/NAME)")

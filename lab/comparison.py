@@ -1,20 +1,18 @@
-"""What the trials of a comparison say: how much each arm saves on the way to the target, and with what certainty.
+"""What the trials of a comparison say: how much each arm saves on the way to the target, and how sure that is.
 
-Two kinds of figure, which must not be mixed up:
+Ratios are base over arm: above 1 the arm saves. There are two kinds, which must not be mixed up:
 
 - at equal loss: (horizon of the base / horizon of the arm) x (cost of a step of the base / of the arm). The horizons are by
   inverse prediction over every run near the target, so their uncertainty is in the interval; the costs are of the
   confirming runs, paired by seed. Verdicts stand on this, for training time.
 - as confirmed: total cost of the confirming runs, paired by seed. Exact, but each arm's margin below the target is in it.
-
-Ratios are base over arm: above 1 the arm saves.
 """
 
 import dataclasses
 import math
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -32,18 +30,19 @@ MARGIN = 0.05  # steps of the confirming runs beyond the horizon: at it, half of
 MOST_PAIRS = 100  # that a verdict asks for
 ALPHA = 0.01  # of a claim: the speedrun's rule
 LEVEL = 0.95  # of every interval
+NONE = "no difference shown"
 Rows = Sequence[Row]
+Made = dict[str, Any]  # a part of comparison.json
 
 
 def named(word: str) -> tuple[str, str]:
-    """[NAME=]SPEC -> the arm's name, which is the SPEC where it has no other, and the SPEC."""
+    """[NAME=]SPEC -> the arm's name, which is the SPEC if it has no other, and the SPEC."""
     name, equals, spec = word.partition("=")
     return (name, spec) if equals and ":" not in name else (word, word)
 
 
 def words_of_arms(options: Any, base: str) -> list[tuple[str, list[str]]]:
-    """Name and tricks of every arm whose optimizer is not given by a SPEC. Raises UsageError: what is to be left out is not in
-    the base."""
+    """Name and tricks of every arm that is not a SPEC. Raises UsageError: what is to be left out is not in the base."""
     if options.again:
         return [(options.again, [options.again]), (f"{options.again} again", [options.again])]
     if options.recipes:
@@ -60,54 +59,36 @@ def words_of_arms(options: Any, base: str) -> list[tuple[str, list[str]]]:
     return [(base, [base]), *((f"-{w}", [x for x in stack if x != w]) for w in options.leave_out)]
 
 
-def near(rows: Iterable[Row]) -> list[Row]:
-    """The runs that a line of loss against log steps may be drawn through: within a doubling of the confirmed length, or of
-    the middle of the search where nothing is confirmed."""
+def horizon(rows: Rows, target: float) -> stats.Horizon | None:
+    """The arm's horizon, from its runs within a doubling of the confirmed length, or else of the middle of the search. None:
+    too few, of one length, or without a sure slope: its interval has no end then, and the standard error, which takes the slope
+    for known, says too little."""
     ended = [row for row in rows if math.isfinite(row.val_loss)]
     confirmed = (row.steps for row in ended if row.phase == "confirm")
     middle = next(confirmed, None) or statistics.median([row.steps for row in ended] or [1])
-    return [row for row in ended if 0.5 <= row.steps / middle <= 2]
-
-
-def horizon(rows: Sequence[Row], target: float) -> stats.Horizon | None:
-    """The arm's horizon from every run near it; None where there are too few, of one length, or without a sure slope: its
-    interval has no end then, and the standard error, which takes the slope for known, says too little."""
-    used = near(rows)
-    if len(used) < 3 or len({row.steps for row in used}) < 2:
+    near = [(row.steps, row.val_loss) for row in ended if 0.5 <= row.steps / middle <= 2]
+    if len(near) < 3 or len({steps for steps, _ in near}) < 2:
         return None
-    fitted = stats.horizon([row.steps for row in used], [row.val_loss for row in used], target, LEVEL)
+    fitted = stats.horizon(*zip(*near), target, LEVEL)
     return fitted if fitted and math.isfinite(fitted.high) else None
 
 
-def confirmed(rows: Sequence[Row], target: float, sets_target: bool = False) -> dict[str, Any] | None:
-    """The confirming runs of an arm as a claim: n, mean, sd, p. A run that did not end in a loss voids it.
-
-    sets_target: the arm is the baseline at the length by whose mean the track's target was set. No number of runs would show
-    that to be below itself; its mean must not be above.
-    """
+def confirmed(rows: Rows, target: float, sets_target: bool = False) -> Made | None:
+    """The confirming runs of an arm as a claim: n, mean, sd, p. A run that did not end in a loss voids it. sets_target: the
+    target is the mean of this very arm and length, which no number of runs would show to be below: it must not be above."""
     runs = sorted((row for row in rows if row.phase == "confirm"), key=lambda row: row.seed)
     if not runs:
         return None
     losses = [row.val_loss for row in runs]
     claim = {"steps": runs[0].steps, "n": len(runs), "seeds": [row.seed for row in runs], "losses": losses}
-    if not all(map(math.isfinite, losses)):
-        return claim | {"met": False, "why": f"{sum(not math.isfinite(x) for x in losses)} of {len(losses)} runs failed"}
+    if failed := sum(not math.isfinite(loss) for loss in losses):
+        return claim | {"met": False, "why": f"{failed} of {len(losses)} runs failed"}
     sample = stats.Sample.of(losses)
     p = sample.p_above(target)
     claim |= {"mean": sample.mean, "sd": sample.sd, "interval": sample.interval(LEVEL), "p": p}
     claim["met"] = sample.mean <= target if sets_target else p < ALPHA
     claim["stalled"] = sum(row.stalled for row in runs)
     return claim | {"costs": {cost: statistics.mean(getattr(row, cost) for row in runs) for cost in COSTS}}
-
-
-def pairs(base: Sequence[Row], arm: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Confirming runs of both that belong together: those with the same seed, except in an A/A comparison."""
-
-    def by_pair(rows: Sequence[Row]) -> dict[int, Row]:
-        return {row.pair: row for row in rows if row.phase == "confirm" and math.isfinite(row.val_loss)}
-
-    one, other = by_pair(base), by_pair(arm)
-    return [(one[pair], other[pair]) for pair in sorted(one.keys() & other.keys())]
 
 
 def ratios(matched: Sequence[tuple[Row, Row]], per_step: bool) -> dict[str, stats.Ratio]:
@@ -120,26 +101,27 @@ def ratios(matched: Sequence[tuple[Row, Row]], per_step: bool) -> dict[str, stat
     return by_cost
 
 
-def loss_difference(matched: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
-    """How far the arm's final loss lies below the base's, nats per token, by a paired t-test: with interval, p, verdict."""
+def loss_difference(matched: Sequence[tuple[Row, Row]]) -> Made:
+    """How far the arm's final loss lies below the base's, nats per token, by a paired t-test."""
     sample = stats.Sample.of([base.val_loss - arm.val_loss for base, arm in matched])
     p = stats.product([(sample.mean, sample.sd / math.sqrt(sample.n), sample.n - 1)]).p
-    verdict = "no difference shown" if p >= ALPHA or sample.n < 3 else "lower" if sample.mean > 0 else "higher"
+    verdict = NONE if p >= ALPHA or sample.n < 3 else "lower" if sample.mean > 0 else "higher"
     return {"below": sample.mean, "interval": sample.interval(LEVEL), "p": p, "verdict": verdict}
 
 
-def compare(base: Rows, arm: Rows, target: float, base_sets_target: bool = False, at_steps: bool = False) -> dict[str, Any]:
+def compare(base: Rows, arm: Rows, target: float, base_sets_target: bool = False, at_steps: bool = False) -> Made:
     """What `arm` saves against `base`: a verdict, and a ratio with interval and p for each cost. at_steps: lengths were given
     without a search: equal ones say which loss is lower then, and nothing about the time to the target."""
-    matched = pairs(base, arm)
-    made: dict[str, Any] = {"n": len(matched), "confirmed": {}, "equal_loss": {}}
+    one, other = ({r.pair: r for r in rows if r.phase == "confirm" and math.isfinite(r.val_loss)} for rows in (base, arm))
+    matched = [(one[pair], other[pair]) for pair in sorted(one.keys() & other.keys())]  # of one seed, except of A/A
+    made: Made = {"n": len(matched), "confirmed": {}, "equal_loss": {}}
     few = {"verdict": "not decided", "why": f"{len(matched)} pairs of confirming runs: at least three are needed"}
     if len(matched) < 2:
         return made | few
     whole, equal = ratios(matched, per_step=False), {}
     horizons = horizon(base, target), horizon(arm, target)
     if all(horizons):
-        lengths = [(math.log(h.steps) * sign, h.se, h.df) for h, sign in zip(horizons, (1, -1), strict=True)]
+        lengths = [(math.log(h.steps) * sign, h.se, h.df) for h, sign in zip(horizons, (1, -1))]
         for cost, r in ratios(matched, per_step=True).items():
             equal[cost] = stats.product([*lengths, (math.log(r.ratio), r.sd / math.sqrt(r.n), r.n - 1)], LEVEL)
     if given := at_steps and matched[0][0].steps == matched[0][1].steps:
@@ -161,39 +143,29 @@ def compare(base: Rows, arm: Rows, target: float, base_sets_target: bool = False
     return made | judged(time, time.sd * math.sqrt(time.n) if equal else time.sd)
 
 
-def judged(ratio: stats.Ratio, sd: float) -> dict[str, Any]:
+def judged(ratio: stats.Ratio, sd: float) -> Made:
     """The verdict on a cost; the smallest difference that would have been shown; and, without one shown, the number of pairs
     that would show this one (chance 90 %; None: over a hundred). sd: of the log ratio of a pair."""
     smallest, shown = stats.smallest_difference(max(2, ratio.n), sd, ALPHA), ratio.p < ALPHA
     pairs = None if shown else stats.runs_needed(abs(math.log(ratio.ratio)), sd, ALPHA, most=MOST_PAIRS + 1, two_sided=True)
     return {
-        "verdict": "no difference shown" if not shown else "faster" if ratio.ratio > 1 else "slower",
+        "verdict": NONE if not shown else "faster" if ratio.ratio > 1 else "slower",
         "smallest_difference": math.expm1(smallest) if smallest < 700 else math.inf,
         "pairs": None if pairs is None or pairs > MOST_PAIRS else pairs,
     }
 
 
-def check_machines(rows: Iterable[Row], allow_mixed: bool) -> list[str]:
-    """The machines of the confirming runs. Raises UsageError: there are several and `allow_mixed` is false; the same for
-    several versions of the data, always."""
-    timed = [row for row in rows if row.phase == "confirm" and row.status != "crashed"]
-    machines = sorted({row.machine for row in timed})
-    if len(machines) > 1 and not allow_mixed:
-        raise UsageError(f"times of {len(machines)} machines in one comparison ({'; '.join(machines)}): add --allow-mixed")
-    if len({row.data for row in timed}) > 1:
-        raise UsageError("trials on different data in one comparison: prepare one corpus, and start in a new --out")
-    return machines
-
-
-def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool = False) -> dict[str, Any]:
+def summarise(rows: Rows, settings: Made) -> Made:
     """comparison.json: `settings` (track, target, base, mode, arms with their flags, confirming steps and why a search failed,
-    runs left out) and all that the trials say. Raises UsageError: see check_machines and compute_type."""
+    runs left out) and all that the trials say. Raises UsageError: several versions of the data, or as compute_type."""
     target, base = settings["target"], settings["base"]
     steps = {arm["name"]: arm["steps"] for arm in settings["arms"]}  # of the confirming runs
     # those of an earlier plan, of another length, confirm nothing; they say as much of the horizon as a run of the search
     rows = [r for r in rows if r.arm in steps and r.run not in settings.get("left_out", ())]
     rows = [r if r.steps == steps[r.arm] else dataclasses.replace(r, phase="search") for r in rows]
-    machines, dtype = check_machines(rows, allow_mixed), compute_type(rows)
+    timed = [row for row in rows if row.phase == "confirm" and row.status != "crashed"]
+    if len({row.data for row in timed}) > 1:
+        raise UsageError("trials on different data in one comparison: prepare one corpus, and start in a new --out")
     of = {name: [row for row in rows if row.arm == name] for name in steps}
     track = tricks.track(settings["track"])
     sets = {n: n == "baseline" and (target, s) == (track.target_loss, track.settings["steps"]) for n, s in steps.items()}
@@ -202,57 +174,55 @@ def summarise(rows: Sequence[Row], settings: dict[str, Any], allow_mixed: bool =
         runs = of[arm["name"]]
         at, claim = horizon(runs, target), confirmed(runs, target, sets[arm["name"]])
         arms.append(arm | {"horizon": at and dataclasses.asdict(at), "confirmed": claim, "runs": len(runs)})
-    wanted = [(base, name) for name in steps if name != base]
-    if settings["mode"] == "chain":
-        wanted += pairwise(name for name in steps if name != base)
+    others = [name for name in steps if name != base]
+    wanted = [(base, name) for name in others] + (list(pairwise(others)) if settings["mode"] == "chain" else [])
     ratios = [{"arm": b, "base": a} | compare(of[a], of[b], target, sets[a], "steps" in settings) for a, b in wanted]
-    sources = sorted({row.source for row in rows if row.source})
-    made = {"format": 1, "machines": machines, "sources": sources, "arms": arms, "ratios": ratios}
-    apart = turns_apart(rows)
-    return settings | made | ({"dtype": dtype} if dtype else {}) | ({"apart": apart} if apart else {})
+    made = {"format": 1, "machines": sorted({row.machine for row in timed}), "arms": arms, "ratios": ratios}
+    made |= {"sources": sorted({row.source for row in rows if row.source})}
+    known = {"dtype": compute_type(rows), "apart": turns_apart(rows)}
+    return settings | made | {key: value for key, value in known.items() if value}
 
 
-def again(summary: dict[str, Any], rows: Sequence[Row], allow_mixed: bool = False) -> dict[str, Any]:
-    """The summary of the same comparison, made anew from its trials. Raises UsageError: see check_machines."""
+def again(summary: Made, rows: Rows) -> Made:
+    """The summary of the same comparison, made anew from its trials. Raises UsageError: see `summarise`."""
     settings = {key: summary[key] for key in ("track", "target", "base", "mode", "command", "margin", "seeds")}
     settings["arms"] = [{key: arm[key] for key in ("name", "flags", "steps", "why")} for arm in summary["arms"]]
     settings |= {key: summary[key] for key in ("left_out", "steps") if key in summary}  # comparisons from before have none
-    return summarise(rows, settings, allow_mixed)
+    return summarise(rows, settings)
 
 
-def ratio_words(ratio: dict[str, Any]) -> str:
+def ratio_words(ratio: Made) -> str:
     """A ratio and its interval; alone where every pair has the same one, as the chosen lengths of runs have."""
     interval = "" if math.isclose(ratio["low"], ratio["high"]) else f" ({ratio['low']:.3g}-{ratio['high']:.3g})"
     return f"{ratio['ratio']:.3g}x{interval}"
 
 
-def where(summary: dict[str, Any]) -> str:
+def where(summary: Made) -> str:
     """One line: on what, in which compute type where that is known, and by which code the trials were run."""
     dtype = f", in {summary['dtype']}" if "dtype" in summary else ""
     return f"Machine: {'; '.join(summary['machines']) or '-'}{dtype}. Source: {', '.join(summary['sources']) or '-'}."
 
 
-def in_words(made: dict[str, Any], ratio: dict[str, Any], base: str) -> str:
+def in_words(made: Made, ratio: Made, base: str) -> str:
     """made: by `judged`."""
-    sure = made["verdict"] != "no difference shown"
+    sure = made["verdict"] != NONE
     leans = "" if sure or ratio["low"] <= 1 <= ratio["high"] else "faster" if ratio["low"] > 1 else "slower"
-    verdict, joint = leans or made["verdict"], "than" if sure or leans else "to"
-    against = f" {joint} {base}" if base else ""
-    return f"{verdict}{against}{' at 95 %, not at the 99 % asked for' if leans else ''}, {ratio_words(ratio)}"
+    against = f" {'than' if sure or leans else 'to'} {base}" if base else ""
+    level = " at 95 %, not at the 99 % asked for" if leans else ""
+    return f"{leans or made['verdict']}{against}{level}, {ratio_words(ratio)}"
 
 
-def pairs_words(made: dict[str, Any]) -> str:
+def pairs_words(made: Made) -> str:
     """Of a cost without a difference: which one would have been shown, and how many pairs would show this one."""
-    if made["verdict"] != "no difference shown":
+    if made["verdict"] != NONE:
         return ""
     least = made["smallest_difference"]
-    shown = f" (a difference of {least:.1%} would have been shown" if least < 1 else " (a factor of 2 would not have been shown"
-    return f"{shown}; about {made['pairs']} pairs would show this one)" if made["pairs"] else f"{shown})"
+    shown = f"a difference of {least:.1%} would have been shown" if least < 1 else "a factor of 2 would not have been shown"
+    return f" ({shown}; about {made['pairs']} pairs would show this one)" if made["pairs"] else f" ({shown})"
 
 
-def loss_line(arm: dict[str, Any], ratio: dict[str, Any]) -> str:
-    """One line: an arm's final loss at the length that was given, and how far below the base's it lies. ratio: empty of the
-    base."""
+def loss_line(arm: Made, ratio: Made) -> str:
+    """An arm's final loss at the length that was given, and how far below the base's it lies. ratio: empty of the base."""
     claim, of = arm["confirmed"], ratio.get("loss")
     loss = claim.get("why") or "loss {:.4f} ({:.4f}-{:.4f})".format(claim["mean"], *claim["interval"])
     line = f"{arm['name']}: after {arm['steps']:,} steps {loss}"
@@ -262,31 +232,31 @@ def loss_line(arm: dict[str, Any], ratio: dict[str, Any]) -> str:
     return f"{line}, {below} {ratio['base']}: {of['verdict']}, p = {of['p']:.2g}, n = {ratio['n']} pairs"
 
 
-def verdict_line(ratio: dict[str, Any], arm: dict[str, Any]) -> str:
+def verdict_line(ratio: Made, arm: Made) -> str:
     """One line: the verdict on an arm, with n, p and interval."""
     verdict = ratio["verdict"]
     if arm["why"] or verdict == "not decided":
         return f"{ratio['arm']}: {arm['why'] or f'{verdict}: ' + ratio['why']}"
     measured, claim = ratio["equal_loss"] or ratio["confirmed"], arm["confirmed"]
-    line = f"{ratio['arm']}: {in_words(ratio, measured['train_time'], ratio['base'])} in wall-clock at {ratio['basis']}"
-    line += f", p = {measured['train_time']['p']:.2g}, n = {ratio['n']} pairs{pairs_words(ratio)}"
-    if "steps" in ratio:
-        line += f"; {in_words(ratio['steps'], measured['steps'], '')} in steps, p = {measured['steps']['p']:.2g}"
-        line += pairs_words(ratio["steps"])
+    time, steps = measured["train_time"], measured["steps"]
+    line = f"{ratio['arm']}: {in_words(ratio, time, ratio['base'])} in wall-clock at {ratio['basis']}"
+    line += f", p = {time['p']:.2g}, n = {ratio['n']} pairs{pairs_words(ratio)}; "
+    if of := ratio.get("steps"):
+        line += f"{in_words(of, steps, '')} in steps, p = {steps['p']:.2g}{pairs_words(of)}"
     else:
-        line += f"; {ratio_words(measured['steps'])} in steps, as chosen"
-    if not claim["met"]:
-        reason = claim.get("why") or f"mean {claim['mean']:.4f}, p = {claim['p']:.2g}"
-        line += f"; NOT confirmed at {claim['steps']} steps ({reason})"
-    return line
+        line += f"{ratio_words(steps)} in steps, as chosen"
+    if claim["met"]:
+        return line
+    reason = claim.get("why") or f"mean {claim['mean']:.4f}, p = {claim['p']:.2g}"
+    return f"{line}; NOT confirmed at {claim['steps']} steps ({reason})"
 
 
-def against_base(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def against_base(summary: Made) -> dict[str, Made]:
     """Arm -> its ratio, in a chain the first of its two."""
     return {ratio["arm"]: ratio for ratio in summary["ratios"] if ratio["base"] == summary["base"]}
 
 
-def verdict_lines(summary: dict[str, Any]) -> list[str]:
+def verdict_lines(summary: Made) -> list[str]:
     """One of each ratio, then one of each turn whose times are not to be compared."""
     by_name = {arm["name"]: arm for arm in summary["arms"]}
     lines = [verdict_line(ratio, by_name[ratio["arm"]]) for ratio in summary["ratios"]]
@@ -297,40 +267,37 @@ def verdict_lines(summary: dict[str, Any]) -> list[str]:
     return lines + [f"pair {t['pair']} lies {t['hours']:.1f} hours apart, {why}" for t in summary.get("apart", ())]
 
 
-ARM_HEAD = ["arm", "horizon, steps", "confirmed at", "loss, mean (sd)", "p against the target", "time, s"]
-ARM_HEAD += ["saves time", "saves steps", "verdict: time", "steps"]
-
-
-def arm_cells(arm: dict[str, Any], ratio: dict[str, Any] | None, is_base: bool) -> tuple[str, ...]:
-    """ratio: against the base, where there is one."""
+def arm_cells(arm: Made, ratio: Made, is_base: bool) -> tuple[str, ...]:
+    """ratio: against the base; empty if there is none."""
     h, claim = arm["horizon"], arm["confirmed"] or {}
-    measured = (ratio and (ratio["equal_loss"] or ratio["confirmed"])) or {}
+    measured = ratio.get("equal_loss") or ratio.get("confirmed", {})
     loss, p, seconds = "-", claim.get("why", "-"), "-"
     if costs := claim.get("costs"):
         loss, p = f"{claim['mean']:.4f} ({claim['sd']:.4f})", f"{claim['p']:.2g}, n = {claim['n']}"
         seconds = f"{costs['train_time']:,.1f}"
     horizon = f"{h['steps']:,.0f} ({h['low']:,.0f}-{h['high']:,.0f})" if h else arm["why"] or "-"
     saved = [ratio_words(measured[cost]) if cost in measured else "-" for cost in ("train_time", "steps")]
-    verdict = "base" if is_base else ratio["verdict"] if ratio else "-"
-    steps = ratio["steps"]["verdict"] if ratio and "steps" in ratio else "-"
-    return f"`{arm['name']}`", horizon, f"{claim['steps']:,}" if claim else "-", loss, p, seconds, *saved, verdict, steps
+    verdicts = "base" if is_base else ratio.get("verdict", "-"), ratio.get("steps", {}).get("verdict", "-")
+    return f"`{arm['name']}`", horizon, f"{claim['steps']:,}" if claim else "-", loss, p, seconds, *saved, *verdicts
 
 
-def markdown(summary: dict[str, Any]) -> str:
+def markdown(summary: Made) -> str:
     """README.md of the output folder."""
-    against, words, base = against_base(summary), summary["command"].split(), summary["base"]
-    arms = [arm_cells(arm, against.get(arm["name"]), arm["name"] == base) for arm in summary["arms"]]
+    head = ["arm", "horizon, steps", "confirmed at", "loss, mean (sd)", "p against the target", "time, s"]
+    head += ["saves time", "saves steps", "verdict: time", "steps"]
+    against, base = against_base(summary), summary["base"]
+    arms = [arm_cells(arm, against.get(arm["name"], {}), arm["name"] == base) for arm in summary["arms"]]
     costs = []
     for ratio in summary["ratios"]:
-        for kind in ("equal_loss", "confirmed"):
+        for kind in (kind for kind in ("equal_loss", "confirmed") if ratio[kind]):
             cells = [ratio_words(ratio[kind][cost]) if cost in ratio[kind] else "-" for cost in COSTS]
-            costs += [(f"`{ratio['arm']}` / `{ratio['base']}`", kind.replace("_", " "), *cells)] if ratio[kind] else []
+            costs.append((f"`{ratio['arm']}` / `{ratio['base']}`", kind.replace("_", " "), *cells))
     lines = [f"# Comparison on `{summary['track']}`, target {summary['target']:g} nats per token", ""]
     lines += [f"`./run.sh compare {summary['command']}`", ""]
-    if "--tuned-on" in words:
+    if "--tuned-on" in summary["command"].split():
         today = "written out below; the same command takes those of today."
         lines += [f"`--tuned-on`: settings as tuning had found them by then, {today}", ""]
-    lines += [table(ARM_HEAD, arms), ""]
+    lines += [table(head, arms), ""]
     lines += ["Intervals are 95 %. A horizon is the length of run whose final loss meets the target, by inverse prediction; a"]
     lines += ["ratio is base over arm: above 1 the arm saves. Verdicts: p < 0.01."]
     lines += ["", *(f"- {line}" for line in verdict_lines(summary)), ""]

@@ -4,74 +4,69 @@ The target must hold at the end of a schedule of that length, so a validation ha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lab.stats import Horizon, horizon
 
 STRIDE = math.sqrt(2)  # between the lengths tried: half a doubling
+LEAST = 4  # steps: nothing shorter is tried
 SEEDS = 2  # runs at each of three lengths about the target: what the variance is measured from
 FIRST_SEED = 1000  # of the search, whose runs have a seed each; confirming runs have seeds from 0: none is used twice
+Runs = list[tuple[int, int, float]]  # steps, seed, loss
 
 
 @dataclass(frozen=True)
 class Search:
-    """Every run of a search as (steps, seed, loss), and what they say; `found` is None if the target was out of reach."""
+    """Every run of a search and what they say; `found` is None if the target was out of reach."""
 
-    runs: tuple[tuple[int, int, float], ...]
+    runs: Runs
     found: Horizon | None
     why: str = ""  # of a search without a result
 
 
-def search(run: Callable[[int, int], float], first: int, target: float, most: int, least: int = 4) -> Search:
+def search(run: Callable[[int, int], float], first: int, target: float, most: int) -> Search:
     """Find the horizon of an arm by `run`: (steps, seed) -> final validation loss; inf for a run that diverged.
 
-    Gallops from `first` (by STRIDE, then 2, then 2 STRIDE) until one length misses the target and another meets it,
-    halves the gap until it is no wider than STRIDE; then runs both, and the length between, once more, and draws a line through
-    the runs within a doubling of the target. Runs of one seed have most of their scatter in common, whatever their length, and
-    the line's interval takes runs for independent: so each has a seed of its own.
-
-    The target counts as out of reach beyond `most` steps; below `least` nothing is tried.
+    Gallops from `first` (by STRIDE, then 2, then 2 STRIDE) until one length misses the target and another meets it, halves the
+    gap until it is no wider than STRIDE; then runs both, and the length between, once more, and draws a line through the runs
+    within a doubling of the target. Runs of one seed have most of their scatter in common, whatever their length, and the
+    line's interval takes runs for independent: so each has a seed of its own. Beyond `most` steps the target is out of reach.
     """
-    runs: list[tuple[int, int, float]] = []
+    runs: Runs = []
 
     def tried(steps: int) -> float:
         seed = FIRST_SEED + len(runs)
         runs.append((steps, seed, run(steps, seed)))
         return runs[-1][2]
 
-    steps, met, missed, stride = max(least, min(first, most)), None, None, STRIDE
-    while met is None or missed is None or met / missed > STRIDE * 1.01:
+    steps, met, missed, stride = max(LEAST, min(first, most)), 0, 0, STRIDE
+    while not (met and missed) or met / missed > STRIDE * 1.01:
         if tried(steps) <= target:
             met = steps
-            if met == least:
-                return Search(tuple(runs), None, f"meets the target in {least} steps, the least that is tried")
         else:
             missed = steps
-            if missed == most:
-                return Search(tuple(runs), None, f"did not reach the target within {most:,} steps")
+        if met == LEAST:
+            return Search(runs, None, f"meets the target in {LEAST} steps, the least that is tried")
+        if missed == most:
+            return Search(runs, None, f"did not reach the target within {most:,} steps")
         if met and missed:
             steps = round(math.sqrt(met * missed))
         else:
-            steps = max(least, math.floor(met / stride)) if met else min(most, math.ceil(missed * stride))
+            steps = max(LEAST, math.floor(met / stride)) if met else min(most, math.ceil(missed * stride))
             stride = 2 if stride == STRIDE else 2 * STRIDE
     between = round(math.sqrt(met * missed))
     for length in (missed, between, met) * (SEEDS - 1):
         tried(length)
-    return concluded(runs, [r for r in runs if 0.5 <= r[0] / between <= 2], target)
+    return concluded(runs, target, between)
 
 
-def search_at(run: Callable[[int, int], float], lengths: Sequence[int], target: float) -> Search:
-    """As `search`, at given lengths, in their order; the same one may come twice."""
-    runs = [(steps, FIRST_SEED + n, run(steps, FIRST_SEED + n)) for n, steps in enumerate(lengths)]
-    return concluded(runs, runs, target)
-
-
-def concluded(runs: list[tuple[int, int, float]], near: list[tuple[int, int, float]], target: float) -> Search:
-    """The horizon that the runs near the target say."""
-    if not all(math.isfinite(loss) for _, _, loss in near):
-        return Search(tuple(runs), None, "some runs near the target diverged")
-    if len(near) < 3 or len({steps for steps, _, _ in near}) < 2:
-        return Search(tuple(runs), None, "fewer than three runs, or all of one length")
-    found = horizon([steps for steps, _, _ in near], [loss for _, _, loss in near], target)
-    return Search(tuple(runs), found, "" if found else "more steps did not lower the loss")
+def concluded(runs: Runs, target: float, middle: float = 0) -> Search:
+    """The horizon that the runs say; middle: those within a doubling of this length alone."""
+    lengths, losses = zip(*((steps, loss) for steps, _, loss in runs if not middle or 0.5 <= steps / middle <= 2))
+    if not all(map(math.isfinite, losses)):
+        return Search(runs, None, "some runs near the target diverged")
+    if len(losses) < 3 or len(set(lengths)) < 2:
+        return Search(runs, None, "fewer than three runs, or all of one length")
+    found = horizon(lengths, losses, target)
+    return Search(runs, found, "" if found else "more steps did not lower the loss")

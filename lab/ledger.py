@@ -1,6 +1,5 @@
-"""Ledgers: CSV files with a line for each trial that has ended, found again by its key whatever interrupts an experiment.
-
-`Row` is a line of trials.csv, as compare.py and scaling.py keep it; lab/tuning has lines of its own.
+"""Ledgers: CSV files with a line for each trial that has ended. `Row` is a line of trials.csv, which compare.py and scaling.py
+keep; lab/tuning has lines of its own.
 """
 
 import csv
@@ -47,8 +46,7 @@ def cells(row: Any) -> dict[str, str]:
 
 
 def read(path: Path, kind: type) -> list[Any]:
-    """Its rows; a column with a default may be missing, as in files from before the column. Raises UsageError: the file is no
-    such ledger, or a line of it is damaged."""
+    """Its rows; a column with a default may be missing. Raises UsageError: no such ledger, or a damaged line."""
     rows, hints = [], typing.get_type_hints(kind)
     with path.open(newline="", errors="replace") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
@@ -61,10 +59,7 @@ def read(path: Path, kind: type) -> list[Any]:
 
 
 class Ledger:
-    """A file of such lines, written anew with every trial. Safe for threads.
-
-    kind: a frozen dataclass with `key`, which says which trial a row is.
-    """
+    """A file of such lines, written anew with every trial. Safe for threads. kind: a frozen dataclass with `key`, a trial's."""
 
     def __init__(self, path: Path, kind: type):
         self.path, self.kind, self.lock = path, kind, threading.RLock()
@@ -129,7 +124,7 @@ class Row:
         about |= dict(source=env["source_sha256"][:12], dtype=DTYPES[env["dtype"]])
         commit = (env["commit"] or "unknown")[:12] + ("+" if env["dirty"] else "")
         ended = [event["utc"] for event in trial.log() if event["event"] == "end"]  # long ago, for a run that was there already
-        return cls(**about, commit=commit, ended=ended[-1] if ended else now_utc())
+        return cls(**about, commit=commit, ended=(ended or [now_utc()])[-1])
 
 
 read_rows = partial(read, kind=Row)  # the lines of a trials.csv
@@ -143,9 +138,8 @@ def machine(env: dict[str, Any]) -> str:
 
 
 def compute_type(rows: Iterable[Any]) -> str:
-    """The one compute type of trials; empty where no row says it. The same settings end at other losses in another: of 356
-    pairs, one in fp32 and one in bf16, half ended 0.008 nats apart or more and a tenth over 0.1. Raises UsageError: there are
-    several."""
+    """The one compute type of trials; empty if no row says it. Of 356 pairs of trials, one in fp32 and one in bf16, half ended
+    at least 0.008 nats apart and a tenth over 0.1. Raises UsageError: there are several."""
     types = sorted({row.dtype for row in rows} - {""})
     if len(types) > 1:
         instead = "or give the trainer --dtype fp32, which every machine has, and choose another --out"
@@ -159,13 +153,8 @@ def moment(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
 
 
-def hours_since(text: str) -> float:
-    return (moment(now_utc()) - moment(text)).total_seconds() / 3600
-
-
 def hours_apart(rows: Iterable[Row]) -> float:
-    """The longest pause between runs that follow each other, from the end of one to the start of the next; 0 for a run alone,
-    or where the time of day was not kept."""
+    """The longest pause from the end of a run to the start of the next; 0 for a run alone, or without the time of day."""
     ran = sorted((moment(row.ended), row.train_time) for row in rows if row.ended)
     return max([0.0, *((end - before).total_seconds() - seconds for (before, _), (end, seconds) in pairwise(ran))]) / 3600
 
@@ -176,5 +165,5 @@ def turns_apart(rows: Iterable[Row], phase: str = "confirm") -> list[dict[str, A
     for row in rows:
         if row.phase == phase and math.isfinite(row.val_loss):
             turns[row.pair].append(row)
-    hours = {pair: hours_apart(turn) for pair, turn in sorted(turns.items())}
+    hours = {pair: hours_apart(turns[pair]) for pair in sorted(turns)}
     return [{"pair": pair, "hours": round(apart, 2)} for pair, apart in hours.items() if apart > MOST_APART]

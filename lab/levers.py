@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from lab.runner import at_least
 from lab.tuning import descent, tune
 from lab.tuning.report import Contents
 from lab.tuning.space import Dimension, Submission, submission
-from lab.tuning.tuned import Row, Tables, read_tables
+from lab.tuning.tuned import Row, Tables, read_tables, table_of
 
 TRIALS = 12  # of a lever, after as many that it shares with Muon, which goes on for as many more
 SEEDS = 6
@@ -46,9 +45,9 @@ NONE = "no difference"
 
 @dataclass(frozen=True)
 class Lever:
-    """A change to Muon. own: its own settings to tune, and where they start. start: of rates that do not continue from Muon's.
-    claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; #N are entries and pull requests
-    of modded-nanogpt's optimizer track. says: the claim as a verdict; empty: nobody measured it alone."""
+    """A change to Muon. claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; #N are
+    entries and pull requests of modded-nanogpt's optimizer track. says: the claim as a verdict; empty: nobody measured it
+    alone. own: its own settings to tune, and where they start. start: of rates that do not continue from Muon's."""
 
     claim: str
     says: str = "helps"
@@ -59,12 +58,6 @@ class Lever:
     average: str = ""
     outer: str = ""
     decay_schedule: str = ""
-
-    def agrees(self, verdict: str) -> str:
-        """The claim with ours: yes; no; not seen: we found no difference; or - where there is no claim."""
-        if not self.says:
-            return "-"
-        return "yes" if verdict == self.says else "not seen" if verdict == NONE else "no"
 
 
 def beta(key: str, start: float, part: str = "optimizer") -> tuple[Dimension, float]:
@@ -111,19 +104,15 @@ LEVERS: dict[str, Lever] = {
     "muown": Lever("3,075, n = 30 (#23)", optimizer="muown", start=(("lr", 0.01),)),
 }
 # fmt: on
-
-
-@cache
-def space_of_muon() -> tuple[Dimension, ...]:
-    return tuple(sorted(submission("muon").dimensions, key=lambda d: d.key != "lr"))
+SPACE = tuple(sorted(submission("muon").dimensions, key=lambda d: d.key != "lr"))  # of Muon, its rate first
 
 
 def entry(name: str, end: dict[str, float]) -> Submission:
     """Muon; or a lever, the settings that it does not move fixed where Muon stood half-way, `end`."""
     if name == "muon":
-        return Submission(name, name, SCHEDULE, stated=space_of_muon())
+        return Submission(name, name, SCHEDULE, stated=SPACE)
     lever, method, moved = LEVERS[name], split(LEVERS[name].optimizer)[0], [d for d, _ in LEVERS[name].own]
-    rates = [d for d in space_of_muon() if "lr" in d.key]
+    rates = [d for d in SPACE if "lr" in d.key]
     free = {"schedule_warmup", *(d.name for d in (*moved, *rates))}
     fixed = {k: v for k, v in end.items() if k not in free and hasattr(optimizers.OPTIMIZERS[method], k)}
     optimizer = tricks.merge_optimizer(f"{method}:" + ",".join(f"{k}={v:g}" for k, v in fixed.items()), lever.optimizer)
@@ -132,11 +121,8 @@ def entry(name: str, end: dict[str, float]) -> Submission:
     return Submission(name, optimizer, schedule, lever.average, lever.outer, lever.decay_schedule, stated=space)
 
 
-def begin(name: str, end: dict[str, float], known: Tables) -> dict[str, float]:
-    """Where a descent begins: Muon's at its best in records/tuning, a lever's where Muon stood half-way."""
-    if name == "muon":
-        best = descent.best_of(known["muon"]) if "muon" in known else None
-        return best.settings if best else submission("muon").defaults()
+def begin(name: str, end: dict[str, float]) -> dict[str, float]:
+    """Where a lever's descent begins; end: where Muon stood half-way."""
     lever = LEVERS[name]
     return {"lr": end["lr"]} | {d.name: value for d, value in lever.own} | {"adamw_lr": end["adamw_lr"]} | dict(lever.start)
 
@@ -144,9 +130,7 @@ def begin(name: str, end: dict[str, float], known: Tables) -> dict[str, float]:
 class Board(tune.Contest):
     """The trials of the board."""
 
-    def __init__(self, options: argparse.Namespace):
-        super().__init__(options)
-        self.known, self.most_of_muon = read_tables(tricks.TUNED.parent), TRIALS  # at first
+    most_of_muon = TRIALS  # at first
 
     def end(self, track: str, name: str, first: int | None = None) -> dict[str, float]:
         row = descent.found(self.table(track, name), first)
@@ -158,29 +142,31 @@ class Board(tune.Contest):
         return tune.Job(kind, track, of, self.table(track, name), *about, self.end(track, name))
 
     def next_settings(self, job: tune.Job) -> dict[str, float] | None:
+        """Muon begins at its best in records/tuning, which may have changed since."""
         track, name = job.track, job.submission.name
-        there = descent.rows_of(job.table)  # records/tuning may have changed since its first
-        start = there[0].settings if there else begin(name, self.end(track, "muon", TRIALS), self.known.get(track, {}))
+        if there := descent.rows_of(job.table):
+            start = there[0].settings
+        elif name == "muon":
+            best = descent.best_of(table_of(tricks.TUNED.parent, track, name))
+            start = best.settings if best else submission(name).defaults()
+        else:
+            start = begin(name, self.end(track, "muon", TRIALS))
         most = self.most_of_muon if name == "muon" else TRIALS
         return descent.following(job.submission.dimensions, job.table, start, most)
 
-    def finals(self) -> list[tune.Job]:
-        """Seed by seed: all levers, and Muon at each of its lengths."""
-        jobs = []
-        for track in self.options.tracks:
-            ended = [name for name in ("muon", *self.options.levers) if self.end(track, name)]
+    def run(self) -> None:
+        """The descents, then, seed by seed, all levers and Muon at each of its lengths."""
+        tracks, names, jobs = self.options.tracks, ("muon", *self.options.levers), []
+        self.train("descent", [self.job("descent", track, "muon") for track in tracks])
+        self.most_of_muon = 2 * TRIALS  # the second half beside the levers, which need the first alone
+        self.train("descent", [self.job("descent", track, name) for track in tracks for name in names])
+        for track in tracks:
+            ended = [name for name in names if self.end(track, name)]
             lengths = [round(part * tune.length(track)) for part in LENGTHS] if ended else []
             for n in range(SEEDS):
                 jobs += [self.job("final", track, name, n) for name in ended]
                 jobs += [self.job("length", track, "muon", n, steps) for steps in lengths]
-        return jobs
-
-    def run(self) -> None:
-        tracks = self.options.tracks
-        self.train("descent", [self.job("descent", track, "muon") for track in tracks])
-        self.most_of_muon = 2 * TRIALS  # the second half beside the levers, which need the first alone
-        self.train("descent", [self.job("descent", track, name) for track in tracks for name in ("muon", *self.options.levers)])
-        self.train("final", self.finals())
+        self.train("final", jobs)
 
     def plan(self) -> None:
         options = self.options
@@ -241,12 +227,13 @@ def page(boards: dict[str, list[dict[str, Any]]], tables: dict[str, Tables]) -> 
     for track, lines in boards.items():
         rows, settings, of = [], [], tables[track]
         for line in lines:
-            low, high = line["interval"]
-            few, many = line["steps_interval"]
-            cells = [f"`{line['name']}`", line["verdict"], f"{line['difference']:+.4f} ({low:+.4f} to {high:+.4f})"]
+            (low, high), (few, many) = line["interval"], line["steps_interval"]
+            lever, cost, verdict = LEVERS[line["name"]], line["cost"], line["verdict"]
+            agree = "yes" if verdict == lever.says else "not seen" if verdict == NONE else "no"
+            cells = [f"`{line['name']}`", verdict, f"{line['difference']:+.4f} ({low:+.4f} to {high:+.4f})"]
             cells += [f"{line['holm']:.2g}", f"{line['smallest']:.4f}", f"{line['steps']:.2f}x ({few:.2f}-{many:.2f})"]
-            lever, cost = LEVERS[line["name"]], line["cost"]
-            rows.append([*cells, f"{cost:.2f}", f"{line['steps'] / cost:.2f}x", lever.claim, lever.agrees(line["verdict"])])
+            cells += [f"{cost:.2f}", f"{line['steps'] / cost:.2f}x", lever.claim, agree if lever.says else "-"]
+            rows.append(cells)
         for name in ("muon", *(line["name"] for line in lines)):
             end, trials = descent.found(of[name]), descent.rows_of(of[name])
             settings.append([f"`{name}`", str(len(trials)), f"{end.val_loss:.4f}", f"`{to_text(end.settings)}`"])

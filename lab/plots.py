@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def losses(path: Path, curves: dict[str, Curve], target: float | None) -> None:
 
 def draw_comparison(folder: Path, summary: dict[str, Any], curves: list[dict[str, Any]]) -> list[str]:
     """All pictures for which there is something to draw; returns their names."""
-    drawn, data = [], [json.loads(json.dumps(without_plots(summary))), curves]
+    drawn, data = [], [without_plots(summary), curves]
     steps = {arm["name"]: arm["steps"] for arm in summary["arms"]}  # of the confirming runs; earlier plans' are left out
     if shown := [c for c in curves if c["phase"] == "confirm" and c["steps"] == steps.get(c["arm"])]:
         drawn.append(save(loss_curves(list(steps), shown, summary["target"]), folder, "loss", data))
@@ -128,8 +127,7 @@ def short(name: str) -> str:
 
 
 def log_ticks(axis, low: float, high: float, most: int = 8) -> None:
-    """On a logarithmic axis with these limits at most about so many ticks, as plain numbers: decades and what lies between
-    where there is room, even steps within less than a factor of five."""
+    """About `most` ticks at most, plain numbers: decades and, with room, what lies between; within a factor of 5 even steps."""
     if high / low < 5:
         ticks = pyplot().MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     else:
@@ -146,20 +144,16 @@ def loss_curves(names: Sequence[str], curves: list[dict[str, Any]], target: floa
     """Loss against seconds and against tokens: the mean over seeds of the confirming runs, and the band they span."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
     for i, name in enumerate(names):
-        by_step = defaultdict(list)
-        for c in curves:
-            if c["arm"] == name and c["kind"] == "train":
-                by_step[c["step"]].append(c)
-        if not by_step:
-            continue
-        points = [by_step[step] for step in sorted(by_step)]
-        mean, low, high = (np.array([f([c["loss"] for c in p]) for p in points]) for f in (np.mean, min, max))
-        ends = [c for c in curves if c["arm"] == name and c["kind"] == "val" and c["step"] == max(by_step)]
-        for axis, key in zip(axes, ("train_time", "tokens"), strict=True):
-            x = np.array([np.mean([c[key] for c in p]) for p in points])
-            axis.plot(x, mean, color=f"C{i % 10}", label=short(name), linewidth=1.2)
-            axis.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.25, linewidth=0)
-            axis.plot([c[key] for c in ends], [c["loss"] for c in ends], "o", color=f"C{i % 10}", markersize=4)
+        train, vals = ([c for c in curves if (c["arm"], c["kind"]) == (name, kind)] for kind in ("train", "val"))
+        steps, colour = sorted({c["step"] for c in train}), f"C{i % 10}"
+        points = [[c for c in train if c["step"] == step] for step in steps]
+        ends = [c for c in vals if c["step"] in steps[-1:]]
+        mean, low, high = ([f([c["loss"] for c in p]) for p in points] for f in (np.mean, min, max))
+        for axis, key in zip(axes, ("train_time", "tokens") if train else ()):
+            x = [np.mean([c[key] for c in p]) for p in points]
+            axis.plot(x, mean, color=colour, label=short(name), linewidth=1.2)
+            axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+            axis.plot([c[key] for c in ends], [c["loss"] for c in ends], "o", color=colour, markersize=4)
     top = np.quantile([c["loss"] for c in curves if c["kind"] == "train"], 0.97)
     lowest = min(target, *(c["loss"] for c in curves))
     for axis, words in zip(axes, ("training time, s", "tokens"), strict=True):
@@ -175,22 +169,19 @@ def loss_curves(names: Sequence[str], curves: list[dict[str, Any]], target: floa
 def forest(ratios: list[dict[str, Any]]) -> Any:
     """Speed-up ratios with their intervals: wall-clock and steps."""
     figure, axis = pyplot().subplots(figsize=(9, 1.4 + 0.55 * len(ratios)), constrained_layout=True)
-    ticks = []
+    ticks = [f"{short(ratio['arm'])} / {short(ratio['base'])}" for ratio in reversed(ratios)]
     for row, ratio in enumerate(reversed(ratios)):
         measured = ratio["equal_loss"] or ratio["confirmed"]
-        for cost, shift, colour in (("train_time", 0.13, "C0"), ("steps", -0.13, "C1")):
-            r = measured[cost]
+        for cost, shift, colour, words in (("train_time", 0.13, "C0", "wall-clock"), ("steps", -0.13, "C1", "steps")):
+            r, how = measured[cost], dict(fmt="o", color=colour, capsize=3, markersize=5, label=words if row == 0 else None)
             error = [[r["ratio"] - r["low"]], [min(r["high"], 1e3 * r["ratio"]) - r["ratio"]]]
-            axis.errorbar(r["ratio"], row + shift, xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
+            axis.errorbar(r["ratio"], row + shift, xerr=error, **how)
         axis.annotate(ratio["verdict"], (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-        ticks.append(f"{short(ratio['arm'])} / {short(ratio['base'])}")
     axis.axvline(1, color="0.4", linestyle=":", linewidth=1)
     axis.set_yticks(range(len(ticks)), ticks)
     axis.set(xscale="log", xlabel="base / arm, 95 % interval: right of 1 the arm saves", ylim=(-0.6, len(ticks) - 0.4))
     log_ticks(axis.xaxis, *axis.get_xlim())
     axis.tick_params(axis="x", labelsize=8)
-    axis.plot([], [], "o", color="C0", label="wall-clock")
-    axis.plot([], [], "o", color="C1", label="steps")
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above: anywhere else are points
     return figure
 
@@ -205,8 +196,7 @@ def history_data(about: list[dict[str, Any]], gained: list[Ratio]) -> list[list[
 
 
 def history(folder: Path, track: str, about: list[dict[str, Any]], gained: list[Ratio]) -> str:
-    """How much faster than its category's baseline (grey) each record of a track is: bars of `gained`, with 95 % intervals.
-    Seconds stand above the bars: they are of several machines."""
+    """How much faster than its category's baseline (grey) each record is: bars of `gained`, 95 % intervals, seconds above."""
     figure, axis = pyplot().subplots(figsize=(max(6, 0.8 * len(about) + 2), 5), constrained_layout=True)
     errors = [[g.ratio - g.low for g in gained], [g.high - g.ratio for g in gained]]
     colours = ["0.6" if a["kind"] == "baseline" else "C0" for a in about]
@@ -233,8 +223,7 @@ def draw_scaling(folder: Path, summary: dict[str, Any]) -> list[str]:
 
 
 def survival(summary: dict[str, Any]) -> Any:
-    """Speed-up in tokens against size, a panel a trick: measured with intervals, bounds as triangles, the trend's line and its
-    prediction at the size asked for."""
+    """Speed-up in tokens against size, a panel a trick: measured, bounds, the trend's line and its prediction."""
     figure, axes = panels(len(summary["tricks"]), 4, 3.6, 3.3)
     drawn = [1.0]
     for axis, trick in zip(axes, summary["tricks"], strict=True):
@@ -262,13 +251,12 @@ def survival_panel(axis, trick: dict[str, Any], at: float) -> list[float]:
         points.append((at, trend["ratio"], trend["low"], trend["high"]))
     for n, ratio, low, high in points:
         colour, marker = ("C1", "D") if n == at else ("C0", "o")
-        low, low_cap = (low, "_") if low >= ratio / 10 else (ratio / 10, 7)  # 6, 7: matplotlib's arrowheads
-        high, high_cap = (high, "_") if high is not None and high <= ratio * 10 else (ratio * 10, 6)
-        axis.plot([n, n], [low, high], color=colour, linewidth=1.4)
-        for end, cap in ((low, low_cap), (high, high_cap)):
-            axis.plot(n, end, marker=cap, color=colour, markersize=7)
+        for end, limit, arrowhead in ((low, ratio / 10, 7), (high, ratio * 10, 6)):  # 6, 7: matplotlib's
+            shown = limit if end is None else min(max(end, ratio / 10), ratio * 10)
+            axis.plot([n, n], [ratio, shown], color=colour, linewidth=1.4)
+            axis.plot(n, shown, marker="_" if shown == end else arrowhead, color=colour, markersize=7)
+            drawn.append(shown)
         axis.plot(n, ratio, marker, color=colour, markersize=5)
-        drawn += [low, high]
     for s in (size for size in trick["sizes"] if "ratios" not in size):
         if s.get("words", "-")[0] in "<>":
             bound, marker = (s["low"], "^") if s["low"] else (s["high"], "v")

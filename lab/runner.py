@@ -1,6 +1,7 @@
 """Running the trials of an experiment: each once, whatever interrupts it, and what they leave in the output folder."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -9,7 +10,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +17,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from engine.run_folder import atomic_write, lock, read_json, refuse_links, source_hash
+from engine.run_folder import atomic_write, lock, now_utc, read_json, refuse_links, source_hash
 from engine.spec import UsageError
 from lab import trials
-from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, hours_since, read_rows
+from lab.ledger import MOST_APART, Ledger, Row, compute_type, hours_apart, moment, read_rows
 from lab.trials import Arm, Launcher, Outcome, Trial, whole_lines
 
 POINTS = 100  # of the training loss that are kept of a trial, at most
@@ -30,8 +28,7 @@ J, T = TypeVar("J"), TypeVar("T")
 
 
 def in_turn(jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator[tuple[J, T]]:
-    """Each job as it ends, with what `work` made of it. They are begun in their order, side by side; once one of them is
-    interrupted, none is begun any more."""
+    """Each job as it ends, with what `work` made of it. Begun in their order, side by side; an interrupt begins no more."""
     pool = ThreadPoolExecutor(at_once)
     try:
         futures = {pool.submit(work, job): job for job in jobs}
@@ -45,24 +42,17 @@ def in_turn(jobs: Iterable[J], work: Callable[[J], T], at_once: int) -> Iterator
         trials.INTERRUPTED.clear()  # for who comes next: all of these have seen it
 
 
-def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], bool], work: Callable[[J], str], at_once: int) -> None:
-    """Do the jobs that have not `ended` before. `work` gives a line about the job that it did, or nothing; jobs have `steps`,
-    by which the rest is estimated."""
+def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], Any], work: Callable[[J], str], at_once: int) -> None:
+    """Do the jobs that have not `ended` before. `work` gives a line to print, or none; the rest is estimated by `steps`."""
     left = [job for job in jobs if not ended(job)]
     if len(left) < len(jobs):
         print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
     begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
-    with tqdm(total=len(left), unit="trial", desc=what, disable=not sys.stderr.isatty()) as bar:
-        for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
-            steps += job.steps
-            rest = (time.monotonic() - begun) * (total / steps - 1) / 60
-            say(bar, f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min" if line else "")
-
-
-def say(bar: tqdm, line: str) -> None:
-    bar.update()
-    if line:
-        print(line, flush=True) if bar.disable else bar.write(line)
+    for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
+        steps += job.steps
+        rest = (time.monotonic() - begun) * (total / steps - 1) / 60
+        if line:
+            print(f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min", flush=True)
 
 
 class Runner:
@@ -72,36 +62,29 @@ class Runner:
         self.out, self.keep_checkpoints, self.points = out, keep_checkpoints, points
         self.ledger, self.lock = Ledger(out / "trials.csv", Row), threading.Lock()
 
-    def find(self, trial: Trial) -> Row | None:
-        """The row of a trial that has ended, unless the trainer's code has changed since."""
+    def done(self, trial: Trial) -> Row | None:
+        """The row of a trial that has ended; None if it crashed or the trainer's code has changed since: it is tried again."""
         row = self.ledger.rows.get(trial.folder.name)
-        return row if row and row.source in ("", source_hash()[:12]) else None
-
-    def done(self, trial: Trial) -> bool:
-        """A trial that crashed in an earlier session is tried again."""
-        row = self.find(trial)
-        return row is not None and row.status != "crashed"
+        return row if row and row.status != "crashed" and row.source in ("", source_hash()[:12]) else None
 
     def rows(self, arms: Iterable[Arm]) -> tuple[list[Row], list[str]]:
-        """The rows of these arms as they are set and coded now; and the runs that bear an arm's name but are of other settings
-        or other code."""
+        """The rows of these arms as set and coded now; and the runs under an arm's name of other settings or other code."""
         named = {arm.name: arm for arm in arms}
 
         def current(row: Row) -> bool:
-            try:
-                return self.find(Trial(named[row.arm], row.steps, row.pair)) is row
-            except UsageError:  # a length that the arm as it is set now cannot have
-                return False
+            with contextlib.suppress(UsageError):  # a length that the arm as it is set now cannot have
+                same = Trial(named[row.arm], row.steps, row.pair).folder.name == row.run
+                return same and row.source in ("", source_hash()[:12])  # none: it crashed
+            return False
 
         of_arms = [row for row in self.ledger.rows.values() if row.arm in named]
         used = [row for row in of_arms if current(row)]
         return used, [row.run for row in of_arms if row not in used]
 
     def run(self, phase: str, trial: Trial, launch: Launcher) -> Row:
-        """The trial's row, trained if it is not there. Raises UsageError: it is of another compute type than those that are
-        there."""
-        if self.done(trial):
-            return self.find(trial)
+        """The trial's row, trained if it is not there. Raises UsageError: its compute type is not that of the others."""
+        if row := self.done(trial):
+            return row
         if trials.INTERRUPTED.is_set():
             raise KeyboardInterrupt
         outcome = launch(trial)
@@ -126,25 +109,19 @@ class Runner:
 
     def run_turns(self, phase: str, turns: Sequence[Sequence[Trial]], launch: Launcher, at_once: int) -> None:
         """`run_all`, one turn after the other. Times are compared within a turn: unless all of one have ended, and together,
-        those that ended over an hour ago are trained again."""
-        wanted, again = [], 0
+        those that ended over an hour ago, here or by their run folders in another experiment, are trained again."""
+        wanted, again, now = [], 0, moment(now_utc())
         for turn in turns:
-            rows = [self.ended(trial) for trial in turn]
+            rows = [self.done(trial) or (Row.of("", Outcome(trial, trial.result)) if trial.result else None) for trial in turn]
             together = all(rows) and hours_apart(rows) <= MOST_APART
-            for trial, row in zip(turn, rows, strict=True):
-                if row is not None and not together and hours_since(row.ended) > MOST_APART:
+            for trial, row in zip(turn, rows):
+                if row and not together and (now - moment(row.ended)).total_seconds() > 3600 * MOST_APART:
                     self.ledger.rows.pop(trial.folder.name, None)
                     trial, again = dataclasses.replace(trial, extra=trials.ANEW), again + 1
                 wanted.append(trial)
         if again:
             print(f"{again} trials ended over an hour ago, others of their turns did not: they are trained again", flush=True)
         self.run_all(phase, wanted, launch, at_once)
-
-    def ended(self, trial: Trial) -> Row | None:
-        """The row of a trial that has ended without a crash, here or, by its run folder, in another experiment."""
-        if self.done(trial):
-            return self.find(trial)
-        return Row.of("", Outcome(trial, trial.result)) if trial.result else None
 
     def keep_curve(self, row: Row, trial: Trial) -> None:
         """Add to curves.csv, in one piece: validation losses, and means of the training loss over spans of steps."""
@@ -154,21 +131,19 @@ class Runner:
         pieces = [train[start : start + span] for start in range(0, len(train), span)]
         lines = [piece[-1] | {"loss": round(sum(e["loss"] for e in piece) / len(piece), 4)} for piece in pieces]
         lines += [e | {"loss": round(e["loss"], 5)} for e in events if e["event"] == "val" and e["loss"] is not None]
+        points = [(e["event"], e["step"], e["tokens"], round(e["train_time"], 3), e["loss"]) for e in lines]
+        path, text = self.out / "curves.csv", io.StringIO()
         with self.lock:
-            path, text = self.out / "curves.csv", io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
             if not (there := whole_lines(path)):
-                writer.writerow(("arm", "seed", "phase", "kind", "step", "tokens", "train_time", "loss"))
-            for e in lines:
-                when = (e["step"], e["tokens"], round(e["train_time"], 3))
-                writer.writerow((row.arm, row.seed, row.phase, e["event"], *when, e["loss"]))
+                text.write("arm,seed,phase,kind,step,tokens,train_time,loss\n")
+            csv.writer(text, lineterminator="\n").writerows((row.arm, row.seed, row.phase, *point) for point in points)
             self.out.mkdir(parents=True, exist_ok=True)
             atomic_write(path, there + text.getvalue())
 
 
 def read_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Command line -> options; `flags` is what stood after `--`, for the trainer, `command` the whole. Raises
-    UsageError: an unknown flag, a single seed, or an optimizer in a file outside of this folder."""
+    """Command line -> options; `flags`: what stood after `--`, for the trainer; `command`: the whole. Raises UsageError: an
+    unknown flag, a single seed, or an optimizer in a file outside of this folder."""
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.flags, options.command = tuple(argv[cut + 1 :]), shlex.join(argv)
@@ -188,8 +163,7 @@ def at_least(options: argparse.Namespace, **least: float) -> None:
 
 
 def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
-    """May an experiment with these settings, whose report is `file`, be kept in this folder? Raises UsageError: it holds
-    another one, or something else, or links."""
+    """Raises UsageError: the folder holds a report `file` with other settings, or something else, or links."""
     refuse_links(out)
     if (out / file).exists():
         there = read_json(out / file)
@@ -201,7 +175,7 @@ def check_folder(out: Path, file: str, settings: dict[str, Any]) -> None:
 
 
 def alone_in(out: Path, work: Callable[[], T]) -> T:
-    """Do the work while nobody else may use the folder: two experiments in one would write over each other's trials."""
+    """Do the work while nobody else uses the folder: two experiments in one would write over each other's trials."""
     held = lock(out)
     try:
         return work()
@@ -232,7 +206,6 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=1, help="ranks of a trial, by torchrun (default: 1)")
     add("--launcher", choices=("local", "ray"), default="local", help="where trials run (default: local)")
     add("--gpus-per-trial", type=float, default=0, help="with --launcher ray (default: 0, one CPU)")
-    add("--ray-address", default="auto", help="with --launcher ray (default: auto)")
 
 
 def threads(side_by_side: int) -> int:
@@ -243,15 +216,14 @@ def threads(side_by_side: int) -> int:
 def make_launcher(options: argparse.Namespace, side_by_side: bool) -> tuple[Launcher, int]:
     """How a trial is trained, and how many at once: several on one machine only where no clock is read."""
     if options.launcher == "ray":
-        return trials.on_ray(options.gpus_per_trial, options.ray_address), 64  # Ray itself holds back what does not fit
+        return trials.on_ray(options.gpus_per_trial), 64  # Ray itself holds back what does not fit
     if side_by_side and options.side_by_side > 1:
         return lambda trial: trials.train(trial, threads=threads(options.side_by_side)), options.side_by_side
     return lambda trial: trials.train(trial, options.processes), 1
 
 
 def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
-    """Lines of curves.csv, see `curves_by_run`. rows: the runs wanted (default: all); by their clocks, since a trial trained
-    again has the name of the first."""
+    """Lines of `curves_by_run`. rows: of these runs alone, by their clocks: a trial trained again has the name of the first."""
     runs = curves_by_run(path)
     if rows is not None:
         clocks = {(row.arm, row.seed, round(row.train_time, 3)) for row in rows}
@@ -260,8 +232,7 @@ def read_curves(path: Path, rows: Iterable[Row] | None = None) -> list[dict[str,
 
 
 def curves_by_run(path: Path) -> list[list[dict[str, Any]]]:
-    """Lines of curves.csv by run: those of its training loss, then its validations; `steps` is its length. Raises UsageError:
-    a line is damaged."""
+    """Lines of curves.csv by run: training losses, then validations; `steps`: its length. Raises UsageError: a damaged line."""
     number = {"seed": int, "step": int, "tokens": int, "train_time": float, "loss": float}
     runs: list[list[dict[str, Any]]] = []
     for place, cells in enumerate(csv.DictReader(io.StringIO(whole_lines(path))), start=2):

@@ -1,5 +1,5 @@
-"""Trials: one arm with one seed at one length, each a trainer process. A trial that has ended is found again by the hash
-of its settings in the name of its run folder, so that whatever stops an experiment loses no finished trial.
+"""Trials: one arm with one seed at one length, each a trainer process. A trial that has ended is found again by the hash of its
+settings in the name of its run folder, whatever stopped the experiment.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from typing import Any
 
 from config import resolve
 from engine import run_folder
+from engine.run_folder import ROOT
 from engine.spec import UsageError, optional
 
-ROOT = Path(__file__).parent.parent
 RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of its workers: they import this module
 RUNS = ROOT  # what the default run folders, runs/<track>/..., are relative to
 
 
 def whole_lines(path: Path) -> str:
-    """The text of a file without a last line that is still being written, or was cut by a full disk; empty without a file."""
+    """The text of a file without a last line that is being written or was cut by a full disk; empty without a file."""
     text = path.read_text(errors="replace") if path.exists() else ""
     return text[: text.rfind("\n") + 1]
 
@@ -60,8 +60,7 @@ class Trial:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the trainer puts this run. Raises UsageError: what the trainer refuses: an unknown trick, a value out of
-        range."""
+        """Where the trainer puts this run. Raises UsageError: the trainer refuses these flags, or they leave the steps open."""
         config, model_config, recipe = resolve(self.flags)
         if config.minutes:
             raise UsageError("trials are compared at fixed numbers of steps, and --minutes leaves them open: add --minutes 0")
@@ -69,20 +68,17 @@ class Trial:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json once the run has ended, else None. A run of other source code is another run: None too, as is a damaged
-        one, whose end the trainer makes again."""
-        with contextlib.suppress(FileNotFoundError, UsageError):
-            return run_folder.read_json(self.folder / "result.json") if self.source == run_folder.source_hash() else None
-
-    @property
-    def source(self) -> str | None:
-        """Hash of the code that the run in the folder was trained by; None where there is no run."""
-        return self.env().get("source_sha256")
+        """result.json of a run that has ended; None also for a damaged one, or for a run of other source code."""
+        return self.read("result.json") or None if self.env().get("source_sha256") == run_folder.source_hash() else None
 
     def env(self) -> dict[str, Any]:
-        """What the run was trained by and on; empty where there is no run."""
+        """What the run was trained by and on; empty without a run."""
+        return self.read("env.json")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run folder; empty if it is missing or damaged."""
         with contextlib.suppress(FileNotFoundError, UsageError):
-            return run_folder.read_json(self.folder / "env.json")
+            return run_folder.read_json(self.folder / name)
         return {}
 
     def log(self) -> list[dict[str, Any]]:
@@ -92,7 +88,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial: its result, or the last line of the error of a trainer that crashed twice."""
+    """A trial's result, or the last line of the error of a trainer that crashed twice."""
 
     trial: Trial
     result: dict[str, Any] | None
@@ -113,24 +109,20 @@ INTERRUPTED = threading.Event()  # nothing is begun or waited for any more
 
 
 def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
-    """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from its last
-    checkpoint if there is one; a diverged run is a result, and so is that of another experiment that is at the same trial.
-
-    processes: ranks, started by torchrun where there are several. threads: of each rank; 0: what torch takes.
-    """
+    """Run the trainer unless the trial has ended before and is not wanted ANEW. A crash is tried once more, from the last
+    checkpoint; a diverged run is a result, and so is that of another experiment that is at the same trial. processes: ranks,
+    by torchrun if there are several. threads: of each rank; 0: what torch takes."""
     if trial.extra == ANEW:  # a trainer that crashes at once must not leave the old one
         (trial.folder / "result.json").unlink(missing_ok=True)
-    if (result := trial.result) is not None:
-        return Outcome(trial, result)
     command = [*trainer(processes), *trial.flags, "--out", str(trial.folder)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    pauses = [1, 0]
-    while pauses:
+    result, error, pauses = trial.result, "", [1, 0]
+    while result is None and pauses:
         while run_folder.in_use(trial.folder) and not INTERRUPTED.wait(0.5):
             pass
         if (result := trial.result) is not None:
             break
-        of_other_code = trial.source not in (None, run_folder.source_hash())
+        of_other_code = trial.env().get("source_sha256") not in (None, run_folder.source_hash())
         code, error = run_to_end([*command, *(ANEW if of_other_code else ())], environment)
         result = trial.result
         if code == 2 and " is in use by " in error and not INTERRUPTED.is_set():  # somebody was quicker
@@ -142,33 +134,26 @@ def train(trial: Trial, processes: int = 1, threads: int = 0) -> Outcome:
 
 
 def trainer(processes: int = 1) -> list[str]:
-    """The words that start the trainer, with torchrun where there are several ranks."""
+    """The words that start the trainer, with torchrun if there are several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, "train_gpt.py"]
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code of a process and the last line of what it says on stderr."""
+    """Exit code of a process and the last line that it writes to stderr."""
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        try:
-            stderr = process.communicate()[1]
-        except BaseException:
-            process.kill()
-            raise
-    return process.returncode, (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    done = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
+    return done.returncode, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def on_ray(gpus: float, address: str = "auto") -> Launcher:
-    """Trains on a Ray cluster, when `gpus` GPUs (or one CPU, if 0) are free somewhere on it.
-
-    The repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
-    installed, or there is no cluster at `address`.
-    """
+def on_ray(gpus: float) -> Launcher:
+    """Trains on a Ray cluster (RAY_ADDRESS, or the one that runs here) when `gpus` GPUs, or one CPU if 0, are free there. The
+    repository must stand at the same path on every machine, on a file system that they share. Raises UsageError: Ray is not
+    installed, or there is no cluster."""
     ray = optional("ray", "--launcher ray needs the package ray: .venv/bin/pip install -e .[ray]")
     if not ray.is_initialized():
         try:
-            ray.init(address, log_to_driver=False, logging_level="warning", runtime_env={"env_vars": RAY_ENVIRONMENT})
+            ray.init("auto", log_to_driver=False, logging_level="warning", runtime_env={"env_vars": RAY_ENVIRONMENT})
         except ConnectionError:
             raise UsageError("--launcher ray: no Ray cluster is running here; start one: ray start --head") from None
     remote = ray.remote(num_gpus=gpus, num_cpus=1, max_retries=1)(train)

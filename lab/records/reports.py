@@ -7,7 +7,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -41,8 +41,7 @@ class Kind(NamedTuple):
     points: int  # that curves.csv keeps of a trial's training loss
 
 
-anew = partial(comparison.again, allow_mixed=True)  # the summary says which machines there were
-COMPARISON = Kind("comparison.json", anew, comparison.markdown, plans.of_comparison, POINTS)
+COMPARISON = Kind("comparison.json", comparison.again, comparison.markdown, plans.of_comparison, POINTS)
 SCALING = Kind("scaling.json", survival.again, survival_report.markdown, plans.of_scaling, ladder.POINTS)
 KINDS = {"comparisons": COMPARISON, "scaling": SCALING}
 

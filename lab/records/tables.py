@@ -169,7 +169,7 @@ def moves(board: Levers) -> str:
         table, length = board.tables[track][name], tune.length(track)
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
         entry, of, best = levers.entry(name, end), descent.rows_of(table), descent.found(table).settings
-        in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end, {}), of)
+        in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end), of)
         lengths = {"final": {length}, "descent": {length}, "length": {round(part * length) for part in levers.LENGTHS}}
         for row in rows:
             seed = descent.SEED + (row.kind != "descent") * (1 + row.number)

@@ -754,11 +754,11 @@ def test_seeds_come_from_the_measured_variance():
     search = lambda sd: compare.Search((), stats.Horizon(200, 190, 210, -0.1, sd, 0.01, 4))  # noqa: E731
     gap = 0.1 * math.log2(1.05)
     for sd in (0.001, 0.002, 0.003):
-        n = compare.seeds_needed({"a": search(sd)}, 0.05)
+        n = compare.seeds_needed({"a": search(sd)})
         assert n in (compare.LEAST_SEEDS, compare.MOST_SEEDS) or stats.power(n, gap / sd, 0.01) >= 0.9 > stats.power(
             n - 1, gap / sd, 0.01
         )
-    assert compare.seeds_needed({"a": search(0.0001)}, 0.05) < compare.seeds_needed({"a": search(0.003)}, 0.05)
+    assert compare.seeds_needed({"a": search(0.0001)}) < compare.seeds_needed({"a": search(0.003)})
 
 
 # ---------------------------------------------------------------- the real trainer

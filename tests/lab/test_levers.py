@@ -93,7 +93,7 @@ def test_every_lever_is_muon_with_one_thing_changed():
     base, _, _ = resolve(["--track", "wiki", *levers.entry("muon", end).flags(end)])
     assert base.schedule == "wsd:cooldown=0.7,warmup=0.05"
     for name, lever in levers.LEVERS.items():
-        entry, start = levers.entry(name, end), levers.begin(name, end, {})
+        entry, start = levers.entry(name, end), levers.begin(name, end)
         config, _, _ = resolve(["--track", "wiki", *entry.flags(start)])
         changed = {key for key in vars(config) if vars(config)[key] != vars(base)[key]} - {"name", "optimizer"}
         assert changed == {k for k in ("average", "outer", "decay_schedule") if getattr(lever, k)} | (

@@ -37,7 +37,7 @@ def test_runs_are_listed_watched_and_compared(tmp_path, capsys, monkeypatch):
     assert [(r.state, r.step, r.loss) for r in seen.values()][:2] == [("ok", 2, 3.5), ("training", 4, 2.0)]
     assert seen[str(dead)].state == "stopped" and seen[str(live)].left == 2.0 * 6
     assert [r["run"] for r in runs.run(["--root", str(tmp_path)]).data] == [str(live), str(old), str(dead)]
-    lines = runs.run(["--root", str(tmp_path), "tiny", "--sort", "loss"]).splitlines()
+    lines = runs.run(["--root", str(tmp_path), "tiny"]).splitlines()
     assert len(lines) == 4 and str(live) in lines[2] and "2.0000" in lines[2] and "4.0 s" in lines[3]
     with pytest.raises(UsageError, match=r"no run in .* with tiny and x"):
         runs.run(["--root", str(tmp_path), "tiny", "x"])
@@ -50,16 +50,11 @@ def test_runs_are_listed_watched_and_compared(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr(runs.time, "sleep", mock.Mock(side_effect=[None, KeyboardInterrupt]))
     assert command("runs", lambda: runs.run(["watch", str(tmp_path)])) == 130
-    assert (
-        "12.0 s" in (out := capsys.readouterr().out)
-        and out.count("left") == 2
-        and "\x1b" not in out
-        and "█▅▃▁" in out.replace("▆", "▅")
-        and str(old) not in out
-    )
+    out = capsys.readouterr().out
+    assert "12.0 s" in out and out.count("left") == 2 and "\x1b" not in out and str(old) not in out
     assert [r["run"] for r in runs.run(["watch", str(tmp_path), "--json"]).data] == [str(live)]
     assert runs.run(["watch", str(tmp_path / "none"), "--json"]).data == []
-    assert runs.sparkline([]) == "" and runs.sparkline([1.0, 1.0]) == "▁▁" and runs.duration(7200) == "2.0 h"
+    assert runs.duration(7200) == "2.0 h"
 
 
 def test_a_log_is_on_the_disk_within_a_second(tmp_path, monkeypatch):
