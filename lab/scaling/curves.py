@@ -2,21 +2,21 @@
 
 Speed-up = tokens that the base needs for the same loss / tokens that the trick used (Wen et al., arXiv 2509.02046). The base's
 final losses at several token budgets give L(D) = alpha D^-exponent + floor, and this curve gives the tokens. The speed-up is a
-figure only between the base's smallest and largest budget. Outside it is a bound: four points of three parameters say little
-about a fifth (a fit to their losses at 1, 2, 4 and 8 misses 16 by 0.01 nats). Early in training the loss need not follow a
-power law; where the seeds at each budget reject one, straight lines in log tokens join the mean losses instead.
+figure only between the base's smallest and largest budget, outside a bound: a fit to Wen et al.'s losses at 1, 2, 4 and 8
+misses 16 by 0.01 nats. Early in training the loss need not follow a power law; where the seeds at each budget reject one,
+straight lines in log tokens join the mean losses instead.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 
 EXPONENTS = np.geomspace(0.02, 3, 400)  # that a curve may have; published ones lie between 0.2 and 0.5
 DRAWS = 20_000  # of a bootstrap: another seed then moves an interval's end by 1 % of its half-width; 3 % with 2,000
-LEVEL = 0.95  # of every interval
 MISFIT = 0.05  # level of the test that rejects a power law
 
 
@@ -42,11 +42,11 @@ class PowerLaw:
     def log_amounts(amounts: np.ndarray, losses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """The logarithm of D at a loss, of many curves at once: amounts [n], losses [m, n], wanted [m] -> [m]. nan where the
         losses do not fall, inf where the floor is above the loss."""
-        unit = centre(amounts)
-        alpha, exponent, floor, _ = scan(amounts / unit, losses, candidates(amounts))
+        middle = np.log(amounts).mean()
+        alpha, exponent, floor, _ = scan(amounts / np.exp(middle), losses)
         with np.errstate(invalid="ignore", divide="ignore"):
             logs = np.where(wanted > floor, np.log(np.maximum(wanted - floor, 1e-300) / alpha) / -exponent, np.inf)
-        return np.where(np.isnan(alpha), np.nan, logs + math.log(unit))
+        return np.where(np.isnan(alpha), np.nan, logs + middle)
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,15 @@ def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray
     return levels, np.stack([y[..., which == i].mean(-1) for i in range(len(levels))], -1), which
 
 
-def centre(amounts: np.ndarray) -> float:
-    """Geometric mean: in units of it, tokens are numbers near 1."""
-    return float(np.exp(np.log(amounts).mean()))
+def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray = EXPONENTS) -> tuple[np.ndarray, ...]:
+    """Least squares of many curves at once: given the exponent, alpha and floor are a straight line's. Two budgets leave no
+    choice of it: nearly a straight line in log tokens.
 
-
-def candidates(amounts: np.ndarray) -> np.ndarray:
-    """Exponents to scan. Two budgets leave no choice: nearly a straight line in log tokens."""
-    return EXPONENTS if len(np.unique(amounts)) > 2 else EXPONENTS[:1]
-
-
-def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Least squares of many curves at once: given the exponent, alpha and floor are a straight line's.
-
-    amounts [n], losses [m, n], exponents [g] -> alpha, exponent, floor and the sum of squares, [m] each; nan and inf where no
-    curve that falls fits.
+    amounts [n], near 1; losses [m, n]; exponents [g] -> alpha, exponent, floor and the sum of squares, [m] each; nan and inf
+    where no curve that falls fits.
     """
+    if len(np.unique(amounts)) == 2:
+        exponents = EXPONENTS[:1]
     x = amounts[None] ** -exponents[:, None]  # [g, n]
     centred = x - x.mean(1, keepdims=True)
     y = losses - losses.mean(1, keepdims=True)
@@ -118,24 +111,24 @@ def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tupl
 def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
     """The power law of least squares; None where the loss does not fall. Raises ValueError: only one budget, or a loss that is
     not finite."""
-    x, y = np.asarray(amounts, float), np.asarray(losses, float)
+    x, y = np.asarray(amounts, float), np.asarray([losses], float)
     if len(np.unique(x)) < 2 or not (np.isfinite(y).all() and (x > 0).all()):
         raise ValueError("a curve needs finite losses at two or more budgets")
-    unit, tried = centre(x), candidates(x)
+    unit = np.exp(np.log(x).mean())
 
-    def at(exponents) -> tuple[np.ndarray, ...]:
-        return scan(x / unit, y[None], np.atleast_1d(exponents))
+    def at(exponent: float) -> list[float]:
+        return [float(value[0]) for value in scan(x / unit, y, np.array([exponent]))]
 
-    exponent = at(tried)[1][0]
-    if len(tried) > 1:
-        i = int(np.searchsorted(tried, exponent))
-        search = dict(bounds=tried[[max(0, i - 1), min(len(tried) - 1, i + 1)]], method="bounded", options={"xatol": 1e-9})
-        exponent = optimize.minimize_scalar(lambda e: float(at(e)[3][0]), **search).x
-    (alpha,), _, (floor,), (squares,) = at(exponent)
-    if not math.isfinite(alpha):
-        return None
-    rms = math.sqrt(squares / len(x))
-    return PowerLaw(float(alpha * unit**exponent), float(exponent), float(floor), float(x.min()), float(x.max()), rms)
+    def squares(exponent: float) -> float:
+        return at(exponent)[3]
+
+    i = int(np.searchsorted(EXPONENTS, scan(x / unit, y)[1][0]))
+    bounds = EXPONENTS[[max(0, i - 1), min(len(EXPONENTS) - 1, i + 1)]]
+    best = optimize.minimize_scalar(squares, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
+    alpha, exponent, floor, left = at(best)
+    rms = math.sqrt(left / len(x))
+    law = PowerLaw(float(alpha * unit**exponent), exponent, floor, float(x.min()), float(x.max()), rms)
+    return law if math.isfinite(alpha) else None
 
 
 def curve_through(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | Lines | None:
@@ -185,8 +178,7 @@ def speedup(curve: PowerLaw | Lines, amounts: Sequence[float], losses: Sequence[
     return Speedup(wanted / amount, inside, low, high, between / amount)
 
 
-@dataclass(frozen=True)
-class Noise:
+class Noise(NamedTuple):
     """Standard deviation of a final loss over seeds, and the degrees of freedom that it was measured with."""
 
     sd: float
@@ -224,10 +216,10 @@ def bootstrap(
     return curve.log_amounts(x, redrawn, own) - math.log(own_amount)
 
 
-def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Percentiles of the draws that are numbers; unbounded where more than a tenth are not."""
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the draws that are numbers; unbounded where more than a tenth are not."""
     numbers = draws[~np.isnan(draws)]
     if len(numbers) < 0.9 * len(draws):
         return -math.inf, math.inf
-    low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    low, high = np.quantile(numbers, [0.025, 0.975], method="inverted_cdf")
     return float(low), float(high)

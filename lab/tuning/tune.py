@@ -8,10 +8,10 @@
 
 As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is --trials quasi-random points of a
 submission's space, the same on every workload; --studies repeats that with other points. After the search come the neighbours
-of the best settings (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
-set a workload's target are rerun at three quarters of its length: the target is the best median of these reruns. A submission
-that met a target on a machine or with code that AdamW was not trained on is timed against AdamW in a few short interleaved
-runs: only such step times compare. --descend continues from the best point of the first study (lab/tuning/descent.py).
+of the best settings. The four submissions that set a workload's target are rerun at three quarters of its length: the target is
+the best median of these reruns. A submission that met a target on a machine or with code that AdamW was not trained on is timed
+against AdamW in a few short interleaved runs: only such step times compare. --descend continues from the best point of the
+first study (lab/tuning/descent.py).
 
 A trial that diverged counts as the worst. Every trial is a line of --out/<workload>/<optimizer>.csv and is never trained again.
 A workload keeps the compute type (--dtype) of its first trial.
@@ -80,18 +80,17 @@ class Contest:
     """Everybody's trials on every workload: which there are, which are wanted, and what these train for."""
 
     def __init__(self, options: argparse.Namespace):
-        """Raises UsageError: a damaged table, trials of another version of a space, or of another compute type than asked
-        for."""
+        """Raises UsageError: a damaged table, or trials of another space or another compute type than asked for."""
         self.options, self.tables = options, defaultdict(dict, tuned.read_tables(options.out))
         self.dtypes = compute_types(options, self.tables)
-        self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
+        self.deadline = time.monotonic() + 3600 * (options.machine_hours or math.inf)
+        self.late = 0  # trials that were not begun, since the hours were over
         # AdamW's too, which steps are compared with
         for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
             table = self.table(track, entry.name)
             if any(row.space != entry.version for row in table.of("search")):
                 why = "its trials are of another version of the space, or of the optimizer's file"
                 raise UsageError(f"{table.path}: {why}: move the table away first")
-        self.late = 0  # trials that were not begun, since the hours were over
 
     def table(self, track: str, name: str) -> Table:
         """Of a submission's trials on a workload; empty before the first."""
@@ -107,7 +106,7 @@ class Contest:
         `descent` the first, and once it has ended, `around` (the changes that it has not tried) and `final` (its end on new
         seeds)."""
         options, table, steps = self.options, self.table(track, entry.name), length(track)
-        job = partial(Job, kind, track, entry, table)
+        job, end = partial(Job, kind, track, entry, table), descent.found(table)
         if kind == "search":
             tried = ((study, points(entry.dimensions, options.trials, study)) for study in range(options.studies))
             return [job(study, n, 1000 * study + n, steps, point) for study, of in tried for n, point in enumerate(of)]
@@ -121,12 +120,10 @@ class Contest:
             return [job(best.study, 10 * best.number + n, best.seed, best.steps, each) for n, each in enumerate(off)]
         if kind == "descent":
             return [job(0, 0, descent.SEED, steps, {})]
-        if not (end := descent.found(table)):
-            return []
         if kind == "final":
-            return [job(0, n, descent.SEED + 1 + n, steps, end.settings) for n in range(descent.SEEDS)]
+            return [job(0, n, descent.SEED + 1 + n, steps, end.settings) for n in range(descent.SEEDS if end else 0)]
         done = [row.settings for row in descent.rows_of(table)]
-        left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done]
+        left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done] if end else []
         return [job(0, n, descent.SEED, steps, each) for n, each in enumerate(left)]
 
     def all_wanted(self, kind: str) -> list[Job]:
@@ -141,11 +138,14 @@ class Contest:
         jobs, adamw = [], submission("adamw")
         for track in self.options.tracks:
             target, beside = tuned.target_of(self.tables[track]), self.table(track, adamw.name)
-            of = {entry: self.table(track, entry.name) for entry in self.options.submissions if target}
-            untimed = {e: table for e, table in of.items() if table.meets(target["loss"]) and not tuned.timed(table, beside)}
-            runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
+            runs, steps = {adamw: beside}, max(1, round(TIMED * length(track)))
+            for entry in self.options.submissions if target else ():
+                table = self.table(track, entry.name)
+                met = min(table.steps_of_studies(target["loss"]), default=math.inf) < math.inf
+                if met and not tuned.timed(table, beside):
+                    runs[entry] = table
             turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
-            for number, (entry, table) in product(range(TIMINGS), runs.items() if untimed else ()):
+            for number, (entry, table) in product(range(TIMINGS), runs.items() if len(runs) > 1 else ()):
                 settings = best.settings if (best := table.best()) else entry.defaults()
                 jobs.append(Job("timing", track, entry, table, turn, number, 1000 * turn + number, steps, settings))
         return jobs
@@ -217,15 +217,11 @@ class Contest:
     def left(self, track: str, entry: Submission) -> float:
         """What a submission still takes on a workload, in search trials. While its search is not finished, all that follows is
         still to come."""
-        options = self.options
-
-        def count(kind: str) -> int:
-            return sum(not self.ended(job) for job in self.wanted(kind, track, entry))
-
-        if searching := count("search"):
-            left = searching + 4 * options.neighbours + SHORT * options.target_seeds * (entry.name in SETTERS)
-        else:
-            left = count("neighbour") + SHORT * count("target")
+        options, kinds = self.options, ("search", "neighbour", "target")
+        search, near, target = (sum(not self.ended(job) for job in self.wanted(kind, track, entry)) for kind in kinds)
+        if search:
+            near, target = 4 * options.neighbours, options.target_seeds * (entry.name in SETTERS)
+        left = search + near + SHORT * target
         if options.descend:  # at most
             left += descent.BUDGET - options.trials - len(descent.rows_of(self.table(track, entry.name))) + descent.SEEDS
         alongside = "adamw" in [other.name for other in options.submissions]
@@ -263,8 +259,8 @@ class Contest:
 
 
 def compute_types(options: argparse.Namespace, tables: dict[str, Tables]) -> dict[str, str]:
-    """Workload -> the compute type of its trials, those of all submissions that are there and those to come. Raises UsageError:
-    --dtype is not that of the trials that are there, or this machine lacks it."""
+    """Workload -> the compute type of its trials, there and to come. Raises UsageError: --dtype is not that of the trials that
+    are there, or this machine lacks it."""
     types, device = {}, hardware.pick_device("auto")
     for track in options.tracks:
         kept = tuned.dtype_of(tables.get(track, {}))

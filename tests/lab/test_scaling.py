@@ -317,7 +317,7 @@ def test_learning_rates_go_with_the_width():
     # a warm-up of 100 of the track's 2,400 steps is the same fraction of any run; a trick's own schedule stays
     assert sized("mup").schedule == "cosine:warmup=0.04167"
     assert sized("mup", "--schedule", "wsd:cooldown=0.7").schedule == "wsd:cooldown=0.7"
-    assert ladder.retune_factors(5, 2) == [1, 0.5, 2, 0.25, 4]
+    assert ladder.retune_factors(5) == [1, 0.5, 2, 0.25, 4]
     for rule in ("mupp", "power:", "power:x", "none:1"):
         with pytest.raises(UsageError, match="takes mup, power:EXPONENT"):
             ladder.transfer_exponent(rule, "adamw")
