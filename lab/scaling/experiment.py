@@ -106,7 +106,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     add("--most-budget", type=float, default=4, help="double the base's budgets up to this to meet a trick's loss (default: 4)")
     add("--seeds", type=int, default=3, help="runs at each point (default: 3)")
     add("--lr-transfer", default="mup", help="learning rate by width: mup, power:EXPONENT or none (default: mup)")
-    add("--retune", type=int, default=3, help="learning rates of every arm at every size, a factor of 2 apart; 1: no tuning (default: 3)")
+    add("--retune", type=int, default=3, help="learning rates tried at every size, in factors of 2; 1: no tuning (default: 3)")
     add("--timing-steps", type=int, default=20, help="steps of the runs that measure seconds per token; 0: none (default: 20)")
     add("--at", default="", help="size to predict for (default: 10 x the largest)")
     add("--hold-out", type=int, default=1, help="number of largest sizes that the smaller ones must predict (default: 1)")
