@@ -42,7 +42,7 @@ from lab.runner import alone_in, at_least, run_through, threads
 from lab.trials import Arm, Trial
 from lab.tuning import descent, report, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
-from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table, Tables
+from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table
 from optimizers import OPTIMIZERS
 
 WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
@@ -82,7 +82,7 @@ class Contest:
     def __init__(self, options: argparse.Namespace):
         """Raises UsageError: a damaged table, or trials of another space or another compute type than asked for."""
         self.options, self.tables = options, defaultdict(dict, tuned.read_tables(options.out))
-        self.dtypes = compute_types(options, self.tables)
+        self.dtypes = {track: self.dtype(track) for track in options.tracks}
         self.deadline = time.monotonic() + 3600 * (options.machine_hours or math.inf)
         self.late = 0  # trials that were not begun, since the hours were over
         # AdamW's too, which steps are compared with
@@ -91,6 +91,15 @@ class Contest:
             if any(row.space != entry.version for row in table.of("search")):
                 why = "its trials are of another version of the space, or of the optimizer's file"
                 raise UsageError(f"{table.path}: {why}: move the table away first")
+
+    def dtype(self, track: str) -> str:
+        """Of a workload's trials, there and to come. Raises UsageError: --dtype is another, or this machine lacks it."""
+        kept, asked = tuned.dtype_of(self.tables[track]), self.options.dtype
+        if kept and asked not in ("auto", kept):
+            where = f"the trials of {track} in {self.options.out} are in {kept}"
+            raise UsageError(f"--dtype {asked}: {where}: choose another --out")
+        dtype, _ = hardware.pick_dtype(kept or asked, hardware.pick_device("auto"))
+        return trials.DTYPES[str(dtype).removeprefix("torch.")]
 
     def table(self, track: str, name: str) -> Table:
         """Of a submission's trials on a workload; empty before the first."""
@@ -126,15 +135,9 @@ class Contest:
         left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done] if end else []
         return [job(0, n, descent.SEED, steps, each) for n, each in enumerate(left)]
 
-    def all_wanted(self, kind: str) -> list[Job]:
-        """Round by round, so that whoever stops early has given everyone the same number of trials."""
-        pairs = product(self.options.tracks, self.options.submissions)
-        jobs = [job for track, entry in pairs for job in self.wanted(kind, track, entry)]
-        return sorted(jobs, key=lambda job: (job.study, job.number)) if kind == "search" else jobs
-
     def timings(self) -> list[Job]:
-        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. A time to target
-        is steps times the cost of a step, in which machines, or one machine on two days, differ more than many submissions."""
+        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. Machines, or one
+        machine on two days, differ more in the cost of a step than many submissions."""
         jobs, adamw = [], submission("adamw")
         for track in self.options.tracks:
             target, beside = tuned.target_of(self.tables[track]), self.table(track, adamw.name)
@@ -154,11 +157,12 @@ class Contest:
 
     def train(self, kind: str, jobs: list[Job]) -> None:
         """All that is not there."""
-        ended, work = (self.has_descended, self.descend) if kind == "descent" else (self.ended, self.one)
-        run_through(kind, jobs, ended, work, self.options.side_by_side)
+        run_through(kind, jobs, self.ended, self.descend if kind == "descent" else self.one, self.options.side_by_side)
 
     def ended(self, job: Job) -> bool:
-        """One that crashed is tried again."""
+        """One that crashed is tried again. Of a descent: all of it."""
+        if job.kind == "descent":
+            return self.next_settings(job) is None
         row = job.table.rows.get((job.kind, job.study, job.number, job.steps))
         return row is not None and row.status != "crashed"
 
@@ -169,8 +173,8 @@ class Contest:
             return ""
         begun = time.monotonic()
         outcome = trials.train(job.trial(self.dtypes[job.track]), threads=threads(self.options.side_by_side))
-        about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings)
-        row = Row.of(outcome, time.monotonic() - begun, space=job.submission.version, **about)
+        about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings, space=job.submission.version)
+        row = Row.of(outcome, time.monotonic() - begun, **about)
         job.table.add(row)
         loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
@@ -190,9 +194,6 @@ class Contest:
         start, most = job.table.best(tuned.FIRST_STUDY), descent.BUDGET - len(job.table.of("search", tuned.FIRST_STUDY))
         return descent.following(job.submission.dimensions, job.table, start and start.settings, most)
 
-    def has_descended(self, job: Job) -> bool:
-        return self.next_settings(job) is None
-
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
@@ -201,11 +202,10 @@ class Contest:
         walls = [row.wall for entry in self.options.submissions for row in self.table(track, entry.name).of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
-        adamw, steps, new_seed = submission("adamw"), length(track), time.time_ns() % 2**32  # no run has had it
-        part = max(2, round(CALIBRATED * steps))
-        job = Job("plan", track, adamw, self.table(track, "adamw"), 0, 0, new_seed, part, adamw.defaults())
-        trial = job.trial(self.dtypes[track])
         print(f"plan: timing {track}", flush=True)
+        adamw, steps, new_seed = submission("adamw"), length(track), time.time_ns() % 2**32  # no run has had it
+        part, table = max(2, round(CALIBRATED * steps)), self.table(track, "adamw")
+        trial = Job("plan", track, adamw, table, 0, 0, new_seed, part, adamw.defaults()).trial(self.dtypes[track])
         begun = time.monotonic()
         outcome = trials.train(trial, threads=threads(self.options.side_by_side))
         seconds = time.monotonic() - begun
@@ -215,8 +215,7 @@ class Contest:
         return seconds + outcome.result["train_time"] * (steps / part - 1)
 
     def left(self, track: str, entry: Submission) -> float:
-        """What a submission still takes on a workload, in search trials. While its search is not finished, all that follows is
-        still to come."""
+        """What a submission still takes on a workload, in search trials; all that follows an unfinished search."""
         options, kinds = self.options, ("search", "neighbour", "target")
         search, near, target = (sum(not self.ended(job) for job in self.wanted(kind, track, entry)) for kind in kinds)
         if search:
@@ -224,9 +223,7 @@ class Contest:
         left = search + near + SHORT * target
         if options.descend:  # at most
             left += descent.BUDGET - options.trials - len(descent.rows_of(self.table(track, entry.name))) + descent.SEEDS
-        alongside = "adamw" in [other.name for other in options.submissions]
-        timed = alongside or tuned.timed(self.table(track, entry.name), self.table(track, "adamw"))
-        return left if timed else left + 2 * TIMINGS * TIMED
+        return left
 
     def plan(self) -> None:
         """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all. Raises
@@ -249,27 +246,16 @@ class Contest:
         print(f"  together about {sum(hours().values()):.1f} hours of this machine, beside what is there", flush=True)
 
     def run(self) -> None:
-        """Plan, then train all that is wanted and not there."""
+        """Plan, then train all that is not there; the search round by round, so that whoever stops early has given everyone the
+        same number of trials."""
         self.plan()
         for kind in ("search", "target", "neighbour", *(("descent", "around", "final") if self.options.descend else ())):
-            self.train(kind, self.all_wanted(kind))
+            pairs = product(self.options.tracks, self.options.submissions)
+            jobs = [job for track, entry in pairs for job in self.wanted(kind, track, entry)]
+            self.train(kind, sorted(jobs, key=lambda job: (job.study, job.number)) if kind == "search" else jobs)
         self.train("timing", self.timings())
         if self.late:
             print(f"the hours are over: {self.late} trials were not begun; the same command continues", flush=True)
-
-
-def compute_types(options: argparse.Namespace, tables: dict[str, Tables]) -> dict[str, str]:
-    """Workload -> the compute type of its trials, there and to come. Raises UsageError: --dtype is not that of the trials that
-    are there, or this machine lacks it."""
-    types, device = {}, hardware.pick_device("auto")
-    for track in options.tracks:
-        kept = tuned.dtype_of(tables.get(track, {}))
-        if kept and options.dtype not in ("auto", kept):
-            where = f"the trials of {track} in {options.out} are in {kept}"
-            raise UsageError(f"--dtype {options.dtype}: {where}: choose another --out")
-        dtype, _ = hardware.pick_dtype(kept or options.dtype, device)
-        types[track] = trials.DTYPES[str(dtype).removeprefix("torch.")]
-    return types
 
 
 def add_running(made: argparse.ArgumentParser) -> None:
@@ -304,18 +290,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UsageError: an unknown submission or workload, or a value out of range."""
     options = parser().parse_args(argv)
     at_least(options, trials=1, studies=1, side_by_side=1, target_seeds=1, machine_hours=0)
-    for name in options.workloads:
+    options.tracks = list(dict.fromkeys(options.workloads))
+    for name in options.tracks:
         if name not in tricks.TRACKS:
             raise UsageError(f"unknown workload {name!r}: {nearest(name, tricks.TRACKS)}")
-    options.tracks = list(dict.fromkeys(options.workloads))
     if not options.optimizers and not options.report:
         raise UsageError("tune what? --optimizers adamw muon ..., or all (see --help)")
     words = [*OPTIMIZERS, *EXTRAS] if options.optimizers == ["all"] else list(dict.fromkeys(options.optimizers))
     options.submissions = [submission(word) for word in words]
-    for entry in options.submissions:  # the space must not be empty, and the trainer must take what comes of it
-        (first,) = points(entry.dimensions, 1, 0)
-        for track in options.tracks:
-            resolve(["--track", track, *entry.flags(first)])
+    for entry, track in product(options.submissions, options.tracks):  # the trainer must take what comes of the space
+        resolve(["--track", track, *entry.flags(points(entry.dimensions, 1, 0)[0])])
     return options
 
 
