@@ -18,6 +18,7 @@ from scipy import optimize, stats
 EXPONENTS = np.geomspace(0.02, 3, 400)  # that a curve may have; published ones lie between 0.2 and 0.5
 DRAWS = 20_000  # of a bootstrap: another seed then moves an interval's end by 1 % of its half-width; 3 % with 2,000
 MISFIT = 0.05  # level of the test that rejects a power law
+Values = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Lines:
     most: float
 
     @classmethod
-    def through(cls, amounts: Sequence[float], losses: Sequence[float]) -> "Lines":
+    def through(cls, amounts: Values, losses: Values) -> "Lines":
         x, y, _ = means(amounts, losses)
         return cls(tuple(x.tolist()), tuple(np.minimum.accumulate(y).tolist()), float(x[0]), float(x[-1]))
 
@@ -80,7 +81,10 @@ class Lines:
         return x[after] + part * (x[after + 1] - x[after])
 
 
-def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Curve = PowerLaw | Lines
+
+
+def means(amounts: Values, losses: Values) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distinct amounts [k], rising; the mean loss at each [..., k]; for every run the index of its amount [n]."""
     levels, which = np.unique(np.asarray(amounts, float), return_inverse=True)
     y = np.asarray(losses, float)
@@ -108,7 +112,7 @@ def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray = EXPONE
     return alpha, exponents[best], losses.mean(1) - alpha * x.mean(1)[best], squares
 
 
-def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
+def fit(amounts: Values, losses: Values) -> PowerLaw | None:
     """The power law of least squares; None where the loss does not fall. Raises ValueError: only one budget, or a loss that is
     not finite."""
     x, y = np.asarray(amounts, float), np.asarray([losses], float)
@@ -131,7 +135,7 @@ def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
     return law if math.isfinite(alpha) else None
 
 
-def curve_through(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | Lines | None:
+def curve_through(amounts: Values, losses: Values) -> Curve | None:
     """The power law, or `Lines` where the runs reject it; None where the loss does not fall. Raises as `fit`.
 
     The F test of lack of fit rejects it: the means at the budgets scatter about the law by more than runs scatter about their
@@ -167,7 +171,7 @@ class Speedup:
         return f"> {self.low:.2f}x" if self.low else f"< {self.high:.2f}x"
 
 
-def speedup(curve: PowerLaw | Lines, amounts: Sequence[float], losses: Sequence[float], loss: float, amount: float) -> Speedup:
+def speedup(curve: Curve, amounts: Values, losses: Values, loss: float, amount: float) -> Speedup:
     """Of a run of `amount` tokens that ended at `loss`, against the base's runs and the curve through them."""
     wanted = curve.amount(loss)
     inside = curve.least * (1 - 1e-9) <= wanted <= curve.most * (1 + 1e-9)
@@ -185,23 +189,17 @@ class Noise(NamedTuple):
     df: float
 
     @classmethod
-    def pooled(cls, samples: Sequence[Sequence[float]]) -> "Noise":
+    def pooled(cls, samples: Sequence[Values]) -> "Noise":
         """From groups of at least two runs that differ only in their seed."""
         df = sum(len(s) - 1 for s in samples)
         return cls(math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / df), df)
 
 
 def bootstrap(
-    curve: PowerLaw | Lines | type[PowerLaw | Lines],
-    amounts: Sequence[float],
-    losses: Sequence[float],
-    own_amount: float,
-    own_losses: Sequence[float],
-    noise: Noise,
-    seed: int = 0,
-    draws: int = DRAWS,
+    curve: Curve | type[Curve], amounts: Values, losses: Values, amount: float, own: Values, noise: Noise, seed=0, draws=DRAWS
 ) -> np.ndarray:
-    """Log speed-ups [draws] as other seeds might have given them: every loss is drawn anew, a curve of the same form fitted.
+    """Log speed-ups [draws] of a trick with the losses `own` after `amount` tokens, as other seeds might have given them: every
+    loss is drawn anew, a curve of the same form fitted to the base's.
 
     It is parametric and includes the noise's own uncertainty: resampling three seeds would give too narrow intervals. Base and
     trick are drawn independently although they share data orders, which can only make the interval too wide. nan where a draw
@@ -212,8 +210,8 @@ def bootstrap(
     spread = np.sqrt(noise.df / rng.chisquare(noise.df, draws)) if math.isfinite(noise.df) else np.ones(draws)
     sd = noise.sd * spread[:, None]  # values that the true one may have, given the measured one
     redrawn = y + sd * rng.standard_normal((draws, len(y)))  # each run, so that a budget weighs by the number of its runs
-    own = np.mean(own_losses) + sd[:, 0] / math.sqrt(len(own_losses)) * rng.standard_normal(draws)
-    return curve.log_amounts(x, redrawn, own) - math.log(own_amount)
+    wanted = np.mean(own) + sd[:, 0] / math.sqrt(len(own)) * rng.standard_normal(draws)
+    return curve.log_amounts(x, redrawn, wanted) - math.log(amount)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -91,9 +91,6 @@ def make(options: argparse.Namespace, sizes: Sequence[Size] = ()) -> Experiment:
     return Experiment(ratio, tuple(ladder.rung(size, of, ratio, base) for size in sizes), arms, options)
 
 
-# ---------------------------------------------------------------- command
-
-
 def parser(about: str) -> argparse.ArgumentParser:
     made = Parser(description=about)
     add = made.add_argument
@@ -129,7 +126,4 @@ def parse(argv: list[str], about: str = "") -> argparse.Namespace:
     given = options.budgets
     if len(set(given)) < max(2, len(given)) or not all(0 < budget < math.inf for budget in given) or 1 not in given:
         raise UsageError(f"--budgets takes at least two different numbers above 0, one of them 1; not {given}")
-    ladder.transfer_exponent(options.lr_transfer, "adamw")
-    if options.at:
-        size_of(options.at)
     return options

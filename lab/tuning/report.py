@@ -188,20 +188,18 @@ def draw_sensitivity(track: str, tables: Tables) -> Any:
     lowest = [table.best().val_loss for table in shown.values()]
     usual = [statistics.median(r.val_loss for r in table.of("search") if math.isfinite(r.val_loss)) for table in shown.values()]
     least, most = min(lowest), max(*lowest, float(np.quantile(usual, 0.75)))
-    top = most + 0.3 * (most - least)
-    axes[0].set_ylim(least - 0.05 * (most - least), top)
+    top = most + 0.3 * (most - least)  # what lies above, or diverged, stands there
+    axes[0].set_ylim(least - 0.05 * (most - least), top + 0.05 * (most - least))
     for axis, (name, table) in zip(axes, shown.items(), strict=True):
         near = [table.best(), *(row for change, row in table.neighbours().items() if change.startswith("lr"))]
         for runs, style, colour in ((table.of("search"), "o", "tab:blue"), (near, "o-", "tab:orange")):
-            points = sorted((row.settings["lr"], row.val_loss) for row in runs if math.isfinite(row.val_loss))
+            points = sorted((row.settings["lr"], min(row.val_loss, top)) for row in runs)
             axis.plot(*zip(*points), style, ms=3, color=colour)
-            above = [row.settings["lr"] for row in runs if not row.val_loss <= top]  # or diverged: at the upper edge
-            axis.plot(above, [top - 0.04 * (top - least)] * len(above), "^", ms=4, color=colour, markerfacecolor="none")
         axis.set(xscale="log")
         axis.xaxis.set_minor_formatter(plots.pyplot().NullFormatter())
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
     figure.suptitle(track, fontsize=9)
-    figure.supxlabel("learning rate (orange: the best, and half and twice its rate; triangle: above, or diverged)", fontsize=8)
+    figure.supxlabel("learning rate (orange: the best, and half and twice its rate; upper edge: above, or diverged)", fontsize=8)
     figure.supylabel("final loss, nats", fontsize=8)
     return figure

@@ -101,13 +101,13 @@ def medians(studies: Studies) -> Times:
 def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
     """`variant=base,...` -> base workload of each variant. Raises UsageError: no such workload."""
     bases = {}
-    for word in filter(None, (w.strip() for w in text.split(","))):
-        variant, equals, base = word.partition("=")
-        for name in (variant, base) if equals else (word,):
+    for word in filter(None, map(str.strip, text.split(","))):
+        variant, _, base = word.partition("=")
+        if not base or variant == base:
+            raise UsageError(f"--held-out takes variant=base, not {word!r}")
+        for name in (variant, base):
             if name not in workloads:
                 raise UsageError(f"--held-out {word}: no workload {name!r}: {nearest(name, workloads)}")
-        if not equals or variant == base:
-            raise UsageError(f"--held-out takes variant=base, not {word!r}")
         bases[variant] = base
     return bases
 
@@ -223,15 +223,14 @@ def draw(times: Times, held_out: dict[str, str]) -> Any:
 
 def run(argv: list[str]) -> Answer:
     parser = Parser(prog="compare.py score", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--times", type=Path, help="table of seconds to target")
-    source.add_argument("--studies", type=Path, help="table of single studies; gives intervals too")
+    about = "table of seconds to target, or of single studies, which gives intervals too"
+    parser.add_argument("--times", "--studies", type=Path, required=True, help=about)
     parser.add_argument("--held-out", default="", help="variant=base,...: columns that are variants of a workload")
     parser.add_argument("--reference", default="", help="also score against this submission alone")
     parser.add_argument("--plot", type=Path, help="draw the profiles: PLOT.png")
     options = parser.parse_args(argv)
-    with intact(options.studies or options.times):
-        studies = read_studies(options.studies or options.times)
+    with intact(options.times):
+        studies = read_studies(options.times)
     times = medians(studies)
     held_out = read_held_out(options.held_out, times.workloads)
     result = summary(studies, held_out, options.reference)
