@@ -200,6 +200,6 @@ def draw_sensitivity(track: str, tables: Tables) -> Any:
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
     figure.suptitle(track, fontsize=9)
-    figure.supxlabel("learning rate (orange: the best, and half and twice its rate; upper edge: above, or diverged)", fontsize=8)
+    figure.supxlabel("learning rate (orange: the best, half and twice its rate; upper edge: above, or diverged)", fontsize=8)
     figure.supylabel("final loss, nats", fontsize=8)
     return figure
