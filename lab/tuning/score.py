@@ -88,7 +88,7 @@ def read_studies(path: Path) -> Studies:
 
 
 def medians(studies: Studies) -> Times:
-    """The medians over studies; not run is missed. Raises UsageError: fewer than two workloads, or no target met."""
+    """The medians over studies. Raises UsageError: fewer than two workloads, or no target met."""
     submissions, workloads = (list(dict.fromkeys(key[part] for key in studies)) for part in (0, 1))
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
@@ -114,16 +114,15 @@ def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
 
 def ratios(times: Times, held_out: dict[str, str]) -> tuple[list[str], np.ndarray]:
     """Base workloads, and r [submissions, base workloads]: time over the best time; inf where missed."""
-    column = {w: i for i, w in enumerate(times.workloads)}
-    pairs = [(column[variant], column[base]) for variant, base in held_out.items()]
-    t = times.seconds.copy()
+    t, column = times.seconds.copy(), times.workloads.index
+    pairs = [(column(variant), column(base)) for variant, base in held_out.items()]
     for variant, base in pairs:
         t[np.isinf(t[:, base]), variant] = np.inf
     t[t > TAU_MAX * t.min(0)] = np.inf
     for variant, base in pairs:
         t[np.isinf(t[:, variant]), base] = np.inf
     bases = [w for w in times.workloads if w not in held_out]
-    t = t[:, [column[w] for w in bases]]
+    t = t[:, [column(w) for w in bases]]
     with np.errstate(invalid="ignore"):
         return bases, np.where(np.isinf(t), np.inf, t / t.min(0))
 
@@ -144,11 +143,11 @@ def reference_scores(times: Times, held_out: dict[str, str], reference: str) -> 
     no such submission, or it met no target."""
     if reference not in times.submissions:
         raise UsageError(f"--reference {reference!r}: {nearest(reference, times.submissions)}")
-    t = times.seconds[:, [w not in held_out for w in times.workloads]]
-    t = t[:, np.isfinite(t[times.submissions.index(reference)])]
-    if not t.size:
+    own = times.seconds[times.submissions.index(reference)]
+    met = np.isfinite(own) & [w not in held_out for w in times.workloads]
+    if not met.any():
         raise UsageError(f"--reference {reference}: it met no target")
-    gain = np.log(t[times.submissions.index(reference)]) - np.log(t)
+    gain = np.log(own[met]) - np.log(times.seconds[:, met])
     return np.clip(0.5 + gain / (2 * math.log(TAU_MAX)), 0, 1).mean(1)
 
 

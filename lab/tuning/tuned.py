@@ -2,8 +2,8 @@
 
 Losses do not depend on how busy a machine was; times do. So the time to a target is the number of steps to it (the first
 validation at or below it) times the cost of a step: CPU seconds of training, the lower quartile over the submission's trials,
-each on one core. A shared machine's step takes a third longer in one session than in another, so only ratios to AdamW's step in
-the same session are carried over.
+each on one core. A step takes a third longer in one session than in another: only ratios to AdamW's step in the same session
+are carried over.
 
 More studies must not be more luck: a time or a loss is the median over studies, a target is set by first studies, and a
 quartile hardly depends on the number of trials. Only the best settings (`best`) come from all of them.
@@ -33,7 +33,7 @@ CHANGES |= {"half the warm-up": ("warmup", 0.5)}  # of the best settings, one at
 
 
 def plain(name: str) -> str:
-    """A submission's name as a file's, from which `read_tables` has it back."""
+    """A submission's name as a file's."""
     return quote(name, safe="=,")
 
 
@@ -177,9 +177,9 @@ def target_of(tables: Tables) -> dict[str, Any] | None:
 
 def step_seconds(tables: Tables) -> dict[str, float]:
     """Submission -> CPU seconds of a step on one workload: its ratio to AdamW's step, the geometric mean over the sessions that
-    trained both, times AdamW's step in the session with most of AdamW's trials; none for who was never trained beside AdamW. A
-    session is a machine and the source that ran on it; runs that time a step, interleaved with AdamW's, are one of their own
-    each time (their study). Reruns for the target are of few submissions, and left out."""
+    trained both, times AdamW's step in the session with most of AdamW's trials. A session is a machine and the source that ran
+    on it; runs that time a step, interleaved with AdamW's, are one of their own each time (their study). Reruns for the target
+    are of few submissions, and left out."""
     seconds: dict[tuple[str, str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
         for row in (*table.of("search"), *table.of("neighbour"), *table.of("timing")):
@@ -193,13 +193,13 @@ def step_seconds(tables: Tables) -> dict[str, float]:
 
 
 def timed(table: Table, adamw: Table) -> bool:
-    """Is there a session in which a submission was trained beside AdamW?"""
+    """Was a submission trained beside AdamW in some session?"""
     return "it" in step_seconds({"adamw": adamw, "it": table})
 
 
 def studies(tables: dict[str, Tables]) -> score.Studies:
-    """(submission, workload) -> seconds to the target of each study. Submissions that met it and were never timed are left out.
-    Rounded as in studies.csv: scores jump where two times tie, and must agree."""
+    """(submission, workload) -> seconds to the target of each study, as in studies.csv: scores jump where two times tie.
+    Submissions that met it and were never timed are left out."""
     times: score.Studies = {}
     for track, of in tables.items():
         target, cost = target_of(of), step_seconds(of)
