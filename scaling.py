@@ -9,8 +9,7 @@
 A trick is a name of tricks.py, or an optimizer SPEC. Speed-up = tokens that the base needs for the same loss / tokens that the
 trick used. Base and trick train with the same batch, their learning rates moved to each size by the same rule (--lr-transfer)
 and then re-tuned with equally many runs (--retune). The base trains at several token budgets (--budgets), and at more if a
-trick's loss lies outside. Flags after `--` go to the trainer, for every arm. The same command continues after an
-interruption: a trial that has ended is never trained again.
+trick's loss lies outside. Flags after `--` go to the trainer, for every arm. The same command continues after an interruption.
 
 Output: --out (scaling/<ladder>-<base>) with trials.csv, curves.csv, scaling.json, README.md and plots. Exit codes: 0 judged or
 planned, 2 the command was wrong or nothing can be said, 130 interrupted.
@@ -41,9 +40,6 @@ from lab.scaling.plan import plan
 REPORT = "scaling.json"
 LEAST_BUDGET = 0.125  # below which the base's curve is not extended
 SAME = ("ladder", "base", "lr_transfer", "tokens_per_parameter", "flags")  # in every experiment of one folder
-
-
-# ---------------------------------------------------------------- what is to be run
 
 
 def make_experiment(options: argparse.Namespace) -> Experiment:
@@ -78,11 +74,11 @@ def train_tokens(experiment: Experiment) -> int:
     return len(Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train"))
 
 
-# ---------------------------------------------------------------- running
-
-
 def run(options: argparse.Namespace) -> str:
-    """Plan, or run and judge; returns what to print."""
+    """The verdict lines of the experiment that was asked for, or its plan."""
+    if options.report:
+        with intact(options.report / REPORT):
+            return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
     experiment = make_experiment(options)
     if options.plan:
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
@@ -154,16 +150,9 @@ def report(out: Path, summary: dict[str, Any]) -> Answer:
 
 
 def main(argv: list[str]) -> int:
-    def work() -> str:
-        if argv[:1] == ["fit"]:
-            return published.fit_table(argv[1:])
-        options = parse(argv, __doc__)
-        if options.report:
-            with intact(options.report / REPORT):
-                return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
-        return run(options)
-
-    return command("scaling.py", work, argv)
+    if argv[:1] == ["fit"]:
+        return command("scaling.py", lambda: published.fit_table(argv[1:]), argv)
+    return command("scaling.py", lambda: run(parse(argv, __doc__)), argv)
 
 
 if __name__ == "__main__":
