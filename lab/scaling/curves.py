@@ -113,8 +113,7 @@ def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray = EXPONE
 
 
 def fit(amounts: Values, losses: Values) -> PowerLaw | None:
-    """The power law of least squares; None where the loss does not fall. Raises ValueError: only one budget, or a loss that is
-    not finite."""
+    """By least squares; None where the loss does not fall. Raises ValueError: one budget, or a loss that is not finite."""
     x, y = np.asarray(amounts, float), np.asarray([losses], float)
     if len(np.unique(x)) < 2 or not (np.isfinite(y).all() and (x > 0).all()):
         raise ValueError("a curve needs finite losses at two or more budgets")

@@ -94,8 +94,7 @@ LADDERS = {
 
 
 def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
-    """Sizes by the names of the ladder's own, or by numbers of non-embedding parameters (the nearest on the dial). Raises
-    UsageError: a word that is no size, sizes that do not grow, or only one."""
+    """By a ladder's names, or the nearest on its dial. Raises UsageError: no size, only one, or they do not grow."""
     sizes, known = [], {size.name: size for size in of.sizes}
     for word in words:
         heads = 0 if word in known else round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3))

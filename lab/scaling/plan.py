@@ -29,10 +29,7 @@ def predicted(arm: Arm, machine: Sequence[str]) -> Prediction:
 
 
 def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> Answer:
-    """Cells and their numbers of runs in words: a row for each size, and the sums. Raises as `predict`.
-
-    machine: flags of the cost model.
-    """
+    """Of cells with their numbers of runs; machine: flags of the cost model. Raises as `predict`."""
     arms = {(cell.rung, cell.name): cell.arm for cell, _ in planned}
     bar = tqdm(arms.items(), desc="predicting", unit="arm", disable=not sys.stderr.isatty())
     predictions = {key: predicted(arm, machine) for key, arm in bar}

@@ -23,8 +23,7 @@ shrinks with size and is not shown at the predicted size; else *not decided*."""
 
 
 def verdict_lines(summary: Summary) -> list[str]:
-    """A line for each trick, in tokens and, where they were measured, seconds; then one for each turn of short runs whose times
-    do not compare."""
+    """A line for each trick, then one for each turn of short runs whose times do not compare."""
     lines = []
     for trick in summary["tricks"]:
         tokens, seconds = trick["trends"]["tokens"], trick["trends"]["seconds"]

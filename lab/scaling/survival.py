@@ -111,8 +111,8 @@ def judge(sizes: Sequence[Found], cost: str, at: float, seeds: int) -> Trend | N
 
 
 def held_out(sizes: Sequence[Found], count: int, seeds: int) -> list[Found]:
-    """How well the smaller sizes predicted the `count` largest: predicted and measured speed-up in tokens, and whether the
-    measured one lies inside the prediction's interval, widened by the measurement's own noise."""
+    """How the smaller sizes predicted the `count` largest: is the measured speed-up, in tokens, inside the prediction's
+    interval, widened by its own noise?"""
     checks, last = [], len(sizes) - count
     for size in sizes[last:]:
         predicted = judge(sizes[:last], "tokens", size["parameters"], seeds)

@@ -131,8 +131,7 @@ def verdict_of(low: float, high: float, slope_high: float, gained: bool) -> str:
 
 
 def more_seeds(x: np.ndarray, se: np.ndarray, at: float, scatter: float, centre: float, half: float, seeds: int) -> str:
-    """How many seeds would decide: the interval about the same line, of half-width `half` with `seeds`, then excludes 1 or lies
-    within 5 % of it."""
+    """How many would decide: with them, an interval that has half-width `half` with `seeds` excludes 1 or lies near it."""
     if len(x) < 3:
         return "two sizes do not show how far sizes scatter: add a third"
 

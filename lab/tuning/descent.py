@@ -117,9 +117,8 @@ def rises(space: Sequence[Dimension], table: Table) -> list[float]:
 
 
 def speed_ups(tables: Tables) -> dict[str, tuple[float, float]]:
-    """Submission -> (in steps, in time): what AdamW needs for the worse of its own and the other's final loss, over what the
-    other needs; by mean curves of the final runs, which all must have. Time is steps times the cost of a step; nan: untimed.
-    Empty without AdamW."""
+    """Submission -> (in steps, in time): what AdamW needs for the worse of the two final losses over what the submission needs,
+    by mean curves of the final runs, which all must have. nan: untimed. Empty without AdamW."""
     curves, pairs = {}, {}
     for name, table in tables.items():
         validations = zip(*(row.losses for row in finals(table)))  # each of all runs, which have one length

@@ -22,8 +22,8 @@ from lab.tuning.tuned import CHANGES, Scored, Tables, plain
 
 
 def winners(tables: dict[str, Tables], before: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """workload -> optimizer -> its best settings as words of the command line, and how good they were: its defaults on that
-    track (tricks.tuned). Of code that the command line does not name there is what there was before."""
+    """workload -> optimizer -> its best settings as flags, and their loss: its defaults there (tricks.tuned). Of code that the
+    command line does not name: what there was `before`."""
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for track, of in tables.items():
         for name, table in of.items():
@@ -127,8 +127,7 @@ class Contents(NamedTuple):
 
 
 def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> Contents:
-    """place: the folder, as README.md names it. before: see `winners`. Raises UsageError: no trial has ended well, or trials
-    of a workload are of two compute types."""
+    """place: the folder in words. Raises UsageError: no trial has ended well, or a workload has two compute types."""
     every = [table for of in tables.values() for table in of.values()]
     if not every:
         raise UsageError(f"{place} holds no finished trial: ./run.sh compare tune --optimizers ...")

@@ -56,8 +56,7 @@ class Times:
 
 
 def read_studies(path: Path) -> Studies:
-    """A table of studies, or of times, which are one study each. Raises UsageError: no such file or table, a study that comes
-    twice, a cell that is no time."""
+    """Of a table of studies, or of times: one study each. Raises UsageError: no such table, or a cell that is no time."""
     try:
         with path.open(newline="") as file:
             head, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row] or [[""]]
@@ -139,8 +138,7 @@ def scores(times: Times, held_out: dict[str, str]) -> np.ndarray:
 
 
 def reference_scores(times: Times, held_out: dict[str, str], reference: str) -> np.ndarray:
-    """Of every submission against one of them, on the workloads that this one met, whatever the others do. Raises UsageError:
-    no such submission, or it met no target."""
+    """Against one submission, on the workloads that it met. Raises UsageError: there is none, or it met none."""
     if reference not in times.submissions:
         raise UsageError(f"--reference {reference!r}: {nearest(reference, times.submissions)}")
     own = times.seconds[times.submissions.index(reference)]

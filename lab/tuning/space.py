@@ -119,8 +119,7 @@ EXTRAS = {
 
 
 def submission(word: str) -> Submission:
-    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed. Raises
-    UsageError: there is none."""
+    """One of EXTRAS, a registered optimizer, or a SPEC whose keys stay fixed. Raises UsageError: there is none."""
     if word in EXTRAS:
         return EXTRAS[word]
     name, _ = split(word)

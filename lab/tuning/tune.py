@@ -111,9 +111,8 @@ class Contest:
 
     def wanted(self, kind: str, track: str, entry: Submission) -> list[Job]:
         """The trials of a submission on a workload: `search`, `target` (the best settings of the first study of those that set
-        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs); of a
-        `descent` the first, and once it has ended, `around` (the changes that it has not tried) and `final` (its end on new
-        seeds)."""
+        targets, on new seeds) or `neighbour` (one setting off the best, same seed); of a `descent` the first, and once it has
+        ended, `around` (the changes that it has not tried) and `final` (its end on new seeds)."""
         options, table, steps = self.options, self.table(track, entry.name), length(track)
         job, end = partial(Job, kind, track, entry, table), descent.found(table)
         if kind == "search":
@@ -136,8 +135,7 @@ class Contest:
         return [job(0, n, descent.SEED, steps, each) for n, each in enumerate(left)]
 
     def timings(self) -> list[Job]:
-        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. Machines, or one
-        machine on two days, differ more in the cost of a step than many submissions."""
+        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it."""
         jobs, adamw = [], submission("adamw")
         for track in self.options.tracks:
             target, beside = tuned.target_of(self.tables[track]), self.table(track, adamw.name)
@@ -197,8 +195,7 @@ class Contest:
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
-        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW. Raises
-        UsageError: that run crashed."""
+        """Wall-clock, of a search trial: the median, or by a short run of AdamW. Raises UsageError: it crashed."""
         walls = [row.wall for entry in self.options.submissions for row in self.table(track, entry.name).of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
@@ -226,8 +223,7 @@ class Contest:
         return left
 
     def plan(self) -> None:
-        """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all. Raises
-        UsageError: not even one trial for everyone fits."""
+        """Print it, with the trials cut to --machine-hours. Raises UsageError: not even one for everyone fits."""
         options = self.options
         each = {track: self.seconds_of_a_trial(track) for track in options.tracks}
 

@@ -163,8 +163,7 @@ def target_study(best: Row) -> int:
 
 
 def target_of(tables: Tables) -> dict[str, Any] | None:
-    """A workload's target: the lowest median, over the submissions that set it, of the reruns of the best settings of their
-    first study, so that a target does not fall with the number of studies."""
+    """The lowest median, over those that set it, of the reruns of the best settings of their first study."""
     candidates = []
     for name in SETTERS:
         best = tables[name].best(FIRST_STUDY) if name in tables else None
@@ -178,8 +177,7 @@ def target_of(tables: Tables) -> dict[str, Any] | None:
 def step_seconds(tables: Tables) -> dict[str, float]:
     """Submission -> CPU seconds of a step on one workload: its ratio to AdamW's step, the geometric mean over the sessions that
     trained both, times AdamW's step in the session with most of AdamW's trials. A session is a machine and the source that ran
-    on it; runs that time a step, interleaved with AdamW's, are one of their own each time (their study). Reruns for the target
-    are of few submissions, and left out."""
+    on it; or the runs of a study that time a step. Reruns for the target are of few submissions, and left out."""
     seconds: dict[tuple[str, str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
         for row in (*table.of("search"), *table.of("neighbour"), *table.of("timing")):
@@ -214,8 +212,7 @@ Scored = tuple[score.Studies, dict[str, Any]] | None
 
 
 def scored(times: score.Studies) -> Scored:
-    """Times and score.summary of the submissions that were run on every workload with a target: one that was not would count
-    as having missed. None where there is nothing to score."""
+    """Times and score.summary of the submissions that were run on every workload with a target; None: nothing to score."""
     submissions, workloads = ({key[part] for key in times} for part in (0, 1))
     whole = {s for s in submissions if all((s, w) in times for w in workloads)}
     times = {(s, w): each for (s, w), each in times.items() if s in whole}
