@@ -113,10 +113,8 @@ def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray = EXPONE
 
 
 def fit(amounts: Values, losses: Values) -> PowerLaw | None:
-    """By least squares; None where the loss does not fall. Raises ValueError: one budget, or a loss that is not finite."""
+    """By least squares, through finite losses at two or more budgets; None where the loss does not fall."""
     x, y = np.asarray(amounts, float), np.asarray([losses], float)
-    if len(np.unique(x)) < 2 or not (np.isfinite(y).all() and (x > 0).all()):
-        raise ValueError("a curve needs finite losses at two or more budgets")
     unit = np.exp(np.log(x).mean())
 
     def at(exponent: float) -> list[float]:
@@ -135,7 +133,7 @@ def fit(amounts: Values, losses: Values) -> PowerLaw | None:
 
 
 def curve_through(amounts: Values, losses: Values) -> Curve | None:
-    """The power law, or `Lines` where the runs reject it; None where the loss does not fall. Raises as `fit`.
+    """The power law, or `Lines` where the runs reject it; None where the loss does not fall.
 
     The F test of lack of fit rejects it: the means at the budgets scatter about the law by more than runs scatter about their
     means. With one run per budget, or no more budgets than parameters, nothing is rejected.

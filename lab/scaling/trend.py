@@ -83,14 +83,11 @@ def scatter_about_line(x: np.ndarray, y: np.ndarray, se: np.ndarray) -> float:
 def trend(
     parameters: Sequence[float], ratios: Sequence[float], draws: np.ndarray, at: float, seeds: int, seed: int = 0
 ) -> Trend:
-    """The verdict on a trick at `at` parameters; with two sizes the interval is unbounded, as they lie on a line however they
-    scatter. Raises ValueError: fewer than two.
+    """The verdict on a trick at `at` parameters, by two sizes or more; the interval of two is unbounded, as they lie on a line.
 
     ratios: measured speed-ups at the sizes [k]. draws: log speed-ups [m, k] by `bootstrap`. seeds: runs at each point.
     """
     x, y = np.log(np.asarray(parameters, float)), np.log(np.asarray(ratios, float))
-    if len(x) < 2:
-        raise ValueError("a trend needs at least two sizes")
     middle = x.mean()
     x, at_x = x - middle, math.log(at) - middle
     draws = draws[np.isfinite(draws).all(1)]

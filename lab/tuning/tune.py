@@ -138,12 +138,11 @@ class Contest:
         """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it."""
         jobs, adamw = [], submission("adamw")
         for track in self.options.tracks:
-            target, beside = tuned.target_of(self.tables[track]), self.table(track, adamw.name)
-            runs, steps = {adamw: beside}, max(1, round(TIMED * length(track)))
+            runs, steps = {adamw: self.table(track, adamw.name)}, max(1, round(TIMED * length(track)))
+            target, cost = tuned.target_of(self.tables[track]), tuned.step_seconds(self.tables[track])
             for entry in self.options.submissions if target else ():
                 table = self.table(track, entry.name)
-                met = min(table.steps_of_studies(target["loss"]), default=math.inf) < math.inf
-                if met and not tuned.timed(table, beside):
+                if min(table.steps_of_studies(target["loss"]), default=math.inf) < math.inf and entry.name not in cost:
                     runs[entry] = table
             turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
             for number, (entry, table) in product(range(TIMINGS), runs.items() if len(runs) > 1 else ()):

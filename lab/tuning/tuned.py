@@ -190,11 +190,6 @@ def step_seconds(tables: Tables) -> dict[str, float]:
     return {name: low[0]["adamw"] * statistics.geometric_mean(each) for name, each in ratios.items() if each}
 
 
-def timed(table: Table, adamw: Table) -> bool:
-    """Was a submission trained beside AdamW in some session?"""
-    return "it" in step_seconds({"adamw": adamw, "it": table})
-
-
 def studies(tables: dict[str, Tables]) -> score.Studies:
     """(submission, workload) -> seconds to the target of each study, as in studies.csv: scores jump where two times tie.
     Submissions that met it and were never timed are left out."""
