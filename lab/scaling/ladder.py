@@ -155,7 +155,7 @@ def joined(name: str, keys: dict[str, str]) -> str:
 
 def retune_factors(count: int) -> list[float]:
     """`count` factors round 1, outwards: 1, 1/2, 2, 1/4, ..."""
-    return [2.0 ** (((i + 1) // 2) * (-1) ** i) for i in range(count)]
+    return [2 ** (((i + 1) // 2) * (-1) ** i) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,10 @@ def at_size(name: str, flags: Sequence[str], rung: Rung, transfer: str, factor: 
     config, model, _ = resolved(sized)
     track = tricks.track(config.track).settings
     factor_at_width = (model.width / track["width"]) ** transfer_exponent(transfer, config.optimizer)
-    for flag, before, after in (
-        ("--optimizer", config.optimizer, with_lr_factor(config.optimizer, factor * factor_at_width)),
-        ("--schedule", config.schedule, fractional(config.schedule, track["steps"])),
-        ("--momentum-schedule", config.momentum_schedule, fractional(config.momentum_schedule, track["steps"])),
-    ):
-        sized += (flag, after) if after != before else ()
+    restated = {"optimizer": with_lr_factor(config.optimizer, factor * factor_at_width)}
+    restated |= {key: fractional(getattr(config, key), track["steps"]) for key in ("schedule", "momentum_schedule")}
+    for key, spec in restated.items():
+        sized += (f"--{key.replace('_', '-')}", spec) if spec != getattr(config, key) else ()
     return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), sized)
 
 
