@@ -10,7 +10,6 @@ straight lines in log tokens join the mean losses instead.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -179,36 +178,29 @@ def speedup(curve: Curve, amounts: Values, losses: Values, loss: float, amount: 
     return Speedup(wanted / amount, inside, low, high, between / amount)
 
 
-class Noise(NamedTuple):
-    """Standard deviation of a final loss over seeds, and the degrees of freedom that it was measured with."""
-
-    sd: float
-    df: float
-
-    @classmethod
-    def pooled(cls, samples: Sequence[Values]) -> "Noise":
-        """From groups of at least two runs that differ only in their seed."""
-        df = sum(len(s) - 1 for s in samples)
-        return cls(math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / df), df)
+def pooled(samples: Sequence[Values]) -> tuple[float, float]:
+    """Standard deviation of a loss over seeds and its degrees of freedom, by groups of runs that differ only in their seed."""
+    df = sum(len(s) - 1 for s in samples)
+    return math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / df), df
 
 
 def bootstrap(
-    curve: Curve | type[Curve], amounts: Values, losses: Values, amount: float, own: Values, noise: Noise, seed=0, draws=DRAWS
+    form: type[Curve], amounts: Values, losses: Values, amount: float, own: Values, noise: Values, seed: int, draws: int = DRAWS
 ) -> np.ndarray:
     """Log speed-ups [draws] of a trick with the losses `own` after `amount` tokens, as other seeds might have given them: every
-    loss is drawn anew, a curve of the same form fitted to the base's.
+    loss is drawn anew, a curve of that form fitted to the base's. noise: by `pooled`.
 
     It is parametric and includes the noise's own uncertainty: resampling three seeds would give too narrow intervals. Base and
     trick are drawn independently although they share data orders, which can only make the interval too wide. nan where a draw
     has no curve, inf where its floor is above the loss.
     """
-    rng = np.random.default_rng(seed)
+    rng, (sd, df) = np.random.default_rng(seed), noise
     x, y = np.asarray(amounts, float), np.asarray(losses, float)
-    spread = np.sqrt(noise.df / rng.chisquare(noise.df, draws)) if math.isfinite(noise.df) else np.ones(draws)
-    sd = noise.sd * spread[:, None]  # values that the true one may have, given the measured one
+    spread = np.sqrt(df / rng.chisquare(df, draws)) if math.isfinite(df) else np.ones(draws)
+    sd = sd * spread[:, None]  # values that the true one may have, given the measured one
     redrawn = y + sd * rng.standard_normal((draws, len(y)))  # each run, so that a budget weighs by the number of its runs
     wanted = np.mean(own) + sd[:, 0] / math.sqrt(len(own)) * rng.standard_normal(draws)
-    return curve.log_amounts(x, redrawn, wanted) - math.log(amount)
+    return form.log_amounts(x, redrawn, wanted) - math.log(amount)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import numpy as np
 from engine.spec import UsageError
 from lab import stats
 from lab.ledger import Row, compute_type, turns_apart
-from lab.scaling.curves import DRAWS, Noise, bootstrap, curve_through, interval, speedup
+from lab.scaling.curves import DRAWS, bootstrap, curve_through, interval, pooled, speedup
 from lab.scaling.trend import Trend, trend
 
 COSTS = ("tokens", "seconds", "flops")  # that a speed-up is given in
@@ -83,7 +83,7 @@ def at_one_size(base: Found, trick: Found, seed: int) -> Found:
     samples = [p["losses"] for p in (*base["points"], *trick["points"]) if len(p["losses"]) > 1]
     if not samples:
         return result | {"why": "one seed: the noise is not known"}
-    draws = bootstrap(curve, tokens, losses, amount, own["losses"], Noise.pooled(samples), seed)
+    draws = bootstrap(type(curve), tokens, losses, amount, own["losses"], pooled(samples), seed)
     return result | in_every_cost(gain.ratio, draws, base["cost"], trick["cost"], seed)
 
 

@@ -20,7 +20,7 @@ from engine.spec import UsageError
 from lab import plots, trials
 from lab.ledger import read_rows
 from lab.scaling import ladder, plan, published, survival
-from lab.scaling.curves import Lines, Noise, PowerLaw, bootstrap, curve_through, fit, interval, speedup
+from lab.scaling.curves import Lines, PowerLaw, bootstrap, curve_through, fit, interval, pooled, speedup
 from lab.scaling.trend import scatter_about_line, trend
 from lab.trials import Outcome
 from model import GPT, parameter_counts
@@ -154,7 +154,7 @@ def test_straight_intervals_cover_where_a_power_law_misses():
     hits = {PowerLaw: [], Lines: []}
     for _ in range(200):
         y, own = law(BUDGETS) + 0.01 * rng.standard_normal(len(BUDGETS)), law(4) + 0.01 * rng.standard_normal(3)
-        noise = Noise.pooled([*(y[b == BUDGETS] for b in np.unique(BUDGETS)), own])
+        noise = pooled([*(y[b == BUDGETS] for b in np.unique(BUDGETS)), own])
         for form, hit in hits.items():
             low, high = interval(bootstrap(form, BUDGETS, y, 1, own, noise, 1, 400))
             hit.append(low <= math.log(4) <= high)
@@ -174,7 +174,7 @@ def measured(truth: float, rng: np.random.Generator, sd=0.003, seeds=3, budgets=
 
     x = np.repeat(budgets, seeds).astype(float)
     y, own = law(x) + sd * rng.standard_normal(len(x)), law(truth) + sd * rng.standard_normal(seeds)
-    noise = Noise.pooled([*(y[x == b] for b in budgets), own])
+    noise = pooled([*(y[x == b] for b in budgets), own])
     return bootstrap(PowerLaw, x, y, 1, own, noise, seed=1, draws=500)
 
 
@@ -220,7 +220,7 @@ def test_two_sizes_predict_nothing():
 
 def test_an_interval_does_not_hang_on_the_bootstraps_seed():
     y = 3 - 0.1 * np.log2(4 * BUDGETS)
-    draws = [bootstrap(Lines, BUDGETS, y, 1, [2.8] * 3, Noise(0.01, 12), seed) for seed in range(10)]
+    draws = [bootstrap(Lines, BUDGETS, y, 1, [2.8] * 3, (0.01, 12), seed) for seed in range(10)]
     ends = np.array([interval(d) for d in draws])
     assert ends[:, 0].std() < 0.02 * np.ptp(ends, axis=1).mean() / 2
 
