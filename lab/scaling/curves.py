@@ -16,6 +16,7 @@ from scipy import optimize, stats
 
 EXPONENTS = np.geomspace(0.02, 3, 400)  # that a curve may have; published ones lie between 0.2 and 0.5
 DRAWS = 20_000  # of a bootstrap: another seed then moves an interval's end by 1 % of its half-width; 3 % with 2,000
+LEVEL = 0.95  # of every interval
 MISFIT = 0.05  # level of the test that rejects a power law
 Values = Sequence[float]
 
@@ -204,9 +205,9 @@ def bootstrap(
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of the draws that are numbers; unbounded where more than a tenth are not."""
+    """Percentiles of the draws that are numbers; unbounded where more than a tenth are not."""
     numbers = draws[~np.isnan(draws)]
     if len(numbers) < 0.9 * len(draws):
         return -math.inf, math.inf
-    low, high = np.quantile(numbers, [0.025, 0.975], method="inverted_cdf")
+    low, high = np.quantile(numbers, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     return float(low), float(high)
