@@ -124,8 +124,9 @@ def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequen
     is above; none beyond --most-budget, the corpus, or LEAST_BUDGET."""
     there, more, means = train_tokens(experiment), [], {}
     for cell in curves:
-        for point in survival.losses_by_budget([cell.described()], rows):
-            means |= {cell: statistics.mean(point["losses"])} if point["losses"] else {}
+        ran = [row.val_loss for row in rows if (row.phase, row.arm, row.steps) == ("curve", cell.arm.name, cell.steps)]
+        if losses := [loss for loss in ran if math.isfinite(loss)]:
+            means[cell] = statistics.mean(losses)
     for rung in experiment.rungs:
         of_base = [cell for cell in curves if (cell.rung, cell.name) == (rung, experiment.base)]
         base = [means[cell] for cell in of_base if cell in means]
