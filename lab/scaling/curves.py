@@ -93,11 +93,8 @@ def means(amounts: Values, losses: Values) -> tuple[np.ndarray, np.ndarray, np.n
 
 def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray = EXPONENTS) -> tuple[np.ndarray, ...]:
     """Least squares of many curves at once: given the exponent, alpha and floor are a straight line's. Two budgets leave no
-    choice of it: nearly a straight line in log tokens.
-
-    amounts [n], near 1; losses [m, n]; exponents [g] -> alpha, exponent, floor and the sum of squares, [m] each; nan and inf
-    where no curve that falls fits.
-    """
+    choice of it: nearly a straight line in log tokens. amounts [n], near 1; losses [m, n]; exponents [g] -> alpha, exponent,
+    floor and the sum of squares, [m] each; nan and inf where no curve that falls fits."""
     if len(np.unique(amounts)) == 2:
         exponents = EXPONENTS[:1]
     x = amounts[None] ** -exponents[:, None]  # [g, n]
@@ -133,11 +130,9 @@ def fit(amounts: Values, losses: Values) -> PowerLaw | None:
 
 
 def curve_through(amounts: Values, losses: Values) -> Curve | None:
-    """The power law, or `Lines` where the runs reject it; None where the loss does not fall.
-
-    The F test of lack of fit rejects it: the means at the budgets scatter about the law by more than runs scatter about their
-    means. With one run per budget, or no more budgets than parameters, nothing is rejected.
-    """
+    """The power law, or `Lines` where the F test of lack of fit rejects it: the means at the budgets scatter about the law by
+    more than runs scatter about their means. With one run per budget, or no more budgets than parameters, nothing is rejected.
+    None where the loss does not fall."""
     law = fit(amounts, losses)
     if law is None:
         return None
@@ -189,12 +184,9 @@ def bootstrap(
     form: type[Curve], amounts: Values, losses: Values, amount: float, own: Values, noise: Values, seed: int, draws: int = DRAWS
 ) -> np.ndarray:
     """Log speed-ups [draws] of a trick with the losses `own` after `amount` tokens, as other seeds might have given them: every
-    loss is drawn anew, a curve of that form fitted to the base's. noise: by `pooled`.
-
-    It is parametric and includes the noise's own uncertainty: resampling three seeds would give too narrow intervals. Base and
-    trick are drawn independently although they share data orders, which can only make the interval too wide. nan where a draw
-    has no curve, inf where its floor is above the loss.
-    """
+    loss is drawn anew, a curve of that form fitted to the base's. noise: by `pooled`; its own uncertainty is included, as
+    resampling three seeds would give too narrow intervals. Base and trick are drawn independently although they share data
+    orders, which can only make the interval too wide. nan where a draw has no curve, inf where its floor is above the loss."""
     rng, (sd, df) = np.random.default_rng(seed), noise
     x, y = np.asarray(amounts, float), np.asarray(losses, float)
     spread = np.sqrt(df / rng.chisquare(df, draws)) if math.isfinite(df) else np.ones(draws)

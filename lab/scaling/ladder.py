@@ -120,12 +120,9 @@ def trick_flags(base: str, word: str) -> tuple[str, ...]:
 
 
 def transfer_exponent(rule: str, spec: str) -> float:
-    """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`. Raises UsageError: it is no such rule.
-
-    mup asks the optimizer (`transfer`), so that an update's largest singular value stays what it is (arXiv 2203.03466, arXiv
-    2310.17813). One `lr` serves all roles of element-wise methods, so it moves for all; the matrix methods' `adamw_lr`,
-    `embedding_lr` and `head_lr` stay, as muP leaves embeddings.
-    """
+    """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`. With mup an update's largest singular
+    value stays what it is (`transfer`; arXiv 2203.03466, 2310.17813). One `lr` serves all roles of element-wise methods; the
+    matrix methods' `adamw_lr`, `embedding_lr` and `head_lr` stay, as muP leaves embeddings. Raises UsageError: no such rule."""
     if rule == "mup":
         return optimizers.find(spec).transfer
     try:

@@ -84,9 +84,7 @@ def trend(
     parameters: Sequence[float], ratios: Sequence[float], draws: np.ndarray, at: float, seeds: int, seed: int = 0
 ) -> Trend:
     """The verdict on a trick at `at` parameters, by two sizes or more; the interval of two is unbounded, as they lie on a line.
-
-    ratios: measured speed-ups at the sizes [k]. draws: log speed-ups [m, k] by `bootstrap`. seeds: runs at each point.
-    """
+    ratios: measured speed-ups at the sizes [k]. draws: log speed-ups [m, k] by `bootstrap`. seeds: runs at each point."""
     x, y = np.log(np.asarray(parameters, float)), np.log(np.asarray(ratios, float))
     middle = x.mean()
     x, at_x = x - middle, math.log(at) - middle
