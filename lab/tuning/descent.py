@@ -66,9 +66,8 @@ def descend(space: Sequence[Dimension], start: Settings) -> Generator[Settings, 
 
 def order(space: Sequence[Dimension], start: Settings, losses: Sequence[float]) -> tuple[list[Settings], Settings | None]:
     """The settings that a descent tries with these losses, and the next one; None: it has ended."""
-    run = descend(space, start)
-    points = [next(run)]
-    for loss in losses:
+    run, points = descend(space, start), []
+    for loss in (None, *losses):  # None starts it
         try:
             points.append(run.send(loss))
         except StopIteration:
