@@ -9,8 +9,7 @@
 A trick is a name of tricks.py, or an optimizer SPEC. Speed-up = tokens that the base needs for the same loss / tokens that the
 trick used. Base and trick train with the same batch, their learning rates moved to each size by the same rule (--lr-transfer)
 and then re-tuned with equally many runs (--retune). The base trains at several token budgets (--budgets), and at more if a
-trick's loss lies outside. Flags after `--` go to the trainer, for every arm. The same command continues after an
-interruption: a trial that has ended is never trained again.
+trick's loss lies outside. Flags after `--` go to the trainer, for every arm. The same command continues after an interruption.
 
 Output: --out (scaling/<ladder>-<base>) with trials.csv, curves.csv, scaling.json, README.md and plots. Exit codes: 0 judged or
 planned, 2 the command was wrong or nothing can be said, 130 interrupted.
@@ -20,7 +19,6 @@ import argparse
 import math
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -44,14 +42,29 @@ LEAST_BUDGET = 0.125  # below which the base's curve is not extended
 SAME = ("ladder", "base", "lr_transfer", "tokens_per_parameter", "flags")  # in every experiment of one folder
 
 
-# ---------------------------------------------------------------- what is to be run
-
-
 def make_experiment(options: argparse.Namespace) -> Experiment:
-    """Raises UsageError: as `make`; what `check_settings` or `check_data` refuses."""
-    experiment = make(options)
-    check_settings(experiment)
-    check_data(experiment)
+    """Raises UsageError: as `make`; two arms have the same settings; the batch changes within a run, whose steps would then be
+    more tokens than the others get; the longest run would see data twice; the corpus is not prepared, unless this is a plan."""
+    experiment, seen = make(options), {}
+    for name in experiment.arms:
+        config, model, _ = resolve(experiment.cell("curve", name, experiment.rungs[0]).trial(0).flags)
+        if set(config.batch_stages) != {1.0}:
+            raise UsageError(f"{name}: --batch-stages are not for a ladder, whose batch is set by size")
+        same = seen.setdefault(settings_hash(vars(config) | vars(model), ("tricks",)), name)
+        if same != name:
+            raise UsageError(f"{name} and {same} are the same settings on this ladder, which sets width, layers, heads")
+    try:
+        there = train_tokens(experiment)
+    except UsageError:
+        if options.plan:
+            return experiment
+        raise
+    rung, most = experiment.rungs[-1], max(options.budgets)
+    if most * rung.tokens > there:
+        ratio = math.floor(100 * there / (most * rung.parameters)) / 100
+        wanted = f"{size_words(rung.parameters)} parameters at budget {most:g} want {most * rung.tokens:,.0f} tokens"
+        instead = f"--tokens-per-parameter {ratio:g}, smaller --budgets, or fewer sizes"
+        raise UsageError(f"no data left: {wanted}, the corpus has {there:,}: {instead}")
     return experiment
 
 
@@ -61,40 +74,11 @@ def train_tokens(experiment: Experiment) -> int:
     return len(Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train"))
 
 
-def check_settings(experiment: Experiment) -> None:
-    """Raises UsageError: two arms have the same settings, or the batch changes within a run, whose steps would then be more
-    tokens than the others get."""
-    seen: dict[str, str] = {}
-    for name in experiment.arms:
-        config, model, _ = resolve(experiment.cell("curve", name, experiment.rungs[0]).trial(0).flags)
-        if set(config.batch_stages) != {1.0}:
-            raise UsageError(f"{name}: --batch-stages are not for a ladder, whose batch is set by size")
-        same = seen.setdefault(settings_hash(vars(config) | vars(model), ("tricks",)), name)
-        if same != name:
-            raise UsageError(f"{name} and {same} are the same settings on this ladder, which sets width, layers, heads")
-
-
-def check_data(experiment: Experiment) -> None:
-    """Raises UsageError: the longest run would see data twice; the corpus is not prepared, unless this is only a plan."""
-    options, rung = experiment.options, experiment.rungs[-1]
-    try:
-        there, most = train_tokens(experiment), max(options.budgets)
-    except UsageError:
-        if options.plan:
-            return
-        raise
-    if most * rung.tokens > there:
-        ratio = math.floor(100 * there / (most * rung.parameters)) / 100
-        wanted = f"{size_words(rung.parameters)} parameters at budget {most:g} want {most * rung.tokens:,.0f} tokens"
-        instead = f"--tokens-per-parameter {ratio:g}, smaller --budgets, or fewer sizes"
-        raise UsageError(f"no data left: {wanted}, the corpus has {there:,}: {instead}")
-
-
-# ---------------------------------------------------------------- running
-
-
 def run(options: argparse.Namespace) -> str:
-    """Plan, or run and judge; returns what to print."""
+    """The verdict lines of the experiment that was asked for, or its plan."""
+    if options.report:
+        with intact(options.report / REPORT):
+            return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
     experiment = make_experiment(options)
     if options.plan:
         ranks = ["--world-size", str(options.processes)] if options.hardware == "here" else []
@@ -110,7 +94,7 @@ def measure(experiment: Experiment, out: Path) -> str:
     """`run` in its output folder: re-tune, curves, further runs of the base where needed, timing; then the report."""
     options = experiment.options
     trainer = runner.Runner(out, options.keep_checkpoints, ladder.POINTS)
-    beside, alone = runner.make_launcher(options, side_by_side=True), runner.make_launcher(options, side_by_side=False)
+    beside, alone = (runner.make_launcher(options, side_by_side) for side_by_side in (True, False))
 
     def trained(phase: str, cells: Sequence[Cell]) -> None:
         trainer.run_all(phase, [cell.trial(seed) for seed in experiment.seeds(phase) for cell in cells], *beside)
@@ -138,16 +122,15 @@ def measure(experiment: Experiment, out: Path) -> str:
 def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequence[Row]) -> list[Cell]:
     """Further runs of the base: twice its largest budget where a trick's loss is below its losses, half its smallest where one
     is above; none beyond --most-budget, the corpus, or LEAST_BUDGET."""
-    there, more = train_tokens(experiment), []
-    losses = defaultdict(list)
-    for row in rows:
-        if row.phase == "curve" and math.isfinite(row.val_loss):
-            losses[row.arm, row.steps].append(row.val_loss)
-    means = {cell: statistics.mean(of) for cell in curves if (of := losses[cell.arm.name, cell.steps])}
+    there, more, means = train_tokens(experiment), [], {}
+    for cell in curves:
+        ran = [row.val_loss for row in rows if (row.phase, row.arm, row.steps) == ("curve", cell.arm.name, cell.steps)]
+        if losses := [loss for loss in ran if math.isfinite(loss)]:
+            means[cell] = statistics.mean(losses)
     for rung in experiment.rungs:
         of_base = [cell for cell in curves if (cell.rung, cell.name) == (rung, experiment.base)]
         base = [means[cell] for cell in of_base if cell in means]
-        others = [means[cell] for cell in means if cell.rung == rung and cell.name != experiment.base]
+        others = [mean for cell, mean in means.items() if cell.rung == rung and cell.name != experiment.base]
         if not base or not others:
             continue
         up, down = 2 * max(cell.budget for cell in of_base), min(cell.budget for cell in of_base) / 2
@@ -168,16 +151,9 @@ def report(out: Path, summary: dict[str, Any]) -> Answer:
 
 
 def main(argv: list[str]) -> int:
-    def work() -> str:
-        if argv[:1] == ["fit"]:
-            return published.fit_table(argv[1:])
-        options = parse(argv, __doc__)
-        if options.report:
-            with intact(options.report / REPORT):
-                return report(options.report, survival.again(*runner.read_report(options.report, REPORT)))
-        return run(options)
-
-    return command("scaling.py", work, argv)
+    if argv[:1] == ["fit"]:
+        return command("scaling.py", lambda: published.fit_table(argv[1:]), argv)
+    return command("scaling.py", lambda: run(parse(argv, __doc__)), argv)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Speed-up = tokens that the base needs for the same loss / tokens that the trick used (Wen et al., arXiv 2509.02046). The base's
 final losses at several token budgets give L(D) = alpha D^-exponent + floor, and this curve gives the tokens. The speed-up is a
-figure only between the base's smallest and largest budget. Outside it is a bound: four points of three parameters say little
-about a fifth (a fit to their losses at 1, 2, 4 and 8 misses 16 by 0.01 nats). Early in training the loss need not follow a
-power law; where the seeds at each budget reject one, straight lines in log tokens join the mean losses instead.
+figure only between the base's smallest and largest budget, outside a bound: a fit to Wen et al.'s losses at 1, 2, 4 and 8
+misses 16 by 0.01 nats. Early in training the loss need not follow a power law; where the seeds at each budget reject one,
+straight lines in log tokens join the mean losses instead.
 """
 
 import math
@@ -18,6 +18,7 @@ EXPONENTS = np.geomspace(0.02, 3, 400)  # that a curve may have; published ones 
 DRAWS = 20_000  # of a bootstrap: another seed then moves an interval's end by 1 % of its half-width; 3 % with 2,000
 LEVEL = 0.95  # of every interval
 MISFIT = 0.05  # level of the test that rejects a power law
+Values = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class PowerLaw:
     def log_amounts(amounts: np.ndarray, losses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """The logarithm of D at a loss, of many curves at once: amounts [n], losses [m, n], wanted [m] -> [m]. nan where the
         losses do not fall, inf where the floor is above the loss."""
-        unit = centre(amounts)
-        alpha, exponent, floor, _ = scan(amounts / unit, losses, candidates(amounts))
+        middle = np.log(amounts).mean()
+        alpha, exponent, floor, _ = scan(amounts / np.exp(middle), losses)
         with np.errstate(invalid="ignore", divide="ignore"):
             logs = np.where(wanted > floor, np.log(np.maximum(wanted - floor, 1e-300) / alpha) / -exponent, np.inf)
-        return np.where(np.isnan(alpha), np.nan, logs + math.log(unit))
+        return np.where(np.isnan(alpha), np.nan, logs + middle)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Lines:
     most: float
 
     @classmethod
-    def through(cls, amounts: Sequence[float], losses: Sequence[float]) -> "Lines":
+    def through(cls, amounts: Values, losses: Values) -> "Lines":
         x, y, _ = means(amounts, losses)
         return cls(tuple(x.tolist()), tuple(np.minimum.accumulate(y).tolist()), float(x[0]), float(x[-1]))
 
@@ -80,29 +81,22 @@ class Lines:
         return x[after] + part * (x[after + 1] - x[after])
 
 
-def means(amounts: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Curve = PowerLaw | Lines
+
+
+def means(amounts: Values, losses: Values) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distinct amounts [k], rising; the mean loss at each [..., k]; for every run the index of its amount [n]."""
     levels, which = np.unique(np.asarray(amounts, float), return_inverse=True)
     y = np.asarray(losses, float)
     return levels, np.stack([y[..., which == i].mean(-1) for i in range(len(levels))], -1), which
 
 
-def centre(amounts: np.ndarray) -> float:
-    """Geometric mean: in units of it, tokens are numbers near 1."""
-    return float(np.exp(np.log(amounts).mean()))
-
-
-def candidates(amounts: np.ndarray) -> np.ndarray:
-    """Exponents to scan. Two budgets leave no choice: nearly a straight line in log tokens."""
-    return EXPONENTS if len(np.unique(amounts)) > 2 else EXPONENTS[:1]
-
-
-def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Least squares of many curves at once: given the exponent, alpha and floor are a straight line's.
-
-    amounts [n], losses [m, n], exponents [g] -> alpha, exponent, floor and the sum of squares, [m] each; nan and inf where no
-    curve that falls fits.
-    """
+def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray = EXPONENTS) -> tuple[np.ndarray, ...]:
+    """Least squares of many curves at once: given the exponent, alpha and floor are a straight line's. Two budgets leave no
+    choice of it: nearly a straight line in log tokens. amounts [n], near 1; losses [m, n]; exponents [g] -> alpha, exponent,
+    floor and the sum of squares, [m] each; nan and inf where no curve that falls fits."""
+    if len(np.unique(amounts)) == 2:
+        exponents = EXPONENTS[:1]
     x = amounts[None] ** -exponents[:, None]  # [g, n]
     centred = x - x.mean(1, keepdims=True)
     y = losses - losses.mean(1, keepdims=True)
@@ -115,35 +109,30 @@ def scan(amounts: np.ndarray, losses: np.ndarray, exponents: np.ndarray) -> tupl
     return alpha, exponents[best], losses.mean(1) - alpha * x.mean(1)[best], squares
 
 
-def fit(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
-    """The power law of least squares; None where the loss does not fall. Raises ValueError: only one budget, or a loss that is
-    not finite."""
-    x, y = np.asarray(amounts, float), np.asarray(losses, float)
-    if len(np.unique(x)) < 2 or not (np.isfinite(y).all() and (x > 0).all()):
-        raise ValueError("a curve needs finite losses at two or more budgets")
-    unit, tried = centre(x), candidates(x)
+def fit(amounts: Values, losses: Values) -> PowerLaw | None:
+    """By least squares, through finite losses at two or more budgets; None where the loss does not fall."""
+    x, y = np.asarray(amounts, float), np.asarray([losses], float)
+    unit = np.exp(np.log(x).mean())
 
-    def at(exponents) -> tuple[np.ndarray, ...]:
-        return scan(x / unit, y[None], np.atleast_1d(exponents))
+    def at(exponent: float) -> list[float]:
+        return [float(value[0]) for value in scan(x / unit, y, np.array([exponent]))]
 
-    exponent = at(tried)[1][0]
-    if len(tried) > 1:
-        i = int(np.searchsorted(tried, exponent))
-        search = dict(bounds=tried[[max(0, i - 1), min(len(tried) - 1, i + 1)]], method="bounded", options={"xatol": 1e-9})
-        exponent = optimize.minimize_scalar(lambda e: float(at(e)[3][0]), **search).x
-    (alpha,), _, (floor,), (squares,) = at(exponent)
-    if not math.isfinite(alpha):
-        return None
-    rms = math.sqrt(squares / len(x))
-    return PowerLaw(float(alpha * unit**exponent), float(exponent), float(floor), float(x.min()), float(x.max()), rms)
+    def squares(exponent: float) -> float:
+        return at(exponent)[3]
+
+    i = int(np.searchsorted(EXPONENTS, scan(x / unit, y)[1][0]))
+    bounds = EXPONENTS[[max(0, i - 1), min(len(EXPONENTS) - 1, i + 1)]]
+    best = optimize.minimize_scalar(squares, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
+    alpha, exponent, floor, left = at(best)
+    rms = math.sqrt(left / len(x))
+    law = PowerLaw(float(alpha * unit**exponent), exponent, floor, float(x.min()), float(x.max()), rms)
+    return law if math.isfinite(alpha) else None
 
 
-def curve_through(amounts: Sequence[float], losses: Sequence[float]) -> PowerLaw | Lines | None:
-    """The power law, or `Lines` where the runs reject it; None where the loss does not fall. Raises as `fit`.
-
-    The F test of lack of fit rejects it: the means at the budgets scatter about the law by more than runs scatter about their
-    means. With one run per budget, or no more budgets than parameters, nothing is rejected.
-    """
+def curve_through(amounts: Values, losses: Values) -> Curve | None:
+    """The power law, or `Lines` where the F test of lack of fit rejects it: the means at the budgets scatter about the law by
+    more than runs scatter about their means. With one run per budget, or no more budgets than parameters, nothing is rejected.
+    None where the loss does not fall."""
     law = fit(amounts, losses)
     if law is None:
         return None
@@ -174,7 +163,7 @@ class Speedup:
         return f"> {self.low:.2f}x" if self.low else f"< {self.high:.2f}x"
 
 
-def speedup(curve: PowerLaw | Lines, amounts: Sequence[float], losses: Sequence[float], loss: float, amount: float) -> Speedup:
+def speedup(curve: Curve, amounts: Values, losses: Values, loss: float, amount: float) -> Speedup:
     """Of a run of `amount` tokens that ended at `loss`, against the base's runs and the curve through them."""
     wanted = curve.amount(loss)
     inside = curve.least * (1 - 1e-9) <= wanted <= curve.most * (1 + 1e-9)
@@ -185,49 +174,32 @@ def speedup(curve: PowerLaw | Lines, amounts: Sequence[float], losses: Sequence[
     return Speedup(wanted / amount, inside, low, high, between / amount)
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Standard deviation of a final loss over seeds, and the degrees of freedom that it was measured with."""
-
-    sd: float
-    df: float
-
-    @classmethod
-    def pooled(cls, samples: Sequence[Sequence[float]]) -> "Noise":
-        """From groups of at least two runs that differ only in their seed."""
-        df = sum(len(s) - 1 for s in samples)
-        return cls(math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / df), df)
+def pooled(samples: Sequence[Values]) -> tuple[float, float]:
+    """Standard deviation of a loss over seeds and its degrees of freedom, by groups of runs that differ only in their seed."""
+    df = sum(len(s) - 1 for s in samples)
+    return math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / df), df
 
 
 def bootstrap(
-    curve: PowerLaw | Lines | type[PowerLaw | Lines],
-    amounts: Sequence[float],
-    losses: Sequence[float],
-    own_amount: float,
-    own_losses: Sequence[float],
-    noise: Noise,
-    seed: int = 0,
-    draws: int = DRAWS,
+    form: type[Curve], amounts: Values, losses: Values, amount: float, own: Values, noise: Values, seed: int, draws: int = DRAWS
 ) -> np.ndarray:
-    """Log speed-ups [draws] as other seeds might have given them: every loss is drawn anew, a curve of the same form fitted.
-
-    It is parametric and includes the noise's own uncertainty: resampling three seeds would give too narrow intervals. Base and
-    trick are drawn independently although they share data orders, which can only make the interval too wide. nan where a draw
-    has no curve, inf where its floor is above the loss.
-    """
-    rng = np.random.default_rng(seed)
+    """Log speed-ups [draws] of a trick with the losses `own` after `amount` tokens, as other seeds might have given them: every
+    loss is drawn anew, a curve of that form fitted to the base's. noise: by `pooled`; its own uncertainty is included, as
+    resampling three seeds would give too narrow intervals. Base and trick are drawn independently although they share data
+    orders, which can only make the interval too wide. nan where a draw has no curve, inf where its floor is above the loss."""
+    rng, (sd, df) = np.random.default_rng(seed), noise
     x, y = np.asarray(amounts, float), np.asarray(losses, float)
-    spread = np.sqrt(noise.df / rng.chisquare(noise.df, draws)) if math.isfinite(noise.df) else np.ones(draws)
-    sd = noise.sd * spread[:, None]  # values that the true one may have, given the measured one
+    spread = np.sqrt(df / rng.chisquare(df, draws)) if math.isfinite(df) else np.ones(draws)
+    sd = sd * spread[:, None]  # values that the true one may have, given the measured one
     redrawn = y + sd * rng.standard_normal((draws, len(y)))  # each run, so that a budget weighs by the number of its runs
-    own = np.mean(own_losses) + sd[:, 0] / math.sqrt(len(own_losses)) * rng.standard_normal(draws)
-    return curve.log_amounts(x, redrawn, own) - math.log(own_amount)
+    wanted = np.mean(own) + sd[:, 0] / math.sqrt(len(own)) * rng.standard_normal(draws)
+    return form.log_amounts(x, redrawn, wanted) - math.log(amount)
 
 
-def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+def interval(draws: np.ndarray) -> tuple[float, float]:
     """Percentiles of the draws that are numbers; unbounded where more than a tenth are not."""
     numbers = draws[~np.isnan(draws)]
     if len(numbers) < 0.9 * len(draws):
         return -math.inf, math.inf
-    low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    low, high = np.quantile(numbers, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     return float(low), float(high)

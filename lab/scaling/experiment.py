@@ -15,6 +15,7 @@ from lab.ledger import Row
 from lab.scaling import ladder, survival
 from lab.scaling.ladder import LADDERS, RETUNE_SEED, TIME_PAIRS, TIME_SEED, Cell, Rung, Size, size_of
 
+DESCRIBED = ("ladder", "base", "lr_transfer", "tokens_per_parameter", "flags", "command", "at", "seeds", "hold_out")
 Factors = dict[tuple[Rung, str], float]  # on the learning rate, by size and arm
 
 
@@ -33,12 +34,10 @@ class Experiment:
 
     def described(self) -> dict[str, Any]:
         """As scaling.json has it."""
-        options = self.options
-        about = {"ladder": options.ladder, "base": self.base, "lr_transfer": options.lr_transfer}
-        about |= {"tokens_per_parameter": self.ratio, "flags": list(options.flags), "command": options.command}
-        about |= {"at": size_of(options.at) if options.at else 10 * self.rungs[-1].parameters, "seeds": options.seeds}
-        about |= {"hold_out": options.hold_out, "sizes": [rung.described() for rung in self.rungs]}
-        return about | {"arms": list(self.arms)}
+        options = vars(self.options) | {"tokens_per_parameter": self.ratio, "flags": list(self.options.flags)}
+        options["at"] = size_of(self.options.at) if self.options.at else 10 * self.rungs[-1].parameters
+        about = {key: options[key] for key in DESCRIBED}
+        return about | {"sizes": [rung.described() for rung in self.rungs], "arms": list(self.arms)}
 
     def cell(self, phase: str, name: str, rung: Rung, budget: float = 1, factor: float = 1.0) -> Cell:
         arm = ladder.at_size(name, self.arms[name], rung, self.options.lr_transfer, factor)
@@ -51,18 +50,17 @@ class Experiment:
         return range(first, first + count)
 
     def retunes(self) -> list[Cell]:
-        factors = ladder.retune_factors(self.options.retune, self.options.retune_step) if self.options.retune > 1 else []
+        factors = ladder.retune_factors(self.options.retune) if self.options.retune > 1 else []
         return [self.cell("retune", name, rung, 1, f) for rung in self.rungs for f in factors for name in self.arms]
 
     def best_factors(self, retunes: Sequence[Cell], rows: Sequence[Row]) -> Factors:
         """Of the re-tune; 1 without one. Raises UsageError: the base diverged at all of them."""
         best = {}
         for rung, name in product(self.rungs, self.arms):
-            tried = [cell.described() for cell in retunes if (cell.name, cell.rung) == (name, rung)]
-            tuned = survival.retuned(tried, rows)
+            tuned = survival.retuned([c.described() for c in retunes if (c.name, c.rung) == (name, rung)], rows)
             best[rung, name] = tuned["best"] if tuned else 1.0
             if tuned and name == self.base and not math.isfinite(min(tuned["losses"].values())):
-                raise survival.all_failed(len(tried), name, rung.size.name)
+                raise survival.all_failed(len(tuned["losses"]), name, rung.size.name)
         return best
 
     def curves(self, factors: Factors) -> list[Cell]:
@@ -85,15 +83,12 @@ def make(options: argparse.Namespace, sizes: Sequence[Size] = ()) -> Experiment:
     of = LADDERS[options.ladder]
     sizes = sizes or (ladder.own_sizes(options.sizes, of) if options.sizes else of.sizes)
     common = ("--track", of.track, *options.flags, *ladder.LAST_ONLY)
-    arms = {options.base: ("--tricks", options.base, *common)}
-    arms |= {f"+{word}": (*ladder.trick_flags(options.base, word), *common) for word in options.tricks}
+    base = ("--tricks", options.base, *common)
+    arms = {options.base: base} | {f"+{word}": (*ladder.trick_flags(options.base, word), *common) for word in options.tricks}
     if len(arms) <= len(options.tricks):
         raise UsageError("the same trick twice: name each once")
     ratio = options.tokens_per_parameter or of.tokens_per_parameter
-    return Experiment(ratio, tuple(ladder.rung(size, of, ratio, arms[options.base]) for size in sizes), arms, options)
-
-
-# ---------------------------------------------------------------- command
+    return Experiment(ratio, tuple(ladder.rung(size, of, ratio, base) for size in sizes), arms, options)
 
 
 def parser(about: str) -> argparse.ArgumentParser:
@@ -108,8 +103,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     add("--most-budget", type=float, default=4, help="double the base's budgets up to this to meet a trick's loss (default: 4)")
     add("--seeds", type=int, default=3, help="runs at each point (default: 3)")
     add("--lr-transfer", default="mup", help="learning rate by width: mup, power:EXPONENT or none (default: mup)")
-    add("--retune", type=int, default=3, help="learning rates that every arm tries at every size; 1: no tuning (default: 3)")
-    add("--retune-step", type=float, default=2, help="ratio of neighbouring rates (default: 2)")
+    add("--retune", type=int, default=3, help="learning rates tried at every size, in factors of 2; 1: no tuning (default: 3)")
     add("--timing-steps", type=int, default=20, help="steps of the runs that measure seconds per token; 0: none (default: 20)")
     add("--at", default="", help="size to predict for (default: 10 x the largest)")
     add("--hold-out", type=int, default=1, help="number of largest sizes that the smaller ones must predict (default: 1)")
@@ -128,13 +122,8 @@ def parse(argv: list[str], about: str = "") -> argparse.Namespace:
     options = runner.read_options(parser(about), argv)
     if not options.report and not options.tricks:
         raise UsageError("scale what? --tricks muon soap ... (see --help)")
-    runner.at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1)
-    if options.tokens_per_parameter < 0 or not options.retune_step > 1:
-        raise UsageError("--tokens-per-parameter must be above 0 and --retune-step above 1")
+    runner.at_least(options, seeds=2, retune=1, timing_steps=0, hold_out=0, side_by_side=1, processes=1, tokens_per_parameter=0)
     given = options.budgets
     if len(set(given)) < max(2, len(given)) or not all(0 < budget < math.inf for budget in given) or 1 not in given:
         raise UsageError(f"--budgets takes at least two different numbers above 0, one of them 1; not {given}")
-    ladder.transfer_exponent(options.lr_transfer, "adamw")
-    if options.at:
-        size_of(options.at)
     return options

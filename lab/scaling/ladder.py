@@ -1,8 +1,7 @@
 """Ladders of model sizes: shapes, tokens, batch and learning rate at each size, as trainer flags.
 
-One dial sets a size: d layers of d heads, each head as wide at every size, so that width / layers stays what it is and
-parameters go with d^3. GPT-2's published sizes keep their own shapes. The rest follows from the number of non-embedding
-parameters N:
+One dial sets a size: d layers of d heads, each head as wide at every size, so that parameters go with d^3. GPT-2's published
+sizes keep their own shapes. The rest follows from the number of non-embedding parameters N:
 
 - tokens D = ratio x N, the same for every arm; `budgets` multiply D.
 - batch = the track's batch x (D / the tokens that the track was tuned at)^0.383, rounded to a power of two, the same for all
@@ -28,7 +27,7 @@ from lab.trials import Arm, Trial
 from layers.shape import PRESETS
 from model import GPT, parameter_counts
 
-BATCH_EXPONENT = 0.383  # nanochat: batch = 2^19 (D / D_ref)^0.383
+BATCH_EXPONENT = 0.383
 LAST_ONLY = ("--val-every", "1000000000")  # only the loss at the end of a run counts
 RETUNE_SEED, TIME_SEED = 1000, 2000  # first seeds of the re-tune and of the timing: none is used twice
 TIME_PAIRS = 3  # short runs of each arm at each size, interleaved, for the seconds of a token
@@ -95,19 +94,16 @@ LADDERS = {
 
 
 def own_sizes(words: Sequence[str], of: Ladder) -> tuple[Size, ...]:
-    """Sizes by the names of the ladder's own, or by numbers of non-embedding parameters (the nearest on the dial). Raises
-    UsageError: a word that is no size, sizes that do not grow, or only one."""
-    known = {size.name: size for size in of.sizes}
-
-    def nearest(word: str) -> Size:
-        return dial(max(1, round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3))), of.head_width)
-
-    sizes = [known.get(word) or nearest(word) for word in words]
+    """By a ladder's names, or the nearest on its dial. Raises UsageError: no size, only one, or they do not grow."""
+    sizes, known = [], {size.name: size for size in of.sizes}
+    for word in words:
+        heads = 0 if word in known else round((size_of(word) / (12 * of.head_width**2)) ** (1 / 3))
+        sizes.append(known.get(word) or dial(max(1, heads), of.head_width))
     if len(sizes) < 2:
         raise UsageError("one size is no ladder: name at least two, better five")
-    for pair in pairwise(sizes):
-        if pair[0].layers * pair[0].width ** 2 >= pair[1].layers * pair[1].width ** 2:
-            shapes = " and ".join(f"{size.name} ({size.layers} x {size.width})" for size in pair)
+    for a, b in pairwise(sizes):
+        if a.layers * a.width**2 >= b.layers * b.width**2:
+            shapes = f"{a.name} ({a.layers} x {a.width}) and {b.name} ({b.layers} x {b.width})"
             raise UsageError(f"sizes must grow, the smallest first: {shapes} do not")
     return tuple(sizes)
 
@@ -124,15 +120,9 @@ def trick_flags(base: str, word: str) -> tuple[str, ...]:
 
 
 def transfer_exponent(rule: str, spec: str) -> float:
-    """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`: mup, power:EXPONENT or none.
-
-    mup asks the optimizer (`transfer`), so that an update's largest singular value stays what it is (arXiv 2203.03466, arXiv
-    2310.17813). The entries of an element-wise update have one size, so that value grows with the width: -1, the default. One
-    `lr` serves all roles of these methods, so it moves for all; the matrix methods' `adamw_lr`, `embedding_lr` and `head_lr`
-    stay, as muP leaves embeddings.
-
-    Raises UsageError: it is no such rule.
-    """
+    """The power of the width that an optimizer's `lr` goes with, by `--lr-transfer`. With mup an update's largest singular
+    value stays what it is (`transfer`; arXiv 2203.03466, 2310.17813). One `lr` serves all roles of element-wise methods; the
+    matrix methods' `adamw_lr`, `embedding_lr` and `head_lr` stay, as muP leaves embeddings. Raises UsageError: no such rule."""
     if rule == "mup":
         return optimizers.find(spec).transfer
     try:
@@ -145,7 +135,7 @@ def transfer_exponent(rule: str, spec: str) -> float:
 
 
 def with_lr_factor(spec: str, factor: float) -> str:
-    """The same optimizer with its `lr`, that of the hidden matrices, times `factor`. Raises UsageError: it has no such key."""
+    """The same optimizer with its `lr`, of the hidden matrices, times `factor`. Raises UsageError: it has no such key."""
     if factor == 1:
         return spec
     rate = optimizers.find(spec).setting("lr")
@@ -160,9 +150,9 @@ def joined(name: str, keys: dict[str, str]) -> str:
     return name + ":" * bool(keys) + ",".join(f"{key}={value}" for key, value in keys.items())
 
 
-def retune_factors(count: int, step: float) -> list[float]:
-    """`count` factors round 1 on a log grid, outwards: 1, 1/step, step, 1/step^2, ..."""
-    return [step ** (((i + 1) // 2) * (-1) ** i) for i in range(count)]
+def retune_factors(count: int) -> list[float]:
+    """`count` factors round 1, outwards: 1, 1/2, 2, 1/4, ..."""
+    return [2 ** (((i + 1) // 2) * (-1) ** i) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -183,9 +173,15 @@ class Rung:
 
 
 @functools.cache
+def resolved(flags: tuple[str, ...]) -> tuple[Any, ...]:
+    """`resolve`, once for all factors of an arm at a size."""
+    return resolve(list(flags))
+
+
+@functools.cache
 def rung(size: Size, of: Ladder, tokens_per_parameter: float, flags: tuple[str, ...]) -> Rung:
     """What `size` is given, under the base's `flags`."""
-    config, model, _ = resolve(["--track", of.track, *flags, *size.flags])
+    config, model, _ = resolved(("--track", of.track, *flags, *size.flags))
     with torch.device("meta"):
         parameters = parameter_counts(GPT(model))["non_embedding"]
     tokens = tokens_per_parameter * parameters
@@ -206,19 +202,11 @@ def at_size(name: str, flags: Sequence[str], rung: Rung, transfer: str, factor: 
     config, model, _ = resolved(sized)
     track = tricks.track(config.track).settings
     factor_at_width = (model.width / track["width"]) ** transfer_exponent(transfer, config.optimizer)
-    restated = {
-        "--optimizer": (config.optimizer, with_lr_factor(config.optimizer, factor * factor_at_width)),
-        "--schedule": (config.schedule, fractional(config.schedule, track["steps"])),
-        "--momentum-schedule": (config.momentum_schedule, fractional(config.momentum_schedule, track["steps"])),
-    }
-    sized += tuple(word for flag, (before, after) in restated.items() if after != before for word in (flag, after))
+    restated = {"optimizer": with_lr_factor(config.optimizer, factor * factor_at_width)}
+    restated |= {key: fractional(getattr(config, key), track["steps"]) for key in ("schedule", "momentum_schedule")}
+    for key, spec in restated.items():
+        sized += (f"--{key.replace('_', '-')}", spec) if spec != getattr(config, key) else ()
     return Arm(f"{name} at {rung.size.name}" + (f", lr x {factor:.3g}" if factor != 1 else ""), sized)
-
-
-@functools.cache
-def resolved(flags: tuple[str, ...]) -> tuple[Any, ...]:
-    """`resolve`, once for all factors of an arm at a size."""
-    return resolve(list(flags))
 
 
 @dataclass(frozen=True)

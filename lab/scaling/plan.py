@@ -28,32 +28,26 @@ def predicted(arm: Arm, machine: Sequence[str]) -> Prediction:
         return predict([*machine, *arm.flags, "--micro-batch-tokens", str(error.fits)])
 
 
-def totals(cell: Cell, runs: int, of: Prediction) -> Counter[str]:
-    """Runs, tokens, FLOPs and hours. A validation takes the forward third of a training pass."""
-    batch, tokens = cell.rung.batch_tokens, runs * cell.steps * cell.rung.batch_tokens
-    hours = of.seconds * (tokens + runs * of.config.val_tokens / 3) / batch / 3600
-    return Counter(runs=runs, tokens=tokens, flops=tokens * flops_per_token(of.model_config), hours=hours)
-
-
 def plan(planned: Sequence[tuple[Cell, int]], machine: Sequence[str]) -> Answer:
-    """The plan in words, of cells and their numbers of runs: a row for each size, and the sums. Raises as `predict`.
-
-    machine: flags of the cost model.
-    """
+    """Of cells with their numbers of runs; machine: flags of the cost model. Raises as `predict`."""
     arms = {(cell.rung, cell.name): cell.arm for cell, _ in planned}
     bar = tqdm(arms.items(), desc="predicting", unit="arm", disable=not sys.stderr.isatty())
     predictions = {key: predicted(arm, machine) for key, arm in bar}
     rows, total = [], Counter()
     for rung in dict.fromkeys(rung for rung, _ in arms):
-        cells = [(cell, runs) for cell, runs in planned if cell.rung == rung]
-        most = max((p for (of, _), p in predictions.items() if of == rung), key=lambda p: p.step.memory.total)
-        micro_batch = rung.batch_tokens // (most.ranks * most.step.micro_batches)
-        sums = sum((totals(cell, runs, predictions[rung, cell.name]) for cell, runs in cells), Counter())
+        sums, batch = Counter(), rung.batch_tokens
+        for cell, runs in planned:
+            if cell.rung == rung:
+                of, tokens = predictions[rung, cell.name], runs * cell.steps * batch
+                steps = (tokens + runs * of.config.val_tokens / 3) / batch  # a validation: the forward third of a pass
+                flops = tokens * flops_per_token(of.model_config)
+                sums += Counter(runs=runs, tokens=tokens, flops=flops, hours=of.seconds * steps / 3600)
         total += sums
-        shape = (rung.size.name, size_words(rung.parameters), f"{rung.size.layers} x {rung.size.width}")
-        of_all = (f"{sums['runs']:,}", size_words(sums["tokens"]), f"{sums['flops']:.2g}")
-        memory = (f"{most.step.memory.total / 1e9:.2f} GB", f"{micro_batch:,}", f"{sums['hours']:.2f}")
-        rows.append((*shape, f"{rung.batch_tokens:,}", size_words(rung.tokens), *of_all, *memory))
+        most = max((p for (at, _), p in predictions.items() if at == rung), key=lambda p: p.step.memory.total)
+        row = [rung.size.name, size_words(rung.parameters), f"{rung.size.layers} x {rung.size.width}", f"{batch:,}"]
+        row += [size_words(rung.tokens), f"{sums['runs']:,}", size_words(sums["tokens"]), f"{sums['flops']:.2g}"]
+        row += [f"{most.step.memory.total / 1e9:.2f} GB", f"{batch // (most.ranks * most.step.micro_batches):,}"]
+        rows.append([*row, f"{sums['hours']:.2f}"])
     cost = total["hours"] * most.ranks * most.price
     work = f"{total['runs']:,} runs, {size_words(total['tokens'])} tokens, {total['flops']:.2g} FLOPs"
     price = f"{total['hours']:.1f} hours{f', {cost:,.0f} $' if cost else ''} on {most.ranks} x {most.where.name}"

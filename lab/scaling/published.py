@@ -14,12 +14,12 @@ import numpy as np
 from engine.command import Parser
 from engine.spec import UsageError
 from lab.markdown import table
-from lab.scaling.curves import Noise, PowerLaw, Speedup, bootstrap, fit, speedup
+from lab.scaling.curves import PowerLaw, Speedup, bootstrap, fit, speedup
 from lab.scaling.ladder import size_of
 from lab.scaling.trend import trend
 
 BASE, RATIOS = "adamw", (1, 2, 4, 8)  # whose curves, through its losses at these ratios
-NOISE = Noise(0.002, math.inf)  # nats between seeds: the speedrun's repeated runs had 0.0013 (Muon) to 0.0025 (tuned AdamW)
+NOISE = 0.002, math.inf  # as `pooled`: the speedrun's repeated runs had 0.0013 nats (Muon) to 0.0025 (tuned AdamW)
 Losses = dict[tuple[str, str, float], float]  # by optimizer, size and ratio
 
 
@@ -57,14 +57,14 @@ def fit_table(argv: list[str]) -> str:
     options = flags.parse_args(argv)
     losses = read_losses(options.losses)
     gains, rows = speedups(losses)[1], []
-    for key, gain in gains.items():
+    for (name, size, ratio), gain in gains.items():
         between = f"{gain.between:.2f}x" if math.isfinite(gain.between) else "-"
         beyond = "" if gain.inside else f"extrapolated: {gain.ratio:.2f}x"
-        rows.append((*key[:2], f"{key[2]:g}", f"{losses[key]:.4f}", gain.words(), between, beyond))
+        rows.append((name, size, f"{ratio:g}", f"{losses[name, size, ratio]:.4f}", gain.words(), between, beyond))
     head = ("optimizer", "size", "ratio", "loss", "speed-up", "between", "beyond the fit")
     lines = [f"Speed-up = tokens that {BASE} needs for the same loss / tokens used, by the curve alpha D^-exponent + floor"]
     lines += ["through its losses; between: by straight lines in log tokens instead.", "", table(head, rows), ""]
-    for name in dict.fromkeys(key[0] for key in gains if options.at):
+    for name in dict.fromkeys(name for name, _, _ in gains if options.at):
         of = {key[1]: gain.ratio for key, gain in gains.items() if (key[0], key[2]) == (name, 1) and gain.inside}
         if len(of) > 1:
             base = {size: of_base(losses, size, every=False) for size in of}

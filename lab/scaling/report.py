@@ -23,19 +23,14 @@ shrinks with size and is not shown at the predicted size; else *not decided*."""
 
 
 def verdict_lines(summary: Summary) -> list[str]:
-    """A line for each trick, in tokens and, where they were measured, seconds; then one for each turn of short runs whose times
-    do not compare."""
+    """A line for each trick, then one for each turn of short runs whose times do not compare."""
     lines = []
     for trick in summary["tricks"]:
         tokens, seconds = trick["trends"]["tokens"], trick["trends"]["seconds"]
-        if tokens is None:
-            lines.append(f"{trick['trick']}: not decided: {trick['why']}")
-            continue
-        words = f"{trick['trick']}: {tokens['words']}"
-        if seconds:
-            words += f"; in seconds {seconds['verdict']}, {predicted(seconds)}"
-        left = [f"{s['size']} ({s['why']})" for s in trick["sizes"] if s["why"]]
-        lines.append(words + (f"; left out: {', '.join(left)}" if left else ""))
+        words = f"{trick['trick']}: " + (tokens["words"] if tokens else f"not decided: {trick['why']}")
+        words += f"; in seconds {seconds['verdict']}, {predicted(seconds)}" if seconds else ""
+        left = ", ".join(f"{s['size']} ({s['why']})" for s in trick["sizes"] if s["why"])
+        lines.append(f"{words}; left out: {left}" if tokens and left else words)
     why = "hours apart and are left out: the same command times them again"
     return lines + [f"short runs of seed {t['pair']} at {t['size']} lie {t['hours']:.1f} {why}" for t in summary["apart"]]
 
@@ -69,19 +64,17 @@ def measurements(summary: Summary) -> list[tuple[str, str, Summary]]:
 
 
 def losses_table(summary: Summary) -> str:
-    cells = [(arm, size, {p["budget"]: losses_cell(p) for p in of["points"]}) for arm, size, of in measurements(summary)]
-    budgets = sorted({budget for *_, of in cells for budget in of})
-    rows = [(arm, size, *(of.get(budget, "") for budget in budgets)) for arm, size, of in cells]
-    return table(("arm", "size", *(f"budget {b:g}" for b in budgets)), rows)
-
-
-def losses_cell(point: dict[str, Any]) -> str:
-    losses = point["losses"]
-    words = [f"{point['failed']} failed"] if point["failed"] else []
-    if losses:
-        sd = f" ({statistics.stdev(losses):.4f})" if len(losses) > 1 else ""
-        words.insert(0, f"{statistics.mean(losses):.4f}{sd}, n = {len(losses)}")
-    return ", ".join(words)
+    budgets = sorted({point["budget"] for *_, of in measurements(summary) for point in of["points"]})
+    rows = []
+    for arm, size, of in measurements(summary):
+        cells = dict.fromkeys(budgets, "")
+        for point in of["points"]:
+            losses, failed = point["losses"], point["failed"]
+            sd = f" ({statistics.stdev(losses):.4f})" if len(losses) > 1 else ""
+            words = [f"{statistics.mean(losses):.4f}{sd}, n = {len(losses)}"] if losses else []
+            cells[point["budget"]] = ", ".join(words + ([f"{failed} failed"] if failed else []))
+        rows.append((arm, size, *cells.values()))
+    return table(("arm", "size", *(f"budget {budget:g}" for budget in budgets)), rows)
 
 
 def retune_table(summary: Summary) -> str:
@@ -115,18 +108,11 @@ def straight(summary: Summary) -> str:
     return names and why + "(F test of lack of fit, 5 %), so straight lines in log tokens join them."
 
 
-def caution(summary: Summary) -> list[str]:
-    """Where even the largest size's runs are short: a line that says so."""
-    steps = [cell["steps"] for cell in summary["cells"] if (cell["phase"], cell["budget"]) == ("curve", 1)]
-    if not steps or max(steps) >= SHORT:
-        return []
-    return ["", f"**Runs are short ({min(steps)}-{max(steps)} steps at budget 1): trust only the sign.**"]
-
-
 def markdown(summary: Summary) -> str:
     """README.md of the output folder."""
     ratios = [s["ratios"] for trick in summary["tricks"] for s in trick["sizes"] if "ratios" in s]
     dearer = any(abs(r["flops"] / r["tokens"] - 1) > 0.005 for r in ratios)  # is a token of some trick?
+    steps = [cell["steps"] for cell in summary["cells"] if (cell["phase"], cell["budget"]) == ("curve", 1)]
     sections = {
         "In seconds": (survival_table(summary, "seconds"), ""),
         "In FLOPs": (survival_table(summary, "flops") if dearer else "", ""),
@@ -137,7 +123,9 @@ def markdown(summary: Summary) -> str:
     }
     lines = [f"# Do the tricks survive? Ladder `{summary['ladder']}`, base `{summary['base']}`", ""]
     lines += [f"`./run.sh scaling {summary['command']}`", "", survival_table(summary, "tokens"), ""]
-    lines += [EXPLAINED.format(at=size_words(summary["at"])), *caution(summary), ""]
+    lines += [EXPLAINED.format(at=size_words(summary["at"])), ""]
+    if max(steps, default=SHORT) < SHORT:
+        lines += [f"**Runs are short ({min(steps)}-{max(steps)} steps at budget 1): trust only the sign.**", ""]
     lines += [*(f"- {line}" for line in verdict_lines(summary)), ""]
     lines += [*(f"![{name}]({name}.png)" for name in summary["plots"]), ""]
     for title, (body, note) in sections.items():

@@ -6,9 +6,11 @@ runs of all arms, interleaved, one at a time.
 """
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy as np
 from engine.spec import UsageError
 from lab import stats
 from lab.ledger import Row, compute_type, turns_apart
-from lab.scaling.curves import DRAWS, Lines, Noise, PowerLaw, bootstrap, curve_through, interval, speedup
+from lab.scaling.curves import DRAWS, bootstrap, curve_through, interval, pooled, speedup
 from lab.scaling.trend import Trend, trend
 
 COSTS = ("tokens", "seconds", "flops")  # that a speed-up is given in
@@ -27,24 +29,22 @@ def losses_by_budget(cells: Sequence[Found], rows: Sequence[Row]) -> list[Found]
     """For each planned length of run of one arm at one size: tokens and the final losses of its seeds."""
     points = []
     for cell in cells:
-        losses = [r.val_loss for r in rows if (r.phase, r.arm, r.steps) == ("curve", cell["trial"], cell["steps"])]
-        if losses:
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            tokens, failed = cell["steps"] * cell["batch_tokens"], len(losses) - len(finite)
-            points.append({"budget": cell["budget"], "tokens": tokens, "losses": finite, "failed": failed})
+        ran = [r.val_loss for r in rows if (r.phase, r.arm, r.steps) == ("curve", cell["trial"], cell["steps"])]
+        losses = [loss for loss in ran if math.isfinite(loss)]
+        about = {"budget": cell["budget"], "tokens": cell["steps"] * cell["batch_tokens"], "losses": losses}
+        points += [about | {"failed": len(ran) - len(losses)}] if ran else []
     return points
 
 
 def retuned(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
     """Losses by learning-rate factor, and what it would have cost not to re-tune. {} without a re-tune."""
-    factors = {(cell["trial"], cell["steps"]): cell["factor"] for cell in cells}
-    tried = [r for r in rows if r.phase == "retune" and (r.arm, r.steps) in factors]
-    losses = {factors[r.arm, r.steps]: r.val_loss for r in tried}
+    factors = {("retune", cell["trial"], cell["steps"]): cell["factor"] for cell in cells}
+    losses = {factors[key]: r.val_loss for r in rows if (key := (r.phase, r.arm, r.steps)) in factors}
     if len(losses) < 2:
         return {}
     best = min(losses, key=losses.get)
-    edge = best in (min(losses), max(losses))
-    return {"losses": losses, "best": best, "cost": losses.get(1.0, math.inf) - losses[best], "edge": edge}
+    cost, edge = losses.get(1.0, math.inf) - losses[best], best in (min(losses), max(losses))
+    return {"losses": losses, "best": best, "cost": cost, "edge": edge}
 
 
 def measured(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
@@ -56,15 +56,6 @@ def measured(cells: Sequence[Found], rows: Sequence[Row]) -> Found:
     return {"points": losses_by_budget(curve, rows), "cost": cost, "retune": retuned(tried, rows)}
 
 
-def outside(curve: PowerLaw | Lines, points: Sequence[Found], loss: float, amount: float, above: bool) -> tuple[str, bool]:
-    """Why a loss has a bound instead of a speed-up, and whether the base's runs at that end of its curve agree with it."""
-    way, end, limit = ("above", max, curve.most) if above else ("below", min, curve.least)
-    ran = statistics.mean(end((p for p in points if p["losses"]), key=lambda p: p["tokens"])["losses"])
-    why = f"the base's curve is {way} this loss at {limit / amount:.3g} x the tokens"
-    agree = ran > loss if above else ran < loss
-    return (why, True) if agree else (f"{why}, but the mean of its runs there is not", False)
-
-
 def at_one_size(base: Found, trick: Found, seed: int) -> Found:
     """The speed-up of a trick at a size, or `why` there is none. base, trick: by `measured`."""
     if not trick["points"]:
@@ -72,21 +63,27 @@ def at_one_size(base: Found, trick: Found, seed: int) -> Found:
     own = next(point for point in trick["points"] if point["budget"] == 1)
     if not own["losses"]:
         return {"why": "every run of it diverged or crashed"}
-    tokens = [p["tokens"] for p in base["points"] for _ in p["losses"]]
-    losses = [loss for p in base["points"] for loss in p["losses"]]
+    ran = [point for point in base["points"] if point["losses"]]
+    tokens = [point["tokens"] for point in ran for _ in point["losses"]]
+    losses = [loss for point in ran for loss in point["losses"]]
     curve = curve_through(tokens, losses) if len(set(tokens)) > 1 else None
     if curve is None:
         return {"why": "the base's loss does not fall with tokens there"}
-    mean = statistics.mean(own["losses"])
-    gain = speedup(curve, tokens, losses, mean, own["tokens"])
+    mean, amount = statistics.mean(own["losses"]), own["tokens"]
+    gain = speedup(curve, tokens, losses, mean, amount)
     result = dataclasses.asdict(gain) | {"words": gain.words(), "loss": mean, "why": "", "curve": dataclasses.asdict(curve)}
-    if not gain.inside:
-        result["why"], agree = outside(curve, base["points"], mean, own["tokens"], gain.low > 0)
-        return result if agree else result | {"words": "unclear"}
+    if not gain.inside:  # a bound, if the base's runs at that end of its curve agree with it
+        above = gain.low > 0
+        limit, end = (curve.most, max) if above else (curve.least, min)
+        there = statistics.mean(end(ran, key=lambda point: point["tokens"])["losses"])
+        result["why"] = f"the base's curve is {'above' if above else 'below'} this loss at {limit / amount:.3g} x the tokens"
+        if not (there > mean if above else there < mean):
+            result |= {"why": f"{result['why']}, but the mean of its runs there is not", "words": "unclear"}
+        return result
     samples = [p["losses"] for p in (*base["points"], *trick["points"]) if len(p["losses"]) > 1]
     if not samples:
         return result | {"why": "one seed: the noise is not known"}
-    draws = bootstrap(curve, tokens, losses, own["tokens"], own["losses"], Noise.pooled(samples), seed)
+    draws = bootstrap(type(curve), tokens, losses, amount, own["losses"], pooled(samples), seed)
     return result | in_every_cost(gain.ratio, draws, base["cost"], trick["cost"], seed)
 
 
@@ -114,12 +111,11 @@ def judge(sizes: Sequence[Found], cost: str, at: float, seeds: int) -> Trend | N
 
 
 def held_out(sizes: Sequence[Found], count: int, seeds: int) -> list[Found]:
-    """How well the smaller sizes predicted the `count` largest: predicted and measured speed-up in tokens, and whether the
-    measured one lies inside the prediction's interval, widened by the measurement's own noise."""
-    checks = []
-    smaller, larger = sizes[: len(sizes) - count], sizes[len(sizes) - count :]
-    for size in larger:
-        predicted = judge(smaller, "tokens", size["parameters"], seeds)
+    """How the smaller sizes predicted the `count` largest: is the measured speed-up, in tokens, inside the prediction's
+    interval, widened by its own noise?"""
+    checks, last = [], len(sizes) - count
+    for size in sizes[last:]:
+        predicted = judge(sizes[:last], "tokens", size["parameters"], seeds)
         if predicted is None or math.isinf(predicted.high) or "draws" not in size:
             continue
         ratio = size["ratios"]["tokens"]
@@ -127,20 +123,19 @@ def held_out(sizes: Sequence[Found], count: int, seeds: int) -> list[Found]:
         below, above = (math.log(v / ratio) if v > 0 else -math.inf for v in size["intervals"]["tokens"])
         low, high = centre - math.hypot(centre - low, above), centre + math.hypot(high - centre, below)
         check = {"size": size["size"], "ratio": predicted.ratio, "low": math.exp(low), "high": math.exp(high)}
-        check |= {"measured": ratio, "hit": low <= math.log(ratio) <= high, "verdict": predicted.verdict}
-        checks.append(check)
+        hit = low <= math.log(ratio) <= high
+        checks.append(check | {"measured": ratio, "hit": hit, "verdict": predicted.verdict})
     return checks
 
 
 def judged(name: str, arms: dict[str, dict[str, Found]], settings: Found) -> Found:
     """A trick at all sizes, its trends, and the check on the largest sizes."""
-    seeds, count = settings["seeds"], settings["hold_out"]
-    sizes = []
+    seeds, sizes = settings["seeds"], []
     for seed, size in enumerate(settings["sizes"]):
         against = at_one_size(arms[settings["base"]][size["size"]], arms[name][size["size"]], seed)
         sizes.append({"size": size["size"], "parameters": size["parameters"]} | against)
     trends = {cost: judge(sizes, cost, settings["at"], seeds) for cost in COSTS}
-    checks = held_out(sizes, count, seeds) if count else []
+    checks = held_out(sizes, settings["hold_out"], seeds)
     why = "" if trends["tokens"] else "; ".join(f"{s['size']}: {s['why']}" for s in sizes if s["why"])
     said = {cost: t and dataclasses.asdict(t) | {"words": t.words()} for cost, t in trends.items()}
     sizes = [{key: value for key, value in s.items() if key != "draws"} for s in sizes]
@@ -155,43 +150,31 @@ def all_failed(runs: int, base: str, size: str) -> UsageError:
 def summarise(rows: Sequence[Row], settings: Found) -> Found:
     """scaling.json: `settings` (sizes, arms, the planned cells, at, hold_out, seeds, base, runs left out) and all that the
     trials say. Raises UsageError: different data or compute types in one experiment; all runs of the base failed at a size."""
-    cells = settings["cells"]
-    planned, left_out = {cell["trial"] for cell in cells}, settings.get("left_out", ())
+    cells, left_out, apart = settings["cells"], settings.get("left_out", ()), []
+    planned = {cell["trial"]: cell["size"] for cell in cells}
     rows = [row for row in rows if row.arm in planned and row.run not in left_out]
     if len({row.data for row in rows if row.data}) > 1:
         raise UsageError("trials on different data in one experiment: prepare one corpus, and start in a new --out")
-    dtype, apart = compute_type(rows), []
-    for size in dict.fromkeys(cell["size"] for cell in cells):  # turns: short runs of all arms at one size, on one seed
-        trials = {cell["trial"] for cell in cells if cell["size"] == size}
-        turns = {t["pair"]: t["hours"] for t in turns_apart((row for row in rows if row.arm in trials), "time")}
-        apart += [{"size": size, "pair": pair, "hours": hours} for pair, hours in turns.items()]
-        rows = [row for row in rows if not (row.phase == "time" and row.arm in trials and row.pair in turns)]
-    sizes = [size["size"] for size in settings["sizes"]]
-
-    def planned_for(name: str, at: str) -> list[Found]:
-        return [cell for cell in cells if (cell["arm"], cell["size"]) == (name, at)]
-
-    arms = {name: {at: measured(planned_for(name, at), rows) for at in sizes} for name in settings["arms"]}
-    for size, of in arms[settings["base"]].items():
-        failed = sum(p["failed"] for p in of["points"])
-        if failed and not any(p["losses"] for p in of["points"]):
-            raise all_failed(failed, settings["base"], size)
+    dtype = compute_type(rows)
+    for size in dict.fromkeys(planned.values()):  # turns: short runs of all arms at one size, on one seed
+        turns = turns_apart((row for row in rows if planned[row.arm] == size), "time")
+        apart += [{"size": size} | turn for turn in turns]
+    far = {(turn["size"], turn["pair"]) for turn in apart}
+    rows = [row for row in rows if not (row.phase == "time" and (planned[row.arm], row.pair) in far)]
+    arms: dict[str, dict[str, Found]] = {name: {} for name in settings["arms"]}
+    for name, size in product(arms, (size["size"] for size in settings["sizes"])):
+        arms[name][size] = measured([cell for cell in cells if (cell["arm"], cell["size"]) == (name, size)], rows)
+        points = arms[name][size]["points"] if name == settings["base"] else []
+        if points and not any(point["losses"] for point in points):
+            raise all_failed(sum(point["failed"] for point in points), name, size)
     tricks = [judged(name, arms, settings) for name in settings["arms"] if name != settings["base"]]
     from_rows = {f"{key}s": sorted({getattr(row, key) for row in rows} - {""}) for key in ("machine", "source")}
     made = {"format": 1, "tricks": tricks, "curves": arms, **from_rows, "apart": apart}
-    return finite(settings | made | ({"dtype": dtype} if dtype else {}))
+    summary = settings | made | ({"dtype": dtype} if dtype else {})
+    return json.loads(json.dumps(summary), parse_constant=lambda word: None)  # JSON has no infinity
 
 
 def again(summary: Found, rows: Sequence[Row]) -> Found:
     """The summary of the same experiment, made anew from its trials. Raises as `summarise`."""
     made = ("format", "tricks", "curves", "machines", "sources", "dtype", "apart", "plots")
     return summarise(rows, {key: value for key, value in summary.items() if key not in made})
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity: None instead of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {str(key): finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,11 +1,11 @@
 """How a speed-up goes with model size, and what to expect at a larger one: a verdict.
 
-A line through log speed-up against log parameters, by random-effects regression (Higgins, Thompson and Spiegelhalter 2009,
-J. R. Stat. Soc. A 172). Two things make it uncertain: the noise of seeds and of the curve, known from a bootstrap, and the
-scatter of the sizes about the line, which more seeds do not reduce: a learning rate suits one size a little better than the
-next. A handful of sizes hardly shows how large that scatter is, so intervals are Student's with (sizes - 2) degrees of freedom
-(Knapp and Hartung 2003, Statistics in Medicine 22). In simulations with five sizes and a prediction at ten times the largest,
-they cover the truth in 94 % or more, for a scatter of up to 0.3 in log speed-up, about what matrix methods have here.
+A line through log speed-up against log parameters, by random-effects regression (Higgins, Thompson and Spiegelhalter 2009, J.
+R. Stat. Soc. A 172). Two things make it uncertain: the noise of seeds and of the curve, known from a bootstrap, and the scatter
+of the sizes about the line, which more seeds do not reduce. A handful of sizes hardly shows how large that scatter is, so
+intervals are Student's with (sizes - 2) degrees of freedom (Knapp and Hartung 2003, Statistics in Medicine 22). In simulations
+with five sizes and a prediction at ten times the largest, they cover the truth in 94 % or more, for a scatter of up to 0.3 in
+log speed-up, about what matrix methods have here.
 """
 
 import math
@@ -46,14 +46,9 @@ class Trend:
     verdict: str
     why: str  # of a verdict that is not decided: what would decide it
 
-    @property
-    def slopes(self) -> bool:
-        """Does the speed-up surely change with size?"""
-        return self.slope_high < 0 or self.slope_low > 0
-
     def words(self) -> str:
         text = f"{self.verdict}: {with_interval(self.ratio, self.low, self.high)} at {size_words(self.at)} parameters"
-        if self.slopes:
+        if self.slope_high < 0 or self.slope_low > 0:  # it surely changes with size
             decade = abs(math.exp(self.slope * math.log(10)) - 1)
             text += f", {'shrinking' if self.slope < 0 else 'growing'} by {decade:.0%} a decade"
         if math.isfinite(self.crossing):
@@ -88,16 +83,11 @@ def scatter_about_line(x: np.ndarray, y: np.ndarray, se: np.ndarray) -> float:
 def trend(
     parameters: Sequence[float], ratios: Sequence[float], draws: np.ndarray, at: float, seeds: int, seed: int = 0
 ) -> Trend:
-    """The verdict on a trick at `at` parameters; with two sizes the interval is unbounded, as they lie on a line however they
-    scatter. Raises ValueError: fewer than two.
-
-    ratios: measured speed-ups at the sizes [k]. draws: log speed-ups [m, k] by `bootstrap`. seeds: runs at each point.
-    """
-    x_all, y = np.log(np.asarray(parameters, float)), np.log(np.asarray(ratios, float))
-    if len(x_all) < 2:
-        raise ValueError("a trend needs at least two sizes")
-    middle = x_all.mean()
-    x, at_x = x_all - middle, math.log(at) - middle
+    """The verdict on a trick at `at` parameters, by two sizes or more; the interval of two is unbounded, as they lie on a line.
+    ratios: measured speed-ups at the sizes [k]. draws: log speed-ups [m, k] by `bootstrap`. seeds: runs at each point."""
+    x, y = np.log(np.asarray(parameters, float)), np.log(np.asarray(ratios, float))
+    middle = x.mean()
+    x, at_x = x - middle, math.log(at) - middle
     draws = draws[np.isfinite(draws).all(1)]
     low, high = np.quantile(draws, [0.16, 0.84], axis=0)
     se = np.maximum((high - low) / 2, 1e-6)
@@ -105,8 +95,7 @@ def trend(
     weights = np.broadcast_to(1 / (se**2 + scatter**2), draws.shape)
     rng = np.random.default_rng(seed)
     student = np.sqrt(freedom / rng.chisquare(max(freedom, 1), len(draws)))  # turns normal errors into Student's
-    # errors about the measured values: draws lie about the measured value as that lies about the truth; the bootstrap's own
-    # bias stays in, as it is small beside the interval
+    # draws lie about the measured value as that lies about the truth; the bootstrap's own bias is small beside the interval
     errors = draws - y + scatter * rng.standard_normal(draws.shape)
     a, b = line(x, y + student[:, None] * errors, weights)
     predicted = a + b * at_x + student * scatter * rng.standard_normal(len(draws))
@@ -137,8 +126,7 @@ def verdict_of(low: float, high: float, slope_high: float, gained: bool) -> str:
 
 
 def more_seeds(x: np.ndarray, se: np.ndarray, at: float, scatter: float, centre: float, half: float, seeds: int) -> str:
-    """How many seeds would decide: with them the interval about the same line, of half-width `half` with `seeds`, excludes 1 or
-    lies within 5 % of it."""
+    """How many would decide: with them, an interval that has half-width `half` with `seeds` excludes 1 or lies near it."""
     if len(x) < 3:
         return "two sizes do not show how far sizes scatter: add a third"
 

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -17,13 +18,12 @@ from lab.ledger import cells, to_text
 from lab.markdown import table as markdown_table
 from lab.tuning import descent, score, tuned
 from lab.tuning.space import EXTRAS, submission
-from lab.tuning.tuned import CHANGES, Scored, Table, Tables, plain
+from lab.tuning.tuned import CHANGES, Scored, Tables, plain
 
 
 def winners(tables: dict[str, Tables], before: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """workload -> optimizer, registered or one's own -> its best settings, as words of the command line, and how good they
-    were: what the trainer takes as the optimizer's defaults on that track (tricks.tuned). Of code that the command line does
-    not name there is what there was before."""
+    """workload -> optimizer -> its best settings as flags, and their loss: its defaults there (tricks.tuned). Of code that the
+    command line does not name: what there was `before`."""
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for track, of in tables.items():
         for name, table in of.items():
@@ -52,28 +52,12 @@ half and twice their rate.
 HEAD = ["submission", "trials", "diverged", "best loss", "median loss", "steps to target", "step, x AdamW", "CPU s of training"]
 
 
-def words(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "diverged"
-
-
-def workload_cells(track: str, name: str, table: Table, target: dict[str, Any] | None, cost: dict[str, float]) -> list[str]:
-    search, best, rise = table.of("search"), table.best(), table.sensitivity()
-    steps = statistics.median(table.steps_of_studies(target["loss"])) if search and target else math.inf
-    link = f"[`{name}`]({track}/{quote(plain(name), safe='=,')}.csv)"
-    return [
-        *(link, str(len(search)), str(sum(r.status == "diverged" for r in search))),
-        words(table.typical()) if best else "-",
-        words(statistics.median(r.val_loss for r in search)) if search else "-",
-        f"{steps:,g}" if math.isfinite(steps) else "missed" if target else "-",
-        f"{cost[name] / cost['adamw']:.2f}" if name in cost else "-",
-        f"{sum(r.seconds for r in search):,.0f}",
-        *(f"{rise[change]:+.4f}" if change in rise else "-" for change in CHANGES),
-        f"`{to_text(best.settings)}`" if best else "-",
-    ]
+def words(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def workload_table(track: str, tables: Tables) -> str:
-    """Its submissions, the best first."""
+    """Its submissions, the best first. A column that nobody has is left out."""
     target, cost = tuned.target_of(tables), tuned.step_seconds(tables)
     about = "No target yet: none of those that set it has been rerun."
     if target:
@@ -81,11 +65,19 @@ def workload_table(track: str, tables: Tables) -> str:
         about = f"Target {target['loss']:g}: set by `{target['set_by']}`, median of {reruns}."
     if dtype := tuned.dtype_of(tables):  # none where every trial crashed at once
         about += f" All trials in {dtype}."
-    shown = sorted((table.typical(), name) for name, table in tables.items() if table.of("search"))
-    rows = [workload_cells(track, name, tables[name], target, cost) for _, name in shown]
-    columns = zip([*HEAD, *CHANGES, "best settings"], *rows)
-    columns = [column for column in columns if set(column[1:]) != {"-"}]  # a column that nobody has says nothing
-    head, *rows = zip(*columns)
+    rows: list[Sequence[str]] = [(*HEAD, *CHANGES, "best settings")]
+    for _, name in sorted((table.typical(), name) for name, table in tables.items() if table.of("search")):
+        table = tables[name]
+        search, best, rise = table.of("search"), table.best(), table.sensitivity()
+        steps = statistics.median(table.steps_of_studies(target["loss"])) if target else math.inf
+        cells = [f"[`{name}`]({track}/{quote(plain(name), safe='=,')}.csv)", str(len(search))]
+        cells += [str(sum(row.status == "diverged" for row in search)), words(table.typical()) if best else "-"]
+        cells += [words(statistics.median(row.val_loss for row in search))]
+        cells += [f"{steps:,g}" if math.isfinite(steps) else "missed" if target else "-"]
+        cells += [f"{cost[name] / cost['adamw']:.2f}" if name in cost else "-", f"{sum(row.seconds for row in search):,.0f}"]
+        cells += [f"{rise[change]:+.4f}" if change in rise else "-" for change in CHANGES]
+        rows.append([*cells, f"`{to_text(best.settings)}`" if best else "-"])
+    head, *rows = zip(*(column for column in zip(*rows) if set(column[1:]) != {"-"}))
     return f"## `{track}`\n\n{about}\n\n" + markdown_table(head, rows)
 
 
@@ -100,36 +92,30 @@ time: what AdamW needs for the worse of the two final losses over what the submi
 
 def contest(tables: dict[str, Tables]) -> list[str]:
     """What the descents came to, as Markdown; nothing where none has ended."""
-    endings: dict[tuple[str, str], descent.Ending] = {}
-    speed: dict[tuple[str, str], tuple[float, float]] = {}
+    cells: dict[tuple[str, str], str] = {}  # of a submission on a workload
+    faster: dict[tuple[str, str], float] = {}
+    better = []  # changes of each descent's end
     for track, of in tables.items():
-        known = {name: table for name, table in of.items() if ":" not in name and descent.found(table)}
-        made = {name: descent.ending(submission(name).dimensions, table) for name, table in known.items()}
-        endings |= {(name, track): ending for name, ending in made.items() if ending}
-        speed |= {(name, track): pair for name, pair in descent.speed_ups(known).items() if made[name]}
-    if not endings:
+        ended = {name: table for name, table in of.items() if ":" not in name and len(descent.finals(table)) >= descent.SEEDS}
+        speed_ups = descent.speed_ups(ended)
+        for name, table in ended.items():
+            losses = [row.val_loss for row in descent.finals(table)]
+            steps, faster[name, track] = speed_ups.get(name, (math.nan, math.nan))
+            loss = f"{statistics.mean(losses):.4f} ({statistics.stdev(losses):.4f})"
+            cells[name, track] = f"{loss}; {steps:.2f}, {faster[name, track]:.2f}"
+            least = descent.TOLERANCE_ON.get(track, descent.TOLERANCE)
+            better.append([rise < -least for rise in descent.rises(submission(name).dimensions, table)])
+    if not cells:
         return []
-    tracks = list(dict.fromkeys(track for _, track in endings))
-    mean = {name: statistics.geometric_mean(speed.get((name, t), (0, math.nan))[1] for t in tracks) for name, _ in endings}
-    rows, details, better = [], [], []
-    for name in sorted(mean, key=lambda name: -mean[name]):
-        cells = [f"`{name}`", f"{mean[name]:.2f}"]
-        for track in tracks:
-            if ending := endings.get((name, track)):
-                steps, seconds = speed.get((name, track), (math.nan, math.nan))
-                loss = f"{statistics.mean(ending.losses):.4f} ({statistics.stdev(ending.losses):.4f})"
-                rise, best = ending.rise[0], ending.best
-                least = descent.TOLERANCE_ON.get(track, descent.TOLERANCE)
-                better.append(sum(rise < -least for rise, _ in ending.rise))
-                of = [str(ending.trials), f"{best.val_loss:.4f}", str(len(ending.rise)), f"{rise[0]:+.4f} `{rise[1]}`"]
-                details.append([track, f"`{name}`", *of, f"`{to_text(best.settings)}`"])
-            cells.append(f"{loss}; {steps:.2f}, {seconds:.2f}" if ending else "-")
-        rows.append(cells)
-    of_all = sum(len(ending.rise) for ending in endings.values())
-    count = f"In {better.count(0)} of {len(better)} cases no change is better; of {of_all} changes {sum(better)} are."
-    columns = ["workload", "submission", "trials", "loss", "changes tried", "the best of them", "settings"]
-    first = markdown_table(["submission", "mean speed-up", *tracks], rows)
-    return [CONTEST, "", first, "", count, "", markdown_table(columns, sorted(details)), ""]
+    tracks = list(dict.fromkeys(track for _, track in cells))
+    mean = {name: statistics.geometric_mean(faster.get((name, track), math.nan) for track in tracks) for name, _ in cells}
+    rows = [
+        [f"`{name}`", f"{mean[name]:.2f}", *(cells.get((name, track), "-") for track in tracks)]
+        for name in sorted(mean, key=lambda name: -mean[name])
+    ]
+    none, of_all, lower = sum(not any(each) for each in better), sum(map(len, better)), sum(map(sum, better))
+    count = f"In {none} of {len(better)} cases no change is better; of {of_all} changes {lower} are."
+    return [CONTEST, "", markdown_table(["submission", "mean speed-up", *tracks], rows), "", count, ""]
 
 
 class Contents(NamedTuple):
@@ -141,8 +127,7 @@ class Contents(NamedTuple):
 
 
 def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> Contents:
-    """place: the folder, as README.md names it. before: what tuned.json holds (`winners`). Raises UsageError: there is no
-    table, or no trial that ended well, or a workload's trials are of two compute types."""
+    """place: the folder in words. Raises UsageError: no trial has ended well, or a workload has two compute types."""
     every = [table for of in tables.values() for table in of.values()]
     if not every:
         raise UsageError(f"{place} holds no finished trial: ./run.sh compare tune --optimizers ...")
@@ -153,9 +138,8 @@ def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> C
     lines += [f"{s},{w},{n},{t:.5g}" for (s, w), each in sorted(times.items()) for n, t in enumerate(each)]
     texts = {"studies.csv": "\n".join(lines) + "\n", "tuned.json": json.dumps(winners(tables, before), indent=1) + "\n"}
     result = tuned.scored(times)
-    text, pictures = [ABOUT, *contest(tables), *score_section(place, tables, times, result), *tuned.beaten(every)], {}
-    if result:
-        pictures["profile"] = texts["studies.csv"]
+    text = [ABOUT, *contest(tables), *score_section(place, tables, times, result), *tuned.beaten(every)]
+    pictures: dict[str, Any] = {"profile": texts["studies.csv"]} if result else {}
     for track, of in tables.items():
         text += ["", workload_table(track, of)]
         if any(table.best() for table in of.values()):
@@ -166,8 +150,7 @@ def contents(tables: dict[str, Tables], place: str, before: dict[str, Any]) -> C
 
 
 def report(folder: Path) -> str:
-    """Write README.md, studies.csv, tuned.json and the plots of all tables in `folder`; returns a few words about them. Raises
-    UsageError: see `contents`."""
+    """Write what follows from the tables in `folder`; a few words about them. Raises as `contents`."""
     tables = tuned.read_tables(folder)
     chosen = folder / "tuned.json"
     made = contents(tables, str(folder), read_json(chosen) if chosen.exists() else {})
@@ -175,23 +158,22 @@ def report(folder: Path) -> str:
         atomic_write(folder / name, text)
     for name, data in made.pictures.items():
         track = name.partition("-")[2]  # none of the profile
-        profile = None if track else score.draw(score.medians(made.times), {}, score.TAU_MAX)
-        plots.save(profile or draw_sensitivity(track, tables[track]), folder, name, data)
+        figure = draw_sensitivity(track, tables[track]) if track else score.draw(score.medians(made.times), {})
+        plots.save(figure, folder, name, data)
     count = sum(len(table.rows) for of in tables.values() for table in of.values())
     return f"{count} trials on {len(tables)} workloads: {folder / 'README.md'}"
 
 
 def score_section(place: str, tables: dict[str, Tables], times: score.Studies, result: Scored) -> list[str]:
-    """The AlgoPerf score over the workloads that have a target, as Markdown; who is not in it, and why."""
+    """The AlgoPerf score over the workloads with a target, as Markdown; who is not in it, and why."""
     lines = ["No score yet: it needs two submissions that were run on every workload, and two workloads with a target."]
     if result:
         summary = result[1]
-        command = f"./run.sh compare score --studies {place}/studies.csv"
-        command += f" --reference {summary['reference']}" if summary["reference"] else ""
+        reference = f" --reference {summary['reference']}" if summary["reference"] else ""
+        command = f"./run.sh compare score --studies {place}/studies.csv{reference}"
         lines = ["## Score", "", f"Over {', '.join(summary['workloads'])}: `{command}`", "", score.score_table(summary)]
         lines += ["", "![profiles](profile.png)"]
-    scorable = {track: of for track, of in tables.items() if tuned.target_of(of)}
-    every = ((track, name) for track, of in scorable.items() for name, table in of.items() if table.studies())
+    every = ((track, name) for track, of in tables.items() if tuned.target_of(of) for name in of if of[name].studies())
     if untimed := ", ".join(f"`{name}` on {track}" for track, name in every if (name, track) not in times):
         why = "since their steps were not timed beside AdamW's (`compare tune` of them does so)"
         lines += ["", f"Not scored, {why}: {untimed}."]
@@ -205,20 +187,18 @@ def draw_sensitivity(track: str, tables: Tables) -> Any:
     lowest = [table.best().val_loss for table in shown.values()]
     usual = [statistics.median(r.val_loss for r in table.of("search") if math.isfinite(r.val_loss)) for table in shown.values()]
     least, most = min(lowest), max(*lowest, float(np.quantile(usual, 0.75)))
-    top = most + 0.3 * (most - least)
-    axes[0].set_ylim(least - 0.05 * (most - least), top)
+    top = most + 0.3 * (most - least)  # what lies above, or diverged, stands there
+    axes[0].set_ylim(least - 0.05 * (most - least), top + 0.05 * (most - least))
     for axis, (name, table) in zip(axes, shown.items(), strict=True):
         near = [table.best(), *(row for change, row in table.neighbours().items() if change.startswith("lr"))]
         for runs, style, colour in ((table.of("search"), "o", "tab:blue"), (near, "o-", "tab:orange")):
-            points = sorted((row.settings["lr"], row.val_loss) for row in runs if math.isfinite(row.val_loss))
+            points = sorted((row.settings["lr"], min(row.val_loss, top)) for row in runs)
             axis.plot(*zip(*points), style, ms=3, color=colour)
-            above = [row.settings["lr"] for row in runs if not row.val_loss <= top]  # or diverged: at the upper edge
-            axis.plot(above, [top - 0.04 * (top - least)] * len(above), "^", ms=4, color=colour, markerfacecolor="none")
         axis.set(xscale="log")
         axis.xaxis.set_minor_formatter(plots.pyplot().NullFormatter())
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
     figure.suptitle(track, fontsize=9)
-    figure.supxlabel("learning rate (orange: the best, and half and twice its rate; triangle: above, or diverged)", fontsize=8)
+    figure.supxlabel("learning rate (orange: the best, half and twice its rate; upper edge: above, or diverged)", fontsize=8)
     figure.supylabel("final loss, nats", fontsize=8)
     return figure

@@ -6,18 +6,16 @@
 times.csv: first column `submission`, then one column per workload: seconds to the target, `inf` = missed, empty = not run.
 studies.csv: columns submission, workload, study, seconds; a workload's time is the median over its studies.
 
-Rules as AlgoPerf has them (Dahl et al. 2023, arXiv 2306.07179; Kasimbeg et al. 2025, arXiv 2502.15015; the code of
-mlcommons/algorithmic-efficiency), in this order, where not run counts as missed: a held-out variant is missed if its base
-is; a time above tau_max x the best time of its workload is missed; a base workload is missed if its variant is (rule of
-v0.5); r = time / best time left of the base workload. A submission's profile is rho(tau) = the share of base workloads with
-r <= tau; its score is the mean of rho over tau from 1 to tau_max = 4, by the trapezoid rule on 100 points, as in their
-code. Other quirks of it do not change published scores and are left out: the base of a variant is named here, not guessed
-from its name; a NaN is refused, not read as zero.
+Rules of AlgoPerf (Dahl et al. 2023, arXiv 2306.07179; Kasimbeg et al. 2025, arXiv 2502.15015; mlcommons/algorithmic-efficiency)
+in this order, where not run counts as missed: a held-out variant is missed if its base is; a time above 4 x the best time of
+its workload is missed; a base workload is missed if its variant is (rule of v0.5); r = time / best time left of the base
+workload. A submission's profile is rho(tau) = the share of base workloads with r <= tau; its score is the mean of rho over tau
+from 1 to 4, by the trapezoid rule on 100 points. Unlike theirs, this code is told a variant's base, and refuses a NaN.
 
 A score depends on the field. So it comes with the ranks when any one submission is left out; with intervals by resampling
 studies, for those that have several on every workload; and, with --reference, with a score that ignores the field: the mean
-over workloads of how far log(reference time / time) lies on the way from -log(tau_max) to log(tau_max): 0.5 is the
-reference's own, 1 is tau_max times as fast or more.
+over workloads of how far log(reference time / time) lies on the way from -log(4) to log(4): 0.5 is the reference's own, 1 is
+four times as fast or more.
 """
 
 import csv
@@ -39,7 +37,7 @@ from lab import plots
 from lab.markdown import table
 
 POINTS = 100
-TAU_MAX = 4.0
+TAU_MAX = 4.0  # the largest ratio to the best time that counts
 HIGHLIGHTED = 6  # of the profiles in a picture, the best ones
 Studies = dict[tuple[str, str], list[float]]  # (submission, workload) -> seconds of each study
 
@@ -58,20 +56,19 @@ class Times:
 
 
 def read_studies(path: Path) -> Studies:
-    """A table of studies, or of times, which are one study each. Raises UsageError: missing file, no such table, a study that
-    comes twice, a cell that is no time."""
+    """Of a table of studies, or of times: one study each. Raises UsageError: no such table, or a cell that is no time."""
     try:
         with path.open(newline="") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+            head, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row] or [[""]]
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is no CSV file: {error}") from None
-    if not rows or rows[0][0] != "submission":
+    if head[0] != "submission":
         raise UsageError(f"{path}: the first column must be `submission`")
-    head, studies, seen = rows[0], defaultdict(list), set()
+    studies, seen = defaultdict(list), set()
     by_study = head[1:] == ["workload", "study", "seconds"]
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in enumerate(rows, start=2):
         if len(row) != len(head):
             raise UsageError(f"{path} line {number}: {len(row)} cells instead of {len(head)}")
         for submission, workload, study, cell in [row] if by_study else [(row[0], w, "", c) for w, c in zip(head[1:], row[1:])]:
@@ -82,16 +79,16 @@ def read_studies(path: Path) -> Studies:
             try:
                 seconds = float(cell or "inf")
             except ValueError:
-                raise UsageError(f"{where}: {cell!r} is no time: seconds, inf (missed) or nothing (not run)") from None
+                seconds = math.nan
             if not seconds > 0:
-                raise UsageError(f"{where}: {cell!r} is no time: it must be above 0")
+                raise UsageError(f"{where}: {cell!r} is no time: seconds must be above 0; inf is missed, nothing is not run")
             studies[submission, workload].append(seconds)
     return studies
 
 
 def medians(studies: Studies) -> Times:
-    """The medians over studies; not run is missed. Raises UsageError: fewer than two workloads, or no target met."""
-    submissions, workloads = (list(dict.fromkeys(names)) for names in zip(*studies)) if studies else ([], [])
+    """The medians over studies. Raises UsageError: fewer than two workloads, or no target met."""
+    submissions, workloads = (list(dict.fromkeys(key[part] for key in studies)) for part in (0, 1))
     if len(workloads) < 2:
         raise UsageError(f"a profile needs at least two workloads, not {len(workloads)}")
     table = np.array([[statistics.median(studies.get((s, w), [math.inf])) for w in workloads] for s in submissions])
@@ -103,29 +100,28 @@ def medians(studies: Studies) -> Times:
 def read_held_out(text: str, workloads: list[str]) -> dict[str, str]:
     """`variant=base,...` -> base workload of each variant. Raises UsageError: no such workload."""
     bases = {}
-    for word in filter(None, (w.strip() for w in text.split(","))):
-        variant, equals, base = word.partition("=")
-        for name in (variant, base) if equals else (word,):
+    for word in filter(None, map(str.strip, text.split(","))):
+        variant, _, base = word.partition("=")
+        if not base or variant == base:
+            raise UsageError(f"--held-out takes variant=base, not {word!r}")
+        for name in (variant, base):
             if name not in workloads:
                 raise UsageError(f"--held-out {word}: no workload {name!r}: {nearest(name, workloads)}")
-        if not equals or variant == base:
-            raise UsageError(f"--held-out takes variant=base, not {word!r}")
         bases[variant] = base
     return bases
 
 
-def ratios(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> tuple[list[str], np.ndarray]:
+def ratios(times: Times, held_out: dict[str, str]) -> tuple[list[str], np.ndarray]:
     """Base workloads, and r [submissions, base workloads]: time over the best time; inf where missed."""
-    column = {w: i for i, w in enumerate(times.workloads)}
-    pairs = [(column[variant], column[base]) for variant, base in held_out.items()]
-    t = times.seconds.copy()
+    t, column = times.seconds.copy(), times.workloads.index
+    pairs = [(column(variant), column(base)) for variant, base in held_out.items()]
     for variant, base in pairs:
         t[np.isinf(t[:, base]), variant] = np.inf
-    t[t > tau_max * t.min(0)] = np.inf
+    t[t > TAU_MAX * t.min(0)] = np.inf
     for variant, base in pairs:
         t[np.isinf(t[:, variant]), base] = np.inf
     bases = [w for w in times.workloads if w not in held_out]
-    t = t[:, [column[w] for w in bases]]
+    t = t[:, [column(w) for w in bases]]
     with np.errstate(invalid="ignore"):
         return bases, np.where(np.isinf(t), np.inf, t / t.min(0))
 
@@ -135,23 +131,22 @@ def profile(r: np.ndarray, tau: np.ndarray) -> np.ndarray:
     return (r[:, :, None] <= tau).mean(1)
 
 
-def scores(times: Times, held_out: dict[str, str], tau_max: float = TAU_MAX) -> np.ndarray:
+def scores(times: Times, held_out: dict[str, str]) -> np.ndarray:
     """The AlgoPerf score of every submission."""
-    tau = np.linspace(1, tau_max, POINTS)
-    return trapezoid(profile(ratios(times, held_out, tau_max)[1], tau), tau, axis=1) / (tau_max - 1)
+    tau = np.linspace(1, TAU_MAX, POINTS)
+    return trapezoid(profile(ratios(times, held_out)[1], tau), tau, axis=1) / (TAU_MAX - 1)
 
 
-def reference_scores(times: Times, held_out: dict[str, str], reference: str, tau_max: float = TAU_MAX) -> np.ndarray:
-    """Of every submission against one of them, whatever the others do. Workloads that the reference missed are left out. Raises
-    UsageError: no such submission, or it met no target."""
+def reference_scores(times: Times, held_out: dict[str, str], reference: str) -> np.ndarray:
+    """Against one submission, on the workloads that it met. Raises UsageError: there is none, or it met none."""
     if reference not in times.submissions:
         raise UsageError(f"--reference {reference!r}: {nearest(reference, times.submissions)}")
-    t = times.seconds[:, [w not in held_out for w in times.workloads]]
-    t = t[:, np.isfinite(t[times.submissions.index(reference)])]
-    if not t.size:
+    own = times.seconds[times.submissions.index(reference)]
+    met = np.isfinite(own) & [w not in held_out for w in times.workloads]
+    if not met.any():
         raise UsageError(f"--reference {reference}: it met no target")
-    gain = np.log(t[times.submissions.index(reference)]) - np.log(t)
-    return np.clip(0.5 + gain / (2 * math.log(tau_max)), 0, 1).mean(1)
+    gain = np.log(own[met]) - np.log(times.seconds[:, met])
+    return np.clip(0.5 + gain / (2 * math.log(TAU_MAX)), 0, 1).mean(1)
 
 
 def ranks(values: np.ndarray) -> list[int]:
@@ -159,39 +154,38 @@ def ranks(values: np.ndarray) -> list[int]:
     return stats.rankdata(-values.round(12), method="min").astype(int).tolist()
 
 
-def intervals(studies: Studies, held_out: dict[str, str], tau_max: float, draws: int = 1000, seed: int = 0) -> np.ndarray:
+def intervals(studies: Studies, held_out: dict[str, str], draws: int = 1000) -> np.ndarray:
     """95 % intervals [submissions, 2] of the score, by drawing studies with replacement."""
-    dice, drawn = np.random.default_rng(seed), []
+    dice, drawn = np.random.default_rng(0), []
     for _ in range(draws):  # sorted: the same whatever order the studies are given in
         again = {key: list(dice.choice(values, len(values))) for key, values in sorted(studies.items())}
-        drawn.append(scores(medians({key: again[key] for key in studies}), held_out, tau_max))
+        drawn.append(scores(medians({key: again[key] for key in studies}), held_out))
     return np.quantile(drawn, [0.025, 0.975], axis=0).T
 
 
-def summary(studies: Studies, held_out: dict[str, str], tau_max: float = TAU_MAX, reference: str = "") -> dict[str, Any]:
+def summary(studies: Studies, held_out: dict[str, str], reference: str = "") -> dict[str, Any]:
     """All of it, as JSON: a list of submissions, best score first. Raises UsageError: see medians and reference_scores."""
     times = medians(studies)
-    value, (bases, r) = scores(times, held_out, tau_max), ratios(times, held_out, tau_max)
-    ranked = defaultdict(list)  # submission -> its rank without each of the others
-    for gone in times.submissions if len(times.submissions) > 2 else ():
+    value, (bases, r) = scores(times, held_out), ratios(times, held_out)
+    ranked = {name: [rank] for name, rank in zip(times.submissions, ranks(value))}  # with all, then without each of the others
+    for gone in times.submissions if len(ranked) > 2 else ():
         fewer = times.without(gone)
-        for name, rank in zip(fewer.submissions, ranks(scores(fewer, held_out, tau_max))):
+        for name, rank in zip(fewer.submissions, ranks(scores(fewer, held_out))):
             ranked[name].append(rank)
-    against = reference_scores(times, held_out, reference, tau_max) if reference else None
+    against = reference_scores(times, held_out, reference) if reference else None
     # one study says nothing of luck
-    repeated = {name: all(len(studies.get((name, w), ())) > 1 for w in times.workloads) for name in times.submissions}
-    spread = intervals(studies, held_out, tau_max) if any(repeated.values()) else None
+    repeated = {name: all(len(studies.get((name, w), ())) > 1 for w in times.workloads) for name in ranked}
+    spread = intervals(studies, held_out) if any(repeated.values()) else None
     rows = []
-    for i, (name, rank) in enumerate(zip(times.submissions, ranks(value))):
-        without = ranked[name] or [rank]
+    for i, (name, (rank, *without)) in enumerate(ranked.items()):
         row = {"submission": name, "score": float(value[i]), "rank": rank, "targets_met": int(np.isfinite(r[i]).sum())}
-        row["ranks_when_one_is_left_out"] = [min(without), max(without)]
+        row["ranks_when_one_is_left_out"] = [min(without, default=rank), max(without, default=rank)]
         row["ratios"] = {w: (None if math.isinf(x) else float(x)) for w, x in zip(bases, r[i])}
         row |= {"interval": spread[i].tolist()} if repeated[name] else {}
         row |= {"against_reference": float(against[i])} if reference else {}
         rows.append(row)
     rows.sort(key=lambda row: -row["score"])
-    return {"tau_max": tau_max, "workloads": bases, "held_out": held_out, "reference": reference, "submissions": rows}
+    return {"workloads": bases, "held_out": held_out, "reference": reference, "submissions": rows}
 
 
 def score_table(summary: dict[str, Any], digits: int = 3, aligned: bool = False) -> str:
@@ -207,41 +201,36 @@ def score_table(summary: dict[str, Any], digits: int = 3, aligned: bool = False)
     return table([*head, f"against {reference}"] if reference else head, rows, aligned)
 
 
-def draw(times: Times, held_out: dict[str, str], tau_max: float) -> Any:
+def draw(times: Times, held_out: dict[str, str]) -> Any:
     """A figure of the profiles."""
-    tau = np.linspace(1, tau_max, 600)
-    rho, value = profile(ratios(times, held_out, tau_max)[1], tau), scores(times, held_out, tau_max)
+    tau = np.linspace(1, TAU_MAX, 600)
+    rho, value = profile(ratios(times, held_out)[1], tau), scores(times, held_out)
     figure, axes = plots.pyplot().subplots(figsize=(9, 5), constrained_layout=True)
     order = np.argsort(-value, kind="stable")
     for i in order[:HIGHLIGHTED]:
         axes.step(tau, rho[i], where="post", label=f"{times.submissions[i]}  {value[i]:.3f}")
-    rest = order[HIGHLIGHTED:]  # their names would be one on the other: the table has them
-    for n, i in enumerate(rest):
-        label = f"{len(rest)} more  {value[rest[0]]:.3f} - {value[rest[-1]]:.3f}" if n == 0 else None
-        axes.step(tau, rho[i], where="post", color="0.75", linewidth=0.8, zorder=1, label=label)
-    words = dict(xlabel="tau: time / best time of the field", ylabel="share of workloads within tau")
-    axes.set(**words, xlim=(1, tau_max), ylim=(0, 1.02))
+    if len(rest := order[HIGHLIGHTED:]):  # their names would be one on the other: the table has them
+        first, *_ = axes.step(tau, rho[rest].T, where="post", color="0.75", linewidth=0.8, zorder=1)
+        first.set_label(f"{len(rest)} more  {value[rest[0]]:.3f} - {value[rest[-1]]:.3f}")
+    axes.set(xlabel="tau: time / best time of the field", xlim=(1, TAU_MAX))
+    axes.set(ylabel="share of workloads within tau", ylim=(0, 1.02))
     axes.legend(title="submission, score", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def run(argv: list[str]) -> Answer:
     parser = Parser(prog="compare.py score", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--times", type=Path, help="table of seconds to target")
-    source.add_argument("--studies", type=Path, help="table of single studies; gives intervals too")
+    about = "table of seconds to target, or of single studies, which gives intervals too"
+    parser.add_argument("--times", "--studies", type=Path, required=True, help=about)
     parser.add_argument("--held-out", default="", help="variant=base,...: columns that are variants of a workload")
-    parser.add_argument("--tau-max", type=float, default=TAU_MAX, help="largest ratio to the best that counts (default: 4)")
     parser.add_argument("--reference", default="", help="also score against this submission alone")
     parser.add_argument("--plot", type=Path, help="draw the profiles: PLOT.png")
     options = parser.parse_args(argv)
-    if not options.tau_max > 1:
-        raise UsageError(f"--tau-max must be above 1, got {options.tau_max:g}")
-    with intact(options.studies or options.times):
-        studies = read_studies(options.studies or options.times)
+    with intact(options.times):
+        studies = read_studies(options.times)
     times = medians(studies)
     held_out = read_held_out(options.held_out, times.workloads)
-    result = summary(studies, held_out, options.tau_max, options.reference)
+    result = summary(studies, held_out, options.reference)
     if options.plot:
-        plots.save(draw(times, held_out, options.tau_max), options.plot.parent, options.plot.name)
+        plots.save(draw(times, held_out), options.plot.parent, options.plot.name)
     return Answer(score_table(result, digits=4, aligned=True), result)

@@ -60,11 +60,11 @@ class Submission:
         """The space. Raises UsageError: there is nothing to search."""
         if self.stated:
             return self.stated
-        fixed, choice = split(self.optimizer)[1], optimizers.find(self.optimizer)
-        # a default of None follows another setting: the method has its full strength without
-        known = {key: search for key, (default, search) in choice.hyperparameters.items() if default is not None}
-        free = {key: search for key, search in known.items() if search and key.partition("/")[0] not in fixed}
-        space = [Dimension("optimizer", key, *search) for key, search in free.items()]
+        fixed, choice, space = split(self.optimizer)[1], optimizers.find(self.optimizer), []
+        for key, (default, search) in choice.hyperparameters.items():
+            # a default of None follows another setting: the method has its full strength without
+            if search and default is not None and key.partition("/")[0] not in fixed:
+                space.append(Dimension("optimizer", key, *search))
         if not choice.own_schedule:
             space.append(Dimension("schedule", "warmup", *WARMUP))
         if not space:
@@ -79,8 +79,7 @@ class Submission:
     @property
     def version(self) -> str:
         """A hash of all that a study's trials have in common; trials of another version are of another study."""
-        about = {"optimizer": self.optimizer, "schedule": self.schedule, "average": self.average} | own_code(self.optimizer)
-        about |= {part: spec for part, spec in self.parts.items() if spec}
+        about = {part: spec for part, spec in self.parts.items() if spec or part == "average"} | own_code(self.optimizer)
         text = json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -100,14 +99,11 @@ class Submission:
 
     def defaults(self) -> dict[str, float]:
         """The optimizer's own settings for every dimension."""
-        known = optimizers.find(self.optimizer).hyperparameters
-
-        def default(d: Dimension) -> float:
-            if d.part == "optimizer":
-                return float(known[d.key][0])
-            return getattr(AVERAGES[split(self.average)[0]], d.key) if d.part == "average" else 0.05
-
-        return {d.name: default(d) for d in self.dimensions}
+        known, settings = optimizers.find(self.optimizer).hyperparameters, {}
+        for d in self.dimensions:
+            of_average = getattr(AVERAGES.get(self.average), d.key, 0.05)  # 0.05: the warm-up
+            settings[d.name] = float(known[d.key][0]) if d.part == "optimizer" else of_average
+        return settings
 
 
 DECAY, EVERY = Dimension("average", "decay", 0.9, 0.999, "complement"), Dimension("average", "every", 1, 20, "log")
@@ -123,8 +119,7 @@ EXTRAS = {
 
 
 def submission(word: str) -> Submission:
-    """The submission of that name: one of EXTRAS, a registered optimizer, or an optimizer SPEC whose keys stay fixed. Raises
-    UsageError: there is none."""
+    """One of EXTRAS, a registered optimizer, or a SPEC whose keys stay fixed. Raises UsageError: there is none."""
     if word in EXTRAS:
         return EXTRAS[word]
     name, _ = split(word)

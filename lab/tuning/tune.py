@@ -8,10 +8,10 @@
 
 As in AlgoPerf's external ruleset (Dahl et al. 2023, arXiv 2306.07179), a study is --trials quasi-random points of a
 submission's space, the same on every workload; --studies repeats that with other points. After the search come the neighbours
-of the best settings (half and twice the learning rate, no weight decay, half the warm-up). The four submissions that
-set a workload's target are rerun at three quarters of its length: the target is the best median of these reruns. A submission
-that met a target on a machine or with code that AdamW was not trained on is timed against AdamW in a few short interleaved
-runs: only such step times compare. --descend continues from the best point of the first study (lab/tuning/descent.py).
+of the best settings. The four submissions that set a workload's target are rerun at three quarters of its length: the target is
+the best median of these reruns. A submission that met a target on a machine or with code that AdamW was not trained on is timed
+against AdamW in a few short interleaved runs: only such step times compare. --descend continues from the best point of the
+first study (lab/tuning/descent.py).
 
 A trial that diverged counts as the worst. Every trial is a line of --out/<workload>/<optimizer>.csv and is never trained again.
 A workload keeps the compute type (--dtype) of its first trial.
@@ -42,7 +42,7 @@ from lab.runner import alone_in, at_least, run_through, threads
 from lab.trials import Arm, Trial
 from lab.tuning import descent, report, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
-from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table, Tables
+from lab.tuning.tuned import SETTERS, SHORT, TIMED, Row, Table
 from optimizers import OPTIMIZERS
 
 WORKLOADS = [name for name, track in tricks.TRACKS.items() if track.workload]
@@ -80,18 +80,26 @@ class Contest:
     """Everybody's trials on every workload: which there are, which are wanted, and what these train for."""
 
     def __init__(self, options: argparse.Namespace):
-        """Raises UsageError: a damaged table, trials of another version of a space, or of another compute type than asked
-        for."""
+        """Raises UsageError: a damaged table, or trials of another space or another compute type than asked for."""
         self.options, self.tables = options, defaultdict(dict, tuned.read_tables(options.out))
-        self.dtypes = compute_types(options, self.tables)
-        self.deadline = time.monotonic() + 3600 * options.machine_hours if options.machine_hours else math.inf
+        self.dtypes = {track: self.dtype(track) for track in options.tracks}
+        self.deadline = time.monotonic() + 3600 * (options.machine_hours or math.inf)
+        self.late = 0  # trials that were not begun, since the hours were over
         # AdamW's too, which steps are compared with
         for track, entry in product(options.tracks, (submission("adamw"), *options.submissions)):
             table = self.table(track, entry.name)
             if any(row.space != entry.version for row in table.of("search")):
                 why = "its trials are of another version of the space, or of the optimizer's file"
                 raise UsageError(f"{table.path}: {why}: move the table away first")
-        self.late = 0  # trials that were not begun, since the hours were over
+
+    def dtype(self, track: str) -> str:
+        """Of a workload's trials, there and to come. Raises UsageError: --dtype is another, or this machine lacks it."""
+        kept, asked = tuned.dtype_of(self.tables[track]), self.options.dtype
+        if kept and asked not in ("auto", kept):
+            where = f"the trials of {track} in {self.options.out} are in {kept}"
+            raise UsageError(f"--dtype {asked}: {where}: choose another --out")
+        dtype, _ = hardware.pick_dtype(kept or asked, hardware.pick_device("auto"))
+        return trials.DTYPES[str(dtype).removeprefix("torch.")]
 
     def table(self, track: str, name: str) -> Table:
         """Of a submission's trials on a workload; empty before the first."""
@@ -103,11 +111,10 @@ class Contest:
 
     def wanted(self, kind: str, track: str, entry: Submission) -> list[Job]:
         """The trials of a submission on a workload: `search`, `target` (the best settings of the first study of those that set
-        targets, on new seeds) or `neighbour` (one setting off the best, same seed, so that nothing else differs); of a
-        `descent` the first, and once it has ended, `around` (the changes that it has not tried) and `final` (its end on new
-        seeds)."""
+        targets, on new seeds) or `neighbour` (one setting off the best, same seed); of a `descent` the first, and once it has
+        ended, `around` (the changes that it has not tried) and `final` (its end on new seeds)."""
         options, table, steps = self.options, self.table(track, entry.name), length(track)
-        job = partial(Job, kind, track, entry, table)
+        job, end = partial(Job, kind, track, entry, table), descent.found(table)
         if kind == "search":
             tried = ((study, points(entry.dimensions, options.trials, study)) for study in range(options.studies))
             return [job(study, n, 1000 * study + n, steps, point) for study, of in tried for n, point in enumerate(of)]
@@ -121,31 +128,24 @@ class Contest:
             return [job(best.study, 10 * best.number + n, best.seed, best.steps, each) for n, each in enumerate(off)]
         if kind == "descent":
             return [job(0, 0, descent.SEED, steps, {})]
-        if not (end := descent.found(table)):
-            return []
         if kind == "final":
-            return [job(0, n, descent.SEED + 1 + n, steps, end.settings) for n in range(descent.SEEDS)]
+            return [job(0, n, descent.SEED + 1 + n, steps, end.settings) for n in range(descent.SEEDS if end else 0)]
         done = [row.settings for row in descent.rows_of(table)]
-        left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done]
+        left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done] if end else []
         return [job(0, n, descent.SEED, steps, each) for n, each in enumerate(left)]
 
-    def all_wanted(self, kind: str) -> list[Job]:
-        """Round by round, so that whoever stops early has given everyone the same number of trials."""
-        pairs = product(self.options.tracks, self.options.submissions)
-        jobs = [job for track, entry in pairs for job in self.wanted(kind, track, entry)]
-        return sorted(jobs, key=lambda job: (job.study, job.number)) if kind == "search" else jobs
-
     def timings(self) -> list[Job]:
-        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it. A time to target
-        is steps times the cost of a step, in which machines, or one machine on two days, differ more than many submissions."""
+        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it."""
         jobs, adamw = [], submission("adamw")
         for track in self.options.tracks:
-            target, beside = tuned.target_of(self.tables[track]), self.table(track, adamw.name)
-            of = {entry: self.table(track, entry.name) for entry in self.options.submissions if target}
-            untimed = {e: table for e, table in of.items() if table.meets(target["loss"]) and not tuned.timed(table, beside)}
-            runs, steps = {adamw: beside} | untimed, max(1, round(TIMED * length(track)))
+            runs, steps = {adamw: self.table(track, adamw.name)}, max(1, round(TIMED * length(track)))
+            target, cost = tuned.target_of(self.tables[track]), tuned.step_seconds(self.tables[track])
+            for entry in self.options.submissions if target else ():
+                table = self.table(track, entry.name)
+                if min(table.steps_of_studies(target["loss"]), default=math.inf) < math.inf and entry.name not in cost:
+                    runs[entry] = table
             turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
-            for number, (entry, table) in product(range(TIMINGS), runs.items() if untimed else ()):
+            for number, (entry, table) in product(range(TIMINGS), runs.items() if len(runs) > 1 else ()):
                 settings = best.settings if (best := table.best()) else entry.defaults()
                 jobs.append(Job("timing", track, entry, table, turn, number, 1000 * turn + number, steps, settings))
         return jobs
@@ -154,11 +154,12 @@ class Contest:
 
     def train(self, kind: str, jobs: list[Job]) -> None:
         """All that is not there."""
-        ended, work = (self.has_descended, self.descend) if kind == "descent" else (self.ended, self.one)
-        run_through(kind, jobs, ended, work, self.options.side_by_side)
+        run_through(kind, jobs, self.ended, self.descend if kind == "descent" else self.one, self.options.side_by_side)
 
     def ended(self, job: Job) -> bool:
-        """One that crashed is tried again."""
+        """One that crashed is tried again. Of a descent: all of it."""
+        if job.kind == "descent":
+            return self.next_settings(job) is None
         row = job.table.rows.get((job.kind, job.study, job.number, job.steps))
         return row is not None and row.status != "crashed"
 
@@ -169,8 +170,8 @@ class Contest:
             return ""
         begun = time.monotonic()
         outcome = trials.train(job.trial(self.dtypes[job.track]), threads=threads(self.options.side_by_side))
-        about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings)
-        row = Row.of(outcome, time.monotonic() - begun, space=job.submission.version, **about)
+        about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings, space=job.submission.version)
+        row = Row.of(outcome, time.monotonic() - begun, **about)
         job.table.add(row)
         loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
@@ -190,22 +191,17 @@ class Contest:
         start, most = job.table.best(tuned.FIRST_STUDY), descent.BUDGET - len(job.table.of("search", tuned.FIRST_STUDY))
         return descent.following(job.submission.dimensions, job.table, start and start.settings, most)
 
-    def has_descended(self, job: Job) -> bool:
-        return self.next_settings(job) is None
-
     # ---------------------------------------------------------------- the plan
 
     def seconds_of_a_trial(self, track: str) -> float:
-        """Wall-clock seconds of one search trial: the median of those that are there, or by a short run of AdamW. Raises
-        UsageError: that run crashed."""
+        """Wall-clock, of a search trial: the median, or by a short run of AdamW. Raises UsageError: it crashed."""
         walls = [row.wall for entry in self.options.submissions for row in self.table(track, entry.name).of("search")]
         if walls:
             return statistics.median(walls)  # a machine may stand still for minutes
-        adamw, steps, new_seed = submission("adamw"), length(track), time.time_ns() % 2**32  # no run has had it
-        part = max(2, round(CALIBRATED * steps))
-        job = Job("plan", track, adamw, self.table(track, "adamw"), 0, 0, new_seed, part, adamw.defaults())
-        trial = job.trial(self.dtypes[track])
         print(f"plan: timing {track}", flush=True)
+        adamw, steps, new_seed = submission("adamw"), length(track), time.time_ns() % 2**32  # no run has had it
+        part, table = max(2, round(CALIBRATED * steps)), self.table(track, "adamw")
+        trial = Job("plan", track, adamw, table, 0, 0, new_seed, part, adamw.defaults()).trial(self.dtypes[track])
         begun = time.monotonic()
         outcome = trials.train(trial, threads=threads(self.options.side_by_side))
         seconds = time.monotonic() - begun
@@ -215,26 +211,18 @@ class Contest:
         return seconds + outcome.result["train_time"] * (steps / part - 1)
 
     def left(self, track: str, entry: Submission) -> float:
-        """What a submission still takes on a workload, in search trials. While its search is not finished, all that follows is
-        still to come."""
-        options = self.options
-
-        def count(kind: str) -> int:
-            return sum(not self.ended(job) for job in self.wanted(kind, track, entry))
-
-        if searching := count("search"):
-            left = searching + 4 * options.neighbours + SHORT * options.target_seeds * (entry.name in SETTERS)
-        else:
-            left = count("neighbour") + SHORT * count("target")
+        """What a submission still takes on a workload, in search trials; all that follows an unfinished search."""
+        options, kinds = self.options, ("search", "neighbour", "target")
+        search, near, target = (sum(not self.ended(job) for job in self.wanted(kind, track, entry)) for kind in kinds)
+        if search:
+            near, target = 4 * options.neighbours, options.target_seeds * (entry.name in SETTERS)
+        left = search + near + SHORT * target
         if options.descend:  # at most
             left += descent.BUDGET - options.trials - len(descent.rows_of(self.table(track, entry.name))) + descent.SEEDS
-        alongside = "adamw" in [other.name for other in options.submissions]
-        timed = alongside or tuned.timed(self.table(track, entry.name), self.table(track, "adamw"))
-        return left if timed else left + 2 * TIMINGS * TIMED
+        return left
 
     def plan(self) -> None:
-        """Print what will be trained and how long it will take; cut the trials to --machine-hours, the same for all. Raises
-        UsageError: not even one trial for everyone fits."""
+        """Print it, with the trials cut to --machine-hours. Raises UsageError: not even one for everyone fits."""
         options = self.options
         each = {track: self.seconds_of_a_trial(track) for track in options.tracks}
 
@@ -253,27 +241,16 @@ class Contest:
         print(f"  together about {sum(hours().values()):.1f} hours of this machine, beside what is there", flush=True)
 
     def run(self) -> None:
-        """Plan, then train all that is wanted and not there."""
+        """Plan, then train all that is not there; the search round by round, so that whoever stops early has given everyone the
+        same number of trials."""
         self.plan()
         for kind in ("search", "target", "neighbour", *(("descent", "around", "final") if self.options.descend else ())):
-            self.train(kind, self.all_wanted(kind))
+            pairs = product(self.options.tracks, self.options.submissions)
+            jobs = [job for track, entry in pairs for job in self.wanted(kind, track, entry)]
+            self.train(kind, sorted(jobs, key=lambda job: (job.study, job.number)) if kind == "search" else jobs)
         self.train("timing", self.timings())
         if self.late:
             print(f"the hours are over: {self.late} trials were not begun; the same command continues", flush=True)
-
-
-def compute_types(options: argparse.Namespace, tables: dict[str, Tables]) -> dict[str, str]:
-    """Workload -> the compute type of its trials, those of all submissions that are there and those to come. Raises UsageError:
-    --dtype is not that of the trials that are there, or this machine lacks it."""
-    types, device = {}, hardware.pick_device("auto")
-    for track in options.tracks:
-        kept = tuned.dtype_of(tables.get(track, {}))
-        if kept and options.dtype not in ("auto", kept):
-            where = f"the trials of {track} in {options.out} are in {kept}"
-            raise UsageError(f"--dtype {options.dtype}: {where}: choose another --out")
-        dtype, _ = hardware.pick_dtype(kept or options.dtype, device)
-        types[track] = trials.DTYPES[str(dtype).removeprefix("torch.")]
-    return types
 
 
 def add_running(made: argparse.ArgumentParser) -> None:
@@ -308,18 +285,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UsageError: an unknown submission or workload, or a value out of range."""
     options = parser().parse_args(argv)
     at_least(options, trials=1, studies=1, side_by_side=1, target_seeds=1, machine_hours=0)
-    for name in options.workloads:
+    options.tracks = list(dict.fromkeys(options.workloads))
+    for name in options.tracks:
         if name not in tricks.TRACKS:
             raise UsageError(f"unknown workload {name!r}: {nearest(name, tricks.TRACKS)}")
-    options.tracks = list(dict.fromkeys(options.workloads))
     if not options.optimizers and not options.report:
         raise UsageError("tune what? --optimizers adamw muon ..., or all (see --help)")
     words = [*OPTIMIZERS, *EXTRAS] if options.optimizers == ["all"] else list(dict.fromkeys(options.optimizers))
     options.submissions = [submission(word) for word in words]
-    for entry in options.submissions:  # the space must not be empty, and the trainer must take what comes of it
-        (first,) = points(entry.dimensions, 1, 0)
-        for track in options.tracks:
-            resolve(["--track", track, *entry.flags(first)])
+    for entry, track in product(options.submissions, options.tracks):  # the trainer must take what comes of the space
+        resolve(["--track", track, *entry.flags(points(entry.dimensions, 1, 0)[0])])
     return options
 
 

@@ -1,9 +1,9 @@
 """What tuning has found: tables of trials, the best settings and their neighbours, targets, times for the AlgoPerf score.
 
 Losses do not depend on how busy a machine was; times do. So the time to a target is the number of steps to it (the first
-validation at or below it) times the cost of a step: CPU seconds of training a step, the lower quartile over the
-submission's trials there, each trained on one core. A shared machine's step takes a third longer in one session
-than in another, so only ratios to AdamW's step in the same session are carried over.
+validation at or below it) times the cost of a step: CPU seconds of training, the lower quartile over the submission's trials,
+each on one core. A step takes a third longer in one session than in another: only ratios to AdamW's step in the same session
+are carried over.
 
 More studies must not be more luck: a time or a loss is the median over studies, a target is set by first studies, and a
 quartile hardly depends on the number of trials. Only the best settings (`best`) come from all of them.
@@ -33,7 +33,7 @@ CHANGES |= {"half the warm-up": ("warmup", 0.5)}  # of the best settings, one at
 
 
 def plain(name: str) -> str:
-    """A submission's name as a file's, from which `read_tables` has it back."""
+    """A submission's name as a file's."""
     return quote(name, safe="=,")
 
 
@@ -49,7 +49,7 @@ class Row:
     status: str  # ok, diverged or crashed
     val_loss: float  # nats per token; inf unless ok
     seconds: float  # CPU time of the training steps
-    wall: float  # of the whole process, s; of a run that had ended before an interruption, of its training alone
+    wall: float  # s of the whole process; of a run that was found there, of its training
     settings: dict[str, float]
     losses: list[tuple[int, float]]  # step, validation loss
     machine: str
@@ -64,16 +64,14 @@ class Row:
     @classmethod
     def of(cls, outcome: Outcome, wall: float, **about: Any) -> "Row":
         """about: kind, study, number, settings and space."""
-        trial, result, env = outcome.trial, outcome.result, outcome.trial.env()
+        trial, env = outcome.trial, outcome.trial.env()
+        result = outcome.result or {"status": "crashed", "process_time": 0.0, "train_time": 0.0}
         vals = [event for event in trial.log() if event["event"] == "val" and event["loss"] is not None]  # else not finite
-        losses = [(event["step"], float(f"{event['loss']:.5g}")) for event in vals]
-        status, loss, seconds = "crashed", math.inf, 0.0
-        if result is not None:
-            status, loss, seconds = result["status"], outcome.loss, result["process_time"]
-            wall = max(wall, result["train_time"])
-        about |= dict(seed=trial.seed, steps=trial.steps, status=status, val_loss=float(f"{loss:.6g}"), losses=losses)
-        about |= dict(seconds=round(seconds, 2), wall=round(wall, 1), machine=env.get("cpu", ""))
-        return cls(**about, dtype=DTYPES.get(env.get("dtype"), ""), source=env.get("source_sha256", "")[:12])
+        about["losses"] = [(event["step"], float(f"{event['loss']:.5g}")) for event in vals]
+        about |= dict(seed=trial.seed, steps=trial.steps, status=result["status"], val_loss=float(f"{outcome.loss:.6g}"))
+        about |= dict(seconds=round(result["process_time"], 2), wall=round(max(wall, result["train_time"]), 1))
+        about |= dict(machine=env.get("cpu", ""), source=env.get("source_sha256", "")[:12])
+        return cls(**about, dtype=DTYPES.get(env.get("dtype"), ""))
 
 
 class Table(Ledger):
@@ -95,16 +93,15 @@ class Table(Ledger):
 
     def typical(self) -> float:
         """The lowest final loss of a study, the median over studies. inf: none."""
-        lowest = [min((r.val_loss for r in rows if r.status == "ok"), default=math.inf) for rows in self.studies().values()]
-        return statistics.median(lowest) if lowest else math.inf
+        return statistics.median([min(row.val_loss for row in rows) for rows in self.studies().values()] or [math.inf])
 
     def best(self, study: int | None = None) -> Row | None:
         """The search trial with the lowest final loss, of one study or all; None where none has ended well."""
-        ended = [row for row in self.of("search", study) if row.status == "ok" and math.isfinite(row.val_loss)]
+        ended = [row for row in self.of("search", study) if math.isfinite(row.val_loss)]
         return min(ended, key=lambda row: row.val_loss, default=None)
 
     def neighbours(self) -> dict[str, Row]:
-        """What was changed -> the run of the best settings with that off, same seed; a diverged one has the loss inf."""
+        """What was changed -> the run of the best settings with that changed, on the same seed."""
         if (best := self.best()) is None:
             return {}
         runs = [row for row in self.of("neighbour") if row.seed == best.seed]
@@ -117,9 +114,6 @@ class Table(Ledger):
     def steps_of_studies(self, target: float) -> list[float]:
         """Steps to the target of each study: the least over its trials, inf where all missed."""
         return [min(steps_to(row, target) for row in rows) for rows in self.studies().values()]
-
-    def meets(self, target: float) -> bool:
-        return min(self.steps_of_studies(target), default=math.inf) < math.inf
 
 
 Tables = dict[str, Table]  # submission -> its trials on one workload
@@ -139,18 +133,18 @@ def read_tables(folder: Path) -> dict[str, Tables]:
 
 
 def dtype_of(tables: Tables) -> str:
-    """The compute type of all trials of a workload: see compute_type."""
+    """Of all trials of a workload: see compute_type."""
     return compute_type(row for table in tables.values() for row in table.rows.values())
 
 
 def neighbours(settings: dict[str, float]) -> dict[str, dict[str, float]]:
-    """What is changed -> the settings with that one off."""
+    """What is changed -> the settings with that changed."""
     changes = ((name, key if key in settings else f"schedule_{key}", by) for name, (key, by) in CHANGES.items())
     return {name: settings | {key: float(f"{settings[key] * by:g}")} for name, key, by in changes if settings.get(key)}
 
 
 def beaten(tables: Iterable[Table]) -> list[str]:
-    """How many of the best settings have a neighbour that ends lower, and by how much: what a study has left to be found."""
+    """How many of the best settings have a neighbour that ends lower, and by how much, as Markdown."""
     rises = [list(rise.values()) for table in tables if (rise := table.sensitivity())]
     lower = [max(0.0, -min(rise)) for rise in rises]
     counts = ", ".join(f"{sum(gain > least for gain in lower)} by more than {least:g}" for least in (0.001, 0.01, 0.04))
@@ -164,51 +158,41 @@ def steps_to(row: Row, target: float) -> float:
 
 
 def target_study(best: Row) -> int:
-    """The study number of the reruns of a trial: those of another trial are another study."""
+    """Of the reruns of a trial."""
     return 1000 * best.study + best.number
 
 
 def target_of(tables: Tables) -> dict[str, Any] | None:
-    """A workload's target: the lowest median, over the submissions that set it, of the reruns of the best settings of their
-    first study, so that a target does not fall with the number of studies. A rerun that diverged has the loss inf."""
+    """The lowest median, over those that set it, of the reruns of the best settings of their first study."""
     candidates = []
     for name in SETTERS:
         best = tables[name].best(FIRST_STUDY) if name in tables else None
-        if runs := tables[name].of("target", target_study(best)) if best else []:
-            loss = statistics.median(run.val_loss for run in runs)
-            candidates.append({"loss": float(f"{loss:.4g}"), "set_by": name, "runs": len(runs), "steps": runs[0].steps})
-    lowest = min(candidates, key=lambda target: target["loss"], default={"loss": math.inf})
-    return lowest if math.isfinite(lowest["loss"]) else None
+        if best and (runs := tables[name].of("target", target_study(best))):
+            loss = float(f"{statistics.median(run.val_loss for run in runs):.4g}")  # inf where most diverged
+            candidates.append({"loss": loss, "set_by": name, "runs": len(runs), "steps": runs[0].steps})
+    met = [target for target in candidates if math.isfinite(target["loss"])]
+    return min(met, key=lambda target: target["loss"], default=None)
 
 
 def step_seconds(tables: Tables) -> dict[str, float]:
     """Submission -> CPU seconds of a step on one workload: its ratio to AdamW's step, the geometric mean over the sessions that
-    trained both, times AdamW's step in the session with most of AdamW's trials; none for who was never trained beside AdamW. A
-    session is a machine and the source that ran on it; runs that time a step, interleaved with AdamW's, are one of their own
-    each time (their study). Reruns for the target are of few submissions, and left out."""
+    trained both, times AdamW's step in the session with most of AdamW's trials. A session is a machine and the source that ran
+    on it; or the runs of a study that time a step. Reruns for the target are of few submissions, and left out."""
     seconds: dict[tuple[str, str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, table in tables.items():
         for row in (*table.of("search"), *table.of("neighbour"), *table.of("timing")):
             if row.status == "ok" and row.seconds:
                 turn = row.study if row.kind == "timing" else None
                 seconds[row.machine, row.source, turn][name].append(row.seconds / row.steps)
-    sessions = [of for of in seconds.values() if "adamw" in of]
-    if not sessions:
-        return {}
+    sessions = sorted((of for of in seconds.values() if "adamw" in of), key=lambda of: -len(of["adamw"]))
     low = [{name: float(np.quantile(each, 0.25, method="median_unbiased")) for name, each in of.items()} for of in sessions]
-    adamw = low[max(range(len(sessions)), key=lambda i: len(sessions[i]["adamw"]))]["adamw"]
     ratios = {name: [of[name] / of["adamw"] for of in low if name in of] for name in tables}
-    return {name: adamw * statistics.geometric_mean(each) for name, each in ratios.items() if each}
-
-
-def timed(table: Table, adamw: Table) -> bool:
-    """Is there a session in which a submission was trained beside AdamW?"""
-    return "it" in step_seconds({"adamw": adamw, "it": table})
+    return {name: low[0]["adamw"] * statistics.geometric_mean(each) for name, each in ratios.items() if each}
 
 
 def studies(tables: dict[str, Tables]) -> score.Studies:
-    """(submission, workload) -> seconds to the target of each study. Submissions that met it and were never timed are left out.
-    Rounded as in studies.csv: scores jump where two times tie, and must agree."""
+    """(submission, workload) -> seconds to the target of each study, as in studies.csv: scores jump where two times tie.
+    Submissions that met it and were never timed are left out."""
     times: score.Studies = {}
     for track, of in tables.items():
         target, cost = target_of(of), step_seconds(of)
@@ -223,10 +207,9 @@ Scored = tuple[score.Studies, dict[str, Any]] | None
 
 
 def scored(times: score.Studies) -> Scored:
-    """Times and score.summary of the submissions that were run on every workload with a target: one that was not would count
-    as having missed. None where there is nothing to score."""
-    workloads = dict.fromkeys(w for _, w in times)
-    whole = [s for s in dict.fromkeys(s for s, _ in times) if all((s, w) in times for w in workloads)]
+    """Times and score.summary of the submissions that were run on every workload with a target; None: nothing to score."""
+    submissions, workloads = ({key[part] for key in times} for part in (0, 1))
+    whole = {s for s in submissions if all((s, w) in times for w in workloads)}
     times = {(s, w): each for (s, w), each in times.items() if s in whole}
     met = {s for (s, _), each in times.items() if math.isfinite(statistics.median(each))}
     if len(workloads) < 2 or len(whole) < 2 or not met:

@@ -20,7 +20,7 @@ from engine.spec import UsageError
 from lab import plots, trials
 from lab.ledger import read_rows
 from lab.scaling import ladder, plan, published, survival
-from lab.scaling.curves import Lines, Noise, PowerLaw, bootstrap, curve_through, fit, interval, speedup
+from lab.scaling.curves import Lines, PowerLaw, bootstrap, curve_through, fit, interval, pooled, speedup
 from lab.scaling.trend import scatter_about_line, trend
 from lab.trials import Outcome
 from model import GPT, parameter_counts
@@ -112,8 +112,6 @@ def test_a_curve_gives_back_its_own_parameters():
     two = fit([1, 4], [3.0, 2.8])  # two budgets: nearly a straight line in log tokens
     assert two.amount(2.9) == pytest.approx(2, rel=0.02)
     assert speedup(two, [1, 4], [3.0, 2.8], 2.9, 1).between == pytest.approx(2)
-    with pytest.raises(ValueError, match="two or more budgets"):
-        fit([1, 1], [3.0, 2.9])
 
 
 def test_a_speedup_is_a_figure_inside_and_a_bound_outside():
@@ -156,7 +154,7 @@ def test_straight_intervals_cover_where_a_power_law_misses():
     hits = {PowerLaw: [], Lines: []}
     for _ in range(200):
         y, own = law(BUDGETS) + 0.01 * rng.standard_normal(len(BUDGETS)), law(4) + 0.01 * rng.standard_normal(3)
-        noise = Noise.pooled([*(y[b == BUDGETS] for b in np.unique(BUDGETS)), own])
+        noise = pooled([*(y[b == BUDGETS] for b in np.unique(BUDGETS)), own])
         for form, hit in hits.items():
             low, high = interval(bootstrap(form, BUDGETS, y, 1, own, noise, 1, 400))
             hit.append(low <= math.log(4) <= high)
@@ -176,7 +174,7 @@ def measured(truth: float, rng: np.random.Generator, sd=0.003, seeds=3, budgets=
 
     x = np.repeat(budgets, seeds).astype(float)
     y, own = law(x) + sd * rng.standard_normal(len(x)), law(truth) + sd * rng.standard_normal(seeds)
-    noise = Noise.pooled([*(y[x == b] for b in budgets), own])
+    noise = pooled([*(y[x == b] for b in budgets), own])
     return bootstrap(PowerLaw, x, y, 1, own, noise, seed=1, draws=500)
 
 
@@ -222,7 +220,7 @@ def test_two_sizes_predict_nothing():
 
 def test_an_interval_does_not_hang_on_the_bootstraps_seed():
     y = 3 - 0.1 * np.log2(4 * BUDGETS)
-    draws = [bootstrap(Lines, BUDGETS, y, 1, [2.8] * 3, Noise(0.01, 12), seed) for seed in range(10)]
+    draws = [bootstrap(Lines, BUDGETS, y, 1, [2.8] * 3, (0.01, 12), seed) for seed in range(10)]
     ends = np.array([interval(d) for d in draws])
     assert ends[:, 0].std() < 0.02 * np.ptp(ends, axis=1).mean() / 2
 
@@ -253,8 +251,6 @@ def test_the_line_meets_one_where_it_should():
     right = SIZES[0] * math.exp(math.log(1.4) / 0.08)
     assert found.crossing == pytest.approx(right, rel=0.01) and found.crossing_low < right < found.crossing_high
     assert found.slope == pytest.approx(-0.08) and "shrinking by 17% a decade" in found.words()
-    with pytest.raises(ValueError, match="two sizes"):
-        trend(SIZES[:1], [1.3], np.zeros((10, 1)), 20e6, 3)
 
 
 # ---------------------------------------------------------------- ladders
@@ -317,7 +313,7 @@ def test_learning_rates_go_with_the_width():
     # a warm-up of 100 of the track's 2,400 steps is the same fraction of any run; a trick's own schedule stays
     assert sized("mup").schedule == "cosine:warmup=0.04167"
     assert sized("mup", "--schedule", "wsd:cooldown=0.7").schedule == "wsd:cooldown=0.7"
-    assert ladder.retune_factors(5, 2) == [1, 0.5, 2, 0.25, 4]
+    assert ladder.retune_factors(5) == [1, 0.5, 2, 0.25, 4]
     for rule in ("mupp", "power:", "power:x", "none:1"):
         with pytest.raises(UsageError, match="takes mup, power:EXPONENT"):
             ladder.transfer_exponent(rule, "adamw")

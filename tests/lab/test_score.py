@@ -50,13 +50,10 @@ def test_leaving_out_the_eighth_flips_the_first_two(published, capsys):
     assert rows["schedule_free_adamw"]["ranks_when_one_is_left_out"][0] == 1
 
 
-def by_definition(times: score.Times, tau_max: float) -> list[float]:
-    """Without held-out workloads, the exact area: mean over workloads of the part of [1, tau_max] above r."""
+def by_definition(times: score.Times) -> list[float]:
+    """Without held-out workloads, the exact area: mean over workloads of the part of [1, 4] above r."""
     best = times.seconds.min(0)
-    return [
-        sum(max(0.0, tau_max - t / b) / (tau_max - 1) for t, b in zip(row, best) if t < math.inf) / len(best)
-        for row in times.seconds
-    ]
+    return [sum(max(0.0, 4 - t / b) / 3 for t, b in zip(row, best) if t < math.inf) / len(best) for row in times.seconds]
 
 
 def test_area_is_that_of_the_definition():
@@ -65,8 +62,7 @@ def test_area_is_that_of_the_definition():
     seconds[dice.random(seconds.shape) < 0.2] = np.inf
     seconds[0] = 20
     times = score.Times([f"s{i}" for i in range(6)], [f"w{i}" for i in range(9)], seconds)
-    assert score.scores(times, {}, 4.0) == pytest.approx(by_definition(times, 4.0), abs=0.02)  # 100 points
-    assert score.scores(times, {}, 2.0) == pytest.approx(by_definition(times, 2.0), abs=0.02)
+    assert score.scores(times, {}) == pytest.approx(by_definition(times), abs=0.02)  # 100 points
 
 
 def test_held_out_variants_in_their_order():
@@ -101,7 +97,7 @@ def test_intervals_from_studies(tmp_path, capsys):
     assert "| - " in once  # a study on `a` alone says nothing of luck
     studies = score.read_studies(path)
     times = score.medians(studies)
-    rows = {row["submission"]: row for row in score.summary(studies, {}, 4.0)["submissions"]}
+    rows = {row["submission"]: row for row in score.summary(studies, {})["submissions"]}
     assert "interval" not in rows.pop("once")
     assert rows["slow"]["interval"][1] < rows["fast"]["interval"][0]
     assert rows["same"]["interval"][1] > rows["fast"]["interval"][0]
@@ -110,13 +106,13 @@ def test_intervals_from_studies(tmp_path, capsys):
     table(path, lines[0], *sorted(lines[1:], reverse=True, key=lambda line: line.split(",")[:2]))  # listed in another order
     again = score.read_studies(path)
     order = [times.submissions.index(name) for name in score.medians(again).submissions]
-    spread = [score.intervals(each, {}, 4.0, draws=20) for each in (studies, again)]
+    spread = [score.intervals(each, {}, draws=20) for each in (studies, again)]
     assert order != sorted(order) and (spread[0][order] == spread[1]).all()
 
 
 def test_a_picture_names_the_best_few():
     times = score.Times([f"s{i:02}" for i in range(9)], ["a", "b"], np.linspace(1, 2, 18).reshape(9, 2))
-    figure = score.draw(times, {}, 4.0)
+    figure = score.draw(times, {})
     words = [text.get_text().split()[0] for text in figure.axes[0].get_legend().get_texts()]
     assert words == ["s00", "s01", "s02", "s03", "s04", "s05", "3"]
 
@@ -157,7 +153,6 @@ def test_bad_tables_are_one_line(tmp_path, capsys, lines, message):
         (["--held-out", "c=a"], "no workload 'c'"),
         (["--held-out", "a"], "takes variant=base"),
         (["--held-out", "a=a"], "takes variant=base"),
-        (["--tau-max", "1"], "must be above 1"),
         (["--reference", "y"], "--reference 'y'"),
     ],
 )

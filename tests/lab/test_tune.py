@@ -261,8 +261,8 @@ def test_a_descent_ends_where_no_single_change_is_better(fake, tmp_path, capsys)
         )  # a factor of 2 is a move
         finals = table(tmp_path, name).of("final")
         assert [(r.seed - descent.SEED, r.settings) for r in finals] == [(n, end.settings) for n in (1, 2, 3)]
-        ending = descent.ending(entry.dimensions, table(tmp_path, name))
-        assert len(ending.rise) == len(descent.changes(entry.dimensions, end.settings)) and ending.rise[0][0] > -0.005
+        rises = descent.rises(entry.dimensions, table(tmp_path, name))
+        assert len(rises) == len(descent.changes(entry.dimensions, end.settings)) and min(rises) > -0.005
     text = (tmp_path / "out" / "README.md").read_text()
     assert "In 4 of 4 cases no change is better; of " in text and "| `adamw` | 1.00 | " in text
     count = len(fake.trained)
@@ -622,7 +622,7 @@ def test_who_was_not_trained_beside_adamw_is_timed_beside_it(fake, tmp_path):
     text = (out / "README.md").read_text()
     assert "| `muon` |" not in text and "of them does so): `muon` on tokens, `muon` on wiki." in text
     fake.crashing = {"muon"}  # what failed is tried again
-    timed = lambda: tuned.timed(table(tmp_path, "muon"), table(tmp_path, "adamw"))  # noqa: E731
+    timed = lambda: "muon" in tuned.step_seconds({name: table(tmp_path, name) for name in ("muon", "adamw")})  # noqa: E731
     assert call(tmp_path, "--optimizers", "muon", *words) == 0 and not timed()
     fake.crashing = set()
     assert call(tmp_path, "--optimizers", "muon", *words) == 0 and timed()
