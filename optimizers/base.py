@@ -79,19 +79,14 @@ def is_range(limits: object) -> bool:
 def groups(gpt: nn.Module, wanted: Collection[str], by_split: bool = False, **options) -> list[dict]:
     """gpt's trainable parameters of the `wanted` roles as one param group with `options`; an empty list if it has none.
     by_split: one group per number of fused matrices instead, which the group states as `split`."""
-    role, split, weights, chosen = roles_of(gpt), splits_of(gpt), dict(gpt.named_parameters()), defaultdict(list)
-    for name, p in weights.items():
+    role, split, made = roles_of(gpt), splits_of(gpt), {}
+    for name, p in gpt.named_parameters():
         if p.requires_grad and role[name] in wanted:
-            chosen[split.get(name, 1) if by_split else 0].append(name)
-    return [
-        dict(
-            params=[weights[n] for n in names],
-            roles=label(role[n] for n in names),
-            **options,
-            **{"split": n} if by_split else {},
-        )
-        for n, names in sorted(chosen.items())
-    ]
+            stated = {"split": split.get(name, 1)} if by_split else {}
+            group = made.setdefault(stated.get("split"), dict(params=[], roles=set()) | options | stated)
+            group["params"].append(p)
+            group["roles"].add(role[name])
+    return [made[n] | {"roles": label(made[n]["roles"])} for n in sorted(made)]
 
 
 def label(roles) -> str:
