@@ -96,8 +96,7 @@ class EMANesterov:
     start: float = hyper(0.16, "steps before the first; below 1: fraction of the run")
     stop: float = hyper(0.77, "the last step; up to 1: fraction of the run")
 
-    def at(self, kept, w):
-        return kept[0] if kept else w
+    at = Average.at
 
     def after(self, kept, w, t, rate):
         """Moves w on to the point ahead."""
@@ -127,19 +126,14 @@ class Averaged(Chain):
         self.kept: dict[Tensor, list[list[Tensor]]] = {p: [[] for _ in around] for g in self.param_groups for p in g["params"]}
         self.aside: dict[Tensor, Tensor] = {}  # the training weights, while others are in their place
 
-    def __getstate__(self):
-        return super().__getstate__() | {name: getattr(self, name) for name in ("around", "t", "kept", "aside")}
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = super().step(closure)
+    def update_weights(self) -> None:
+        super().update_weights()
         self.t += 1
         for group in self.param_groups:
             rate = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
             for p in group["params"]:
                 for method, kept in reversed(list(zip(self.around, self.kept[p], strict=True))):
                     method.after(kept, p.detach(), self.t, rate)
-        return loss
 
     @torch.no_grad()
     def eval(self) -> None:
