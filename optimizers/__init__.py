@@ -143,8 +143,7 @@ def build(
 
     Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label). `train()` and
     `eval()` exist on the result: call eval() before validation and checkpoints, train() after. Raises UsageError: unknown name
-    or key, value out of range, a class that is no optimizer or misses parameters.
-    """
+    or key, value out of range, a class that is no optimizer or misses parameters."""
     choice = find(spec)
     while (inner := getattr(gpt, "_orig_mod", getattr(gpt, "module", None))) is not None:
         gpt = inner  # wrappers put prefixes before the names, which would hide the parameters' roles

@@ -38,8 +38,7 @@ class Average:
 class LawaEMA(Average):
     """a <- decay a + (1 - decay) w every `every` steps from `start` on; evaluates at a.
 
-    Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round.
-    """
+    Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round."""
 
     decay: float = hyper(0.99, "of the average", (0.9, 0.999, "complement"), below=1)
 
@@ -54,8 +53,7 @@ class LawaEMA(Average):
 class TailEMA(LawaEMA):
     """a as in `lawa_ema`, over the end of the run; evaluates at (1 - blend) w + blend a.
 
-    Source: modded-nanogpt's optimizer track #45: over 150 steps, blend 0.6, over the last 500 of 2,900.
-    """
+    Source: modded-nanogpt's optimizer track #45: over 150 steps, blend 0.6, over the last 500 of 2,900."""
 
     decay: float = hyper(0.9933, "of the average", (0.95, 0.998, "complement"), below=1)
     start: float = hyper(0.83, "steps before the first; below 1: fraction of the run")
@@ -69,8 +67,7 @@ class TailEMA(LawaEMA):
 class LawaQueue(Average):
     """Keeps the weights every `every` steps, the last `length` times; evaluates at their mean once it has that many.
 
-    Source: latest weight averaging, arXiv 2209.14981; "LAWA queue" of AlgoPerf's first round.
-    """
+    Source: latest weight averaging, arXiv 2209.14981; "LAWA queue" of AlgoPerf's first round."""
 
     length: int = hyper(5, "weights kept; each costs 4 bytes a parameter", least=1)
     every: int = hyper(20, "steps between them", least=1)
@@ -88,8 +85,7 @@ class EMANesterov:
     """x <- A(x + beta m), with the gradient taken there;  m <- decay m + (1 - decay) (x - x before). A is the optimizer.
     beta follows the learning rate, and is 0 before `start` and after `stop`. Evaluates at x.
 
-    Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39; start and stop are its steps 500 and 2,400 of 3,125.
-    """
+    Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39; start and stop are its steps 500 and 2,400 of 3,125."""
 
     beta: float = hyper(0.6, "at the peak learning rate", (0.1, 0.95, "log"))
     decay: float = hyper(0.99, "of the average of steps", (0.9, 0.998, "complement"), below=1)

@@ -108,8 +108,7 @@ class Method:
 
     Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`. A subclass in this package
     that has an `lr` is registered under its `name`, or its class's name in snake case. Its docstring is the rule and
-    "Source: ..."; `dataclasses.fields` lists its hyperparameters.
-    """
+    "Source: ..."; `dataclasses.fields` lists its hyperparameters."""
 
     roles: tuple[str, ...] = ROLES  # what the method itself updates; AdamW takes the rest
     state_per_parameter = 8.0  # bytes of fp32 state for each parameter it updates; of a matrix method: at 1024 x 1024
@@ -320,8 +319,7 @@ class Elementwise(Optimizer):
     A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic in place.
     It gets weights, gradients and buffers, and by name the scalars it asks for: from `numbers`, the usual ones (SCALARS),
     hyperparameters. It runs over lists of tensors, one torch._foreach call an operation; on a CPU in pieces that stay in its
-    cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory.
-    """
+    cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory."""
 
     buffers: tuple[str, ...] = ()
     compiled = False

@@ -49,8 +49,7 @@ class Shampoo(MatrixMethod):
     Source: arXiv 1802.09568; grafting, blocks and averages as in distributed_shampoo (arXiv 2309.06497,
     github.com/facebookresearch/optimizers). Roots are renewed every `every` steps; before `start` the update is Adam's.
     e = 1/4 is the paper's; 1/2 makes each side K-FAC-like. `one_sided` preconditions the shorter side alone, with 2 e. Grafting
-    `rms`: the root mean square of u is 0.04 sqrt(rows / 768), with e = 1/3 (modded-nanogpt pull request #327).
-    """
+    `rms`: the root mean square of u is 0.04 sqrt(rows / 768), with e = 1/3 (modded-nanogpt pull request #327)."""
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.9, help="average of gradients; 0: none")
     beta2 = BETA2(0.95, help="average of the factors, and of the squares of grafting")
@@ -113,8 +112,7 @@ class CASPR(MatrixMethod):
 
     Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
     side has already preconditioned, and c = tr(P L_before P) / rows adapts it to a new P. CASPR itself: Duvvuri et al.,
-    ICLR 2024. Up to `start` the update is NAdam's. The norm is the block's here, the whole weight's there.
-    """
+    ICLR 2024. Up to `start` the update is NAdam's. The norm is the block's here, the whole weight's there."""
 
     lr, beta1 = LR(3e-3, help=RATE), BETA1(0.9)
     beta2 = BETA2(0.95, help="average of the factors, and of the squares of grafting")
@@ -170,8 +168,7 @@ class SOAP(MatrixMethod):
     source starts at the very first; if that is zero the bases start as the identity, which QR steps leave only slowly.
     `polar`: u is orthogonalised (SOAP-Muon, modded-nanogpt's optimizer track #14). `kl` (KL-SOAP, arXiv 2509.03378): L, R as
     KL-Shampoo's, L <- b L + (1 - b) g R^-1 g^T / columns, R likewise; the inverse by the basis, its eigenvalues lifted by a
-    thousandth of the largest.
-    """
+    thousandth of the largest."""
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.95)
     beta2, shampoo_beta = BETA2(0.95, help="average of squares in the basis"), BETA2(0.95, help="average of the factors")
@@ -262,8 +259,7 @@ class Kron(MatrixMethod):
     Q_L <- Q_L - rate triu(A A^T - B B^T) Q_L / |A A^T + B B^T|, Q_R likewise with A^T A, B^T B.
 
     Source: PSGD, arXiv 1512.04202; github.com/evanatyourservice/kron_torch. Q are upper triangular; |.| is a cheap lower
-    bound of the spectral norm.
-    """
+    bound of the spectral norm."""
 
     lr, beta1, weight_decay = LR(3e-3, 1e-4, 1e-2, RATE), BETA1(0.9), DECAY(0.5, 0.1, 3.0, WD)
     rate = hyper(0.1, "step of Q", (0.03, 0.3, "log"))

@@ -114,8 +114,7 @@ class MatrixMethod(Optimizer):
     and columns. Blocks of one shape are one batch. Under torch.distributed only a block's owner holds its state;
     the ranks share the cost evenly and gather updates while they compute the next batch. One rank takes the same path and owns
     all. checkpoint.py merges the blocks of all ranks. A subclass says how a batch of blocks starts (`initial`), what it costs
-    and how it is updated. AdamW, set by the same keys, takes embeddings, head, vectors and scalars.
-    """
+    and how it is updated. AdamW, set by the same keys, takes embeddings, head, vectors and scalars."""
 
     adamw_lr = hyper(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"), rest=True)
     embedding_lr = hyper(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"), rest=True)
@@ -340,8 +339,7 @@ class Muon(MatrixMethod):
 
     Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon` (arXiv
     2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the norm of o.
-    `slow` (modded-nanogpt pull request #340): from `slow_start` on m = s fast + (1 - s) slow, two averages that begin at m.
-    """
+    `slow` (modded-nanogpt pull request #340): from `slow_start` on m = s fast + (1 - s) slow, two averages that begin at m."""
 
     lr = LR(0.02, 3e-3, 1e-1, RATE)
     momentum = MOMENTUM(0.95, 0.85)
@@ -406,8 +404,7 @@ class Muown(MatrixMethod):
     rate lr, each by its own gradient. V steps sideways, so its rows grow.
 
     Source: modded-nanogpt's optimizer track #23, arXiv 2605.10797; its schedule of V's norms, tuned by layer, is left out. A
-    row of zeros starts with g = 0 in the direction against its first gradient.
-    """
+    row of zeros starts with g = 0 in the direction against its first gradient."""
 
     lr, momentum = LR(0.0035, 3e-4, 3e-2, RATE), MOMENTUM(0.95, 0.85)
     share = hyper(0.2, "of sqrt(max(rows, columns)), the scale of the direction's step", (0.05, 0.8, "log"))
