@@ -273,7 +273,13 @@ class Kron(Kronecker):
                 sizes = left.abs().amax((-2, -1), keepdim=True), right.abs().amax((-2, -1), keepdim=True)
                 left.mul_((sizes[1] / sizes[0]).sqrt())
                 right.mul_((sizes[0] / sizes[1]).sqrt())
-            self.learn(group["rate"], left, right, m, self.probe(m, t, [b.id for b in blocks]))
+            A = torch.bmm(torch.bmm(left, m), right.mT)
+            B = torch.linalg.solve_triangular(left.mT, self.probe(m, t, [b.id for b in blocks]), upper=False)
+            B = torch.linalg.solve_triangular(right, B, upper=True, left=False)
+            for Q, X, Y in ((left, A, B), (right, A.mT, B.mT)):  # towards E[(Q^T Q) g g^T] = 1
+                one, two = torch.bmm(X, X.mT), torch.bmm(Y, Y.mT)
+                step = group["rate"] / (norm_lower_bound(one + two) + torch.finfo(torch.bfloat16).tiny)
+                Q.sub_(torch.bmm((one - two).triu() * step, Q))
         u = torch.bmm(left.mT, torch.bmm(left, torch.bmm(torch.bmm(m, right.mT), right)))
         if not group["clip"]:
             return u
@@ -289,17 +295,6 @@ class Kron(Kronecker):
         for row, block in zip(V, ids, strict=True):
             row.normal_(generator=generator.manual_seed(t * 1_000_003 + block))
         return V
-
-    @staticmethod
-    def learn(rate: float, left: Tensor, right: Tensor, G: Tensor, V: Tensor) -> None:
-        """One step of Q_L, Q_R towards E[(Q^T Q) g g^T] = 1, by the relative gradient of the triangular group."""
-        A = torch.bmm(torch.bmm(left, G), right.mT)
-        B = torch.linalg.solve_triangular(left.mT, V, upper=False)
-        B = torch.linalg.solve_triangular(right, B, upper=True, left=False)
-        for Q, X, Y in ((left, A, B), (right, A.mT, B.mT)):
-            one, two = torch.bmm(X, X.mT), torch.bmm(Y, Y.mT)
-            step = rate / (norm_lower_bound(one + two) + torch.finfo(torch.bfloat16).tiny)
-            Q.sub_(torch.bmm((one - two).triu() * step, Q))
 
 
 def norm_lower_bound(A: Tensor) -> Tensor:
