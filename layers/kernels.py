@@ -15,7 +15,7 @@ from __future__ import annotations  # Triton's types in signatures must not be l
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,11 +49,6 @@ def fused(x: Tensor) -> bool:
     return _mode == "triton"
 
 
-def fused_loss(logits: Tensor) -> bool:
-    """The same of the loss of these logits, or, under `meta`, is it to be recorded so?"""
-    return logits.is_meta and logits.dtype == torch.bfloat16 if _mode == "meta" else fused(logits)
-
-
 def jit(kernel: Callable) -> Callable:
     return kernel if triton is None else triton.jit(kernel)
 
@@ -72,26 +67,25 @@ class Plan:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def opaque(name: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """A function that torch.compile calls without looking into it; `fake` makes its results, unfilled. In eager mode it is
-    called directly: on one H100 PyTorch's dispatch of such an operation took 0.03 ms a call, as long as Triton's launch."""
+def opaque(plan: Callable[..., Plan], schema: str, outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel as a function that torch.compile calls without looking into it. outputs: makes its results, unfilled, from its
+    arguments; plan: of both. In eager mode it is called directly: on one H100 PyTorch's dispatch of such an operation took
+    0.03 ms a call, as long as Triton's launch."""
+    name = plan.__name__.removeprefix("plan_")
 
-    def wrap(function: Callable) -> Callable:
-        operation = torch.library.custom_op(name, function, mutates_args=())
-        operation.register_fake(fake)
+    def run(*arguments):
+        made = outputs(*arguments)
+        plan(*arguments, *(made if isinstance(made, tuple) else (made,))).run()
+        return made
 
-        @wraps(function)
-        def call(*arguments):
-            return (operation if torch.compiler.is_compiling() or arguments[0].is_meta else function)(*arguments)
-
-        return call
-
-    return wrap
+    operation = torch.library.custom_op(f"speedrun::{name}", run, mutates_args=(), schema=schema)
+    operation.register_fake(outputs)
+    return lambda *arguments: (operation if torch.compiler.is_compiling() or arguments[0].is_meta else run)(*arguments)
 
 
-def empty(x: Tensor) -> Tensor:
+def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def tiles(size: int, block: int) -> int:
@@ -214,22 +208,22 @@ def symmetric_kernel(
         tl.store(out + at, tl.trans(total), mask=(columns[:, None] < M) & (rows[None, :] < M))
 
 
-def plan_symmetric(x: Tensor, old: Tensor | None, out: Tensor, alpha: float, beta: float) -> Plan:
+def plan_symmetric(x: Tensor, old: Tensor | None, alpha: float, beta: float, out: Tensor) -> Plan:
+    """alpha x x^T + beta old of x [batch, M, K] and symmetric old [batch, M, M]."""
     batch, M, K = x.shape
     block = min(128, max(16, triton.next_power_of_2(M)))
     n = tiles(M, block)
     strides = dict(zip(("x_batch", "x_row", "x_column"), x.stride()))
-    arguments = dict(x=x, old=out if old is None else old, out=out, M=M, K=K, alpha=alpha, beta=beta, BLOCK=block, BLOCK_K=64,
-                     HAS_OLD=old is not None)  # fmt: skip
+    arguments = dict(x=x, old=out if old is None else old.contiguous(), out=out, M=M, K=K, alpha=alpha, beta=beta, BLOCK=block,
+                     BLOCK_K=64, HAS_OLD=old is not None)  # fmt: skip
     return Plan(symmetric_kernel, (n * (n + 1) // 2, batch), arguments | strides, num_warps=4, num_stages=3)
 
 
-@opaque("speedrun::symmetric", lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
-def symmetric(x: Tensor, old: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """alpha x x^T + beta old of x [batch, M, K] and symmetric old [batch, M, M]."""
-    out = x.new_empty(x.size(0), x.size(1), x.size(1))
-    plan_symmetric(x, None if old is None else old.contiguous(), out, alpha, beta).run()
-    return out
+symmetric = opaque(
+    plan_symmetric,
+    "(Tensor x, Tensor? old, float alpha, float beta) -> Tensor",
+    lambda x, *_: empty(x.size(0), x.size(1), x.size(1), like=x),
+)
 
 
 def gram(X: Tensor) -> Tensor:
@@ -322,44 +316,35 @@ def cross_entropy_backward_kernel(
 
 
 def plan_cross_entropy_forward(
-    logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, vocab_size: int, cap: float, form: str
+    logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str, losses: Tensor, normalisers: Tensor
 ) -> Plan:
+    """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
     # logits of at least -cap: exp(-2 cap) of them is to be a normal fp32 number, 1e-38, with room to add up
-    arguments = dict(logits=logits, targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size)
+    arguments = dict(logits=logits.contiguous(), targets=targets, losses=losses, normalisers=normalisers, vocab_size=vocab_size)
     arguments |= dict(columns=logits.size(1), cap=cap, FORM=form if cap else "none", BOUNDED=0 < cap <= 40, BLOCK=2048)
     return Plan(cross_entropy_forward_kernel, (len(logits),), arguments, num_warps=8, num_stages=3)
 
 
 def plan_cross_entropy_backward(
-    logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, out: Tensor, vocab_size: int, cap: float, form: str
+    logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str, out: Tensor
 ) -> Plan:
-    rows, columns = logits.shape
+    """Gradient of the summed loss times `upstream` (0-dim, fp32) at the logits, in their dtype."""
+    (rows, columns), logits = logits.shape, logits.contiguous()
     arguments = dict(logits=logits, targets=targets, normalisers=normalisers, upstream=upstream, out=out, vocab_size=vocab_size)
     arguments |= dict(columns=columns, cap=cap, FORM=form if cap else "none", BLOCK=1024)
     return Plan(cross_entropy_backward_kernel, (rows, tiles(columns, 1024)), arguments, num_warps=4, num_stages=1)
 
 
-def row_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers a row, [N] fp32 each."""
-    return tuple(torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
-
-
-@opaque("speedrun::cross_entropy_forward", lambda logits, *_: row_pair(logits))
-def cross_entropy_forward(logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> tuple[Tensor, Tensor]:
-    """Per row of logits [N, columns]: the loss, and the log of the sum of exponentials; [N] fp32 each."""
-    losses, normalisers = row_pair(logits)
-    plan_cross_entropy_forward(logits.contiguous(), targets, losses, normalisers, vocab_size, cap, form).run()
-    return losses, normalisers
-
-
-@opaque("speedrun::cross_entropy_backward", lambda logits, *_: empty(logits))
-def cross_entropy_backward(
-    logits: Tensor, targets: Tensor, normalisers: Tensor, upstream: Tensor, vocab_size: int, cap: float, form: str
-) -> Tensor:
-    """Gradient of the summed loss times `upstream` (0-dim, fp32) at the logits, in their dtype."""
-    out = empty(logits)
-    plan_cross_entropy_backward(logits.contiguous(), targets, normalisers, upstream, out, vocab_size, cap, form).run()
-    return out
+cross_entropy_forward = opaque(
+    plan_cross_entropy_forward,
+    "(Tensor logits, Tensor targets, int vocab_size, float cap, str form) -> (Tensor, Tensor)",
+    lambda logits, *_: tuple(empty(len(logits), like=logits, dtype=torch.float32) for _ in range(2)),
+)
+cross_entropy_backward = opaque(
+    plan_cross_entropy_backward,
+    "(Tensor logits, Tensor targets, Tensor normalisers, Tensor upstream, int vocab_size, float cap, str form) -> Tensor",
+    lambda logits, *_: empty(*logits.shape, like=logits),
+)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -383,7 +368,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float = 0.0, form: str = "rational") -> Tensor:
     """Mean cross-entropy, nats, fp32, of logits [N, columns] after `softcap`, of which the first vocab_size count (the rest
     pads the head). targets: [N] int64 below vocab_size; -100 where none counts."""
-    if fused_loss(logits) and form in ("rational", "tanh", "sigmoid"):
+    recorded = _mode == "meta" and logits.is_meta and logits.dtype == torch.bfloat16
+    if (recorded or fused(logits)) and form in ("rational", "tanh", "sigmoid"):
         return FusedCrossEntropy.apply(logits, targets.contiguous(), vocab_size, cap, form)
     return cross_entropy_reference(logits, targets, vocab_size, cap, form)
 
@@ -427,11 +413,11 @@ def relu2_backward_kernel(y, upstream, out, size, BLOCK: tl.constexpr):
 
 
 def plan_linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Plan:
-    """Of contiguous tensors with rows of a multiple of 16 bytes."""
+    """Of tensors with rows of a multiple of 16 bytes."""
     (M, K), N, high, wide, deep = x.shape, len(weight), 128, 256, 128 // x.element_size()
-    programs = min(multiprocessors(x.device), tiles(M, high) * tiles(N, wide))
+    programs, weight = min(multiprocessors(x.device), tiles(M, high) * tiles(N, wide)), weight.contiguous()
     arguments = dict(
-        x=TensorDescriptor.from_tensor(x, [high, deep]), weight=TensorDescriptor.from_tensor(weight, [wide, deep]),
+        x=TensorDescriptor.from_tensor(x.contiguous(), [high, deep]), weight=TensorDescriptor.from_tensor(weight, [wide, deep]),
         out=TensorDescriptor.from_tensor(out, [high, wide]), bias=weight if bias is None else bias, M=M, N=N, K=K,
         BLOCK_M=high, BLOCK_N=wide, BLOCK_K=deep, PROGRAMS=programs, HAS_BIAS=bias is not None,
     )  # fmt: skip
@@ -439,24 +425,18 @@ def plan_linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
 
 
 def plan_relu2_backward(y: Tensor, upstream: Tensor, out: Tensor) -> Plan:
-    arguments = dict(y=y, upstream=upstream, out=out, size=y.numel(), BLOCK=4096)
+    arguments = dict(y=y, upstream=upstream.contiguous(), out=out, size=y.numel(), BLOCK=4096)
     return Plan(relu2_backward_kernel, (tiles(y.numel(), 4096),), arguments, num_warps=8, num_stages=1)
 
 
-@opaque("speedrun::linear_relu2_forward", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
-def linear_relu2_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """relu(x weight^T + bias)^2 of x [N, C], weight [H, C], bias [H]."""
-    out = x.new_empty(len(x), len(weight))
-    plan_linear_relu2(x.contiguous(), weight.contiguous(), bias, out).run()
-    return out
-
-
-@opaque("speedrun::relu2_backward", lambda y, upstream: empty(y))
-def relu2_backward(y: Tensor, upstream: Tensor) -> Tensor:
-    """2 sqrt(y) upstream."""
-    out = empty(y)
-    plan_relu2_backward(y, upstream.contiguous(), out).run()
-    return out
+linear_relu2_forward = opaque(
+    plan_linear_relu2,
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: empty(len(x), len(weight), like=x),
+)
+relu2_backward = opaque(
+    plan_relu2_backward, "(Tensor y, Tensor upstream) -> Tensor", lambda y, upstream: empty(*y.shape, like=y)
+)
 
 
 class FusedLinearReLU2(torch.autograd.Function):
@@ -512,23 +492,18 @@ def quantise_kernel(
     tl.store(transposed + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
 
 
-def plan_quantise(x: Tensor, out: Tensor, transposed: Tensor, scale: float) -> Plan:
+def plan_quantise(x: Tensor, scale: float, dtype: torch.dtype, out: Tensor, transposed: Tensor) -> Plan:
     M, N = x.shape
     arguments = dict(x=x, out=out, transposed=transposed, M=M, N=N, x_row=x.stride(0), x_column=x.stride(1), inverse=1 / scale,
-                     most=LARGEST[out.dtype], BLOCK_M=128, BLOCK_N=128)  # fmt: skip
+                     most=LARGEST[dtype], BLOCK_M=128, BLOCK_N=128)  # fmt: skip
     return Plan(quantise_kernel, (tiles(M, 128), tiles(N, 128)), arguments, num_warps=4, num_stages=1)
 
 
-def quantised_pair(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[M, N] and [N, M]."""
-    return tuple(torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
-
-
-@opaque("speedrun::quantise", lambda x, scale, dtype: quantised_pair(x, dtype))
-def fused_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, transposed = quantised_pair(x, dtype)
-    plan_quantise(x, out, transposed, scale).run()
-    return out, transposed
+fused_quantise = opaque(
+    plan_quantise,
+    "(Tensor x, float scale, ScalarType dtype) -> (Tensor, Tensor)",
+    lambda x, scale, dtype: tuple(empty(*shape, like=x, dtype=dtype) for shape in (x.shape, x.shape[::-1])),
+)
 
 
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
