@@ -1,4 +1,4 @@
-"""Fast forms of a few operations, each beside the plain PyTorch that defines it (`*_reference`).
+"""Fast forms of a few operations, each beside the plain PyTorch that defines it.
 
     rms_norm            x / rms(x) w                        a few passes over memory, on CPUs
     gram, polynomial    X X^T and b A + c A A               Triton: the products of Newton-Schulz, half of each computed
@@ -174,14 +174,6 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 # ---------------------------------------------------------------- products of Newton-Schulz
 
 
-def gram_reference(X: Tensor) -> Tensor:
-    return torch.bmm(X, X.mT)
-
-
-def polynomial_reference(A: Tensor, b: float, c: float) -> Tensor:
-    return torch.baddbmm(A, A, A, beta=b, alpha=c)
-
-
 @jit
 def symmetric_kernel(
     x, old, out, M, K, x_batch, x_row, x_column, alpha, beta,
@@ -228,12 +220,12 @@ symmetric = opaque(
 
 def gram(X: Tensor) -> Tensor:
     """X X^T of X [batch, m, n]."""
-    return symmetric(X, None, 1.0, 0.0) if fused(X) else gram_reference(X)
+    return symmetric(X, None, 1.0, 0.0) if fused(X) else torch.bmm(X, X.mT)
 
 
 def polynomial(A: Tensor, b: float, c: float) -> Tensor:
     """b A + c A A of symmetric A [batch, m, m]: what Newton-Schulz multiplies X with (modded-nanogpt #27)."""
-    return symmetric(A, A, c, b) if fused(A) else polynomial_reference(A, b, c)
+    return symmetric(A, A, c, b) if fused(A) else torch.baddbmm(A, A, A, beta=b, alpha=c)
 
 
 # ---------------------------------------------------------------- cross-entropy of softcapped logits
@@ -377,11 +369,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, cap: float =
 # ---------------------------------------------------------------- linear layer with squared ReLU
 
 
-def linear_relu2_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x = F.relu(F.linear(x, weight, bias))
-    return x * x  # not .square(): PyTorch's power is 40 times slower than its product for bf16 on CPU
-
-
 @jit
 def linear_relu2_kernel(
     x, weight, bias, out, M, N, K,
@@ -461,18 +448,13 @@ def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     and stores by tensor descriptors, whose rows have a multiple of 16 bytes."""
     if fused(x) and roomy(x.device) and not any(side * x.element_size() % 16 for side in weight.shape):
         return FusedLinearReLU2.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-    return linear_relu2_reference(x, weight, bias)
+    x = F.relu(F.linear(x, weight, bias))
+    return x * x  # not .square(): PyTorch's power is 40 times slower than its product for bf16 on CPU
 
 
 # ---------------------------------------------------------------- linear layer in 8-bit floats
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-
-
-def quantise_reference(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    most = LARGEST[dtype]
-    q = (x.float() * (1 / scale)).clamp(-most, most).to(dtype)
-    return q, q.T.contiguous()
 
 
 @jit
@@ -508,7 +490,10 @@ fused_quantise = opaque(
 
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [M, N] / scale in an 8-bit float, clipped to its range, and its transpose [N, M]."""
-    return fused_quantise(x, scale, dtype) if fused(x) else quantise_reference(x, scale, dtype)
+    if fused(x):
+        return fused_quantise(x, scale, dtype)
+    q = (x.float() * (1 / scale)).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+    return q, q.T.contiguous()
 
 
 def scaled_product_reference(a: Tensor, b: Tensor, scale_a: float, scale_b: float, dtype: torch.dtype) -> Tensor:

@@ -60,7 +60,6 @@ class Shampoo(Kronecker):
     start: float = hyper(10, "first step that is preconditioned; below 1: fraction of the run")
     grafting = hyper("adam", "size of the update: adam, none (its own), or rms", choices=("adam", "none", "rms"))
     graft_eps = EPS(help="floor of Adam's denominator in grafting")
-
     state_per_parameter, renewal = 24.0, 10
 
     def initial(self, group, m, n):
@@ -117,7 +116,6 @@ class CASPR(Kronecker):
     every = hyper(10, "steps between renewals of the roots", least=1)
     start: float = hyper(10, "last step that is not preconditioned; below 1: fraction of the run")
     graft_eps = EPS(help="floor of NAdam's denominator")
-
     state_per_parameter, products, renewal = 28.0, 3, 10
 
     def initial(self, group, m, n):
@@ -167,7 +165,6 @@ class SOAP(Kronecker):
     eps, weight_decay = EPS(), DECAY(0.01, 1e-3, 1.0, WD)
     every = hyper(10, "steps between renewals of the bases", least=1)
     polar, kl = hyper(False, "orthogonalise the update"), hyper(False, "KL-Shampoo's factors")
-
     state_per_parameter, products, renewal = 24.0, 4, 4
 
     def initial(self, group, m, n):
@@ -256,7 +253,6 @@ class Kron(Kronecker):
     least_probability = hyper(0.03, "of renewing Q in a step", (0.01, 1.0, "log"))
     scale = hyper(1.0, "first Q_L and Q_R: the root of this, times the identity")
     clip = hyper(1.1, "largest root mean square of an update; 0: none")
-
     state_per_parameter, products = 12.0, 6
 
     def initial(self, group, m, n):

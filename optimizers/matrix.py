@@ -350,7 +350,6 @@ class Muon(MatrixMethod):
     fast_share = hyper(0.4385, "s, the share of the first average", most=1)
     slow_start: float = hyper(1 / 3, "steps before there are two; below 1: fraction of the run")
     dtype = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
-
     state_per_parameter = 4.0
 
     @classmethod
@@ -405,7 +404,6 @@ class Muown(MatrixMethod):
     steps = hyper(6, "orthogonalisation iterations", least=1)
     coefficients = hyper("polar_express", "of the iteration", choices=COEFFICIENTS)
     dtype = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
-
     state_per_parameter = 4.0
     cost = Muon.cost
 
