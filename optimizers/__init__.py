@@ -39,7 +39,7 @@ from optimizers import base, elementwise, schedule_free  # they fill the registr
 # isort: split
 from optimizers import kronecker, matrix
 from optimizers.average import AVERAGES, OUTER, Averaged, build_around
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "OUTER", "Choice", "build", "build_around", "compile_update", "find"]
 __all__ += ["elementwise", "kronecker", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
@@ -175,8 +175,8 @@ def build(
 
 @contextlib.contextmanager
 def blaming(spec: str, *ours: type[Exception], restored: bool = False) -> Iterator[None]:
-    """What goes wrong inside is one UsageError: of an outside class whatever it raises, and where; of a registered method what
-    is one of `ours`; of a restored state everything."""
+    """Raises UsageError, one line, for what goes wrong inside: for whatever an outside class raises, and where; for `ours` of a
+    registered method; for everything where the state was restored."""
     try:
         yield
     except (UsageError, torch.OutOfMemoryError):
@@ -274,7 +274,7 @@ def period(spec: str) -> int:
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:
     """Fuse the update of the parts that have a compiled form (`base.Elementwise`) into one pass over memory."""
-    call(optimizer, "compile")
+    getattr(optimizer, "compile", lambda: None)()
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -242,17 +242,12 @@ class Chain(Updater):
             for part in self.parts:
                 part.step()
 
-    def train(self) -> None:
-        call(self, "train")
+    def each(self, name: str) -> None:
+        """Call the method of that name of all parts that have one."""
+        for part in self.parts:
+            getattr(part, name, lambda: None)()
 
-    def eval(self) -> None:
-        call(self, "eval")
-
-
-def call(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Call the method of that name of all parts that have one."""
-    for part in parts(optimizer):
-        getattr(part, name, lambda: None)()
+    train, eval, compile = partialmethod(each, "train"), partialmethod(each, "eval"), partialmethod(each, "compile")
 
 
 def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
