@@ -68,9 +68,8 @@ class Plan:
 
 
 def opaque(plan: Callable[..., Plan], schema: str, outputs: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel as a function that torch.compile calls without looking into it. outputs: makes its results, unfilled, from its
-    arguments; plan: of both. In eager mode it is called directly: on one H100 PyTorch's dispatch of such an operation took
-    0.03 ms a call, as long as Triton's launch."""
+    """A kernel as a function that torch.compile calls without looking into it. outputs: makes its results, unfilled. In eager
+    mode it is called directly: on one H100 PyTorch's dispatch of such an operation took 0.03 ms, as long as Triton's launch."""
     name = plan.__name__.removeprefix("plan_")
 
     def run(*arguments):
@@ -94,9 +93,8 @@ def tiles(size: int, block: int) -> int:
 
 
 def roomy(device: torch.device) -> bool:
-    """Has a block of threads the shared memory that linear_relu2's tiles take? Hopper's and Blackwell's large chips have, and
-    the units that move tiles by descriptors; A100, graphics cards and AMD's (without such a property) have not. Triton's
-    interpreter has no limit."""
+    """Has a block of threads the shared memory for linear_relu2's tiles? Hopper's and Blackwell's large chips have, and units
+    that move tiles by descriptors; A100, graphics cards and AMD's (without such a property) have not. No limit on a CPU."""
     if device.type != "cuda":
         return True
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= ROOM
@@ -136,9 +134,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class CPURMSNorm(torch.autograd.Function):
-    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n. PyTorch composes F.rms_norm
-    on CPUs from about ten element-wise passes over memory, which for small models costs more than the matrix products; this one
-    makes three forward and five backward."""
+    """With r = 1/rms(x), n = x r, h = g w:  dx = r (h - n mean(h n)),  dw = sum over rows of g n. In three passes over memory
+    forward and five backward; PyTorch's takes about ten, which for small models costs more than the matrix products."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -164,8 +161,7 @@ class CPURMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """RMS normalisation over the last dimension of x; weight [C] in x's dtype or None. The reference under torch.compile (which
-    fuses it) and on GPUs (where PyTorch has a kernel)."""
+    """Over the last dimension of x; weight [C] in x's dtype or None. torch.compile and GPUs fuse PyTorch's own."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, eps)
     return CPURMSNorm.apply(x, weight, eps)
@@ -295,8 +291,7 @@ def cross_entropy_forward_kernel(
 def cross_entropy_backward_kernel(
     logits, targets, normalisers, upstream, out, vocab_size, columns, cap, FORM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out = upstream (softmax - one-hot) softcap'(logits), 0 in the padding and where no target counts; a program takes one
-    block of a row."""
+    """out = upstream (softmax - one-hot) softcap'(logits), 0 in the padding and where no target counts, by blocks of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * columns + at, mask=at < vocab_size, other=0.0).to(tl.float32)
@@ -340,8 +335,7 @@ cross_entropy_backward = opaque(
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Forward keeps the logits as they are and one number a row; backward recomputes the softmax from them. Targets below 0
-    are left out, as F.cross_entropy leaves out -100."""
+    """Keeps the logits and one number a row, from which backward makes the softmax. Targets below 0 are left out."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, vocab_size: int, cap: float, form: str) -> Tensor:

@@ -68,9 +68,9 @@ class Choice:
 
     @property
     def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
-        """Key -> (default, range to search or None: see `base.hyper`). An outside class declares ranges in its attribute
-        `search`; else keys with the usual names have the usual ranges, and the rate a factor of 30 either way (1e-4 to 1
-        without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
+        """Key -> (default, range to search or None: see `base.hyper`). An outside class declares ranges in `search`; else the
+        usual names have the usual ranges, and the rate a factor of 30 either way (1e-4 to 1 without a default). `betas/1` is
+        the first of a tuple. Raises UsageError: what is declared is no range."""
         if issubclass(self.cls, Method):
             return {f.name: (f.default, f.metadata["search"]) for f in dataclasses.fields(self.cls)}
         usual, stated, defaults = {key: field(0.0).metadata["search"] for key, field in base.USUAL.items()}, self.defaults, {}
@@ -110,8 +110,7 @@ class Choice:
         return self.cls.of_length(steps, **self.settings) if issubclass(self.cls, Method) else {}
 
     def build(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """Over all of gpt. An outside torch Optimizer may name what it takes in its attribute `roles`; AdamW has the rest, and
-        the groups state `split` (see `groups`)."""
+        """Over all of gpt. An outside class may name its `roles`: AdamW has the rest, and its groups state `split`."""
         cls, roles = self.cls, getattr(self.cls, "roles", ROLES)
         if unknown := set(roles) - set(ROLES):
             raise UsageError(f"optimizer {cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
@@ -210,8 +209,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
 
 
 def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
-    """optimizer.step(). Raises UsageError: an outside class fails in it, such as one only for matrices that does not say so in
-    its attribute `roles`; or the restored state does not fit."""
+    """optimizer.step(). Raises UsageError: an outside class fails in it, or the restored state does not fit."""
     restored, optimizer.restored = getattr(optimizer, "restored", False), False
     with blaming(spec, restored=restored):
         optimizer.step()
@@ -238,9 +236,8 @@ def of_collection(spec: str) -> str:
 
 
 def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, role: dict[Tensor, str], rates: str) -> None:
-    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are split if their parameters differ. A word is a role, a
-    parameter's name, or a part of it between dots; the last that fits a parameter counts. Raises UsageError: a word that fits
-    no parameter, or no number of 0 or more after it."""
+    """Multiply learning rates: `embedding=2,smear=0.1`. A word is a role, a parameter's name, or a part of it between dots; the
+    last that fits a parameter counts. Raises UsageError: a word that fits no parameter, or no number of 0 or more after it."""
     words, factors = {p: {role[p], name, *name.split(".")} for name, p in gpt.named_parameters()}, {}
     for pair in filter(None, rates.split(",")):
         word, _, text = (part.strip() for part in pair.partition("="))
@@ -265,8 +262,8 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, role: dict[
 
 
 def period(spec: str) -> int:
-    """Steps after which a registered method's work repeats: roots and bases are renewed every few steps. 1: all are alike, or
-    the method is not registered (and nothing is imported to ask it)."""
+    """Steps after which a registered method's work repeats, as roots and bases are renewed every few; 1 for outside classes,
+    of which nothing is imported."""
     if split(spec)[0] not in OPTIMIZERS:
         return 1
     return math.lcm(*(find(spec).setting(key, 1) for key in ("every", "adamw_every")))

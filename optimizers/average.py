@@ -167,8 +167,7 @@ class Averaged(Chain):
 
 
 def build_around(outer: str, average: str, steps: int) -> list[Around]:
-    """The methods that two SPECs name, for a run of `steps` steps. Raises UsageError: unknown name or key, or a value out of
-    range."""
+    """The methods that two SPECs name, for a run of `steps` steps. Raises UsageError: unknown name or key, wrong value."""
     given = ((outer, OUTER, "outer method"), (average, AVERAGES, "average"))
     around = []
     for method in (make(spec, known, what, "at") for spec, known, what in given if spec != "none"):

@@ -217,9 +217,8 @@ def moved(state, device: torch.device):
 
 
 class Chain(Updater):
-    """Several optimizers as one, in torch's usual state_dict format. The parts' param groups (the same dicts, marked with the
-    index `part`) and one state dict belong to chain and parts alike: schedulers, checkpoints and zero_grad see a single
-    ordinary optimizer."""
+    """Several optimizers as one ordinary one, for schedulers, checkpoints and zero_grad too. The parts' param groups (the same
+    dicts, marked with the index `part`) and one state dict belong to chain and parts alike."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         super().__init__([g | {"part": i} for i, part in enumerate(parts) for g in part.param_groups], {})
@@ -398,8 +397,7 @@ class Elementwise(Optimizer):
         return {name: values[name] for name in keywords(rule)}
 
     def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], scalars: dict, *extras: list[Tensor]) -> None:
-        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, which are of one type and device. Weights
-        that are not fp32 are updated in fp32."""
+        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, of one type and device; in fp32 always."""
         rows = [
             (p.detach(), p.grad, *(self.buffer(p, name) for name in self.names(group)), *extra)
             for p, *extra in zip(params, *extras, strict=True)

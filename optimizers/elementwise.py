@@ -88,8 +88,7 @@ class Adadelta(Elementwise):
     """v <- rho v + (1 - rho) g^2;  d = g sqrt(u + eps) / sqrt(v + eps);  u <- rho u + (1 - rho) d^2;
     w <- (1 - lr wd) w - lr d.
 
-    Source: arXiv 1212.5701; with wd = 0 the same numbers as torch.optim.Adadelta, in one pass over memory. eps sets the
-    size of the first steps."""
+    Source: arXiv 1212.5701; with wd = 0 the same numbers as torch.optim.Adadelta. eps sets the size of the first steps."""
 
     lr, beta2 = LR(1.0, help="factor on the step"), BETA2(0.95, 0.9, 0.99, "rho")
     eps = hyper(1e-6, "inside both roots", (1e-8, 1e-4, "log"))
@@ -334,8 +333,7 @@ class ADOPT(Elementwise):
 class MARS(Elementwise):
     """c = g + gamma b1 / (1 - b1) (g - g_before), shortened to norm 1 per weight tensor;  AdamW on c.
 
-    Source: arXiv 2411.10438, github.com/AGI-Arena/MARS, in the form that stores the previous gradient. Vectors and
-    scalars: AdamW."""
+    Source: arXiv 2411.10438, github.com/AGI-Arena/MARS, in the form that stores the previous gradient."""
 
     lr, beta1 = LR(3e-3), BETA1(0.95, help="average of corrected gradients")
     beta2 = BETA2(0.99, help="average of their squares")

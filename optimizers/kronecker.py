@@ -157,8 +157,7 @@ class SOAP(Kronecker):
     turns, m turns with it and v stays, its rows sorted by eigenvalue. A block starts at its first gradient other than zero. The
     source starts at the very first; if that is zero the bases start as the identity, which QR steps leave only slowly.
     `polar`: u is orthogonalised (SOAP-Muon, modded-nanogpt's optimizer track #14). `kl` (KL-SOAP, arXiv 2509.03378): L, R as
-    KL-Shampoo's, L <- b L + (1 - b) g R^-1 g^T / columns, R likewise; the inverse by the basis, its eigenvalues lifted by a
-    thousandth of the largest."""
+    KL-Shampoo's, L <- b L + (1 - b) g R^-1 g^T / columns, R likewise; R^-1 by the basis, eigenvalues + 0.001 of the largest."""
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.95)
     beta2, shampoo_beta = BETA2(0.95, help="average of squares in the basis"), BETA2(0.95, help="average of the factors")
@@ -244,8 +243,7 @@ class Kron(Kronecker):
     first, with a probability that falls from 1 to `least_probability`: A = Q_L m^ Q_R^T, B = Q_L^-T V Q_R^-1, V ~ N(0, 1),
     Q_L <- Q_L - rate triu(A A^T - B B^T) Q_L / |A A^T + B B^T|, Q_R likewise with A^T A, B^T B.
 
-    Source: PSGD, arXiv 1512.04202; github.com/evanatyourservice/kron_torch. Q are upper triangular; |.| is a cheap lower
-    bound of the spectral norm."""
+    Source: PSGD, arXiv 1512.04202; github.com/evanatyourservice/kron_torch. Q are upper triangular; |.|: `norm_lower_bound`."""
 
     lr, beta1, weight_decay = LR(3e-3, 1e-4, 1e-2, RATE), BETA1(0.9), DECAY(0.5, 0.1, 3.0, WD)
     rate = hyper(0.1, "step of Q", (0.03, 0.3, "log"))

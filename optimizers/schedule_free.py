@@ -148,8 +148,7 @@ class Prodigy(Estimating):
     s <- b3 s + d^2 lr^ g / d0;  d <- max(d, d_coef r / |s|_1);  w <- (1 - d lr^ wd) w - d lr^ m / (sqrt(v) + d eps),
     with lr^ = lr sqrt(1 - b2^t) / (1 - b1^t) and b3 = sqrt(b2).
 
-    Source: arXiv 2306.06101, github.com/konstmish/prodigy. One d for all weights. `safeguard` leaves lr out of s: for
-    schedules that warm up."""
+    Source: arXiv 2306.06101, github.com/konstmish/prodigy. One d for all. `safeguard`: no lr in s, for a warm-up."""
 
     lr = LR(1.0, 0.3, 3.0, "factor on the estimated rate; a schedule multiplies it")
     beta1, beta2, eps = BETA1(0.9), BETA2(0.95), EPS()
