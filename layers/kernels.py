@@ -109,22 +109,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-@jit
-def product(x, w, rows, columns, M, N, K, x_row, x_column, w_row, w_column, BLOCK_K: tl.constexpr):
-    """Sum over k of x[rows, k] w[columns, k] in fp32, for x [M, K] and w [N, K] of any strides."""
-    inner = tl.arange(0, BLOCK_K)
-    x += rows.to(tl.int64)[:, None] * x_row + inner[None, :] * x_column
-    w += columns.to(tl.int64)[None, :] * w_row + inner[:, None] * w_column
-    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        left = tl.load(x, mask=(rows[:, None] < M) & (inner[None, :] < K - k), other=0.0)
-        right = tl.load(w, mask=(columns[None, :] < N) & (inner[:, None] < K - k), other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-        x += BLOCK_K * x_column
-        w += BLOCK_K * w_column
-    return total
-
-
 # ---------------------------------------------------------------- RMS normalisation
 
 
@@ -182,9 +166,18 @@ def symmetric_kernel(
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
     j = tile - i * (i + 1) // 2
-    rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    rows, columns, inner = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     x += batch * x_batch
-    total = alpha * product(x, x, rows, columns, M, M, K, x_row, x_column, x_row, x_column, BLOCK_K)
+    left = x + rows.to(tl.int64)[:, None] * x_row + inner[None, :] * x_column
+    right = x + columns.to(tl.int64)[None, :] * x_row + inner[:, None] * x_column
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(left, mask=(rows[:, None] < M) & (inner[None, :] < K - k), other=0.0)
+        b = tl.load(right, mask=(columns[None, :] < M) & (inner[:, None] < K - k), other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        left += BLOCK_K * x_column
+        right += BLOCK_K * x_column
+    total *= alpha
     inside = (rows[:, None] < M) & (columns[None, :] < M)
     at = batch * M * M + rows[:, None] * M + columns[None, :]
     if HAS_OLD:
