@@ -316,6 +316,7 @@ class Elementwise(Optimizer):
     cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory."""
 
     buffers: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()  # buffers that start as the weight; the others start at zero
     compiled = False
 
     @staticmethod
@@ -361,22 +362,19 @@ class Elementwise(Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = 0
-                self.initialise(group, p, state)
+                for name in self.names(group):
+                    self.buffer(p, name)
             if "aside" in state:
                 raise RuntimeError(f"{type(self).__name__}: call train() before step(): evaluation weights are in place")
             state["step"] += 1
             by_step[state["step"], p.dtype, p.device].append(p)
         return [(t, members) for (t, *_), members in by_step.items()]
 
-    def initialise(self, group: dict, p: Tensor, state: dict) -> None:
-        """The first state of a weight."""
-        for name in self.names(group):
-            self.buffer(p, name)
-
-    def buffer(self, p: Tensor, name: str) -> Tensor:
-        """Made where there is none yet: a schedule may begin without momentum."""
+    def buffer(self, p: Tensor, name: str, like: Tensor | None = None) -> Tensor:
+        """Made where there is none yet: a schedule may begin without momentum. like: has its shape, if it is not p's."""
         if name not in self.state[p]:
-            self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
+            zeros = torch.zeros_like(p if like is None else like, dtype=torch.float32)
+            self.state[p][name] = zeros.copy_(p.detach()) if name in self.copies else zeros
         return self.state[p][name]
 
     def measure(self, group: dict, t: int, params: list[Tensor]) -> list[list[Tensor]]:

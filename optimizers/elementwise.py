@@ -235,16 +235,12 @@ class Amos(Elementwise):
     momentum, eps = MOMENTUM(0.9, 0.0, 0.98, "average of the updates"), EPS(1e-18, "added to v")
     buffers, state_per_parameter, toy_lr, transfer = ("average",), 4.0, 0.3, -0.5
 
-    def initialise(self, group, p, state):
-        super().initialise(group, p, state)
-        state["square"], state["decay"] = (torch.zeros((), device=p.device) for _ in range(2))
-
     def measure(self, group, t, params):
         lr, beta2, (q,) = group["lr"], group["beta2"], self.sums(self.square, group, t, params)
         torch._foreach_div_(q, [float(p.numel()) for p in params])
         rates = [lr * (math.sqrt(2 / p[0].numel()) if p.dim() > 1 else 0.5) for p in params]
         rate = torch.stack([torch.full_like(x, r) for x, r in zip(q, rates, strict=True)])  # no copy that waits for a GPU
-        v, k = (torch.stack([self.state[p][name] for p in params]) for name in ("square", "decay"))
+        v, k = (torch.stack([self.buffer(p, name, x) for p, x in zip(params, q, strict=True)]) for name in ("square", "decay"))
         q = torch.stack(q)
         v.lerp_(q, 1 - beta2)
         inverse = (1 - beta2**t) / (v + group["eps"])

@@ -29,11 +29,7 @@ class ScheduleFree(Elementwise):
     eval() puts x in place and the training weights y aside, train() puts them back, exactly; both as often as you like. A
     state_dict made in eval mode continues like another: load it beside the model's weights, then call train()."""
 
-    schedule_free = True
-
-    def initialise(self, group, p, state):
-        super().initialise(group, p, state)
-        state["z"].copy_(p)
+    schedule_free, copies = True, ("z",)
 
     def update_group(self, group, params):
         group["t"] = group.get("t", 0) + 1
@@ -103,10 +99,7 @@ class Estimating(Elementwise):
     group, as tensors, so that no step waits for the device."""
 
     state_per_parameter, transfer, toy_lr = 16.0, 0.0, 1.0
-
-    def initialise(self, group, p, state):
-        super().initialise(group, p, state)
-        state["start"].copy_(p)
+    copies = ("z", "start")
 
     def update_weights(self):
         moving = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups if g["lr"] > 0]
