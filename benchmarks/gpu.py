@@ -68,7 +68,7 @@ def computations(device: torch.device) -> dict[str, Computation]:
         return (torch.randn(shape, device=device) * scale).bfloat16()
 
     X, momentum = random(LAYERS, WIDTH, HIDDEN, scale=HIDDEN**-0.5), torch.randn(LAYERS, WIDTH, HIDDEN, device=device)
-    A = kernels.gram_reference(X)
+    A = torch.bmm(X, X.mT)
     logits, targets = random(ROWS, COLUMNS, scale=10).requires_grad_(), torch.randint(VOCABULARY, (ROWS,), device=device)
     x, weight = random(TOKENS, WIDTH).requires_grad_(), random(HIDDEN, WIDTH, scale=WIDTH**-0.5).requires_grad_()
     rows, head = random(ROWS, WIDTH).requires_grad_(), random(COLUMNS, WIDTH, scale=0.1).requires_grad_()

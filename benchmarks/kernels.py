@@ -71,18 +71,18 @@ def plans() -> dict[str, Plan]:
     row, upstream = empty(tokens, dtype=torch.float32), empty(dtype=torch.float32)
     x, weight, bias, y = empty(tokens, width), empty(hidden, width), empty(hidden), empty(tokens, hidden)
     found = {
-        "gram": kernels.plan_symmetric(wide, None, square, 1.0, 0.0),
-        "gram, transposed": kernels.plan_symmetric(tall, None, square, 1.0, 0.0),
-        "polynomial": kernels.plan_symmetric(square, square, square, 2.0, -4.8),
+        "gram": kernels.plan_symmetric(wide, None, 1.0, 0.0, square),
+        "gram, transposed": kernels.plan_symmetric(tall, None, 1.0, 0.0, square),
+        "polynomial": kernels.plan_symmetric(square, square, 2.0, -4.8, square),
     }
     for form, cap in (("no cap", 0.0), ("rational", 15.0), ("tanh", 15.0), ("sigmoid", 23.0)):
         how, name = (vocabulary, cap, form), f"cross_entropy, {form}"
-        found[f"{name}, forward"] = kernels.plan_cross_entropy_forward(logits, targets, row, row, *how)
-        found[f"{name}, backward"] = kernels.plan_cross_entropy_backward(logits, targets, row, upstream, logits, *how)
+        found[f"{name}, forward"] = kernels.plan_cross_entropy_forward(logits, targets, *how, row, row)
+        found[f"{name}, backward"] = kernels.plan_cross_entropy_backward(logits, targets, row, upstream, *how, logits)
 
     def quantise(values: Tensor, dtype: torch.dtype) -> Plan:
         rows, columns = values.shape
-        return kernels.plan_quantise(values, empty(rows, columns, dtype=dtype), empty(columns, rows, dtype=dtype), 1.0)
+        return kernels.plan_quantise(values, 1.0, dtype, empty(rows, columns, dtype=dtype), empty(columns, rows, dtype=dtype))
 
     return found | {
         "linear_relu2, forward": kernels.plan_linear_relu2(x, weight, None, y),

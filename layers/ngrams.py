@@ -13,8 +13,7 @@ class NgramEmbedding(nn.Module):
     modded-nanogpt record 62 (bigrams, after DeepSeek's Engram); on bytes, where one token says little, longer n-grams
     pay too. Training copes with collisions. Positions before the start of the sequence count as token 0. The tables of
     all orders lie in one parameter [orders * ngram_buckets, ngram_width]: one lookup, one gradient. Narrow vectors go to
-    slices of the stream in turn, by order: as many parameters hold more rows, with fewer collisions.
-    """
+    slices of the stream in turn, by order: as many parameters hold more rows, with fewer collisions."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

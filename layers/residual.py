@@ -166,13 +166,18 @@ class AttentionExtras(nn.Module):
         return own or value_table(config, layer) is not None
 
     def before(self, v: Tensor, x: Tensor, values: Tensor | None) -> Tensor:
-        """Values [B, T, H, D] to attend with; x [B, T, C] is what attention reads, values [B, T, C] the block's value
-        embeddings."""
+        """Values [B, T, H, D] to attend with; x [B, T, C]: what attention reads, values [B, T, C]: value embeddings."""
         return v if self.values is None else self.values(v, values, x)
 
     def keys(self, k: Tensor) -> Tensor:
-        """Keys [B, T, H, D] to attend with, of all tokens."""
-        return offset_keys(k) if self.key_offset else k
+        """Keys [B, T, H, D] of all tokens. With `key_offset` each has the previous one's still channels, except the first: a
+        query that finds what stood before a token then finds the token itself, induction in one layer (#49)."""
+        if not self.key_offset:
+            return k
+        before = torch.cat([k[:, :1], k[:, :-1]], dim=1)
+        turning, _, turning_too, _ = k.chunk(4, dim=-1)
+        _, still, _, still_too = before.chunk(4, dim=-1)
+        return torch.cat([turning, still, turning_too, still_too], dim=-1)
 
     def after(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """The heads' output, [B, T, H, D]."""
@@ -208,12 +213,3 @@ class Exclusion(nn.Module):
     def forward(self, y: Tensor, v: Tensor) -> Tensor:
         own = F.normalize(v, dim=-1, eps=1e-4)
         return y - self.strength.tanh().to(y.dtype).unsqueeze(-1) * (y * own).sum(-1, keepdim=True) * own
-
-
-def offset_keys(k: Tensor) -> Tensor:
-    """Keys [B, T, H, D] of half-rotary attention with the previous token's still channels; the first token keeps its own. A
-    query that finds what stood before a token finds the token itself: induction in one layer (#49)."""
-    before = torch.cat([k[:, :1], k[:, :-1]], dim=1)
-    turning, _, turning_too, _ = k.chunk(4, dim=-1)
-    _, still, _, still_too = before.chunk(4, dim=-1)
-    return torch.cat([turning, still, turning_too, still_too], dim=-1)

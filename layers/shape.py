@@ -124,14 +124,12 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 def flops_per_token(config: ModelConfig, part: float = 1.0, length: int = 0) -> int:
-    """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add.
+    """Floating-point operations that training needs per token: forward and backward, 2 per multiply-add. In a stage of a run,
+    part: of the long window; length: of sequences, tokens (0: the model's).
 
     6 x weights in matrix products (blocks and head, tied or not) + attention: each token meets on average T/2 keys, for q.k and
     for the values: 2 x 2 x T/2 x C forward, three times that with backward = 6 T C per layer. A window of w tokens meets
-    w - w^2 / 2T keys. nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU. Vectors,
-    softmax, norms, gates, embeddings and the optimizer are left out. In a stage of a run, part: of the long window; length:
-    of sequences, tokens (0: the model's).
-    """
+    w - w^2 / 2T keys. nanoGPT's and PaLM's formula counts 12 T C, the masked half included; ours does not flatter MFU."""
     C, T = config.width, length or config.sequence_length
     weights = config.layers * (4 * C * C + 2 * config.mlp_ratio * C * C) + config.padded_vocab * C
     seen = [min(window or T, T) for window in config.windows(part)]

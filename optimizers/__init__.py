@@ -1,15 +1,14 @@
 """Every optimizer, one registry, one way in: `build(spec, gpt)` gives one torch.optim.Optimizer.
 
     build("adamw:lr=3e-3", gpt)                      a registered method, its settings by key
-    build("my_optimizer.py:Mine:lr=0.1", gpt)        your own: written like those here, any torch Optimizer, or a dataclass
-                                                     with `build(gpt)`; `engine.spec.trust([spec])` comes first
+    build("my_optimizer.py:Mine:lr=0.1", gpt)        your own: written like those here, or any torch Optimizer;
+                                                     `engine.spec.trust([spec])` comes first
     build("heavyball.ForeachSOAP:lr=1e-3", gpt)      a class of torch.optim or a public collection that is installed
 
     base.py            hyperparameters, the base classes     elementwise.py  the classics, Adam and its relatives
     schedule_free.py   methods without a schedule            matrix.py       Muon and its relatives
     kronecker.py       Shampoo, CASPR, SOAP, Kron
     average.py         averages of the weights               mantissa.py     bf16 weights that lose nothing
-    this file          the way in
 
 To add a method: one class in its family's file, with its hyperparameters, its rule, and a docstring that states the rule and
 its source. An element-wise rule is plain tensor arithmetic; `compile_update` turns it into one pass over memory.
@@ -18,11 +17,13 @@ Parameters are routed by `model.roles`, never by shape: a small embedding is 2-D
 Weight decay acts on matrices, embeddings and the head; never on vectors (gains, biases) and scalars: nanoGPT's rule.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from optimizers import base, elementwise, schedule_free  # they fill the registr
 # isort: split
 from optimizers import kronecker, matrix
 from optimizers.average import AVERAGES, OUTER, Averaged, build_around
-from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, call, decay_groups, groups, label, parts, with_rest
+from optimizers.base import OPTIMIZERS, ROLES, Chain, Method, decay_groups, groups, label, parts, with_rest
 
 __all__ = ["AVERAGES", "OPTIMIZERS", "OUTER", "Choice", "build", "build_around", "compile_update", "find"]
 __all__ += ["elementwise", "kronecker", "matrix", "parts", "period", "restore", "schedule_free", "state_bytes", "step"]
@@ -54,35 +55,37 @@ class Choice:
     cls: type
     settings: dict[str, Any]
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Of the settings that have one."""
+        if issubclass(self.cls, Method):
+            return {f.name: f.default for f in dataclasses.fields(self.cls)}
+        return {key: p.default for key, p in inspect.signature(self.cls).parameters.items() if p.default is not p.empty}
+
     def setting(self, key: str, otherwise: Any = None) -> Any:
         """The value of a setting: the SPEC's, or the class's default; `otherwise` where it has none."""
-        if key in self.settings:
-            return self.settings[key]
-        if dataclasses.is_dataclass(self.cls):
-            return getattr(self.cls, key, otherwise)
-        parameter = inspect.signature(self.cls).parameters.get(key)
-        return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
+        return (self.defaults | self.settings).get(key, otherwise)
 
     @property
     def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
-        """Key -> (default, range to search or None: see `base.hyper`). An outside class declares ranges in its attribute
-        `search`; else keys with the usual names have the usual ranges, and the rate a factor of 30 either way (1e-4 to 1
-        without a default). `betas/1` is the first of a tuple. Raises UsageError: what is declared is no range."""
+        """Key -> (default, range to search or None: see `base.hyper`). An outside class declares ranges in `search`; else the
+        usual names have the usual ranges, and the rate a factor of 30 either way (1e-4 to 1 without a default). `betas/1` is
+        the first of a tuple. Raises UsageError: what is declared is no range."""
         if issubclass(self.cls, Method):
             return {f.name: (f.default, f.metadata["search"]) for f in dataclasses.fields(self.cls)}
-        usual, defaults = {key: field(0.0).metadata["search"] for key, field in base.USUAL.items()}, {}
+        usual, stated, defaults = {key: field(0.0).metadata["search"] for key, field in base.USUAL.items()}, self.defaults, {}
         for key in typed_keys(self.cls):
-            value = Choice(self.spec, self.cls, {}).setting(key)
+            value = stated.get(key)
             defaults |= {f"{key}/{n}": part for n, part in enumerate(value, 1)} if isinstance(value, tuple) else {key: value}
         if "lr" in defaults:
             rate = defaults["lr"] if isinstance(defaults["lr"], float) and defaults["lr"] > 0 else 0
             usual["lr"] = (float(f"{rate / 30:.3g}"), float(f"{rate * 30:.3g}"), "log") if rate else (1e-4, 1.0, "log")
             defaults["lr"] = rate or 1e-3
         if "adamw_lr" in defaults:
-            defaults["adamw_lr"], usual["adamw_lr"] = Choice("adamw", OPTIMIZERS["adamw"], {}).hyperparameters["lr"]
+            defaults["adamw_lr"], usual["adamw_lr"] = find("adamw").hyperparameters["lr"]
         ranges = getattr(self.cls, "search", usual)
-        for key, limits in ranges.items() if ranges is not usual else ():
-            if key not in defaults or not base.is_range(limits):
+        for key, limits in ranges.items():
+            if ranges is not usual and (key not in defaults or not base.is_range(limits)):
                 known = f"(low, high, linear, log, complement or choice) for one of {', '.join(defaults)}"
                 raise UsageError(f"optimizer {self.spec!r}: search has {key!r}: {limits!r}, which is not {known}")
         return {key: (default, ranges.get(key)) for key, default in defaults.items()}
@@ -107,8 +110,7 @@ class Choice:
         return self.cls.of_length(steps, **self.settings) if issubclass(self.cls, Method) else {}
 
     def build(self, gpt: nn.Module, steps: int) -> torch.optim.Optimizer:
-        """Over all of gpt. An outside torch Optimizer may name what it takes in its attribute `roles`; AdamW has the rest, and
-        the groups state `split` (see `groups`)."""
+        """Over all of gpt. An outside class may name its `roles`: AdamW has the rest, and its groups state `split`."""
         cls, roles = self.cls, getattr(self.cls, "roles", ROLES)
         if unknown := set(roles) - set(ROLES):
             raise UsageError(f"optimizer {cls.__name__} has an unknown role {min(unknown)!r}: known: {', '.join(ROLES)}")
@@ -116,14 +118,12 @@ class Choice:
             raise UsageError(f"optimizer {self.spec!r} is for {', '.join(roles)} weights, and there are none: use adamw")
         if issubclass(cls, Method):
             return cls.build(gpt, steps, **self.settings)
-        if issubclass(cls, torch.optim.Optimizer):
-            params = decay_groups(gpt, self.setting("weight_decay") or 0.0, roles, by_split=set(roles) < set(ROLES))
-            own = {key: value for key, value in self.settings.items() if key != "adamw_lr"}
-            rest = {"lr": self.settings["adamw_lr"]} if "adamw_lr" in self.settings else {}
-            return with_rest(cls(params, **own), gpt, roles, **rest)
-        if hasattr(cls, "build"):
-            return cls(**self.settings).build(gpt)
-        raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer and has no build(gpt)")
+        if not issubclass(cls, torch.optim.Optimizer):
+            raise UsageError(f"optimizer {self.spec!r}: {cls.__name__} is no torch.optim.Optimizer")
+        settings, part = dict(self.settings), set(roles) < set(ROLES)
+        params = decay_groups(gpt, self.setting("weight_decay") or 0.0, roles, by_split=part)
+        rest = {"lr": settings.pop("adamw_lr")} if "adamw_lr" in settings else {}
+        return with_rest(cls(params, **settings), gpt, roles, **rest)
 
 
 def find(spec: str) -> Choice:
@@ -142,25 +142,23 @@ def build(
 
     Each param group has `lr`, `initial_lr` (what a schedule multiplies), `weight_decay` and `roles` (a label). `train()` and
     `eval()` exist on the result: call eval() before validation and checkpoints, train() after. Raises UsageError: unknown name
-    or key, value out of range, a class that is no optimizer or misses parameters.
-    """
-    gpt, choice = unwrapped(gpt), find(spec)
-    try:
+    or key, value out of range, a class that is no optimizer or misses parameters."""
+    choice = find(spec)
+    while (inner := getattr(gpt, "_orig_mod", getattr(gpt, "module", None))) is not None:
+        gpt = inner  # wrappers put prefixes before the names, which would hide the parameters' roles
+    with blaming(spec, TypeError, ValueError):
         optimizer = choice.build(gpt, steps)
         if hasattr(optimizer, "train"):  # which the optimizer inside a wrapper of others may lack
             optimizer.train()
-    except Exception as error:
-        if (blame := blamed(spec, error)) is error:
-            raise
-        raise blame from error
     if any("lr" not in group for group in optimizer.param_groups):
         raise UsageError(f"optimizer {spec!r} has a param group without lr, which no schedule can change")
     times = Counter(p for group in optimizer.param_groups for p in group["params"])
     for name, p in gpt.named_parameters():  # in no group it would silently not train, in two it would be updated twice
         if p.requires_grad and times[p] != 1:
             raise UsageError(f"optimizer {spec!r} has parameter {name!r} in {times[p]} param groups instead of one")
-    multiply_rates(optimizer, gpt, rates)
     role = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True))
+    if rates:
+        multiply_rates(optimizer, gpt, role, rates)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("weight_decay", 0.0)
@@ -174,20 +172,33 @@ def build(
     return optimizer
 
 
-def blamed(spec: str, error: Exception) -> Exception:
-    """What to raise when an optimizer does: for an outside class one line that says where; our own faults as they are."""
-    foreign = split(spec)[0] not in OPTIMIZERS
-    if isinstance(error, (UsageError, torch.OutOfMemoryError)) or not (isinstance(error, (TypeError, ValueError)) or foreign):
-        return error
-    frame, words = traceback.extract_tb(error.__traceback__)[-1], (str(error).strip().splitlines() or [""])[0]
-    place = f" ({Path(frame.filename).name}:{frame.lineno})"
-    return UsageError(f"optimizer {spec!r}: {f'{type(error).__name__}: {words}{place}' if foreign else words}")
+@contextlib.contextmanager
+def blaming(spec: str, *ours: type[Exception], restored: bool = False) -> Iterator[None]:
+    """Raises UsageError, one line, for what goes wrong inside: for whatever an outside class raises, and where; for `ours` of a
+    registered method; for everything where the state was restored."""
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        words = f"{type(error).__name__}: {line}"
+        if restored:
+            why = f"the checkpoint's state is not that of optimizer {spec!r} ({words}): --resume never starts anew"
+        elif split(spec)[0] not in OPTIMIZERS:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"optimizer {spec!r}: {words} ({Path(frame.filename).name}:{frame.lineno})"
+        elif isinstance(error, ours):
+            why = f"optimizer {spec!r}: {line}"
+        else:
+            raise
+        raise UsageError(why) from error
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
     """optimizer.load_state_dict(state) in the types that were saved, outside classes included: torch casts to the weights'.
     Raises UsageError: it is the state of something else."""
-    try:
+    with blaming(spec, restored=True):
         optimizer.load_state_dict(state)
         if not isinstance(optimizer, (Method, Chain)) and "param_groups" in state:
             base.keep_fp32(optimizer, state)
@@ -195,27 +206,13 @@ def restore(optimizer: torch.optim.Optimizer, state: dict, spec: str) -> None:
             if any(isinstance(x, Tensor) and 0 < x.dim() == p.dim() and x.shape != p.shape for x in own.values()):
                 raise ValueError("another shape")  # which arithmetic could take all the same
         optimizer.restored = True  # until it has stepped
-    except Exception as error:
-        raise misfit(spec, error) from error
-
-
-def misfit(spec: str, error: Exception) -> UsageError:
-    words = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    return UsageError(f"the checkpoint's state is not that of optimizer {spec!r} ({words}): --resume never starts anew")
 
 
 def step(optimizer: torch.optim.Optimizer, spec: str) -> None:
-    """optimizer.step(). Raises UsageError: an outside class fails in it, such as one only for matrices that does not say so in
-    its attribute `roles`; or the restored state does not fit."""
+    """optimizer.step(). Raises UsageError: an outside class fails in it, or the restored state does not fit."""
     restored, optimizer.restored = getattr(optimizer, "restored", False), False
-    try:
+    with blaming(spec, restored=restored):
         optimizer.step()
-    except Exception as error:
-        if restored and not isinstance(error, torch.OutOfMemoryError):
-            raise misfit(spec, error) from error
-        if (blame := blamed(spec, error)) is error or split(spec)[0] in OPTIMIZERS:
-            raise
-        raise blame from error
 
 
 def of_collection(spec: str) -> str:
@@ -238,21 +235,10 @@ def of_collection(spec: str) -> str:
     return f"{chosen}{colon}{keys}"
 
 
-def unwrapped(gpt: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, whose prefixes would hide the parameters' roles."""
-    while (inner := getattr(gpt, "_orig_mod", getattr(gpt, "module", None))) is not None:
-        gpt = inner
-    return gpt
-
-
-def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str) -> None:
-    """Multiply learning rates: `embedding=2,smear=0.1`. Groups are split if their parameters differ. A word is a role, a
-    parameter's name, or a part of it between dots; the last that fits a parameter counts. Raises UsageError: a word that fits
-    no parameter, or no number of 0 or more after it."""
-    if not rates:
-        return
-    role, factors = dict(zip(gpt.parameters(), roles_of(gpt).values(), strict=True)), {}
-    words = {p: {role[p], name, *name.split(".")} for name, p in gpt.named_parameters()}
+def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, role: dict[Tensor, str], rates: str) -> None:
+    """Multiply learning rates: `embedding=2,smear=0.1`. A word is a role, a parameter's name, or a part of it between dots; the
+    last that fits a parameter counts. Raises UsageError: a word that fits no parameter, or no number of 0 or more after it."""
+    words, factors = {p: {role[p], name, *name.split(".")} for name, p in gpt.named_parameters()}, {}
     for pair in filter(None, rates.split(",")):
         word, _, text = (part.strip() for part in pair.partition("="))
         factor = convert(text, float, f"--rates {word}=")
@@ -276,8 +262,8 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, rates: str)
 
 
 def period(spec: str) -> int:
-    """Steps after which a registered method's work repeats: roots and bases are renewed every few steps. 1: all are alike, or
-    the method is not registered (and nothing is imported to ask it)."""
+    """Steps after which a registered method's work repeats, as roots and bases are renewed every few; 1 for outside classes,
+    of which nothing is imported."""
     if split(spec)[0] not in OPTIMIZERS:
         return 1
     return math.lcm(*(find(spec).setting(key, 1) for key in ("every", "adamw_every")))
@@ -285,7 +271,7 @@ def period(spec: str) -> int:
 
 def compile_update(optimizer: torch.optim.Optimizer) -> None:
     """Fuse the update of the parts that have a compiled form (`base.Elementwise`) into one pass over memory."""
-    call(optimizer, "compile")
+    getattr(optimizer, "compile", lambda: None)()
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

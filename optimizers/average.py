@@ -38,8 +38,7 @@ class Average:
 class LawaEMA(Average):
     """a <- decay a + (1 - decay) w every `every` steps from `start` on; evaluates at a.
 
-    Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round.
-    """
+    Source: latest weight averaging, arXiv 2306.03241; "LAWA EMA" of AlgoPerf's first round."""
 
     decay: float = hyper(0.99, "of the average", (0.9, 0.999, "complement"), below=1)
 
@@ -54,8 +53,7 @@ class LawaEMA(Average):
 class TailEMA(LawaEMA):
     """a as in `lawa_ema`, over the end of the run; evaluates at (1 - blend) w + blend a.
 
-    Source: modded-nanogpt's optimizer track #45: over 150 steps, blend 0.6, over the last 500 of 2,900.
-    """
+    Source: modded-nanogpt's optimizer track #45: over 150 steps, blend 0.6, over the last 500 of 2,900."""
 
     decay: float = hyper(0.9933, "of the average", (0.95, 0.998, "complement"), below=1)
     start: float = hyper(0.83, "steps before the first; below 1: fraction of the run")
@@ -69,8 +67,7 @@ class TailEMA(LawaEMA):
 class LawaQueue(Average):
     """Keeps the weights every `every` steps, the last `length` times; evaluates at their mean once it has that many.
 
-    Source: latest weight averaging, arXiv 2209.14981; "LAWA queue" of AlgoPerf's first round.
-    """
+    Source: latest weight averaging, arXiv 2209.14981; "LAWA queue" of AlgoPerf's first round."""
 
     length: int = hyper(5, "weights kept; each costs 4 bytes a parameter", least=1)
     every: int = hyper(20, "steps between them", least=1)
@@ -88,16 +85,14 @@ class EMANesterov:
     """x <- A(x + beta m), with the gradient taken there;  m <- decay m + (1 - decay) (x - x before). A is the optimizer.
     beta follows the learning rate, and is 0 before `start` and after `stop`. Evaluates at x.
 
-    Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39; start and stop are its steps 500 and 2,400 of 3,125.
-    """
+    Source: arXiv 2605.25395; modded-nanogpt's optimizer track #39; start and stop are its steps 500 and 2,400 of 3,125."""
 
     beta: float = hyper(0.6, "at the peak learning rate", (0.1, 0.95, "log"))
     decay: float = hyper(0.99, "of the average of steps", (0.9, 0.998, "complement"), below=1)
     start: float = hyper(0.16, "steps before the first; below 1: fraction of the run")
     stop: float = hyper(0.77, "the last step; up to 1: fraction of the run")
 
-    def at(self, kept, w):
-        return kept[0] if kept else w
+    at = Average.at
 
     def after(self, kept, w, t, rate):
         """Moves w on to the point ahead."""
@@ -127,19 +122,14 @@ class Averaged(Chain):
         self.kept: dict[Tensor, list[list[Tensor]]] = {p: [[] for _ in around] for g in self.param_groups for p in g["params"]}
         self.aside: dict[Tensor, Tensor] = {}  # the training weights, while others are in their place
 
-    def __getstate__(self):
-        return super().__getstate__() | {name: getattr(self, name) for name in ("around", "t", "kept", "aside")}
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = super().step(closure)
+    def update_weights(self) -> None:
+        super().update_weights()
         self.t += 1
         for group in self.param_groups:
             rate = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
             for p in group["params"]:
                 for method, kept in reversed(list(zip(self.around, self.kept[p], strict=True))):
                     method.after(kept, p.detach(), self.t, rate)
-        return loss
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -177,8 +167,7 @@ class Averaged(Chain):
 
 
 def build_around(outer: str, average: str, steps: int) -> list[Around]:
-    """The methods that two SPECs name, for a run of `steps` steps. Raises UsageError: unknown name or key, or a value out of
-    range."""
+    """The methods that two SPECs name, for a run of `steps` steps. Raises UsageError: unknown name or key, wrong value."""
     given = ((outer, OUTER, "outer method"), (average, AVERAGES, "average"))
     around = []
     for method in (make(spec, known, what, "at") for spec, known, what in given if spec != "none"):

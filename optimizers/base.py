@@ -34,12 +34,8 @@ OPTIMIZERS: dict[str, type["Method"]] = {}  # name -> class: every subclass of M
 
 def hyper(default, help: str, search: tuple | None = None, *, rest: bool = False, **limits) -> Field:
     """One hyperparameter, with limits as `engine.spec.setting` has them. Its type is the default's (None: a float or None),
-    unless the attribute is annotated.
-
-    search: (low, high, scale) if it is worth tuning. Scale: "linear", "log", "complement" (the logarithm of 1 - value is
-    even, as suits the factor of an average: 0.9, 0.99, 0.999), or "choice" (between low and high, two booleans).
-    rest: it belongs to the optimizer that takes the rest.
-    """
+    unless the attribute is annotated. search: (low, high, scale) if it is worth tuning, see SCALES. rest: it belongs to the
+    optimizer that takes the rest."""
     return field(default=default, metadata={**setting(default, help, **limits).metadata, "search": search, "rest": rest})
 
 
@@ -63,7 +59,9 @@ BETA2 = common("average of squares", 0.9, 0.999, "complement")
 DECAY = common("wd, decayed roles only", 1e-2, 1.0, "log")
 WARMUP = common("steps of linear warm-up; below 1: fraction of the run", 0.0, 0.2, "linear")
 USUAL = {"beta1": BETA1, "betas/1": BETA1, "beta2": BETA2, "betas/2": BETA2, "momentum": MOMENTUM, "weight_decay": DECAY}
-SCALES = {"linear": -math.inf, "log": 0, "complement": 0, "choice": -1}  # of ranges to search -> what they are above
+# Scale of a range to search -> what its numbers are above. complement: the logarithm of 1 - value is even, as suits the factor
+# of an average: 0.9, 0.99, 0.999. choice: between two booleans
+SCALES = {"linear": -math.inf, "log": 0, "complement": 0, "choice": -1}
 
 
 def is_range(limits: object) -> bool:
@@ -81,15 +79,14 @@ def is_range(limits: object) -> bool:
 def groups(gpt: nn.Module, wanted: Collection[str], by_split: bool = False, **options) -> list[dict]:
     """gpt's trainable parameters of the `wanted` roles as one param group with `options`; an empty list if it has none.
     by_split: one group per number of fused matrices instead, which the group states as `split`."""
-    role, split, chosen = roles_of(gpt), splits_of(gpt), defaultdict(list)
+    role, split, made = roles_of(gpt), splits_of(gpt), {}
     for name, p in gpt.named_parameters():
         if p.requires_grad and role[name] in wanted:
-            chosen[split.get(name, 1) if by_split else 0].append((role[name], p))
-    made = []
-    for n, members in sorted(chosen.items()):
-        roles, params = zip(*members, strict=True)
-        made.append(dict(params=list(params), roles=label(roles), **options) | ({"split": n} if by_split else {}))
-    return made
+            stated = {"split": split.get(name, 1)} if by_split else {}
+            group = made.setdefault(stated.get("split"), dict(params=[], roles=set()) | options | stated)
+            group["params"].append(p)
+            group["roles"].add(role[name])
+    return [made[n] | {"roles": label(made[n]["roles"])} for n in sorted(made)]
 
 
 def label(roles) -> str:
@@ -111,8 +108,7 @@ class Method:
 
     Each is a torch optimizer like any other, to be lifted into other code: `Lion(params, lr=1e-3)`. A subclass in this package
     that has an `lr` is registered under its `name`, or its class's name in snake case. Its docstring is the rule and
-    "Source: ...". It is also a dataclass, so that `dataclasses.fields` lists its hyperparameters.
-    """
+    "Source: ..."; `dataclasses.fields` lists its hyperparameters."""
 
     roles: tuple[str, ...] = ROLES  # what the method itself updates; AdamW takes the rest
     state_per_parameter = 8.0  # bytes of fp32 state for each parameter it updates; of a matrix method: at 1024 x 1024
@@ -157,13 +153,10 @@ class Method:
         return values
 
     @classmethod
-    def build(cls, gpt: nn.Module, steps: int, roles: tuple[str, ...] | None = None, /, **given) -> torch.optim.Optimizer:
-        """The optimizer over all of gpt, or its `roles`, for a run of `steps` steps."""
-        decay = given.get("weight_decay", getattr(cls, "weight_decay", 0.0))
-        optimizer = cls(decay_groups(gpt, decay, roles or cls.roles), **cls.of_length(steps, **given))
-        if roles:
-            return optimizer
-        return with_rest(optimizer, gpt, cls.roles, **cls.of_rest(given))
+    def build(cls, gpt: nn.Module, steps: int, /, **given) -> torch.optim.Optimizer:
+        """The optimizer over all of gpt, for a run of `steps` steps."""
+        params = decay_groups(gpt, given.get("weight_decay", getattr(cls, "weight_decay", 0.0)), cls.roles)
+        return with_rest(cls(params, **cls.of_length(steps, **given)), gpt, cls.roles, **cls.of_rest(given))
 
     @classmethod
     def of_rest(cls, given: dict) -> dict:
@@ -177,14 +170,8 @@ class Method:
         return cls.transfer
 
 
-class Optimizer(Method, torch.optim.Optimizer):
-    """Base of the methods that are written here: hyperparameters are checked, state stays in fp32."""
-
-    def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        for f in self.own_fields():
-            if why := refusal(f.name, self.param_groups[-1][f.name], f.metadata):
-                raise ValueError(f"{type(self).__name__}: {f.name} {why}")
+class Updater(torch.optim.Optimizer):
+    """A torch optimizer by `update_weights`; loaded state keeps its types."""
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -192,7 +179,10 @@ class Optimizer(Method, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
-        loss = evaluate(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self.update_weights()
         return loss
 
@@ -201,12 +191,14 @@ class Optimizer(Method, torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def evaluate(closure):
-    """The loss of torch's optional closure, with gradients on."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
+class Optimizer(Method, Updater):
+    """Base of the methods that are written here: hyperparameters are checked, state stays in fp32."""
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        for f in self.own_fields():
+            if why := refusal(f.name, self.param_groups[-1][f.name], f.metadata):
+                raise ValueError(f"{type(self).__name__}: {f.name} {why}")
 
 
 def keep_fp32(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
@@ -224,13 +216,11 @@ def moved(state, device: torch.device):
     return tree_map_only(Tensor, lambda x: x.detach().to(device, copy=True), state)
 
 
-class Chain(torch.optim.Optimizer):
-    """Several optimizers as one, in torch's usual state_dict format. The parts' param groups (the same dicts, marked with the
-    index `part`) and one state dict belong to chain and parts alike: schedulers, checkpoints and zero_grad see a single
-    ordinary optimizer."""
+class Chain(Updater):
+    """Several optimizers as one ordinary one, for schedulers, checkpoints and zero_grad too. The parts' param groups (the same
+    dicts, marked with the index `part`) and one state dict belong to chain and parts alike."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
-        self.parts: tuple[torch.optim.Optimizer, ...] = ()  # empty while the parts' own groups are being taken over
         super().__init__([g | {"part": i} for i, part in enumerate(parts) for g in part.param_groups], {})
         for part in parts:
             self.state.update(part.state)
@@ -242,42 +232,21 @@ class Chain(torch.optim.Optimizer):
             part.param_groups = [g for g in self.param_groups if g["part"] == i]
             part.state = self.state
 
-    def __getstate__(self):
-        return super().__getstate__() | {"parts": self.parts}
-
-    def __setstate__(self, state):  # torch's load_state_dict ends here, with new dicts; so does copy.deepcopy
+    def __setstate__(self, state):  # torch's load_state_dict ends here, with new dicts
         super().__setstate__(state)
         self._link()
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        keep_fp32(self, state_dict)
+    def update_weights(self) -> None:
+        with torch.enable_grad():  # as a part has it that is stepped by itself
+            for part in self.parts:
+                part.step()
 
-    def add_param_group(self, param_group: dict) -> None:
-        """A group without `part` goes to the last optimizer, which takes the rest."""
-        param_group.setdefault("part", len(self.parts) - 1)
-        super().add_param_group(param_group)
-        if self.parts:
-            self.parts[param_group["part"]].add_param_group(param_group)  # fills in that optimizer's defaults
-            self._link()
-
-    def step(self, closure=None):
-        loss = evaluate(closure)
+    def each(self, name: str) -> None:
+        """Call the method of that name of all parts that have one."""
         for part in self.parts:
-            part.step()
-        return loss
+            getattr(part, name, lambda: None)()
 
-    def train(self) -> None:
-        call(self, "train")
-
-    def eval(self) -> None:
-        call(self, "eval")
-
-
-def call(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Call the method of that name of all parts that have one."""
-    for part in parts(optimizer):
-        getattr(part, name, lambda: None)()
+    train, eval, compile = partialmethod(each, "train"), partialmethod(each, "eval"), partialmethod(each, "compile")
 
 
 def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
@@ -287,8 +256,9 @@ def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]
 
 def with_rest(optimizer: torch.optim.Optimizer, gpt: nn.Module, roles: tuple[str, ...], /, **settings) -> torch.optim.Optimizer:
     """An optimizer of these roles, chained to AdamW for the other weights of gpt, if there are any."""
-    rest = tuple(r for r in ROLES if r not in roles)
-    return Chain(optimizer, OPTIMIZERS["adamw"].build(gpt, 0, rest, **settings)) if groups(gpt, rest) else optimizer
+    adamw = OPTIMIZERS["adamw"]
+    rest = decay_groups(gpt, adamw.weight_decay, tuple(r for r in ROLES if r not in roles))
+    return Chain(optimizer, adamw(rest, **settings)) if rest else optimizer
 
 
 # ---------------------------------------------------------------- element-wise methods
@@ -343,10 +313,10 @@ class Elementwise(Optimizer):
     A subclass names its state tensors in `buffers`, and writes its formula once, as `rule`: plain tensor arithmetic in place.
     It gets weights, gradients and buffers, and by name the scalars it asks for: from `numbers`, the usual ones (SCALARS),
     hyperparameters. It runs over lists of tensors, one torch._foreach call an operation; on a CPU in pieces that stay in its
-    cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory.
-    """
+    cache. After `compile()`, on a CPU, it runs over one large tensor at a time in one fused pass, as fast as memory."""
 
     buffers: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()  # buffers that start as the weight; the others start at zero
     compiled = False
 
     @staticmethod
@@ -392,26 +362,30 @@ class Elementwise(Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = 0
-                self.initialise(group, p, state)
+                for name in self.names(group):
+                    self.buffer(p, name)
             if "aside" in state:
                 raise RuntimeError(f"{type(self).__name__}: call train() before step(): evaluation weights are in place")
             state["step"] += 1
             by_step[state["step"], p.dtype, p.device].append(p)
         return [(t, members) for (t, *_), members in by_step.items()]
 
-    def initialise(self, group: dict, p: Tensor, state: dict) -> None:
-        for name in self.names(group):
-            self.buffer(p, name)
-
-    def buffer(self, p: Tensor, name: str) -> Tensor:
-        """Made where there is none yet: a schedule may begin without momentum."""
+    def buffer(self, p: Tensor, name: str, like: Tensor | None = None) -> Tensor:
+        """Made where there is none yet: a schedule may begin without momentum. like: has its shape, if it is not p's."""
         if name not in self.state[p]:
-            self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
+            zeros = torch.zeros_like(p if like is None else like, dtype=torch.float32)
+            self.state[p][name] = zeros.copy_(p.detach()) if name in self.copies else zeros
         return self.state[p][name]
 
     def measure(self, group: dict, t: int, params: list[Tensor]) -> list[list[Tensor]]:
         """Extras of the rule: lists of 0-dim tensors, one a parameter."""
         return []
+
+    def sums(self, rule: Callable[..., None], group: dict, t: int, params: list[Tensor], count: int = 1) -> list[list[Tensor]]:
+        """What a rule with so many extras adds to them: 0-dim tensors, one a parameter, that start at zero."""
+        extras = [[torch.zeros((), device=p.device) for p in params] for _ in range(count)]
+        self.sweep(rule, group, params, self.scalars(rule, group, t), *extras)
+        return extras
 
     def scalars(self, rule: Callable[..., None], group: dict, t: int) -> dict[str, float | bool]:
         """What the rule asks for by name: worked out here in double precision, so that 1 - beta is exact."""
@@ -421,26 +395,24 @@ class Elementwise(Optimizer):
         return {name: values[name] for name in keywords(rule)}
 
     def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], scalars: dict, *extras: list[Tensor]) -> None:
-        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, which are of one type and device. Weights
-        that are not fp32 are updated in fp32."""
+        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, of one type and device; in fp32 always."""
         rows = [
             (p.detach(), p.grad, *(self.buffer(p, name) for name in self.names(group)), *extra)
             for p, *extra in zip(params, *extras, strict=True)
         ]
-        if params[0].dtype != torch.float32:
+        if cast := params[0].dtype != torch.float32:
             rows = [(w.float(), g.float(), *others) for w, g, *others in rows]
-            rule(*map(Many, map(list, zip(*rows, strict=True))), **scalars)
-            torch._foreach_copy_(params, [w for w, *_ in rows])
-            return
-        if self.compiled:
+        elif self.compiled:
             fused = compiled(rule)
             as_tensors = {k: v if isinstance(v, bool) else torch.as_tensor(v, dtype=torch.float32) for k, v in scalars.items()}
             large = [w.numel() >= LONE and w.numel() % ROW == 0 and w.is_contiguous() for w, *_ in rows]
             for row in compress(rows, large):
                 fused(*(x.reshape(-1, ROW).data if x.dim() else x for x in row), **as_tensors)  # .data: no view to guard on
             rows = [row for row, alone in zip(rows, large, strict=True) if not alone]
-        for piece in pieces(rows):
-            rule(*map(Many, piece), **scalars)
+        for piece in [rows] if cast else pieces(rows):
+            rule(*map(Many, map(list, zip(*piece, strict=True))), **scalars)
+        if cast:
+            torch._foreach_copy_(params, [w for w, *_ in rows])
 
 
 @lru_cache
@@ -454,10 +426,10 @@ def compiled(rule: Callable[..., None]) -> Callable[..., None]:
     return torch.compile(rule, dynamic=True, fullgraph=True)
 
 
-def pieces(rows: list[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
-    """rows, transposed; on a CPU in pieces of at most PIECE weights, for which large tensors are cut."""
+def pieces(rows: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """rows; on a CPU in pieces of at most PIECE weights, for which large tensors are cut."""
     if rows and rows[0][0].device.type != "cpu":
-        yield list(map(list, zip(*rows, strict=True)))
+        yield rows
         return
     piece, size = [], 0
     for row in rows:
@@ -465,12 +437,12 @@ def pieces(rows: list[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
         n = -(-row[0].numel() // PIECE) if flat else 1
         for cut in zip(*(x.reshape(-1).split(PIECE) if flat and x.dim() else (x,) * n for x in row), strict=True):
             if piece and size + cut[0].numel() > PIECE:
-                yield list(map(list, zip(*piece, strict=True)))
+                yield piece
                 piece, size = [], 0
             piece.append(cut)
             size += cut[0].numel()
     if piece:
-        yield list(map(list, zip(*piece, strict=True)))
+        yield piece
 
 
 def lerp(start: Value, end: Value, weight: float) -> Value:

@@ -14,8 +14,7 @@ from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, MOMENTUM, Elementwise,
 class SGD(Method, torch.optim.SGD):
     """g <- g + wd w;  m <- mu m + g;  w <- w - lr (g + mu m) with Nesterov's form, w - lr m without.
 
-    Source: torch.optim.SGD (fused). Its weight decay is coupled: it passes through the momentum.
-    """
+    Source: torch.optim.SGD (fused). Its weight decay is coupled: it passes through the momentum."""
 
     lr, momentum = LR(0.1), MOMENTUM(0.9)
     nesterov = hyper(True, "look one step ahead")
@@ -35,8 +34,7 @@ class SGD(Method, torch.optim.SGD):
 class Signum(Elementwise):
     """m <- mu m + (1 - mu) g;  w <- (1 - lr wd) w - lr sign(m).
 
-    Source: arXiv 1802.04434; momentum 0 is signSGD.
-    """
+    Source: arXiv 1802.04434; momentum 0 is signSGD."""
 
     lr, momentum, weight_decay = LR(3e-4, 1e-4, 1e-2), MOMENTUM(0.9, 0.0), DECAY(0.1)
     buffers, state_per_parameter, toy_lr = ("average",), 4.0, 0.02
@@ -50,8 +48,7 @@ class Signum(Elementwise):
 class Adagrad(Method, torch.optim.Adagrad):
     """s <- s + g^2;  w <- w - lr g / (sqrt(s) + eps), with g + wd w for g.
 
-    Source: Duchi et al. 2011 (JMLR 12); torch.optim.Adagrad (fused on CPU).
-    """
+    Source: Duchi et al. 2011 (JMLR 12); torch.optim.Adagrad (fused on CPU)."""
 
     lr, initial, eps = LR(3e-3, 1e-3, 1e-1), hyper(0.0, "start of s: damps the first steps"), EPS(1e-10)
     weight_decay = DECAY(0.0, 1e-6, 1e-3, "wd (coupled), decayed roles only")
@@ -70,8 +67,7 @@ class RMSprop(Elementwise):
     """v <- b2 v + (1 - b2) g^2;  u = g / (sqrt(v) + eps);  m <- mu m + u;  w <- w - lr m, with g + wd w for g.
 
     Source: Tieleman and Hinton 2012 (lecture 6.5); the same numbers as torch.optim.RMSprop, in one pass over memory.
-    Without bias correction the first steps are 1 / sqrt(1 - b2) too long: warm up.
-    """
+    Without bias correction the first steps are 1 / sqrt(1 - b2) too long: warm up."""
 
     lr, beta2, momentum, eps = LR(1e-3), BETA2(0.95), MOMENTUM(0.0, 0.0, 0.95), EPS()
     weight_decay = DECAY(0.0, 1e-6, 1e-3, "wd (coupled), decayed roles only")
@@ -92,9 +88,7 @@ class Adadelta(Elementwise):
     """v <- rho v + (1 - rho) g^2;  d = g sqrt(u + eps) / sqrt(v + eps);  u <- rho u + (1 - rho) d^2;
     w <- (1 - lr wd) w - lr d.
 
-    Source: arXiv 1212.5701; with wd = 0 the same numbers as torch.optim.Adadelta, in one pass over memory. eps sets the
-    size of the first steps.
-    """
+    Source: arXiv 1212.5701; with wd = 0 the same numbers as torch.optim.Adadelta. eps sets the size of the first steps."""
 
     lr, beta2 = LR(1.0, help="factor on the step"), BETA2(0.95, 0.9, 0.99, "rho")
     eps = hyper(1e-6, "inside both roots", (1e-8, 1e-4, "log"))
@@ -112,8 +106,7 @@ class Adadelta(Elementwise):
 class Adam(Method, torch.optim.Adam):
     """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- w - lr m^ / (sqrt(v^) + eps), with g + wd w for g.
 
-    Source: arXiv 1412.6980; torch.optim.Adam (fused). amsgrad (arXiv 1904.09237): the largest v so far for v.
-    """
+    Source: arXiv 1412.6980; torch.optim.Adam (fused). amsgrad (arXiv 1904.09237): the largest v so far for v."""
 
     lr, beta1, beta2, eps = LR(3e-3), BETA1(0.9), BETA2(0.95), EPS()
     amsgrad = hyper(False, "divide by the largest average of squares so far; 4 more bytes of state")
@@ -126,8 +119,7 @@ class Adam(Method, torch.optim.Adam):
 class AdamW(Method, torch.optim.AdamW):
     """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- (1 - lr wd) w - lr m^ / (sqrt(v^) + eps).
 
-    Source: arXiv 1711.05101; torch.optim.AdamW (fused). beta2 0.95 rather than Adam's 0.999: GPT-3, nanoGPT.
-    """
+    Source: arXiv 1711.05101; torch.optim.AdamW (fused). beta2 0.95 rather than Adam's 0.999: GPT-3, nanoGPT."""
 
     lr, beta1, beta2, eps, weight_decay = LR(3e-3), BETA1(0.9), BETA2(0.95), EPS(), DECAY(0.1)
 
@@ -138,8 +130,7 @@ class CautiousAdamW(Elementwise):
     """AdamW whose decay touches only weights that the update shrinks: u = m^ / (sqrt(v^) + eps);
     w <- w - lr (u + wd [u w > 0] w). With `every` = k it moves only every k-th step, by the sum of the gradients since.
 
-    Source: cautious weight decay, arXiv 2510.12402, modded-nanogpt #50 and #53 (> instead of >=); `every`: #39.
-    """
+    Source: cautious weight decay, arXiv 2510.12402, modded-nanogpt #50 and #53 (> instead of >=); `every`: #39."""
 
     lr, beta1, beta2, eps, weight_decay = LR(3e-3), BETA1(0.9), BETA2(0.95), EPS(), DECAY(0.1)
     cautious = hyper(True, "false: decay all weights, as AdamW does")
@@ -174,8 +165,7 @@ class CautiousAdamW(Elementwise):
 class NAdamW(Elementwise):
     """AdamW with b1 m + (1 - b1) g, m already updated, instead of m (Nesterov's form).
 
-    Source: Dozat 2016, as AlgoPerf's baseline has it; torch.optim.NAdam has another momentum schedule.
-    """
+    Source: Dozat 2016, as AlgoPerf's baseline has it; torch.optim.NAdam has another momentum schedule."""
 
     lr, beta1, beta2, eps, weight_decay = LR(3e-3), BETA1(0.95, 0.8, 0.99), BETA2(0.95), EPS(), DECAY(0.1)
     buffers = ("average", "squares")
@@ -190,8 +180,7 @@ class NAdamW(Elementwise):
 class NAdamP(NAdamW):
     """NAdamW with the p-th root of v^ instead of its square root: w <- (1 - lr wd) w - lr m~ / (v^^(1/p) + eps).
 
-    Source: "NadamP" of AlgoPerf's first round (algorithms_results_v0.5, team 11).
-    """
+    Source: "NadamP" of AlgoPerf's first round (algorithms_results_v0.5, team 11)."""
 
     root = hyper(2.0, "p; 2 is NAdamW", (1.5, 3.0, "linear"), least=1)
 
@@ -211,8 +200,7 @@ class GeneralizedAdam(NAdamW):
     """NAdamW; or, with precondition=false, m <- b1 m + g;  w <- (1 - lr wd) w - lr (g + b1 m), or - lr m without nesterov.
 
     Source: "Generalized Adam" of AlgoPerf's first round (algorithms_results_v0.5, team 11), which searches over NAdamW and
-    momentum SGD with decoupled decay. Without nesterov its m is not bias-corrected (its quirk, kept).
-    """
+    momentum SGD with decoupled decay. Without nesterov its m is not bias-corrected (its quirk, kept)."""
 
     lr = LR(3e-3, 3e-4, 1.0)
     nesterov = hyper(True, "look one step ahead", (False, True, "choice"))
@@ -241,25 +229,18 @@ class Amos(Elementwise):
     w <- w - average of (lr s g / sqrt(v^) + y w / 2) / (1 + sqrt(lr s) k / 4), s = sqrt(2 / columns), 1/2 for vectors;
     k <- k + y (1 + k).
 
-    Source: arXiv 2210.11693; one v and k per tensor as in pytorch_optimizer. Weight decay and rate decay are its own.
-    """
+    Source: arXiv 2210.11693; one v and k per tensor as in pytorch_optimizer. Weight decay and rate decay are its own."""
 
     lr, beta2 = LR(1e-2, 3e-3, 3e-1, "relative step: xi"), BETA2(0.98, help="average of the mean square")
     momentum, eps = MOMENTUM(0.9, 0.0, 0.98, "average of the updates"), EPS(1e-18, "added to v")
     buffers, state_per_parameter, toy_lr, transfer = ("average",), 4.0, 0.3, -0.5
 
-    def initialise(self, group, p, state):
-        super().initialise(group, p, state)
-        state["square"], state["decay"] = (torch.zeros((), device=p.device) for _ in range(2))
-
     def measure(self, group, t, params):
-        lr, beta2 = group["lr"], group["beta2"]
-        q = [torch.zeros((), device=p.device) for p in params]
-        self.sweep(self.square, group, params, {}, q)
+        lr, beta2, (q,) = group["lr"], group["beta2"], self.sums(self.square, group, t, params)
         torch._foreach_div_(q, [float(p.numel()) for p in params])
         rates = [lr * (math.sqrt(2 / p[0].numel()) if p.dim() > 1 else 0.5) for p in params]
         rate = torch.stack([torch.full_like(x, r) for x, r in zip(q, rates, strict=True)])  # no copy that waits for a GPU
-        v, k = (torch.stack([self.state[p][name] for p in params]) for name in ("square", "decay"))
+        v, k = (torch.stack([self.buffer(p, name, x) for p, x in zip(params, q, strict=True)]) for name in ("square", "decay"))
         q = torch.stack(q)
         v.lerp_(q, 1 - beta2)
         inverse = (1 - beta2**t) / (v + group["eps"])
@@ -283,8 +264,7 @@ class Amos(Elementwise):
 class Lion(Elementwise):
     """u = sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g;  w <- (1 - lr wd) w - lr u.
 
-    Source: arXiv 2302.06675. Against AdamW: lr 3-10 times lower, wd as much higher.
-    """
+    Source: arXiv 2302.06675. Against AdamW: lr 3-10 times lower, wd as much higher."""
 
     lr, beta1 = LR(6e-4, 5e-5, 5e-3), BETA1(0.9, help="weight of the average in the update")
     beta2, weight_decay = BETA2(0.95, help="average of gradients"), DECAY(0.5, 0.1, 3.0)
@@ -300,8 +280,7 @@ class AdEMAMix(Elementwise):
     """AdamW with m^ + a m2 instead of m^: m2 <- b3 m2 + (1 - b3) g, a slow average without bias correction; a rises
     in a line from 0 to alpha and b3, by equal steps of its half-life, from b1 to beta3 over `ramp` steps.
 
-    Source: arXiv 2409.03137, github.com/apple/ml-ademamix.
-    """
+    Source: arXiv 2409.03137, github.com/apple/ml-ademamix."""
 
     lr, beta1 = LR(1e-3, 3e-4, 3e-2), BETA1(0.9, help="fast average of gradients")
     beta2, beta3 = BETA2(0.95), BETA1(0.999, 0.99, 0.9999, "slow average of gradients")
@@ -328,8 +307,7 @@ class ADOPT(Elementwise):
     """u = g / max(sqrt(v), eps), each clipped to +-t^0.25;  m <- b1 m + (1 - b1) u;  w <- (1 - lr wd) w - lr m;
     v <- b2 v + (1 - b2) g^2, so u divides by a v without g. The first step only sets v = g^2.
 
-    Source: arXiv 2411.02853 with its clipping of November 2024, github.com/iShohei220/adopt.
-    """
+    Source: arXiv 2411.02853 with its clipping of November 2024, github.com/iShohei220/adopt."""
 
     lr, beta1 = LR(1e-3, 3e-4, 3e-2), BETA1(0.9, help="average of normalised gradients")
     beta2, eps, weight_decay = BETA2(0.99, 0.9, 0.9999), EPS(1e-6), DECAY(0.1)
@@ -351,9 +329,7 @@ class ADOPT(Elementwise):
 class MARS(Elementwise):
     """c = g + gamma b1 / (1 - b1) (g - g_before), shortened to norm 1 per weight tensor;  AdamW on c.
 
-    Source: arXiv 2411.10438, github.com/AGI-Arena/MARS, in the form that stores the previous gradient. Vectors and
-    scalars: AdamW.
-    """
+    Source: arXiv 2411.10438, github.com/AGI-Arena/MARS, in the form that stores the previous gradient."""
 
     lr, beta1 = LR(3e-3), BETA1(0.95, help="average of corrected gradients")
     beta2 = BETA2(0.99, help="average of their squares")
@@ -367,8 +343,7 @@ class MARS(Elementwise):
         return dict(factor=group["gamma"] * group["beta1"] / (1 - group["beta1"]))
 
     def measure(self, group, t, params):
-        squares = [torch.zeros((), device=p.device) for p in params]
-        self.sweep(self.size, group, params, self.scalars(self.size, group, t), squares)
+        (squares,) = self.sums(self.size, group, t, params)
         return [[square.clamp(min=1).rsqrt() for square in squares]]
 
     @staticmethod

@@ -8,32 +8,21 @@ import torch
 from torch import Tensor
 
 from optimizers.base import BETA1, BETA2, DECAY, EPS, LR, hyper
-from optimizers.matrix import RATE, SCALES, WD, MatrixMethod, frobenius, orthogonalize
+from optimizers.matrix import RATE, SCALES, WD, Block, MatrixMethod, frobenius, orthogonalize
 
 
 def inverse_root(A: Tensor, exponent: float, eps: float, old: Tensor, relative: bool = False) -> Tensor:
     """(A + eps I)^-exponent of symmetric positive semi-definite [k, n, n], in fp64 inside; `old` where that fails. The factors
     of a gradient with fewer columns than rows are singular: eigenvalues that rounding made negative are raised to 0 before eps
     (relative to the largest) is added, as in distributed_shampoo."""
-    A = A.double()
     try:
-        values, vectors = torch.linalg.eigh(A)
-    except torch.linalg.LinAlgError:  # one matrix of the batch did not converge: find it
-        values, vectors = map(torch.stack, zip(*map(eigh_or_nan, A), strict=True))
+        values, vectors = torch.linalg.eigh(A.double())
+    except torch.linalg.LinAlgError:  # one matrix of the batch did not converge
+        return old
     values = values - values[:, :1].clamp(max=0)
     values = values + eps * (values[:, -1:].clamp(min=1e-30) if relative else 1)
     root = ((vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT).to(old.dtype)
     return torch.where(root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), root, old)
-
-
-def eigh_or_nan(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of one matrix; a second try with a little on its diagonal; NaN when that fails too."""
-    for jitter in (0.0, 1e-10):
-        try:
-            return torch.linalg.eigh(A + jitter * A.diagonal().abs().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device))
-        except torch.linalg.LinAlgError:
-            pass
-    return A.diagonal() * math.nan, A * math.nan
 
 
 def at_norm(u: Tensor, graft: Tensor) -> Tensor:
@@ -42,15 +31,25 @@ def at_norm(u: Tensor, graft: Tensor) -> Tensor:
     return torch.where(size > 0, u * (frobenius(graft) / size.clamp(min=1e-30)), graft)
 
 
-class Shampoo(MatrixMethod):
+class Kronecker(MatrixMethod):
+    """What they share: the size of blocks, and what one costs."""
+
+    block = hyper(1024, "largest side of a block; 0: whole matrices")
+
+    products, renewal = 1, 0  # operations of a step in m n (m + n), and of renewing roots or bases in m^3 + n^3
+
+    def cost(self, m, n):
+        return self.products * m * n * (m + n) + self.renewal * (m**3 + n**3) / self.defaults.get("every", 1)
+
+
+class Shampoo(Kronecker):
     """L <- b2 L + (1 - b2) g g^T;  R <- b2 R + (1 - b2) g^T g;  u = L^^-e m^ R^^-e, at the norm of Adam's update of the same
     block;  w <- (1 - lr wd) w - lr u.
 
     Source: arXiv 1802.09568; grafting, blocks and averages as in distributed_shampoo (arXiv 2309.06497,
     github.com/facebookresearch/optimizers). Roots are renewed every `every` steps; before `start` the update is Adam's.
     e = 1/4 is the paper's; 1/2 makes each side K-FAC-like. `one_sided` preconditions the shorter side alone, with 2 e. Grafting
-    `rms`: the root mean square of u is 0.04 sqrt(rows / 768), with e = 1/3 (modded-nanogpt pull request #327).
-    """
+    `rms`: the root mean square of u is 0.04 sqrt(rows / 768), with e = 1/3 (modded-nanogpt pull request #327)."""
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.9, help="average of gradients; 0: none")
     beta2 = BETA2(0.95, help="average of the factors, and of the squares of grafting")
@@ -59,29 +58,24 @@ class Shampoo(MatrixMethod):
     one_sided = hyper(False, "precondition the shorter side only")
     every = hyper(10, "steps between renewals of the roots", least=1)
     start: float = hyper(10, "first step that is preconditioned; below 1: fraction of the run")
-    block = hyper(1024, "largest side of a block; 0: whole matrices")
     grafting = hyper("adam", "size of the update: adam, none (its own), or rms", choices=("adam", "none", "rms"))
     graft_eps = EPS(help="floor of Adam's denominator in grafting")
+    state_per_parameter, renewal = 24.0, 10
 
-    state_per_parameter = 24.0
-
-    def initial(self, group, count, m, n):
-        state = {"average": torch.zeros(count, m, n)} if group["beta1"] else {}
+    def initial(self, group, m, n):
+        state = {"average": torch.zeros(m, n)} if group["beta1"] else {}
         if group["grafting"] == "adam":
-            state["squares"] = torch.zeros(count, m, n)
+            state["squares"] = torch.zeros(m, n)
         for side, size in self.sides(group, m, n):
-            state |= {side: torch.zeros(count, size, size), f"{side}_root": torch.eye(size).repeat(count, 1, 1)}
+            state |= {side: torch.zeros(size, size), f"{side}_root": torch.eye(size)}
         return state
 
     def sides(self, group, m, n) -> list[tuple[str, int]]:
         """Name and size of each factor."""
         both = [("left", m), ("right", n)]
-        return [min(both, key=lambda side: side[1])] if group.get("one_sided") else both
+        return [min(both, key=lambda side: side[1])] if group["one_sided"] else both
 
-    def cost(self, m, n):
-        return m * n * (m + n) + 10 * (m**3 + n**3) / self.defaults["every"]
-
-    def update(self, group, state, G, ids):
+    def update(self, group, state, G, blocks):
         t, beta1, beta2 = group["t"], group["beta1"], group["beta2"]
         sides = self.sides(group, *G.shape[-2:])
         for side, _ in sides:
@@ -107,14 +101,13 @@ class Shampoo(MatrixMethod):
         return u if graft is None else at_norm(u, graft)
 
 
-class CASPR(MatrixMethod):
+class CASPR(Kronecker):
     """L <- b2 L + (1 - b2) g g^T;  R <- b2 c R + (1 - b2) (P g)^T (P g) / rows;  u = P m~ Q with P = L^-1/2, Q = R^-1/2 and
     m~ NAdam's average, at the norm of NAdam's update;  w <- (1 - lr wd) w - lr u.
 
     Source: "CASPR Adaptive" of AlgoPerf's first round (algorithms_results_v0.5, team 16): R is of gradients that the left
     side has already preconditioned, and c = tr(P L_before P) / rows adapts it to a new P. CASPR itself: Duvvuri et al.,
-    ICLR 2024. Up to `start` the update is NAdam's. The norm is the block's here, the whole weight's there.
-    """
+    ICLR 2024. Up to `start` the update is NAdam's. The norm is the block's here, the whole weight's there."""
 
     lr, beta1 = LR(3e-3, help=RATE), BETA1(0.9)
     beta2 = BETA2(0.95, help="average of the factors, and of the squares of grafting")
@@ -122,21 +115,16 @@ class CASPR(MatrixMethod):
     weight_decay = DECAY(0.05, help=WD)
     every = hyper(10, "steps between renewals of the roots", least=1)
     start: float = hyper(10, "last step that is not preconditioned; below 1: fraction of the run")
-    block = hyper(1024, "largest side of a block; 0: whole matrices")
     graft_eps = EPS(help="floor of NAdam's denominator")
+    state_per_parameter, products, renewal = 28.0, 3, 10
 
-    state_per_parameter = 28.0
+    def initial(self, group, m, n):
+        left, right = torch.eye(m), torch.eye(n)
+        state = {"average": torch.zeros(m, n), "squares": torch.zeros(m, n)}
+        state |= {"left": group["eps"] * left, "left_before": group["eps"] * left, "left_root": left}
+        return state | {"right": right, "right_root": right}
 
-    def initial(self, group, count, m, n):
-        eye = {size: torch.eye(size).repeat(count, 1, 1) for size in (m, n)}
-        state = {"average": torch.zeros(count, m, n), "squares": torch.zeros(count, m, n)}
-        state |= {"left": group["eps"] * eye[m], "left_before": group["eps"] * eye[m], "left_root": eye[m].clone()}
-        return state | {"right": eye[n].clone(), "right_root": eye[n].clone()}
-
-    def cost(self, m, n):
-        return 3 * m * n * (m + n) + 10 * (m**3 + n**3) / self.defaults["every"]
-
-    def update(self, group, state, G, ids):
+    def update(self, group, state, G, blocks):
         t, beta1, beta2, rows = group["t"], group["beta1"], group["beta2"], G.size(-2)
         left, right, P, Q = (state[name] for name in ("left", "right", "left_root", "right_root"))
         if t > 1 and (t - 1) % group["every"] == 0:  # P was renewed in the step before
@@ -160,7 +148,7 @@ class CASPR(MatrixMethod):
         return at_norm(torch.bmm(torch.bmm(P, m), Q), graft)
 
 
-class SOAP(MatrixMethod):
+class SOAP(Kronecker):
     """Adam in the eigenbasis of Shampoo's factors: g' = Q_L^T g Q_R;  m, v of g' as Adam's;
     u = Q_L (m^ / (sqrt(v^) + eps)) Q_R^T;  w <- (1 - lr wd) w - lr u;  then L, R as Shampoo's and, every `every` steps,
     Q <- QR(L Q).
@@ -169,30 +157,27 @@ class SOAP(MatrixMethod):
     turns, m turns with it and v stays, its rows sorted by eigenvalue. A block starts at its first gradient other than zero. The
     source starts at the very first; if that is zero the bases start as the identity, which QR steps leave only slowly.
     `polar`: u is orthogonalised (SOAP-Muon, modded-nanogpt's optimizer track #14). `kl` (KL-SOAP, arXiv 2509.03378): L, R as
-    KL-Shampoo's, L <- b L + (1 - b) g R^-1 g^T / columns, R likewise; the inverse by the basis, its eigenvalues lifted by a
-    thousandth of the largest.
-    """
+    KL-Shampoo's, L <- b L + (1 - b) g R^-1 g^T / columns, R likewise; R^-1 by the basis, eigenvalues + 0.001 of the largest."""
 
     lr, beta1 = LR(6e-3, 3e-4, 3e-2, RATE), BETA1(0.95)
     beta2, shampoo_beta = BETA2(0.95, help="average of squares in the basis"), BETA2(0.95, help="average of the factors")
     eps, weight_decay = EPS(), DECAY(0.01, 1e-3, 1.0, WD)
     every = hyper(10, "steps between renewals of the bases", least=1)
     polar, kl = hyper(False, "orthogonalise the update"), hyper(False, "KL-Shampoo's factors")
-    block = hyper(1024, "largest side of a block; 0: whole matrices")
+    state_per_parameter, products, renewal = 24.0, 4, 4
 
-    state_per_parameter = 24.0
-
-    def initial(self, group, count, m, n):
+    def initial(self, group, m, n):
         sizes = {"average": (m, n), "squares": (m, n), "steps": ()}  # steps: since the bases were started, that one included
         sizes |= {"left": (m, m), "left_basis": (m, m), "right": (n, n), "right_basis": (n, n)}
-        return {name: torch.zeros(count, *size) for name, size in sizes.items()}
+        return {name: torch.zeros(size) for name, size in sizes.items()}
 
     def _link(self) -> None:
         super()._link()
         self._started: set[int] = set()  # blocks whose bases are known to stand: to ask the device again is to wait for it
 
-    def starting(self, state: dict[str, Tensor], G: Tensor, ids: list[int]) -> list[int]:
+    def starting(self, state: dict[str, Tensor], G: Tensor, blocks: list[Block]) -> list[int]:
         """Places of the blocks that have their first gradient other than zero."""
+        ids = [b.id for b in blocks]
         unknown = [k for k, i in enumerate(ids) if i not in self._started]
         if not unknown or G.is_meta:
             return []
@@ -202,10 +187,7 @@ class SOAP(MatrixMethod):
         self._started |= {ids[k] for k, *either in zip(unknown, moves, stands, strict=True) if any(either)}
         return list(compress(unknown, moves))
 
-    def cost(self, m, n):
-        return 4 * m * n * (m + n) + 4 * (m**3 + n**3) / self.defaults["every"]
-
-    def update(self, group, state, G, ids):
+    def update(self, group, state, G, blocks):
         t, beta1, beta2, shampoo_beta = (group[key] for key in ("t", "beta1", "beta2", "shampoo_beta"))
         m, v, steps = state["average"], state["squares"], state["steps"]
         left, right = state["left_basis"], state["right_basis"]  # zero before they are started, and so is all that follows
@@ -223,7 +205,7 @@ class SOAP(MatrixMethod):
         if t > 1 and (t - 1) % group["every"] == 0:  # the first step, which only starts the bases, does not count
             self.turn(state)
         steps.add_(steps > 0)
-        if starting := self.starting(state, G, ids):
+        if starting := self.starting(state, G, blocks):
             for side in ("left", "right"):
                 state[side + "_basis"][starting] = torch.linalg.eigh(state[side][starting])[1].flip(-1)
             steps[starting] = 1
@@ -256,14 +238,12 @@ class SOAP(MatrixMethod):
             old.copy_(new * (state["steps"] > 0)[:, None, None])  # zero still where it was not started
 
 
-class Kron(MatrixMethod):
+class Kron(Kronecker):
     """m <- b1 m + (1 - b1) g;  u = Q_L^T Q_L m^ Q_R^T Q_R, its root mean square at most 1.1;  w <- (1 - lr wd) w - lr u;
     first, with a probability that falls from 1 to `least_probability`: A = Q_L m^ Q_R^T, B = Q_L^-T V Q_R^-1, V ~ N(0, 1),
     Q_L <- Q_L - rate triu(A A^T - B B^T) Q_L / |A A^T + B B^T|, Q_R likewise with A^T A, B^T B.
 
-    Source: PSGD, arXiv 1512.04202; github.com/evanatyourservice/kron_torch. Q are upper triangular; |.| is a cheap lower
-    bound of the spectral norm.
-    """
+    Source: PSGD, arXiv 1512.04202; github.com/evanatyourservice/kron_torch. Q are upper triangular; |.|: `norm_lower_bound`."""
 
     lr, beta1, weight_decay = LR(3e-3, 1e-4, 1e-2, RATE), BETA1(0.9), DECAY(0.5, 0.1, 3.0, WD)
     rate = hyper(0.1, "step of Q", (0.03, 0.3, "log"))
@@ -271,19 +251,13 @@ class Kron(MatrixMethod):
     least_probability = hyper(0.03, "of renewing Q in a step", (0.01, 1.0, "log"))
     scale = hyper(1.0, "first Q_L and Q_R: the root of this, times the identity")
     clip = hyper(1.1, "largest root mean square of an update; 0: none")
-    block = hyper(1024, "largest side of a block; 0: whole matrices")
+    state_per_parameter, products = 12.0, 6
 
-    state_per_parameter = 12.0
-
-    def initial(self, group, count, m, n):
+    def initial(self, group, m, n):
         scale = math.sqrt(group["scale"])
-        sides = {side: scale * torch.eye(size).repeat(count, 1, 1) for side, size in (("left", m), ("right", n))}
-        return {"average": torch.zeros(count, m, n)} | sides
+        return {"average": torch.zeros(m, n), "left": scale * torch.eye(m), "right": scale * torch.eye(n)}
 
-    def cost(self, m, n):
-        return 6 * m * n * (m + n)
-
-    def update(self, group, state, G, ids):
+    def update(self, group, state, G, blocks):
         t, beta1 = group["t"], group["beta1"]
         m = state["average"].lerp_(G, 1 - beta1) / (1 - beta1**t)
         left, right = state["left"], state["right"]
@@ -293,7 +267,13 @@ class Kron(MatrixMethod):
                 sizes = left.abs().amax((-2, -1), keepdim=True), right.abs().amax((-2, -1), keepdim=True)
                 left.mul_((sizes[1] / sizes[0]).sqrt())
                 right.mul_((sizes[0] / sizes[1]).sqrt())
-            self.learn(group["rate"], left, right, m, self.probe(m, t, ids))
+            A = torch.bmm(torch.bmm(left, m), right.mT)
+            B = torch.linalg.solve_triangular(left.mT, self.probe(m, t, [b.id for b in blocks]), upper=False)
+            B = torch.linalg.solve_triangular(right, B, upper=True, left=False)
+            for Q, X, Y in ((left, A, B), (right, A.mT, B.mT)):  # towards E[(Q^T Q) g g^T] = 1
+                one, two = torch.bmm(X, X.mT), torch.bmm(Y, Y.mT)
+                step = group["rate"] / (norm_lower_bound(one + two) + torch.finfo(torch.bfloat16).tiny)
+                Q.sub_(torch.bmm((one - two).triu() * step, Q))
         u = torch.bmm(left.mT, torch.bmm(left, torch.bmm(torch.bmm(m, right.mT), right)))
         if not group["clip"]:
             return u
@@ -309,17 +289,6 @@ class Kron(MatrixMethod):
         for row, block in zip(V, ids, strict=True):
             row.normal_(generator=generator.manual_seed(t * 1_000_003 + block))
         return V
-
-    @staticmethod
-    def learn(rate: float, left: Tensor, right: Tensor, G: Tensor, V: Tensor) -> None:
-        """One step of Q_L, Q_R towards E[(Q^T Q) g g^T] = 1, by the relative gradient of the triangular group."""
-        A = torch.bmm(torch.bmm(left, G), right.mT)
-        B = torch.linalg.solve_triangular(left.mT, V, upper=False)
-        B = torch.linalg.solve_triangular(right, B, upper=True, left=False)
-        for Q, X, Y in ((left, A, B), (right, A.mT, B.mT)):
-            one, two = torch.bmm(X, X.mT), torch.bmm(Y, Y.mT)
-            step = rate / (norm_lower_bound(one + two) + torch.finfo(torch.bfloat16).tiny)
-            Q.sub_(torch.bmm((one - two).triu() * step, Q))
 
 
 def norm_lower_bound(A: Tensor) -> Tensor:

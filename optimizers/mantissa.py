@@ -34,13 +34,10 @@ def to_bf16(weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
 
 
 def keep_mantissas(optimizer: torch.optim.Optimizer, lower: dict[nn.Parameter, Tensor]) -> Chain:
-    """Let a fresh `optimizer` update bf16 weights and their `lower` halves as the fp32 weights that they form.
-
-    In its groups an fp32 stand-in, without memory except in a step, takes the place of each weight (a weight that changed its
-    type would lose DistributedDataParallel's hooks). The lower halves lie in the state, as `mantissa`.
-    Returned as a chain, whose load_state_dict keeps the types of saved state. Raises UsageError: the optimizer evaluates other
-    weights than it trains, which it would look for in the model.
-    """
+    """Let a fresh `optimizer` update bf16 weights and their `lower` halves as the fp32 weights that they form. In its groups an
+    fp32 stand-in, without memory except in a step, takes the place of each weight (a weight that changed its type would lose
+    DistributedDataParallel's hooks). The lower halves lie in the state, as `mantissa`. Returned as a chain, whose
+    load_state_dict keeps the types of saved state. Raises UsageError: the optimizer evaluates other weights than it trains."""
     if isinstance(optimizer, Averaged) or any(isinstance(part, ScheduleFree) for part in parts(optimizer)):
         raise UsageError("--weights bf16 knows no averages: use --weights fp32")
     optimizer = optimizer if isinstance(optimizer, Chain) else Chain(optimizer)

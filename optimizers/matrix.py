@@ -24,7 +24,7 @@ MOST_BLOCKS = 10_000  # a step with so many takes over a second on a CPU, and a 
 RATE, WD = "peak learning rate of the hidden matrices", "wd of the hidden matrices"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Block:
     """One matrix of the work: a fused part of weight `p`, or a tile of one."""
 
@@ -34,6 +34,7 @@ class Block:
     part: int
     rows: tuple[int, int]
     columns: tuple[int, int]
+    owner: int = 0  # rank
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its view [m, n] in a contiguous tensor of p's shape; dimensions after the first are flattened."""
@@ -50,11 +51,8 @@ class Bucket:
 
     group: int
     blocks: list[Block]  # ordered by owner
-    owners: list[int]  # rank of each
-    state: dict[str, Tensor]  # this rank's blocks stacked: [own, ...]
-
-    def of_rank(self, rank: int) -> list[Block]:
-        return [b for b, owner in zip(self.blocks, self.owners, strict=True) if owner == rank]
+    own: list[Block]  # of this rank
+    state: dict[str, Tensor]  # of those, stacked: [own, ...]
 
 
 def tiles(size: int, block: int) -> list[tuple[int, int]]:
@@ -111,11 +109,10 @@ class MatrixMethod(Optimizer):
     """Base of methods that treat a weight as a matrix [rows, columns] (further dimensions are flattened into columns).
 
     A weight is cut into blocks: its `split` fused matrices (a param group says how many), each in tiles of at most `block` rows
-    and columns. Blocks of one shape are one batch. Under torch.distributed only a block's owner holds its state;
-    the ranks share the cost evenly and gather updates while they compute the next batch. One rank takes the same path and owns
-    all. checkpoint.py merges the blocks of all ranks. A subclass says how a batch of blocks starts (`initial`), what it costs
-    and how it is updated. AdamW, set by the same keys, takes embeddings, head, vectors and scalars.
-    """
+    and columns. Blocks of one shape are one batch. Under torch.distributed only a block's owner holds its state; the ranks
+    share the cost evenly and gather updates while they compute the next batch. checkpoint.py merges the blocks of all ranks.
+    A subclass says how a block starts (`initial`), what it costs and how a batch is updated. AdamW, set by the same keys, takes
+    embeddings, head, vectors and scalars."""
 
     adamw_lr = hyper(3e-3, "peak learning rate of vectors and scalars", (3e-4, 3e-2, "log"), rest=True)
     embedding_lr = hyper(None, "peak rate of embeddings; none or 0: adamw_lr", (1e-3, 1.0, "log"), rest=True)
@@ -139,11 +136,12 @@ class MatrixMethod(Optimizer):
     @classmethod
     def build(cls, gpt, steps, /, **given):
         method, rest = cls(groups(gpt, cls.roles, by_split=True), **cls.of_length(steps, **given)), cls.of_rest(given)
-        shapes = [(-(-p.numel() // b**2), b) for g in method.param_groups if (b := g.get("block", 0)) for p in g["params"]]
-        if (count := sum(blocks for blocks, _ in shapes)) > MOST_BLOCKS:
-            least = math.ceil(shapes[0][1] * math.sqrt(count / MOST_BLOCKS))
+        block, weights = method.defaults.get("block", 0), [p for g in method.param_groups for p in g["params"]]
+        if block and (count := sum(-(-p.numel() // block**2) for p in weights)) > MOST_BLOCKS:
             why = f"about {count:,} blocks, and each has tensors of its own"
-            raise ValueError(f"block={shapes[0][1]} makes {why}: take block={least} or more")
+            raise ValueError(
+                f"block={block} makes {why}: take block={math.ceil(block * math.sqrt(count / MOST_BLOCKS))} or more"
+            )
         lr, decay, cautious, every = (rest.pop(key) for key in ("lr", "weight_decay", "cautious", "every"))
         how, others = dict(cautious=cautious, every=every) if cautious or every != 1 else {}, []
         for role in ("embedding", "head"):
@@ -166,31 +164,26 @@ class MatrixMethod(Optimizer):
                 raise ValueError(f"{name} with split {param_group['split']} got a weight of shape {tuple(p.shape)}")
         self._linked = None
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._linked = None
-
-    def initial(self, group: dict, count: int, m: int, n: int) -> dict[str, Tensor]:
-        """State of `count` blocks [m, n]: fp32 tensors whose first dimension is the block."""
+    def initial(self, group: dict, m: int, n: int) -> dict[str, Tensor]:
+        """State of a block [m, n]: fp32 tensors."""
         raise NotImplementedError
 
     def cost(self, m: int, n: int) -> float:
         """Operations for one block, up to a factor."""
         raise NotImplementedError
 
-    wants_weights = False  # does `update` take the weights [k, m, n] too?
-
-    def update(self, group: dict, state: dict[str, Tensor], G: Tensor, ids: list[int], *weights: Tensor) -> Tensor:
+    def update(self, group: dict, state: dict[str, Tensor], G: Tensor, blocks: list[Block]) -> Tensor:
         """Advance the state of a batch by its gradients G [k, m, n] (fp32, its own to overwrite); what lr multiplies."""
         raise NotImplementedError
 
     def update_dtype(self, group: dict, device: torch.device) -> torch.dtype:
+        """Of what `update` returns."""
         return torch.float32
 
     def _cut(self) -> list[Bucket]:
         """All blocks with their owners, by shape; without state."""
         alike: dict[tuple, list[Block]] = defaultdict(list)
-        count = 0
+        count, (rank, ranks) = 0, place()
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 split, block = group["split"], group.get("block", 0)
@@ -199,12 +192,11 @@ class MatrixMethod(Optimizer):
                     alike[i, piece.shape, p.device].append(piece)
                     count += 1
         batches = sorted(alike.items(), key=lambda item: -len(item[1]) * self.cost(*item[0][1]))  # dearest first
-        owners = iter(balance([self.cost(*key[1]) for key, blocks in batches for _ in blocks], place()[1]))
-        buckets = []
-        for (i, *_), blocks in batches:
-            ranked = sorted(zip((next(owners) for _ in blocks), blocks, strict=True), key=lambda pair: pair[0])
-            buckets.append(Bucket(i, [b for _, b in ranked], [owner for owner, _ in ranked], {}))
-        return buckets
+        everything = [b for _, blocks in batches for b in blocks]
+        for b, owner in zip(everything, balance([self.cost(*b.shape) for b in everything], ranks), strict=True):
+            b.owner = owner
+        by_owner = [(i, sorted(blocks, key=lambda b: b.owner)) for (i, *_), blocks in batches]
+        return [Bucket(i, blocks, [b for b in blocks if b.owner == rank], {}) for i, blocks in by_owner]
 
     def _link(self) -> None:
         """Cut, share out, and (re)connect the buckets with what `self.state` holds, dropping what others own."""
@@ -213,14 +205,14 @@ class MatrixMethod(Optimizer):
         for p in loaded:
             self.state[p]["blocks"] = {}
         for bucket in self._buckets:
-            mine, first = bucket.of_rank(place()[0]), bucket.blocks[0]
+            first = bucket.blocks[0]
             with torch.device(first.p.device):
-                bucket.state = self.initial(self.param_groups[bucket.group], len(mine), *first.shape)
-            for k, b in enumerate(mine):
-                views = {name: stacked[k] for name, stacked in bucket.state.items()}
+                one = self.initial(self.param_groups[bucket.group], *first.shape)
+            bucket.state = {name: x.repeat(len(bucket.own), *[1] * x.dim()) for name, x in one.items()}
+            for k, b in enumerate(bucket.own):
+                self.state[b.p]["blocks"][b.id] = views = {name: stacked[k] for name, stacked in bucket.state.items()}
                 for name, value in loaded[b.p].get(b.id, {}).items():
                     views[name].copy_(value)
-                self.state[b.p]["blocks"][b.id] = views
         self._linked = self.state
 
     def update_weights(self):
@@ -234,21 +226,20 @@ class MatrixMethod(Optimizer):
 
     def _own(self, bucket: Bucket) -> Tensor:
         """Updates [own, m, n] of this rank's blocks; zeros where there is no gradient."""
-        group, mine = self.param_groups[bucket.group], bucket.of_rank(place()[0])
-        active = [k for k, b in enumerate(mine) if b.p.grad is not None]
-        device = bucket.blocks[0].p.device
+        group, count, first = self.param_groups[bucket.group], len(bucket.own), bucket.blocks[0]
+        active = [k for k, b in enumerate(bucket.own) if b.p.grad is not None]
         if not active:
-            return torch.zeros(len(mine), *bucket.blocks[0].shape, dtype=self.update_dtype(group, device), device=device)
-        G = torch.stack([mine[k].of(mine[k].p.grad.contiguous()) for k in active]).float()
-        ids = [mine[k].id for k in active]
-        W = [torch.stack([mine[k].of(mine[k].p.detach()) for k in active]).float()] if self.wants_weights else []
-        if len(active) == len(mine):
-            return self.update(group, bucket.state, G, ids, *W)
+            dtype = self.update_dtype(group, first.p.device)
+            return torch.zeros(count, *first.shape, dtype=dtype, device=first.p.device)
+        blocks = [bucket.own[k] for k in active]
+        G = torch.stack([b.of(b.p.grad.contiguous()) for b in blocks]).float()
+        if len(active) == count:
+            return self.update(group, bucket.state, G, blocks)
         some = {name: value[active] for name, value in bucket.state.items()}
-        updates = self.update(group, some, G, ids, *W)
+        updates = self.update(group, some, G, blocks)
         for name, value in some.items():
             bucket.state[name][active] = value
-        full = updates.new_zeros(len(mine), *updates.shape[1:])
+        full = updates.new_zeros(count, *updates.shape[1:])
         full[active] = updates
         return full
 
@@ -256,7 +247,7 @@ class MatrixMethod(Optimizer):
         """Start gathering the updates of all ranks; the function returned waits and gives [blocks, m, n]."""
         if (ranks := place()[1]) == 1:
             return lambda: updates
-        counts = [bucket.owners.count(r) for r in range(ranks)]
+        counts = [sum(b.owner == rank for b in bucket.blocks) for rank in range(ranks)]
         most = max(counts)  # the gather wants equal shares
         padded = updates.new_zeros(most, *updates.shape[1:])
         padded[: len(updates)] = updates
@@ -340,8 +331,7 @@ class Muon(MatrixMethod):
 
     Source: Keller Jordan, kellerjordan.github.io/posts/muon; settings near modded-nanogpt's optimizer track. `normuon` (arXiv
     2510.05491): r <- b r + (1 - b) mean over a row of o^2, o = orthogonalize(u); o / sqrt(r), brought back to the norm of o.
-    `slow` (modded-nanogpt pull request #340): from `slow_start` on m = s fast + (1 - s) slow, two averages that begin at m.
-    """
+    `slow` (modded-nanogpt pull request #340): from `slow_start` on m = s fast + (1 - s) slow, two averages that begin at m."""
 
     lr = LR(0.02, 3e-3, 1e-1, RATE)
     momentum = MOMENTUM(0.95, 0.85)
@@ -360,7 +350,6 @@ class Muon(MatrixMethod):
     fast_share = hyper(0.4385, "s, the share of the first average", most=1)
     slow_start: float = hyper(1 / 3, "steps before there are two; below 1: fraction of the run")
     dtype = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
-
     state_per_parameter = 4.0
 
     @classmethod
@@ -369,10 +358,10 @@ class Muon(MatrixMethod):
         Tuned rates fall all the same: 0.016 to 0.004 from 130M to 1.2B (arXiv 2509.02046)."""
         return -0.5 if settings.get("scale", cls.scale) == "moonlight" else 0.0
 
-    def initial(self, group, count, m, n):
-        state = {"momentum": torch.zeros(count, m, n)}
-        state |= {"slow": torch.zeros(count, m, n)} if group.get("slow") else {}
-        return state | ({"rows": torch.zeros(count, m, 1)} if group["normuon"] else {})
+    def initial(self, group, m, n):
+        state = {"momentum": torch.zeros(m, n)}
+        state |= {"slow": torch.zeros(m, n)} if group.get("slow") else {}
+        return state | ({"rows": torch.zeros(m, 1)} if group["normuon"] else {})
 
     def cost(self, m, n):
         return min(m, n) ** 2 * (2 * max(m, n) + min(m, n))
@@ -380,7 +369,7 @@ class Muon(MatrixMethod):
     def update_dtype(self, group, device):
         return torch.float32 if group["normuon"] else iteration_dtype(group["dtype"], device)
 
-    def update(self, group, state, G, ids):
+    def update(self, group, state, G, blocks):
         momentum, slow = state["momentum"], state.get("slow")
         two = slow is not None and group["t"] > group["slow_start"]
         momentum.lerp_(G, 1 - group["fast" if two else "momentum"])
@@ -406,31 +395,24 @@ class Muown(MatrixMethod):
     rate lr, each by its own gradient. V steps sideways, so its rows grow.
 
     Source: modded-nanogpt's optimizer track #23, arXiv 2605.10797; its schedule of V's norms, tuned by layer, is left out. A
-    row of zeros starts with g = 0 in the direction against its first gradient.
-    """
+    row of zeros starts with g = 0 in the direction against its first gradient."""
 
     lr, momentum = LR(0.0035, 3e-4, 3e-2, RATE), MOMENTUM(0.95, 0.85)
     share = hyper(0.2, "of sqrt(max(rows, columns)), the scale of the direction's step", (0.05, 0.8, "log"))
     beta1, beta2, eps = BETA1(0.9), BETA2(0.95), EPS()
     weight_decay = DECAY(0.0, 1e-3, 0.3, WD)
-    steps, coefficients = (
-        hyper(6, "orthogonalisation iterations", least=1),
-        hyper("polar_express", "of it", choices=COEFFICIENTS),
-    )
+    steps = hyper(6, "orthogonalisation iterations", least=1)
+    coefficients = hyper("polar_express", "of the iteration", choices=COEFFICIENTS)
     dtype = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
-
-    wants_weights = True
     state_per_parameter = 4.0
+    cost = Muon.cost
 
-    def initial(self, group, count, m, n):
-        sizes = {"momentum": (m, n), "lengths": (m, 1), "average": (m, 1), "squares": (m, 1)}
-        return {name: torch.zeros(count, *size) for name, size in sizes.items()}
+    def initial(self, group, m, n):
+        return {"momentum": torch.zeros(m, n)} | {name: torch.zeros(m, 1) for name in ("lengths", "average", "squares")}
 
-    def cost(self, m, n):
-        return Muon.cost(self, m, n)
-
-    def update(self, group, state, G, ids, W):
+    def update(self, group, state, G, blocks):
         t, lr, lengths, (m, n) = group["t"], group["lr"], state["lengths"], G.shape[-2:]
+        W = torch.stack([b.of(b.p.detach()) for b in blocks]).float()
         gain = torch.linalg.vector_norm(W, dim=-1, keepdim=True)
         against = G / -torch.linalg.vector_norm(G, dim=-1, keepdim=True).clamp(min=1e-30)
         direction = torch.where(gain > 0, W / gain.clamp(min=1e-30), against)

@@ -27,14 +27,9 @@ class ScheduleFree(Elementwise):
     """What Schedule-Free methods share: z, and evaluation at x, which is not stored: y = (1 - b) z + b x.
 
     eval() puts x in place and the training weights y aside, train() puts them back, exactly; both as often as you like. A
-    state_dict made in eval mode continues like another: load it beside the model's weights, then call train().
-    """
+    state_dict made in eval mode continues like another: load it beside the model's weights, then call train()."""
 
-    schedule_free = True
-
-    def initialise(self, group, p, state):
-        super().initialise(group, p, state)
-        state["z"].copy_(p)
+    schedule_free, copies = True, ("z",)
 
     def update_group(self, group, params):
         group["t"] = group.get("t", 0) + 1
@@ -67,8 +62,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     """y = (1 - b) z + b x, where g is taken;  z <- z - lr (u + wd y), u = g or Adam's g / (sqrt(v^) + eps);
     x <- (1 - c) x + c z with c = lr^2 / (sum of lr^2 so far). Trains at y, evaluates at x.
 
-    Source: arXiv 2405.15682, github.com/facebookresearch/schedule_free. Wants a constant schedule: its warm-up is a key.
-    """
+    Source: arXiv 2405.15682, github.com/facebookresearch/schedule_free. Wants a constant schedule: its warm-up is a key."""
 
     lr, beta1, beta2 = LR(3e-3, 1e-3, 1e-1, "learning rate"), BETA1(0.9, help=BETWEEN, least=1e-3), BETA2(0.95)
     eps, warmup, weight_decay = EPS(), WARMUP(0.05), DECAY(0.1)
@@ -85,8 +79,7 @@ class ScheduleFreeAdamW(ScheduleFree):
 class ScheduleFreeSGD(ScheduleFree):
     """y = (1 - b) z + b x, where g is taken;  z <- z - lr (g + wd y);  x <- (1 - c) x + c z, c = lr^2 / (sum of lr^2 so far).
 
-    Source: arXiv 2405.15682, github.com/facebookresearch/schedule_free. Wants a constant schedule: its warm-up is a key.
-    """
+    Source: arXiv 2405.15682, github.com/facebookresearch/schedule_free. Wants a constant schedule: its warm-up is a key."""
 
     name = "schedule_free_sgd"
     lr, beta1 = LR(1.0, help="learning rate"), BETA1(0.9, help=BETWEEN, least=1e-3)
@@ -106,10 +99,7 @@ class Estimating(Elementwise):
     group, as tensors, so that no step waits for the device."""
 
     state_per_parameter, transfer, toy_lr = 16.0, 0.0, 1.0
-
-    def initialise(self, group, p, state):
-        super().initialise(group, p, state)
-        state["start"].copy_(p)
+    copies = ("z", "start")
 
     def update_weights(self):
         moving = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups if g["lr"] > 0]
@@ -122,8 +112,7 @@ class Estimating(Elementwise):
         self.d = self.new_d = d = first["d"]
         r, size = first["numerator"] * math.sqrt(first["beta2"]), torch.zeros((), device=device)
         for group, t, members in work:
-            along, sizes = ([torch.zeros((), device=device) for _ in members] for _ in range(2))
-            self.sweep(self.observe, group, members, self.scalars(self.observe, group, t), along, sizes)
+            along, sizes = self.sums(self.observe, group, t, members, 2)
             r = r + torch.stack(along).sum() * d.square() * (self.factor(group, t) / group["d0"])
             size = size + torch.stack(sizes).sum()
         d_max = torch.maximum(first["d_max"], first["d_coef"] * r / size.clamp(min=1e-30))
@@ -152,9 +141,7 @@ class Prodigy(Estimating):
     s <- b3 s + d^2 lr^ g / d0;  d <- max(d, d_coef r / |s|_1);  w <- (1 - d lr^ wd) w - d lr^ m / (sqrt(v) + d eps),
     with lr^ = lr sqrt(1 - b2^t) / (1 - b1^t) and b3 = sqrt(b2).
 
-    Source: arXiv 2306.06101, github.com/konstmish/prodigy. One d for all weights. `safeguard` leaves lr out of s: for
-    schedules that warm up.
-    """
+    Source: arXiv 2306.06101, github.com/konstmish/prodigy. One d for all. `safeguard`: no lr in s, for a warm-up."""
 
     lr = LR(1.0, 0.3, 3.0, "factor on the estimated rate; a schedule multiplies it")
     beta1, beta2, eps = BETA1(0.9), BETA2(0.95), EPS()
@@ -193,8 +180,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
     z <- z - lr d_before (d g / (sqrt(v) + d eps) + wd x);  x <- (1 - c) x + c z with c = t^r / (sum of t^r). Evaluates at x.
 
     Source: "Schedule-Free Prodigy" of AlgoPerf's first round, in github.com/facebookresearch/schedule_free (algoperf/). Wants
-    a constant schedule: its warm-up is a key.
-    """
+    a constant schedule: its warm-up is a key."""
 
     lr, beta1 = LR(1.0, 0.3, 3.0, "factor on the estimated rate"), BETA1(0.9, help=BETWEEN, least=1e-3)
     beta2, eps = BETA2(0.95), EPS()

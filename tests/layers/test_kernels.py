@@ -115,7 +115,7 @@ def test_error_is_relative_and_sees_everything():
 def test_products_are_computed_in_tiles_on_and_below_the_diagonal():
     """Every tile of the lower triangle belongs to one program, for as many tiles as a matrix may have."""
     meta = torch.empty(3, 1500, 8, device="meta")
-    assert kernels.plan_symmetric(meta, None, meta, 1.0, 0.0).grid == (12 * 13 // 2, 3)
+    assert kernels.plan_symmetric(meta, None, 1.0, 0.0, meta).grid == (12 * 13 // 2, 3)
     X = random(1, 400, 3).detach()  # 4 x 4 tiles
     kernels.use("triton")
     try:

@@ -363,10 +363,9 @@ def check_state_bytes(cls: type, gpt: GPT, optimizer: torch.optim.Optimizer) -> 
 
 def test_chain_is_one_ordinary_optimizer():
     a, b, c = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
-    chain = Chain(torch.optim.SGD([a], lr=1.0), torch.optim.AdamW([b], lr=0.5, weight_decay=0.0))
-    chain.add_param_group({"params": [c], "lr": 0.25})  # goes to the last part and takes its defaults
+    groups = [dict(params=[b]), dict(params=[c], lr=0.25)]
+    chain = Chain(torch.optim.SGD([a], lr=1.0), torch.optim.AdamW(groups, lr=0.5, weight_decay=0.0))
     assert [g["lr"] for g in chain.param_groups] == [1.0, 0.5, 0.25]
-    assert chain.param_groups[2]["betas"] == (0.9, 0.999)
     assert chain.parts[1].param_groups == chain.param_groups[1:]
     chain.param_groups[0]["lr"] = 0.125
     for p in (a, b, c):
@@ -377,18 +376,8 @@ def test_chain_is_one_ordinary_optimizer():
     assert chain.state[b] is chain.parts[1].state[b]
     chain.zero_grad()
     assert a.grad is None and b.grad is None and c.grad is None
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        chain.add_param_group({"params": [a]})
     scheduler = torch.optim.lr_scheduler.LambdaLR(chain, lambda step: 0.5)
     assert scheduler.get_last_lr() == [0.0625, 0.25, 0.125]
-
-
-def test_chain_survives_deepcopy():
-    gpt = tiny()
-    optimizer = build("muon:dtype=fp32", gpt)
-    train(gpt, optimizer, 2)
-    other, twin = copy.deepcopy((gpt, optimizer))
-    assert train(gpt, optimizer, 2, first=2) == train(other, twin, 2, first=2)
 
 
 # ---------------------------------------------------------------- one's own
@@ -404,17 +393,6 @@ class Mine(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
-"""
-
-OWN_DATACLASS = """
-from __future__ import annotations
-from dataclasses import dataclass
-import torch
-@dataclass(frozen=True)
-class Mine:
-    lr: float = 0.1
-    def build(self, gpt):
-        return torch.optim.SGD(gpt.parameters(), lr=self.lr)
 """
 
 
@@ -484,14 +462,6 @@ def test_own_class_that_owns_only_matrices(own):
     assert sorted(g["split"] for g in mine.param_groups) == [1, 3]
 
 
-def test_own_dataclass_from_a_file(own):
-    gpt = tiny()
-    optimizer = build(own(OWN_DATACLASS) + ":Mine:lr=0.25", gpt)
-    assert isinstance(optimizer, torch.optim.SGD)
-    (group,) = optimizer.param_groups
-    assert group["initial_lr"] == 0.25 and group["roles"] == "matrix+embedding+vector"
-
-
 @pytest.mark.parametrize("name", ["torch.optim:RMSprop", "torch.optim.RMSprop", "torch.optim.rmsprop"])
 def test_a_class_of_an_installed_package(name):
     optimizer = build(name + ":lr=0.001,momentum=0.5", tiny())
@@ -553,7 +523,7 @@ def test_bad_words_get_one_line(spec, message):
         ("import no_such_module", "does not import .ModuleNotFoundError"),
         ("class Other: pass", "no class 'Mine'"),
         (OWN_CLASS.format(roles='roles = ("matrices",)'), "unknown role 'matrices'"),
-        (OWN_DATACLASS.replace("gpt.parameters()", "gpt.blocks.parameters()"), "in 0 param groups"),
+        (OWN_CLASS.format(roles="").replace("(params, dict", "(params[:1], dict"), "in 0 param groups"),
     ],
 )
 def test_bad_files_get_one_line(own, text, message):

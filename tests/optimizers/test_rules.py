@@ -986,32 +986,22 @@ def test_gradients_of_rank_one_stay_finite(name):
         assert torch.isfinite(w).all()
 
 
-@pytest.mark.parametrize("breaks", ["batches", "everything"])
-def test_a_root_survives_eigh_failing(monkeypatch, breaks):
-    real = torch.linalg.eigh
-
+def test_a_root_survives_eigh_failing(monkeypatch):
     def broken(A):
-        if breaks == "everything" or A.dim() == 3:
-            raise torch.linalg.LinAlgError("did not converge")
-        return real(A)
+        raise torch.linalg.LinAlgError("did not converge")
 
-    w, twin = (nn.Parameter(torch.ones(6, 9)) for _ in range(2))
-    shampoo, sound = Shampoo([w], start=1, every=1), Shampoo([twin], start=1, every=1)
+    w = nn.Parameter(torch.ones(6, 9))
+    shampoo = Shampoo([w], start=1, every=1)
     torch.manual_seed(0)
     for step in range(3):
         w.grad = torch.randn(6, 9)
-        twin.grad = w.grad.clone()
         with monkeypatch.context() as patched:
             if step == 2:
                 patched.setattr(torch.linalg, "eigh", broken)
                 (blocks,) = shampoo.state[w]["blocks"].values()
                 old = blocks["left_root"].clone()
             shampoo.step()
-        sound.step()
-    if breaks == "everything":
-        assert torch.equal(blocks["left_root"], old) and torch.isfinite(w).all()
-    else:
-        torch.testing.assert_close(w, twin)
+    assert torch.equal(blocks["left_root"], old) and torch.isfinite(w).all()
 
 
 def test_grafted_blocks_have_the_size_of_adams():
