@@ -389,7 +389,7 @@ class Training:
         weights, gradients, optimizer, RNG and data position as they were."""
         first, device = self.position, self.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for position in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):
+            for position in sorted({max(start, first) for start in self.course.new_shapes()}):
                 now = self.course.at(position)
                 self.gpt.see(now.windows)
                 tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
