@@ -52,11 +52,10 @@ MODERN |= dict(activation="relu2", embed_norm=True, zero_init_projections=True, 
 
 architecture, optimizer, schedule, systems = (partial(Trick, k) for k in ("architecture", "optimizer", "schedule", "systems"))
 
-# #N: record N of modded-nanogpt's main track. A line of settings and source, then what is claimed
+# Settings, source (#N: record N of modded-nanogpt), what its authors claim, and what others found at other sizes
 # fmt: off
 TRICKS: dict[str, Trick] = {
-    "modern": architecture(
-        MODERN, "modded-nanogpt, train_gpt_simple.py (optimizer track); its heads are `wide_heads`",
+    "modern": architecture(MODERN, "modded-nanogpt, train_gpt_simple.py (optimizer track); its heads are `wide_heads`",
         "with the Muon of record 3-4: 22.3 to 15.2 minutes (record 5), 12.0 to 10.8 (record 8), and more later",
         "carried over to 350M whole (track 2 #2)"),
     "reference_script": architecture(
@@ -70,136 +69,108 @@ TRICKS: dict[str, Trick] = {
         "part of 3.80 to 3.57 min", "nanochat: no gain"),
     "qk_norm": architecture(dict(qk_norm=True), "arXiv 2010.04245; #5", "part of 22.3 to 15.2 min"),
     "attention_scale": architecture(dict(attention_scale=0.12), "#20; meant for QK-normed heads", "part of 3.14 to 2.99 min"),
-    "relu2": architecture(dict(activation="relu2"), "arXiv 2109.08668; #5",
-        "1-2 % better than GELU", "nanochat keeps it over SwiGLU to 26 layers"),
+    "relu2": architecture(dict(activation="relu2"), "arXiv 2109.08668; #5", "1-2 % better than GELU",
+        "nanochat keeps it over SwiGLU to 26 layers"),
     "zero_init_projections": architecture(dict(zero_init_projections=True), "muP, arXiv 2203.03466; #5",
         "part of 22.3 to 15.2 min"),
     "untied_head": architecture(dict(tied_head=False), "#8", "12.0 to 10.8 min"),
     "embed_norm": architecture(dict(embed_norm=True), "#8", "part of 12.0 to 10.8 min"),
-    "logit_softcap": architecture(
-        dict(logit_softcap=15.0, softcap_form="rational"), "Gemma 2, arXiv 2408.00118; #9, #18",
+    "logit_softcap": architecture(dict(logit_softcap=15.0, softcap_form="rational"), "Gemma 2, arXiv 2408.00118; #9, #18",
         "part of 10.8 to 8.2 min", "its README doubts that it scales; nanochat: helps to 26 layers, 20 best"),
     "tanh_softcap": architecture(dict(logit_softcap=30.0, softcap_form="tanh"), "Gemma 2, arXiv 2408.00118; #9",
         "3.2844 to 3.2791 loss at 3,200 steps, one run, for 2 % longer steps", "as `logit_softcap`"),
     "logit_rescale": architecture(dict(logit_softcap=23.0, softcap_form="sigmoid"), "asymmetric logit rescale, #54",
         "1.988 to 1.940 min; 2.9 s on one machine", "nanochat: no gain"),
-    "wide_heads": architecture(
-        dict(heads=2), "modded-nanogpt since its first record: heads of 128 (6 on 768 channels) instead of GPT-2's 64",
+    "wide_heads": architecture(dict(heads=2),
+        "modded-nanogpt since its first record: heads of 128 (6 on 768 channels) instead of GPT-2's 64",
         "not measured alone; fewer, larger matrix products"),
     "no_clip": optimizer(dict(clip=0.0), "#3: Muon's step size ignores the gradient's", "not measured alone"),
     "padded_vocab": systems(dict(vocab_multiple=128), "nanoGPT (50,304 rows); #5", "faster head on tensor cores"),
-    "fp8_head": systems(
-        dict(head_dtype="auto", vocab_multiple=128),
+    "fp8_head": systems(dict(head_dtype="auto", vocab_multiple=128),
         "#19: the head's products in 8-bit floats; left out, with a message, on cards without them", "part of 3.4 to 3.142 min",
         "350M: no gain in time, taken out (track 2 #7, #18); nanochat, in all layers: 5 % at equal quality at 24 layers, none "
         "at 12"),
-    "compile": systems(
-        dict(compile=True),
+    "compile": systems(dict(compile=True),
         "torch.compile; modded-nanogpt since its start. Fuses the element-wise passes between matrix products",
         "nanoGPT: 250 to 135 ms a step on an A100. Compilation (on CPU under a minute, once) is off the clock"),
-    "ngram_embedding": architecture(
-        dict(ngram_buckets=16384, ngram_orders="2,3"), "#62 (bigram hash embedding)",
+    "ngram_embedding": architecture(dict(ngram_buckets=16384, ngram_orders="2,3"), "#62 (bigram hash embedding)",
         "1.75 to 1.66 min", "nanochat: adopted, then no gain from 25 layers on"),
-    "value_embeddings": architecture(
-        dict(value_embeddings=3), "#14, #17; after value residual learning, arXiv 2410.17897",
+    "value_embeddings": architecture(dict(value_embeddings=3), "#14, #17; after value residual learning, arXiv 2410.17897",
         "4.66 to 4.41 min (#14); thinned from all blocks to six, part of 3.80 to 3.57 (#17)",
         "350M: two more saved 23 s of 24.5 min (track 2 #9); nanochat: helps a lot to 26 layers"),
     "value_gates": architecture(dict(value_embeddings=3, value_gates=True), "gates on value embeddings, #55",
         "1.940 to 1.918 min, with a gate on the skip; about 0.003 of loss"),
-    "input_shortcut": architecture(
-        dict(input_shortcut=True), "embedding shortcut with learned weights, #9",
+    "input_shortcut": architecture(dict(input_shortcut=True), "embedding shortcut with learned weights, #9",
         "3.3065 to 3.2972 loss at 3,200 steps, one run, for 4 % longer steps",
         "nanochat: gain shrinks with depth, 0.0103 bits a byte at 8 layers to 0.0039 at 20"),
     "unet_skips": architecture(dict(skips="unet"), "#11",
         "part of 7.8 to 7.2 min, with twice the learning rate; #45 dropped all but one", "nanochat: worse"),
     "single_skip": architecture(dict(skips="single"), "#45, its gate #55",
         "part of 2.269 to 2.248 min; without it 0.0025 of loss", "nanochat: worse"),
-    "smear": architecture(dict(smear=True), "#34",
-        "2.565 to 2.547 min", "nanochat: no gain at first, adopted after retuning"),
-    "backout": architecture(
-        dict(backout=True), "#40; since #81 part of denser connections",
+    "smear": architecture(dict(smear=True), "#34", "2.565 to 2.547 min", "nanochat: no gain at first, adopted after retuning"),
+    "backout": architecture(dict(backout=True), "#40; since #81 part of denser connections",
         "part of 2.447 to 2.358 min; 6.2 s on one machine, with other tuning",
         "350M: 3 s of 23.08 min (track 2 #15); nanochat: no gain at first, adopted after retuning"),
     "attention_gate": architecture(dict(attention_gate=True), "sparse attention gate, #28",
         "2.817 to 2.812 min, 55 of 1,750 steps", "nanochat: no gain"),
-    "exclusive_attention": architecture(
-        dict(exclusive_attention=True), "learnable XSA, #82, where only the upper blocks have it",
-        "1.363 to 1.353 min; 0.7 s on one machine"),
-    "key_offset": architecture(
-        dict(positions="half_rotary", rotary_base=1024.0, key_offset=True),
+    "exclusive_attention": architecture(dict(exclusive_attention=True),
+        "learnable XSA, #82, where only the upper blocks have it", "1.363 to 1.353 min; 0.7 s on one machine"),
+    "key_offset": architecture(dict(positions="half_rotary", rotary_base=1024.0, key_offset=True),
         "partial key offset, #49, where only blocks with long windows have it",
         "2.170 to 2.146 min; 2.4 s on one machine. Its README: lowest loss in every block"),
-    "long_short_windows": architecture(
-        dict(window_pattern="LSSS"),
+    "long_short_windows": architecture(dict(window_pattern="LSSS"),
         "#20, after Gemma 2 (arXiv 2408.00118): attention sees the whole window in one block of four, half of it in the others",
         "part of 3.142 to 2.992 min; the windows themselves: #12, #13", "nanochat keeps sliding windows to 26 layers"),
-    "window_warmup": schedule(
-        dict(window_stages=(0.25, 0.5, 1.0)), "#13 (each block of 64 tokens), #29 (stages)",
+    "window_warmup": schedule(dict(window_stages=(0.25, 0.5, 1.0)), "#13 (each block of 64 tokens), #29 (stages)",
         "5.03 to 4.66 min; 1,875 to 1,750 steps",
         "350M: a cubic course and twice the largest window, part of 25.29 to 24.50 min (track 2 #8)"),
-    "yarn": schedule(
-        dict(positions="half_rotary", rotary_base=1024.0, window_stages=(0.25, 0.5, 1.0), yarn=True),
+    "yarn": schedule(dict(positions="half_rotary", rotary_base=1024.0, window_stages=(0.25, 0.5, 1.0), yarn=True),
         "YaRN, arXiv 2309.00071, at each change of the window: #31", "2.717 to 2.656 min; 1,705 to 1,670 steps"),
-    "document_mask": architecture(
-        dict(document_mask=True),
+    "document_mask": architecture(dict(document_mask=True),
         "#12, with FlexAttention; as there, smear, key offset and n-grams still see the previous document",
         "with sequences of 64K tokens instead of 1,024: 7.2 to 5.03 min, 3,000 to 1,875 steps", "nanochat: no gain"),
     "align_documents": schedule(dict(align_documents=True), "#26", "2.896 to 2.863 min, with a longer cool-down"),
-    "muon": optimizer(
-        dict(optimizer="muon", schedule="wsd:cooldown=0.7"), "Jordan et al. 2024, kellerjordan.github.io/posts/muon; #3",
-        "31.4 to 24.9 min",
+    "muon": optimizer(dict(optimizer="muon", schedule="wsd:cooldown=0.7"),
+        "Jordan et al. 2024, kellerjordan.github.io/posts/muon; #3", "31.4 to 24.9 min",
         "1.4x fewer tokens than tuned AdamW at 130M, 1.1-1.2x at 1.2B (arXiv 2509.02046); modded-nanogpt at 1.5B: 1.32x less "
         "time or better"),
-    "polar_express": optimizer(
-        dict(optimizer="muon:coefficients=polar_express,steps=5", schedule="wsd:cooldown=0.7"), "arXiv 2505.16932; #38",
-        "2.483 to 2.476 min; 1.1 s on one machine", "nanochat: no effect"),
-    "normuon": optimizer(
-        dict(optimizer="muon:normuon=true", schedule="wsd:cooldown=0.7"), "arXiv 2510.05491; #41",
+    "polar_express": optimizer(dict(optimizer="muon:coefficients=polar_express,steps=5", schedule="wsd:cooldown=0.7"),
+        "arXiv 2505.16932; #38", "2.483 to 2.476 min; 1.1 s on one machine", "nanochat: no effect"),
+    "normuon": optimizer(dict(optimizer="muon:normuon=true", schedule="wsd:cooldown=0.7"), "arXiv 2510.05491; #41",
         "2.358 to 2.345 min, and 3.3 s more once its rate was tuned (#42); on the optimizer track as good as tuned Muon",
         "nanochat: small gain to 26 layers"),
-    "equal_rows": optimizer(
-        dict(optimizer="muon:equal_rows=true", schedule="wsd:cooldown=0.7"), "MuonEq-R, arXiv 2603.28254; nanochat",
-        "very slight (nanochat)"),
-    "cautious_decay": optimizer(
-        dict(optimizer="muon:cautious=true", schedule="wsd:cooldown=0.7"),
+    "equal_rows": optimizer(dict(optimizer="muon:equal_rows=true", schedule="wsd:cooldown=0.7"),
+        "MuonEq-R, arXiv 2603.28254; nanochat", "very slight (nanochat)"),
+    "cautious_decay": optimizer(dict(optimizer="muon:cautious=true", schedule="wsd:cooldown=0.7"),
         "cautious weight decay, arXiv 2510.12402; #43, whose decay also falls with the learning rate",
         "2.313 to 2.284 min; 2.2 s on one machine", "nanochat: helps to 26 layers, with a decay that falls as 1 / width^2"),
-    "cautious_rest": optimizer(
-        dict(optimizer="muon:adamw_cautious=true,adamw_weight_decay=0.005", schedule="wsd:cooldown=0.7"),
+    "cautious_rest": optimizer(dict(optimizer="muon:adamw_cautious=true,adamw_weight_decay=0.005", schedule="wsd:cooldown=0.7"),
         "#50: cautious decay of what AdamW updates beside Muon", "2.146 to 2.128 min; 1.2 s on one machine"),
-    "adam_every_other": optimizer(
-        dict(optimizer="muon:adamw_every=2", schedule="wsd:cooldown=0.7"),
+    "adam_every_other": optimizer(dict(optimizer="muon:adamw_every=2", schedule="wsd:cooldown=0.7"),
         "#39: AdamW moves every second step, by both steps' gradients",
         "part of 2.476 to 2.447 min, with a batch smaller by a third; 0.6 s on one machine", "nanochat: worse"),
-    "embedding_beta2": optimizer(
-        dict(optimizer="muon:embedding_beta2=0.99"),
+    "embedding_beta2": optimizer(dict(optimizer="muon:embedding_beta2=0.99"),
         "chosen here: a row of an n-gram table is met rarely, so its squares are averaged over more steps",
         "not measured elsewhere"),
     "bf16_weights": systems(dict(weights="bf16"), "#57: bf16 matrices, the other 16 bits of each weight kept for the update",
         "part of 1.894 to 1.878 min; 1.1 s on one machine"),
     "momentum_warmup": schedule(dict(momentum_schedule="ramp"), "#9", "3.2972 to 3.2844 loss at 3,200 steps, one run"),
-    "momentum_cooldown": schedule(
-        dict(momentum_schedule="ramp:warmup=0.124,cooldown=0.021"),
+    "momentum_cooldown": schedule(dict(momentum_schedule="ramp:warmup=0.124,cooldown=0.021"),
         "#39: 50 of 2,420 steps, after the warm-up over 300 of them", "called a minor improvement; part of 2.476 to 2.447 min"),
-    "batch_stages": schedule(
-        dict(batch_stages=(1, 2, 3), batch_rates=(1.0, 1.52, 1.73)),
+    "batch_stages": schedule(dict(batch_stages=(1, 2, 3), batch_rates=(1.0, 1.52, 1.73)),
         "batch-size schedule, #46; batch_tokens is the smallest batch", "2.248 to 2.203 min; 1.8 s on one machine",
         "nanochat: too complex for its gain; Kimi K2 and GLM 4.5 grow their batches"),
-    "short_sequences": schedule(
-        dict(length_stages=(0.5, 1.0)),
+    "short_sequences": schedule(dict(length_stages=(0.5, 1.0)),
         "#72, which cuts documents at 896 tokens, later at 2,048; here sequences are cut in two",
         "1.516 to 1.496 min, with a higher final learning rate"),
-    "small_batch": schedule(
-        dict(batch_tokens=512),
+    "small_batch": schedule(dict(batch_tokens=512),
         "#21 (524,288 to 393,216 tokens), #39 (to 262,144); with `batch_stages` this is the first stage (#46)",
         "2.992 to 2.933 min (#21); part of 2.476 to 2.447 (#39)",
         "nanochat: the best batch grows, from 0.5M tokens at 12 layers to 1M at 26"),
-    "multi_token": schedule(
-        dict(future_tokens=2), "multi-token prediction without extra heads, #53",
+    "multi_token": schedule(dict(future_tokens=2), "multi-token prediction without extra heads, #53",
         "part of 2.037 to 1.988 min, with the untied head; 3.1 s on one machine",
         "350M, with smear: 2 s of 23.03 min (track 2 #16); nanochat: worse"),
-    "retied_head": schedule(
-        dict(tied_head=False, tied_until=0.667), "#51 (tied), #53 (untied at two thirds)",
+    "retied_head": schedule(dict(tied_head=False, tied_until=0.667), "#51 (tied), #53 (untied at two thirds)",
         "2.128 to 2.075 min (#51); part of 2.037 to 1.988 min (#53)"),
     "wsd": schedule(dict(schedule="wsd:cooldown=0.4"), "arXiv 2405.18392; modded-nanogpt", "equal to tuned cosine"),
     "linear": schedule(dict(schedule="linear:warmup=0.05"), "arXiv 2502.15938", "better than cosine to 10 %"),
@@ -245,8 +216,7 @@ TRACKS: dict[str, Track] = {
         settings=BYTES | dict(
             corpus="sotu", sequence_length=64, layers=2, heads=2, width=64, batch_tokens=1024, val_tokens=8192, steps=60,
             val_spread=True, optimizer="adamw:lr=3e-3", clip=1.0, schedule="linear:warmup=0.1"),
-        target_loss=3.0,
-        target_source="chosen: below the entropy of single bytes (3.1 nats), reached in seconds",
+        target_loss=3.0, target_source="chosen: below the entropy of single bytes (3.1 nats), reached in seconds",
         recipes={"baseline": (), "record": ("modern", "muon")},
         tuning={"batch_stages": dict(batch_tokens=512)},
     ),
@@ -256,10 +226,8 @@ TRACKS: dict[str, Track] = {
             corpus="sotu", sequence_length=256, layers=4, heads=4, width=256, batch_tokens=4096, val_tokens=262144,
             val_spread=True, val_also="tail,wiki", steps=2400, clip=1.0, optimizer="adamw:lr=2e-3",
             schedule="cosine:warmup=100"),
-        target_loss=1.13,
-        target_source="see records/README.md",
-        recipes={"baseline": (), "record": CPU_RECORD},
-        recipe_steps={"record": 220},
+        target_loss=1.13, target_source="see records/README.md",
+        recipes={"baseline": (), "record": CPU_RECORD}, recipe_steps={"record": 220},
         tuning={
             "wide_heads": dict(heads=2),
             "muon": dict(optimizer="muon:lr=0.0155,momentum=0.9642,weight_decay=0.177,adamw_lr=0.00779",
@@ -268,8 +236,7 @@ TRACKS: dict[str, Track] = {
             # a byte alone says little; narrow vectors keep the tables within twice the baseline's parameters
             "ngram_embedding": dict(ngram_buckets=25600, ngram_orders="2,3,4,5,6,7,8,9", ngram_width=16, rates="ngrams=4"),
             "wsd": dict(schedule="wsd:cooldown=0.8"),
-            "batch_stages": dict(batch_tokens=2048),
-            "small_batch": dict(batch_tokens=2048),
+            "batch_stages": dict(batch_tokens=2048), "small_batch": dict(batch_tokens=2048),
         },
     ),
     "bytes-small": workload("bytes of sotu, GPT-2 of 0.1M parameters", BYTES | dict(
@@ -288,8 +255,7 @@ TRACKS: dict[str, Track] = {
         summary="124M on FineWeb to 3.28: modded-nanogpt's track 1",
         settings=GPT2_BASELINE | PRESETS["124M"] | dict(
             steps=19560, optimizer="adamw:lr=6e-4,beta2=0.95,weight_decay=0.1", schedule="cosine:warmup=700"),
-        target_loss=3.28,
-        target_source="llm.c's GPT-2 124M after 10B tokens (modded-nanogpt record 1)",
+        target_loss=3.28, target_source="llm.c's GPT-2 124M after 10B tokens (modded-nanogpt record 1)",
         recipes={"baseline": (), "modern_muon": (*GPT2_RECORD[:6], "reference_script"), "record": GPT2_RECORD},
         # modern_muon: entry #36 of modded-nanogpt's optimizer track, 12 x 768 with 6 heads of 128, tuned Muon, 3,250 steps.
         # Two things differ: there the 47 rows that pad the vocabulary count in the loss, and gains and biases decay as well.
@@ -314,8 +280,7 @@ TRACKS: dict[str, Track] = {
         summary="350M on FineWeb to 2.92: modded-nanogpt's track 2",
         settings=GPT2_BASELINE | PRESETS["350M"] | dict(
             steps=57220, optimizer="adamw:lr=3e-4,beta2=0.95,weight_decay=0.1", schedule="cosine:warmup=700"),
-        target_loss=2.92,
-        target_source="llm.c's GPT-2 350M (modded-nanogpt track 2)",
+        target_loss=2.92, target_source="llm.c's GPT-2 350M (modded-nanogpt track 2)",
         recipes={"baseline": (), "modern_muon": GPT2_RECORD[:6], "record": tuple(t for t in GPT2_RECORD if t != "small_batch")},
         # modern_muon: record 2 of that track (2025-01-18) ran 7,500 steps; settings are those of gpt2-small, not tuned here.
         # record: 5,960 steps of 524,288 tokens in the mean, as record 17; #18, with about this set, needed 4,740 of a batch
@@ -323,8 +288,7 @@ TRACKS: dict[str, Track] = {
         recipe_steps={"modern_muon": 7500, "record": 5960},
         tuning={
             "wide_heads": dict(heads=8),
-            "batch_stages": dict(batch_tokens=262144),
-            "small_batch": dict(batch_tokens=262144),
+            "batch_stages": dict(batch_tokens=262144), "small_batch": dict(batch_tokens=262144),
             "long_short_windows": dict(sequence_length=2048, window=1536, window_pattern="LSSS"),
             "muon": dict(optimizer="muon:lr=0.025,weight_decay=0.05", schedule="wsd:cooldown=0.7"),
         },
@@ -332,6 +296,7 @@ TRACKS: dict[str, Track] = {
 }
 # fmt: on
 
+NEED_STEPS = ("retied_head", "batch_stages")  # these tricks need a known number of steps
 TRACKS["gpt2-small-10min"] = replace(
     TRACKS["gpt2-small"],
     summary="124M on FineWeb for ten minutes of one card's training time: which loss?",
@@ -339,9 +304,7 @@ TRACKS["gpt2-small-10min"] = replace(
     settings=TRACKS["gpt2-small"].settings | dict(minutes=10.0, steps=2000, batch_tokens=131072, schedule="cosine:warmup=0.05"),
     target_loss=0.0,
     target_source="none: the loss itself is the result",
-    # without the two tricks that need a known number of steps
-    recipes=TRACKS["gpt2-small"].recipes
-    | {"record": tuple(t for t in GPT2_RECORD if t not in ("retied_head", "batch_stages"))},
+    recipes=TRACKS["gpt2-small"].recipes | {"record": tuple(t for t in GPT2_RECORD if t not in NEED_STEPS)},
     recipe_steps={},
 )
 
