@@ -3,8 +3,8 @@
 python evaluate.py --run runs/gpt2-small/record-s0-1a2b3c4d hellaswag --file hellaswag_val.jsonl
 python evaluate.py bits-per-byte --file my.txt                                                for the newest run
 
-hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four. acc: by the sum of its
-tokens' log-probabilities; acc_norm: by their mean, as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
+hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four, by the sum of its tokens'
+log-probabilities (acc) or by their mean (acc_norm), as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
 one, a question per line. bits-per-byte: of any text; each token sees at least half a context before it.
 """
 
@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import tokenizers
+from data.tokenizers import Tokenizer
 from engine.command import Answer, Parser, command
 from engine.spec import UsageError
 from model import GPT
-from sample import load_model, newest_run
+from sample import add_run, opened
 
 BATCH_TOKENS = 8192
 
 
 @torch.no_grad()
 def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int], unit: str) -> list[float]:
-    """Of the last `count` tokens of each row, given those before, in all, nats. A row longer than the context loses its
+    """Of the last `count` tokens of each row together, given those before, nats. A row longer than the context loses its
     beginning. Rows of like length share a batch. unit: what a row is, for the progress bar."""
     bar = tqdm(total=len(rows), unit=unit, disable=None)
     room, sums = gpt.config.sequence_length + 1, [0.0] * len(rows)
@@ -73,29 +73,29 @@ def questions(path: Path) -> list[tuple[str, list[str], int]]:
     return read
 
 
-def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
+def hellaswag(gpt: GPT, tokenizer: Tokenizer, path: Path) -> Answer:
     asked, rows, counts = questions(path), [], []
     for context, endings, _ in asked:
-        start = [int(t) for t in tokenizer.encode(context)]
+        start = tokenizer.encode(context).tolist()
         for ending in endings:
-            end = [int(t) for t in tokenizer.encode(" " + ending)]
+            end = tokenizer.encode(" " + ending).tolist()
             rows.append(start + end)
             counts.append(len(end))
     sums, lengths, right = iter(log_probabilities(gpt, rows, counts, "ending")), iter(counts), [0, 0]
     for _, endings, label in asked:
-        of = [next(sums) for _ in endings]
-        mean = [value / max(1, next(lengths)) for value in of]
-        for at, scores in enumerate((of, mean)):
-            right[at] += max(range(len(of)), key=scores.__getitem__) == label
+        total = [next(sums) for _ in endings]
+        mean = [value / max(1, next(lengths)) for value in total]
+        for at, scores in enumerate((total, mean)):
+            right[at] += scores.index(max(scores)) == label
     acc, norm = (r / len(asked) for r in right)
     half = 1.96 * math.sqrt(max(acc * (1 - acc), norm * (1 - norm)) / len(asked))
     words = f"hellaswag: acc {acc:.4f}, acc_norm {norm:.4f} of {len(asked):,} questions (+- {half:.4f})"
     return Answer(words, {"acc": acc, "acc_norm": norm, "questions": len(asked), "half_interval": half})
 
 
-def bits_per_byte(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
+def bits_per_byte(gpt: GPT, tokenizer: Tokenizer, path: Path) -> Answer:
     text = path.read_text(errors="strict")
-    tokens = [tokenizer.eot, *(int(t) for t in tokenizer.encode(text))]
+    tokens = [tokenizer.eot, *tokenizer.encode(text).tolist()]
     if len(tokens) < 2:
         raise UsageError(f"{path} is empty")
     room = gpt.config.sequence_length
@@ -115,13 +115,11 @@ def run(argv: list[str]) -> Answer:
     flags = Parser(prog="evaluate.py", description=__doc__)
     flags.add_argument("task", choices=TASKS, help="what to score")
     flags.add_argument("--file", type=Path, required=True, help="hellaswag_val.jsonl, or a text")
-    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
-    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="where the tokenizer is (default: corpora)")
+    add_run(flags)
     options = flags.parse_args(argv)
     if not options.file.is_file():
         raise UsageError(f"no file {options.file}; hellaswag_val.jsonl is at github.com/rowanz/hellaswag")
-    gpt, config = load_model(options.run or newest_run())
-    tokenizer = tokenizers.get(config["tokenizer"], options.data_root)
+    _, gpt, tokenizer = opened(options)
     try:
         return TASKS[options.task](gpt, tokenizer, options.file)
     except UnicodeDecodeError:

@@ -220,6 +220,14 @@ def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list
     return whole, passed
 
 
+def trained(run: Path) -> Path:
+    """The newest intact checkpoint of a run folder. Raises UsageError: it has none."""
+    path, passed = newest(run / "checkpoints")
+    if path is None:
+        raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
+    return path
+
+
 def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: Callable[[int], int]) -> Path | None:
     """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: only the length
     differs, and what is scheduled was the same until then. So a stable phase is trained once for several cool-downs. shared:
