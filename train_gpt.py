@@ -248,11 +248,10 @@ class Training:
         """On rank 0: lock the run folder and choose the checkpoint to continue from. Raises UsageError where it cannot."""
         config, run = self.config, self.run_folder
         run.lock = lock(run.folder)
-        branches = [Path(folder) for folder in config.branch.split(",") if folder]
+        stems = [Path(folder) for folder in config.branch.split(",") if folder]
+        branch = partial(branching_point, stems, run.config, partial(shared_steps, config))
         try:
-            return self.checkpoints.first(
-                config.resume, lambda: branching_point(branches, run.config, partial(shared_steps, config))
-            )
+            return self.checkpoints.first(config.resume, branch)
         except UsageError:
             run.release()
             raise

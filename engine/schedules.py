@@ -29,9 +29,12 @@ def length(value: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then `shape`: 1, unless a subclass gives another."""
+    """Warm-up, then `shape`: 1, unless a subclass gives another. Subclasses are dataclasses like this one."""
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
+
+    def __init_subclass__(cls):
+        dataclass(frozen=True)(cls)
 
     def value(self, step: float, steps: int) -> float:
         """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
@@ -44,17 +47,14 @@ class Schedule:
         return 1.0
 
 
-@dataclass(frozen=True)
 class Constant(Schedule):
     """1."""
 
 
-@dataclass(frozen=True)
 class Decaying(Schedule):
     final: float = 0.0  # multiplier at the end of the run
 
 
-@dataclass(frozen=True)
 class Linear(Decaying):
     """1 -> final in a straight line."""
 
@@ -62,7 +62,6 @@ class Linear(Decaying):
         return 1 + (self.final - 1) * t / total
 
 
-@dataclass(frozen=True)
 class Cosine(Decaying):
     """final + (1 - final) (1 + cos(pi p)) / 2."""
 
@@ -70,7 +69,6 @@ class Cosine(Decaying):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * t / total)) / 2
 
 
-@dataclass(frozen=True)
 class Exponential(Decaying):
     """final^p: the same factor every step."""
 
@@ -80,7 +78,6 @@ class Exponential(Decaying):
         return self.final ** (t / total)
 
 
-@dataclass(frozen=True)
 class Power(Decaying):
     """final + (1 - final) (1 - p^inner)^outer (modded-nanogpt's optimizer track: pull request #345 has inner = 0.4)."""
 
@@ -91,7 +88,6 @@ class Power(Decaying):
         return self.final + (1 - self.final) * (1 - (t / total) ** self.inner) ** self.outer
 
 
-@dataclass(frozen=True)
 class FastSlow(Decaying):
     """1 for `hold`; then fast, 1 - (1 - level) q^power, down to `level` at `knee`; then in a straight line to final
     (modded-nanogpt's optimizer track, pull request #351: 200 and 1,750 of 3,125 steps)."""
@@ -113,7 +109,6 @@ class FastSlow(Decaying):
 FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
 
-@dataclass(frozen=True)
 class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
     linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down), raised to
@@ -130,7 +125,6 @@ class WSD(Decaying):
         return min(down, super().value(step, steps))
 
 
-@dataclass(frozen=True)
 class Cyclic(Decaying):
     """Cosine with warm restarts: `cycles` equal cosines, each peak `decay` times the one before."""
 
@@ -142,7 +136,6 @@ class Cyclic(Decaying):
         return self.decay**cycle * (self.final + (1 - self.final) * (1 + math.cos(math.pi * within)) / 2)
 
 
-@dataclass(frozen=True)
 class InverseSqrt(Schedule):
     """sqrt(W / step) after a warm-up of W steps."""
 
