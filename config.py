@@ -68,9 +68,7 @@ class Config:
     stop_at_target: bool = setting(False, "stop at the first validation that meets the target")
     out: str = setting("", "run folder; empty: runs/<track>/<name>-s<seed>-<hash>")
     name: str = setting("", "start of the run folder's name; empty: the recipe and the flags that change it")
-    resume: str = setting(
-        "auto", "continue a run; never: start anew; must: fail without a checkpoint", ("auto", "never", "must")
-    )
+    resume: str = setting("auto", "continue a run; never: begin anew; must: fail without checkpoint", ("auto", "never", "must"))
     branch: str = setting("", "comma-separated folders of runs of another length: start from the last state shared with one")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the minutes, and at the end")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints; 0: off")
@@ -113,19 +111,20 @@ def flag_of(name: str) -> str:
 NAME = re.compile(r"[\w,+-][\w.,+-]*")  # what a run may be called
 CARD_MEMORY = 80e9  # bytes: of the card for which 65,536 tokens are usually not too many; a smaller one takes as many fewer
 FIELDS = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields(cls)}
+DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
 
 def resolve(argv: list[str], description: str = "", others: Iterable[str] = ()) -> tuple[Config, ModelConfig, str]:
     """Command line -> config, model config, recipe name. others: flags of the verb, which a misspelt word may mean. Raises
     UsageError: an unknown word, a wrong type, a contradiction."""
     given = flags_given(argv, description, others)
-    settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
+    changes, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
+    settings = DEFAULTS | changes
     if "optimizer" in given:  # its keys go over those of the tricks, where it is the same method
         given["optimizer"] = tricks.merge_optimizer(settings["optimizer"], given["optimizer"])
     settings |= hub.read(given["init_from"])[0] if given.get("init_from") else {}
     settings |= given
-    words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
-    settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)
+    settings["optimizer"], schedule = tricks.tuned(*(settings[key] for key in ("track", "optimizer", "schedule")))
     settings["schedule"] = given.get("schedule", schedule)  # whoever asks for one gets it
     settings["name"] = given.get("name") or run_name(recipe, given)
     for key, value in settings.items():

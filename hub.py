@@ -74,9 +74,8 @@ def of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Of a run folder of the trainer: its newest checkpoint."""
     config = read_json(folder / "config.json")
     shape = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
-    gpt = GPT(ModelConfig(**shape))
-    checkpoint.load_weights(gpt, checkpoint.trained(folder))
-    return shape, gpt.state_dict()
+    weights = load_file(checkpoint.trained(folder) / checkpoint.WEIGHTS)
+    return shape, {"head.weight": weights["embedding.weight"]} | weights
 
 
 def ours(state: dict[str, Tensor], transposed: tuple[str, ...]) -> dict[str, Tensor]:

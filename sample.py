@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from config import FIELDS, only
+from config import DEFAULTS, only
 from data import tokenizers
 from engine.command import Parser, command
 from engine.run_folder import found, intact, read_json
@@ -27,7 +27,7 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     """The trained model of a run folder, in eval mode on the CPU, and the run's config. Raises UsageError: no such run, or it
     has no checkpoint yet."""
     try:
-        config = {name: field.default for name, field in FIELDS.items()} | read_json(run / "config.json") | NO_RATES
+        config = DEFAULTS | read_json(run / "config.json") | NO_RATES
         gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))
     except FileNotFoundError:
         raise UsageError(f"{run} holds no run; ./run.sh runs lists them") from None

@@ -379,8 +379,7 @@ class Checkpoints:
         log = self.folder.parent / "log.jsonl"
         length = log.stat().st_size if log.exists() else 0
         path, passed = newest(self.folder, length) if resume != "never" else (None, [])
-        for line in passed:
-            print(line, file=sys.stderr, flush=True)
+        sys.stderr.writelines(f"{line}\n" for line in passed)
         path = path or branch()
         if path is None and resume == "must":
             raise UsageError(f"--resume must: {passed[0]}; use --resume auto to start anew")

@@ -28,7 +28,6 @@ from engine.spec import UsageError
 WIRE = {"allreduce": lambda n: 2 * (n - 1) / n}
 WIRE |= dict.fromkeys(("allgather", "reduce_scatter", "reduce"), lambda n: (n - 1) / n)  # in this order: by parts of names
 
-
 T = TypeVar("T")
 
 

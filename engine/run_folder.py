@@ -203,20 +203,17 @@ class Run:
                 self.finished = there if describe(there, folder) and there["status"] else None
 
     def open(self, env: dict[str, Any], saved: dict[str, Any], display: Display, stem: Path | None = None) -> None:
-        """Write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of (`logged`).
-        stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it
-        is shorter."""
-        if not self.main:
-            return
-        log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"
-        log_bytes, there = saved.get("log_bytes", 0), source.stat().st_size if source.exists() else 0
-        if there < log_bytes:
+        """On rank 0: write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of
+        (`logged`). stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises
+        UsageError: it is shorter."""
+        log, source, log_bytes = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl", saved.get("log_bytes", 0)
+        kept = source.read_bytes()[:log_bytes] if log_bytes and source.exists() else b""
+        if len(kept) < log_bytes:
             repair = "leave out --branch" if stem else "add --resume never to start anew"
-            raise UsageError(f"{source} is {there} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
+            raise UsageError(f"{source} is {len(kept)} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
-        kept = source.read_bytes()[:log_bytes] if log_bytes else b""
         self.log_hash = hashlib.sha256(kept)
         if stem:
             log.write_bytes(kept)
