@@ -46,7 +46,12 @@ from model import GPT, parameter_counts, roles
 from optimizers.mantissa import keep_mantissas, to_bf16
 from optimizers.tied import TiedHead
 
+
 STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
+class Diverged(Exception):
+    """A loss, gradient or weight is not finite."""
 
 
 @dataclass
@@ -327,38 +332,44 @@ class Training:
         """Train to the end, the target (when asked to stop there) or divergence; write and return the result. A signal ends
         the run earlier, with a checkpoint and without a result: None."""
         self.begin()
-        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
         with Interrupt() as interrupt:
-            while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
-                self.note_epoch()
-                overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
-                self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
-                done = self.step() if self.wire_bytes is not None else self.measured_step()
-                stop, overdue = self.wishes  # of any rank: all hear of them in the same step
-                if done:
-                    self.log_step(*done)
-                elif not self.leave_out():
-                    return self.finish("diverged")
-                if config.minutes:
-                    self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
-                over, every = self.position >= config.steps, config.val_every
-                if config.check_ranks and progress.step % config.check_ranks == 0:
-                    self.clock.pause()
-                    self.world.check_equal(list(self.gpt.parameters()), f"step {progress.step}: weights")
-                if over or (progress.step % every == 0 if every else self.position // fifth > before // fifth):
-                    self.validate()
-                    if not math.isfinite(progress.last_val):  # the last update: its gradient was finite, the weights are not
-                        return self.finish("diverged")
-                if stop and not over:
-                    self.save()
-                    self.log_checkpoints(wait=True)
-                    self.run_folder.event("stopped", step=progress.step, signal=interrupt.name, utc=now_utc())
-                    return None
-                if (overdue or (config.checkpoint_every and progress.step % config.checkpoint_every == 0)) and not self.save():
-                    return self.finish("diverged")
-            if self.saved != progress.step and not self.save():
-                return self.finish("diverged")
-            return self.finish("ok" if self.position >= config.steps else "stopped")
+            try:
+                status = self.loop(interrupt)
+            except Diverged:
+                status = "diverged"
+            return None if status == "signal" else self.finish(status)
+
+    def loop(self, interrupt: Interrupt) -> str:
+        """Step after step; returns why it ended: ok, stopped (at the target) or signal."""
+        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
+        while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
+            self.note_epoch()
+            overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+            self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
+            done = self.step() if self.wire_bytes is not None else self.measured_step()
+            stop, overdue = self.wishes  # of any rank: all hear of them in the same step
+            if done:
+                self.log_step(*done)
+            else:
+                self.leave_out()
+            if config.minutes:
+                self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
+            step, over = progress.step, self.position >= config.steps
+            if config.check_ranks and step % config.check_ranks == 0:
+                self.clock.pause()
+                self.world.check_equal(list(self.gpt.parameters()), f"step {step}: weights")
+            if over or (step % config.val_every == 0 if config.val_every else self.position // fifth > before // fifth):
+                self.validate()
+            if stop and not over:
+                self.save()
+                self.log_checkpoints(wait=True)
+                self.run_folder.event("stopped", step=step, signal=interrupt.name, utc=now_utc())
+                return "signal"
+            if overdue or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                self.save()
+        if self.saved != progress.step:
+            self.save()
+        return "ok" if self.position >= config.steps else "stopped"
 
     def begin(self) -> None:
         """Restore, compile, and open the log: what comes before the first step, off the clock."""
@@ -405,17 +416,14 @@ class Training:
             self.run_folder.event("epoch", note, step=step, epoch=epoch)
 
     def measured_step(self) -> tuple[float, float, float] | None:
-        """`step`, with a look at what this rank sends in it: the first step of several ranks, a little slower for that."""
+        """`step`, and what this rank sends in it: the first of several ranks, a little slower for that."""
         with Traffic(self.world.size) as traffic:
             done = self.step()
-        if done:
-            self.wire_bytes = traffic.sent
-            if self.world.main:
-                self.run_folder.display.note(f"each rank sends {self.wire_bytes / 1e6:,.3g} MB a step")
+        self.wire_bytes = traffic.sent if done else None
         return done
 
-    def leave_out(self) -> bool:
-        """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
+    def leave_out(self) -> None:
+        """A step whose loss or gradient was not finite was not taken: say what and where. Raises Diverged: one too many."""
         self.clock.pause()
         bad = [name for name, p in self.gpt.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         ranks = [rank for rank, fine in enumerate(self.world.gather(bool(self.loss_here.isfinite()))) if not fine]
@@ -429,7 +437,8 @@ class Training:
         about = dict(step=step, ranks=ranks, parameters=bad[:8], skipped=goes_on, tokens=self.tokens)
         note = display.nonfinite(step, ranks, bad, goes_on, last)
         self.run_folder.event("nonfinite", note, **about, train_time=self.clock.train_time)
-        return goes_on
+        if not goes_on:
+            raise Diverged
 
     def log_step(self, loss: float, norm: float, step_time: float) -> None:
         about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=self.optimizer.param_groups[0]["lr"])
@@ -461,6 +470,8 @@ class Training:
         if config.target_loss and loss <= config.target_loss and progress.reached is None:
             progress.reached = {"steps": progress.step, "time": seconds}
             self.run_folder.event("target", step=progress.step, loss=loss, target_loss=config.target_loss, train_time=seconds)
+        if not math.isfinite(loss):  # after the last update: its gradient was finite, the weights are not
+            raise Diverged
 
     def validate_also(self) -> dict[str, float]:
         """Nats per token by the words of --val-also, on a fourth of --val-tokens; a corpus that cannot be read is left out."""
@@ -479,8 +490,8 @@ class Training:
                 losses[word] = self.loss_on(dataset, starts)
         return losses
 
-    def save(self) -> bool:
-        """Begin to write a checkpoint; when its `checkpoint` event is logged it is complete. False: weights are not finite."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; it is complete when its event is logged. Raises Diverged: weights are not finite."""
         self.clock.pause()
         self.check_data()
         self.world.beat(f"step {self.progress.step}: checkpoint")
@@ -489,10 +500,9 @@ class Training:
         alone = not (self.config.checkpoint_minutes or self.config.checkpoint_every)
         with self.evaluated():
             if not torch.stack([p.isfinite().all() for p in self.gpt.parameters()]).all():
-                return False
+                raise Diverged
             self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra, alone)
         self.saved_at, self.saved = time.monotonic(), self.progress.step
-        return True
 
     def restore(self) -> dict[str, Any]:
         """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns its plain values."""

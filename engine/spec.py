@@ -47,8 +47,9 @@ def refusal(name: str, value: Any, about: Mapping[str, Any]) -> str:
     if isinstance(value, tuple):
         return next(filter(None, (refusal(name, part, about) for part in value)), "")
     if choices := about.get("choices"):
-        hint = f": {nearest(value, choices)}" if isinstance(value, str) else ""
-        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}{hint if 'mean' in hint else ''}"
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        hint = f": {near}" if near.startswith("did") else ""
+        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}{hint}"
     if not isinstance(value, (int, float)):
         return ""
     least, below = next((limits for names, limits in RANGES.items() if re.fullmatch(names, name)), (-math.inf, math.inf))
@@ -87,10 +88,10 @@ def convert(text: str, annotation: Any, what: str) -> Any:
             if kind is int and "e" in text.lower() and float(text).is_integer():  # 1e6 tokens is how people write it
                 return int(float(text))
             return TRUTHS[text.lower()] if kind is bool else kind(text)
-    if kinds == [bool]:
-        raise UsageError(f"{what} takes true or false, not {text!r}")
-    words = f"takes a value of type {' or '.join(kind.__name__ for kind in kinds)}, not {text!r}"
-    raise UsageError(f"{what} {words if kinds else 'takes a value that no command line can give'}")
+    if not kinds:
+        raise UsageError(f"{what} takes a value that no command line can give")
+    wanted = "true or false" if kinds == [bool] else f"a value of type {' or '.join(kind.__name__ for kind in kinds)}"
+    raise UsageError(f"{what} takes {wanted}, not {text!r}")
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
