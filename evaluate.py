@@ -11,11 +11,12 @@ one, a question per line. bits-per-byte: of any text; each token sees at least h
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.tokenizers import Tokenizer
@@ -31,29 +32,20 @@ BATCH_TOKENS = 8192
 def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int], unit: str) -> list[float]:
     """Of the last `count` tokens of each row together, given those before, nats. A row longer than the context loses its
     beginning. Rows of like length share a batch. unit: what a row is, for the progress bar."""
-    bar = tqdm(total=len(rows), unit=unit, disable=None)
-    room, sums = gpt.config.sequence_length + 1, [0.0] * len(rows)
-    cut = [row[-room:] for row in rows]
-    for batch in batches([len(row) for row in cut]):
-        tokens = torch.zeros(len(batch), max(len(cut[i]) for i in batch), dtype=torch.long)
-        for at, i in enumerate(batch):
-            tokens[at, : len(cut[i])] = torch.tensor(cut[i])
-        logits = gpt(tokens[:, :-1])
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(batch), -1)
-        for at, i in enumerate(batch):
-            sums[i] = -float(losses[at, max(0, len(cut[i]) - 1 - counts[i]) : len(cut[i]) - 1].double().sum())
-        bar.update(len(batch))
-    bar.close()
+    sums, cut = [0.0] * len(rows), [torch.tensor(row[-gpt.config.sequence_length - 1 :], dtype=torch.long) for row in rows]
+    order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
+    with tqdm(total=len(rows), unit=unit, disable=None) as bar:
+        while order:
+            size = max(1, BATCH_TOKENS // max(1, len(cut[order[0]])))
+            batch, order = order[:size], order[size:]
+            tokens = pad_sequence([cut[i] for i in batch], batch_first=True)
+            logits, targets = gpt(tokens[:, :-1]), tokens[:, 1:]
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            for i, loss in zip(batch, losses):
+                end = len(cut[i]) - 1
+                sums[i] = -float(loss[max(0, end - counts[i]) : end].double().sum())
+            bar.update(len(batch))
     return sums
-
-
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of rows, the longest first: as many in a batch as BATCH_TOKENS allow."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, BATCH_TOKENS // max(1, lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]
 
 
 def questions(path: Path) -> list[tuple[str, list[str], int]]:
@@ -63,7 +55,7 @@ def questions(path: Path) -> list[tuple[str, list[str], int]]:
         try:
             q = json.loads(line)
             context, endings, label = q["ctx"], q["endings"], int(q["label"])
-            if not (isinstance(context, str) and all(isinstance(e, str) for e in endings) and 0 <= label < len(endings)):
+            if not (all(isinstance(text, str) for text in (context, *endings)) and 0 <= label < len(endings)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"{path}, line {number}: no question with ctx, endings and label") from None

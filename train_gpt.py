@@ -46,7 +46,6 @@ from model import GPT, parameter_counts, roles
 from optimizers.mantissa import keep_mantissas, to_bf16
 from optimizers.tied import TiedHead
 
-
 STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
