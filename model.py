@@ -42,9 +42,8 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so, with fixed scales:
-    normalised x is at most sqrt(C), weights are taken to be within 24 (modded-nanogpt since record 19), a gradient of the mean
-    over N tokens is at most 1 / N."""
+    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so: normalised x is at most
+    sqrt(C), weights are within 24 (modded-nanogpt since record 19), gradients of the mean over N tokens within 1 / N."""
 
     fp8 = False  # set by the trainer
 
@@ -304,9 +303,8 @@ class GPT(nn.Module):
 
 
 def roles(gpt: nn.Module) -> dict[str, str]:
-    """Parameter name -> what optimizers may route by. matrix: hidden weights inside blocks; embedding: token, position, value
-    and n-gram tables (and a head tied to one); head: an untied output matrix; vector: gains, biases, gates and weights of
-    residual paths; scalar: single numbers."""
+    """Parameter name -> what optimizers route by: matrix, a hidden weight inside a block; embedding, a token, position, value or
+    n-gram table, or a head tied to one; head, if untied; vector: gains, biases, gates, weights of residual paths; scalar."""
 
     def role(name: str, p: nn.Parameter) -> str:
         if p.dim() == 0 or p.numel() == 1:

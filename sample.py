@@ -24,8 +24,7 @@ from model import GPT
 
 
 def load_model(run: Path) -> tuple[GPT, dict]:
-    """The trained model of a run folder, in eval mode on the CPU, and the run's config. Raises UsageError: no such run, or it
-    has no checkpoint yet."""
+    """The trained model of a run folder, in eval mode on the CPU, and its config. Raises UsageError: no run, or untrained."""
     try:
         config = DEFAULTS | read_json(run / "config.json") | NO_RATES
         gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))

@@ -202,8 +202,7 @@ BYTES: Settings = dict(tokenizer="bytes", vocab_size=256, end_of_text=0)
 
 
 def workload(summary: str, settings: Settings) -> Track:
-    """A track for contests of optimizers, each a minute of one slow core: all is fixed but the optimizer and its schedule.
-    `compare tune` sets the target."""
+    """A track for contests of optimizers, a minute of one slow core: all but the optimizer and its schedule is fixed."""
     common = dict(sequence_length=128, clip=1.0, optimizer="adamw", schedule="cosine:warmup=0.05", val_spread=True)
     recipes = {"baseline": (), "record": ("muon",)}
     return Track(f"workload: {summary}", common | settings, 0.0, "set by `compare tune`", recipes, workload=True)
@@ -338,8 +337,7 @@ def merge_optimizer(old: str, new: str) -> str:
 
 
 def listed(track_name: str, words: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The words of a comma-separated list, each with its tricks: several for a recipe. Raises UsageError: unknown track or
-    trick."""
+    """The words of a comma-separated list, each with its tricks: several for a recipe. Raises UsageError: unknown."""
     recipes = track(track_name).recipes
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
@@ -349,13 +347,12 @@ def listed(track_name: str, words: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def spelled_out(track_name: str, words: str) -> list[str]:
-    """The tricks of a comma-separated list, named recipes replaced by theirs. Raises UsageError: unknown track or trick."""
+    """The tricks of a comma-separated list, recipes replaced by theirs. Raises UsageError: unknown track or trick."""
     return [trick for _, tricks in listed(track_name, words) for trick in tricks]
 
 
 def apply(track_name: str, words: str) -> tuple[Settings, str]:
-    """What a track and a comma-separated list of tricks and recipes set, and the recipe's name for the run folder. Raises
-    UsageError: unknown track or trick."""
+    """What a track and a list of tricks and recipes set, and the recipe's name. Raises UsageError: unknown."""
     chosen = track(track_name)
     settings = dict(chosen.settings, target_loss=chosen.target_loss)
     named = listed(track_name, words) or [("baseline", ())]

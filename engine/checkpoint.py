@@ -122,8 +122,7 @@ def only(packed: Any, own: Any) -> Any:
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
-    """The tensors of a packed state: {"tensor": path, "shape", "dtype"}. Raises ValueError, or what else comes of it: `pack`
-    has not made it."""
+    """The tensors of a packed state: {"tensor": path, "shape", "dtype"}. Raises anything where `pack` has not made it."""
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         yield packed
@@ -208,8 +207,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, and a line for each that was passed over. log_bytes: of the run's log, which should reach
-    to the checkpoint."""
+    """The newest intact checkpoint that a log of so many bytes reaches to, and a line for each that was passed over."""
     passed, whole = [], None
     for path in listing(folder):
         if not (problem := damage(path)):
@@ -401,8 +399,7 @@ class Checkpoints:
         return facts
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete. Raises what went wrong: where the system refused an OSError,
-        whatever the libraries wrapped it in."""
+        """Until the checkpoint that is being written is complete. Raises what went wrong, an OSError as that."""
         pending, self.pending = self.pending, None
         if pending is None:
             return

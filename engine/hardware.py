@@ -60,8 +60,7 @@ CARDS: dict[str, Card] = {
 
 
 def card_named(name: str) -> tuple[str, Card] | None:
-    """The table's word and card for a GPU's name, such as torch has it, or None. Laptops and D models have smaller cards of the
-    same name."""
+    """The table's word and card for a GPU's name, or None. Laptops and D models have smaller cards of the same name."""
     known = [word for word in CARDS if word in name and "Laptop" not in name and not name.endswith(" D")]
     word = max(known, key=len, default=None)
     return word and (word, CARDS[word])
@@ -100,8 +99,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
-    """Does the head multiply 8-bit floats, and what is to be said of it? name: ModelConfig.head_dtype. Raises UsageError: fp8
-    asked for on a GPU that has none."""
+    """Does the head multiply 8-bit floats, and what is to be said of it? Raises UsageError: asked for on a GPU without."""
     if name == "same":
         return False, ""
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):

@@ -269,8 +269,7 @@ def stage(stages: tuple[float, ...], step: float, steps: int) -> int:
 
 def future_weights(tokens: int, step: float, steps: int) -> tuple[float, ...]:
     """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k; the furthest first,
-    each fades in a straight line over 1 / (tokens + 1) of the run. Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0],
-    [1, 0.5 -> 0], [1]."""
+    each fades in a line over 1 / (tokens + 1) of the run. Speedrun record 53: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
     done = (tokens + 1) * step / steps
     return tuple(0.5**k * min(1.0, max(0.0, tokens - k + 1 - done)) for k in range(1, tokens + 1))
 

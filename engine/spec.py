@@ -183,8 +183,7 @@ def check_trusted(name: str, what: str) -> None:
 
 
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: the command line does not name it, it does
-    not import, or has no such class."""
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: not named by the user, or not there."""
     check_trusted(name, what)
     place, _, attribute = name.partition(":")
     try:
