@@ -303,8 +303,8 @@ class GPT(nn.Module):
 
 
 def roles(gpt: nn.Module) -> dict[str, str]:
-    """Parameter name -> what optimizers route by: matrix, a hidden weight inside a block; embedding, a token, position, value or
-    n-gram table, or a head tied to one; head, if untied; vector: gains, biases, gates, weights of residual paths; scalar."""
+    """Parameter name -> what optimizers route by: matrix, hidden weights inside blocks; embedding, token, position, value and
+    n-gram tables (and a head tied to one); head, an untied one; vector, gains, biases, gates, weights of paths; scalar."""
 
     def role(name: str, p: nn.Parameter) -> str:
         if p.dim() == 0 or p.numel() == 1:

@@ -1,4 +1,10 @@
-"""python -m export --run runs/cpu/record-s0-1a2b3c4d --to hf OUT"""
+"""Trained models for others: a folder that `transformers` loads, with tokenizer and model card.
+
+    ./run.sh export --run runs/cpu/record-s0-1a2b3c4d --to hf OUT
+
+A GPT-2 as published becomes a GPT2LMHeadModel; every other model is loaded with trust_remote_code by `modeling_speedrun.py`,
+which is copied beside it.
+"""
 
 import json
 import os
@@ -8,7 +14,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-import export
 import hub
 from data.tokenizers import Tokenizer
 from engine.command import Parser, command
@@ -79,7 +84,7 @@ def card(run: Path, own_code: bool, of_tokens: str) -> str:
 
 
 def write(argv: list[str]) -> str:
-    flags = Parser(prog="export", description=export.__doc__)
+    flags = Parser(prog="export", description=__doc__)
     add_run(flags)
     flags.add_argument("--to", choices=("hf",), default="hf", help="form: hf, of Hugging Face's transformers")
     flags.add_argument("out", type=Path, help="folder to write")
