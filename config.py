@@ -222,7 +222,7 @@ def allowed_skips(nonfinite: str) -> int:
 
 
 def shares(config: Config, model: ModelConfig, ranks: int, device_type: str, memory: float = CARD_MEMORY) -> tuple[int, int]:
-    """Sequences per rank and step, and per micro-batch. memory: bytes of a card. Raises UsageError: they do not divide."""
+    """Sequences per rank and step, and per micro-batch. memory: bytes of a card. Raises UsageError: no even division."""
     T, unit = model.sequence_length, ranks * model.sequence_length
     per_rank, rest = divmod(config.batch_tokens, unit)
     if rest:

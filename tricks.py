@@ -337,7 +337,7 @@ def merge_optimizer(old: str, new: str) -> str:
 
 
 def listed(track_name: str, words: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The words of a comma-separated list, each with its tricks: several for a recipe. Raises UsageError: unknown."""
+    """The words of a comma-separated list, each with its tricks: several for a recipe. Raises UsageError: unknown name."""
     recipes = track(track_name).recipes
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
@@ -352,7 +352,7 @@ def spelled_out(track_name: str, words: str) -> list[str]:
 
 
 def apply(track_name: str, words: str) -> tuple[Settings, str]:
-    """What a track and a list of tricks and recipes set, and the recipe's name. Raises UsageError: unknown."""
+    """What a track and a list of tricks and recipes set, and the recipe's name. Raises UsageError: unknown name."""
     chosen = track(track_name)
     settings = dict(chosen.settings, target_loss=chosen.target_loss)
     named = listed(track_name, words) or [("baseline", ())]

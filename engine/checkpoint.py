@@ -122,7 +122,7 @@ def only(packed: Any, own: Any) -> Any:
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
-    """The tensors of a packed state: {"tensor": path, "shape", "dtype"}. Raises anything where `pack` has not made it."""
+    """The tensors of a packed state: {"tensor": path, "shape", "dtype"}. Raises ValueError or the like: not `pack`'s."""
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         yield packed
@@ -207,7 +207,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint that a log of so many bytes reaches to, and a line for each that was passed over."""
+    """The newest intact checkpoint, if there is one that a log of so many bytes reaches to; a line for each passed over."""
     passed, whole = [], None
     for path in listing(folder):
         if not (problem := damage(path)):
@@ -399,7 +399,7 @@ class Checkpoints:
         return facts
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete. Raises what went wrong, an OSError as that."""
+        """For the checkpoint being written. Raises what went wrong: an OSError, however the libraries wrapped it."""
         pending, self.pending = self.pending, None
         if pending is None:
             return

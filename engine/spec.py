@@ -183,7 +183,7 @@ def check_trusted(name: str, what: str) -> None:
 
 
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: not named by the user, or not there."""
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: not on the command line, or not there."""
     check_trusted(name, what)
     place, _, attribute = name.partition(":")
     try:
