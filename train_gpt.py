@@ -260,6 +260,86 @@ class Training:
             run.release()
             raise
 
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end, the target (when asked to stop there) or divergence; write and return the result. A signal ends
+        the run earlier, with a checkpoint and without a result: None."""
+        self.begin()
+        with Interrupt() as interrupt:
+            try:
+                status = self.loop(interrupt)
+            except Diverged:
+                status = "diverged"
+            return None if status == "signal" else self.finish(status)
+
+    def begin(self) -> None:
+        """Restore, compile, and open the log: what comes before the first step, off the clock."""
+        config, world, folder = self.config, self.world, self.run_folder
+        saved = self.restore() if self.start else {}
+        first, self.seconds = self.progress.step, self.clock.train_time
+        self.peak, source = hardware.matmul_peak(world.device, self.dtype)
+        cards = world.gather(hardware.device_name(world.device))
+        if self.compiled:
+            world.beat("compiling")
+            self.warm_up()
+        if world.main:
+            env = dict(data_fingerprint=self.fingerprint, world_size=world.size, dtype=str(self.dtype).removeprefix("torch."))
+            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=source)
+            show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
+            stem = self.start.parent.parent if self.branched else None
+            folder.open(hardware.describe(world.device) | code_version() | env, saved, show, stem)
+        about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
+        kind = "branch" if self.branched else "resume" if self.start else "start"
+        folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
+        self.model.train()
+        self.optimizer.train()
+        self.tied.after_update(first)
+
+    def warm_up(self) -> None:
+        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
+        weights, gradients, optimizer, RNG and data position as they were."""
+        first, device = self.position, self.world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for position in sorted({max(start, first) for start in self.course.new_shapes()}):
+                now = self.course.at(position)
+                self.gpt.see(now.windows)
+                tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
+                # targets in memory of their own, as in training: a tensor given twice would make another graph
+                self.model(tokens, tokens.clone(), hardware.upload(now.future, device)).backward()
+                self.model.zero_grad(set_to_none=True)
+        optimizers.compile_update(self.optimizer)
+
+    def loop(self, interrupt: Interrupt) -> str:
+        """Step after step; returns why it ended: ok, stopped (at the target) or signal."""
+        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
+        while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
+            self.note_epoch()
+            overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+            self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
+            done = self.step() if self.wire_bytes is not None else self.measured_step()
+            stop, overdue = self.wishes  # of any rank: all hear of them in the same step
+            if done:
+                self.log_step(*done)
+            else:
+                self.leave_out()
+            if config.minutes:
+                self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
+            step, over = progress.step, self.position >= config.steps
+            if config.check_ranks and step % config.check_ranks == 0:
+                self.clock.pause()
+                self.world.check_equal(list(self.gpt.parameters()), f"step {step}: weights")
+            if over or (step % config.val_every == 0 if config.val_every else self.position // fifth > before // fifth):
+                self.validate()
+            if stop and not over:
+                self.save()
+                self.log_checkpoints(wait=True)
+                self.run_folder.event("stopped", step=step, signal=interrupt.name, utc=now_utc())
+                return "signal"
+            if overdue or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                self.save()
+        if self.saved != progress.step:
+            self.save()
+        return "ok" if self.position >= config.steps else "stopped"
+
     @property
     def tokens(self) -> int:
         """Trained on so far."""
@@ -327,93 +407,6 @@ class Training:
         length = round(self.model_config.sequence_length * now.length)
         return self.micro * self.model_config.sequence_length // length, length
 
-    def run(self) -> dict[str, Any] | None:
-        """Train to the end, the target (when asked to stop there) or divergence; write and return the result. A signal ends
-        the run earlier, with a checkpoint and without a result: None."""
-        self.begin()
-        with Interrupt() as interrupt:
-            try:
-                status = self.loop(interrupt)
-            except Diverged:
-                status = "diverged"
-            return None if status == "signal" else self.finish(status)
-
-    def loop(self, interrupt: Interrupt) -> str:
-        """Step after step; returns why it ended: ok, stopped (at the target) or signal."""
-        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
-        while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
-            self.note_epoch()
-            overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
-            self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
-            done = self.step() if self.wire_bytes is not None else self.measured_step()
-            stop, overdue = self.wishes  # of any rank: all hear of them in the same step
-            if done:
-                self.log_step(*done)
-            else:
-                self.leave_out()
-            if config.minutes:
-                self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
-            step, over = progress.step, self.position >= config.steps
-            if config.check_ranks and step % config.check_ranks == 0:
-                self.clock.pause()
-                self.world.check_equal(list(self.gpt.parameters()), f"step {step}: weights")
-            if over or (step % config.val_every == 0 if config.val_every else self.position // fifth > before // fifth):
-                self.validate()
-            if stop and not over:
-                self.save()
-                self.log_checkpoints(wait=True)
-                self.run_folder.event("stopped", step=step, signal=interrupt.name, utc=now_utc())
-                return "signal"
-            if overdue or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                self.save()
-        if self.saved != progress.step:
-            self.save()
-        return "ok" if self.position >= config.steps else "stopped"
-
-    def begin(self) -> None:
-        """Restore, compile, and open the log: what comes before the first step, off the clock."""
-        config, world, folder = self.config, self.world, self.run_folder
-        saved = self.restore() if self.start else {}
-        first, self.seconds = self.progress.step, self.clock.train_time
-        self.peak, source = hardware.matmul_peak(world.device, self.dtype)
-        cards = world.gather(hardware.device_name(world.device))
-        if self.compiled:
-            world.beat("compiling")
-            self.warm_up()
-        if world.main:
-            env = dict(data_fingerprint=self.fingerprint, world_size=world.size, dtype=str(self.dtype).removeprefix("torch."))
-            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=source)
-            show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
-            stem = self.start.parent.parent if self.branched else None
-            folder.open(hardware.describe(world.device) | code_version() | env, saved, show, stem)
-        about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
-        kind = "branch" if self.branched else "resume" if self.start else "start"
-        folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
-        self.model.train()
-        self.optimizer.train()
-        self.tied.after_update(first)
-
-    def warm_up(self) -> None:
-        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
-        weights, gradients, optimizer, RNG and data position as they were."""
-        first, device = self.position, self.world.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for position in sorted({max(start, first) for start in self.course.new_shapes()}):
-                now = self.course.at(position)
-                self.gpt.see(now.windows)
-                tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
-                # targets in memory of their own, as in training: a tensor given twice would make another graph
-                self.model(tokens, tokens.clone(), hardware.upload(now.future, device)).backward()
-                self.model.zero_grad(set_to_none=True)
-        optimizers.compile_update(self.optimizer)
-
-    def note_epoch(self) -> None:
-        """Say when the data begins anew."""
-        step, epoch = self.progress.step, math.floor(self.loader.epochs(self.progress.step))
-        if step and epoch > math.floor(self.loader.epochs(step - 1)):
-            note = f"step {step}: all data seen {epoch} times, it repeats from here"
-            self.run_folder.event("epoch", note, step=step, epoch=epoch)
-
     def measured_step(self) -> tuple[float, float, float] | None:
         """`step`, and what this rank sends in it: the first of several ranks, a little slower for that."""
         with Traffic(self.world.size) as traffic:
@@ -438,6 +431,13 @@ class Training:
         self.run_folder.event("nonfinite", note, **about, train_time=self.clock.train_time)
         if not goes_on:
             raise Diverged
+
+    def note_epoch(self) -> None:
+        """Say when the data begins anew."""
+        step, epoch = self.progress.step, math.floor(self.loader.epochs(self.progress.step))
+        if step and epoch > math.floor(self.loader.epochs(step - 1)):
+            note = f"step {step}: all data seen {epoch} times, it repeats from here"
+            self.run_folder.event("epoch", note, step=step, epoch=epoch)
 
     def log_step(self, loss: float, norm: float, step_time: float) -> None:
         about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=self.optimizer.param_groups[0]["lr"])
