@@ -68,11 +68,7 @@ class Config:
     stop_at_target: bool = setting(False, "stop at the first validation that meets the target")
     out: str = setting("", "run folder; empty: runs/<track>/<name>-s<seed>-<hash>")
     name: str = setting("", "start of the run folder's name; empty: the recipe and the flags that change it")
-    resume: str = setting(
-        "auto",
-        "auto: continue an unfinished run; never: start anew; must: fail without a checkpoint",
-        ("auto", "never", "must"),
-    )
+    resume: str = setting("auto", "continue a run; never: begin anew; must: fail without checkpoint", ("auto", "never", "must"))
     branch: str = setting("", "comma-separated folders of runs of another length: start from the last state shared with one")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the minutes, and at the end")
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints; 0: off")
@@ -92,7 +88,7 @@ class Config:
 
 @functools.cache
 def parser() -> argparse.ArgumentParser:
-    """Flags generated from the two dataclasses; absent flags leave no trace, so that tracks and tricks can set them."""
+    """Flags generated from the two dataclasses; an absent flag leaves no trace: tracks and tricks may set it."""
     flags = Parser(argument_default=argparse.SUPPRESS)
     for title, cls in (("run", Config), ("model", ModelConfig)):
         group = flags.add_argument_group(title)
@@ -112,21 +108,23 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+NAME = re.compile(r"[\w,+-][\w.,+-]*")  # what a run may be called
 CARD_MEMORY = 80e9  # bytes: of the card for which 65,536 tokens are usually not too many; a smaller one takes as many fewer
 FIELDS = {f.name: f for cls in (Config, ModelConfig) for f in dataclasses.fields(cls)}
+DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
 
 def resolve(argv: list[str], description: str = "", others: Iterable[str] = ()) -> tuple[Config, ModelConfig, str]:
-    """Command line -> config, model config, recipe name. others: flags of the verb itself, which a misspelt word may mean.
-    Raises UsageError: an unknown word, a wrong type, a contradiction."""
+    """Command line -> config, model config, recipe name. others: flags of the verb, which a misspelt word may mean. Raises
+    UsageError: an unknown word, a wrong type, a contradiction."""
     given = flags_given(argv, description, others)
-    settings, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
+    changes, recipe = tricks.apply(given.get("track", Config.track), given.get("tricks", Config.tricks))
+    settings = DEFAULTS | changes
     if "optimizer" in given:  # its keys go over those of the tricks, where it is the same method
         given["optimizer"] = tricks.merge_optimizer(settings["optimizer"], given["optimizer"])
     settings |= hub.read(given["init_from"])[0] if given.get("init_from") else {}
     settings |= given
-    words = {key: settings.get(key, getattr(Config, key)) for key in ("optimizer", "schedule")}
-    settings["optimizer"], schedule = tricks.tuned(settings.get("track", Config.track), **words)
+    settings["optimizer"], schedule = tricks.tuned(*(settings[key] for key in ("track", "optimizer", "schedule")))
     settings["schedule"] = given.get("schedule", schedule)  # whoever asks for one gets it
     settings["name"] = given.get("name") or run_name(recipe, given)
     for key, value in settings.items():
@@ -157,16 +155,16 @@ def flags_given(argv: list[str], description: str, others: Iterable[str]) -> dic
 
 def run_name(recipe: str, given: dict[str, Any]) -> str:
     """The recipe and the flags that change it: modern-muon-steps300. Of a SPEC its name alone: the hash has the rest."""
-    words = [recipe]
-    for key in (key for key in FIELDS if key in given and key not in ("track", "tricks", "seed", *PRESENTATION)):
-        value = given[key]
+
+    def word(key: str, value: Any) -> str:
         if isinstance(value, bool):
-            words.append(key if value else f"no_{key}")
-        elif isinstance(value, str):
-            words.append(split(value)[0].rpartition(":")[2])
-        else:
-            words.append(key + ("_".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"))
-    return re.sub(r"[^\w.,+-]+", "_", "-".join(filter(None, words)))
+            return key if value else f"no_{key}"
+        if isinstance(value, str):
+            return split(value)[0].rpartition(":")[2]
+        return key + "_".join(f"{x:g}" for x in (value if isinstance(value, tuple) else (value,)))
+
+    named = [key for key in FIELDS if key in given and key not in ("track", "tricks", "seed", *PRESENTATION)]
+    return re.sub(r"[^\w.,+-]+", "_", "-".join(filter(None, [recipe, *(word(key, given[key]) for key in named)])))
 
 
 def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
@@ -174,37 +172,36 @@ def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
     return {f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings}
 
 
+UNTIED = "needs a head that can be untied, and an embedding of its type: add --no-tied-head or --embedding-dtype same"
+
+
 def check(config: Config, model_config: ModelConfig) -> None:
     """Raises UsageError: settings that contradict each other, or a SPEC with a wrong word."""
     allowed_skips(config.nonfinite)
     optimizer, _ = optimizers.find(config.optimizer), optimizers.build_around(config.outer, config.average, config.steps)
-    course = Course(config)
-    T = model_config.sequence_length
-    if not re.fullmatch(r"[\w,+-][\w.,+-]*", config.name):
-        raise UsageError(f"--name takes letters, digits and . , + - _; not {config.name!r}")
-    if not 0 <= config.loss_tokens <= T:
-        raise UsageError(f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}")
-    if config.stop_at_target and not config.target_loss:
-        raise UsageError("--stop-at-target needs a target: add --target-loss")
-    if config.minutes and (known := needs_steps(config)):
-        raise UsageError(f"--minutes leaves the number of steps to the machine; it must be known for {known}")
-    if config.momentum_schedule != "keep" and not optimizer.has_momentum:
-        name = split(config.optimizer)[0]
-        raise UsageError(f"--momentum-schedule {config.momentum_schedule}: {name} has no momentum that it could change")
-    if config.tied_until and (model_config.tied_head or model_config.embedding_dtype != "same"):
-        words = "needs a head that can be untied, and an embedding of its type: add --no-tied-head or --embedding-dtype same"
-        raise UsageError(f"--tied-until {config.tied_until:g} {words}")
-    if any(round(T * part) < 1 or T % round(T * part) for part in course.lengths):
-        raise UsageError(f"--length-stages: its parts of {T} tokens must divide them, such as 0.25/0.5/1")
-    if config.loss_tokens and min(course.lengths) < 1:
-        raise UsageError("--length-stages cuts sequences, of which --loss-tokens counts the end: give one of them")
-    shortest = round(T * min(course.lengths))
-    if not 0 <= config.future_tokens < shortest:
-        raise UsageError(f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}")
+    course, T, method = Course(config), model_config.sequence_length, split(config.optimizer)[0]
+    lengths, cut = [round(T * part) for part in course.lengths], min(course.lengths) < 1
+    tieable = not model_config.tied_head and model_config.embedding_dtype == "same"
+    still, uneven = not optimizer.has_momentum, any(n < 1 or T % n for n in lengths)
+    ramp, shortest = config.momentum_schedule, min(lengths)
+    known = needs_steps(config) if config.minutes else ""
+    wrong = {
+        f"--name takes letters, digits and . , + - _; not {config.name!r}": not NAME.fullmatch(config.name),
+        f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}": config.loss_tokens > T,
+        "--stop-at-target needs a target: add --target-loss": config.stop_at_target and not config.target_loss,
+        f"--minutes leaves the number of steps to the machine; it must be known for {known}": known,
+        f"--momentum-schedule {ramp}: {method} has no momentum that it could change": ramp != "keep" and still,
+        f"--tied-until {config.tied_until:g} {UNTIED}": config.tied_until and not tieable,
+        f"--length-stages: its parts of {T} tokens must divide them, such as 0.25/0.5/1": uneven,
+        "--length-stages cuts sequences, of which --loss-tokens counts the end: give one of them": config.loss_tokens and cut,
+        f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}": config.future_tokens >= shortest,
+    }
+    if words := next(filter(wrong.get, wrong), ""):
+        raise UsageError(words)
 
 
 def needs_steps(config: Config) -> str:
-    """The first setting that is given and names a certain step of the run; empty: none."""
+    """The first given setting that names a certain step of the run; empty: none."""
     fractions = "a length in --optimizer or --average that is a fraction of the run: give it in steps"
     given = {"--batch-stages": len(config.batch_stages) > 1, "--tied-until": config.tied_until, "--branch": config.branch}
     given[fractions] = of_length(config, 10**3) != of_length(config, 10**6)
@@ -224,25 +221,18 @@ def allowed_skips(nonfinite: str) -> int:
     return int(count or 0)
 
 
-def shares(
-    config: Config, model_config: ModelConfig, ranks: int, device_type: str, memory: float = CARD_MEMORY
-) -> tuple[int, int]:
-    """Sequences per rank and step, and per micro-batch. memory: bytes of a card. Raises UsageError: the batch does not divide
-    evenly."""
-    T = model_config.sequence_length
-    unit = ranks * T
-    if config.batch_tokens % unit:
-        near = max(unit, round(config.batch_tokens / unit) * unit)
-        divisor = f"ranks x sequence length = {ranks} x {T}"
+def shares(config: Config, model: ModelConfig, ranks: int, device_type: str, memory: float = CARD_MEMORY) -> tuple[int, int]:
+    """Sequences per rank and step, and per micro-batch. memory: bytes of a card. Raises UsageError: no even division."""
+    T, unit = model.sequence_length, ranks * model.sequence_length
+    per_rank, rest = divmod(config.batch_tokens, unit)
+    if rest:
+        near, divisor = max(1, round(config.batch_tokens / unit)) * unit, f"ranks x sequence length = {ranks} x {T}"
         raise UsageError(f"--batch-tokens {config.batch_tokens} is not divisible by {divisor}: the nearest that is: {near}")
-    per_rank = config.batch_tokens // unit
     if config.micro_batch_tokens:
         micro, rest = divmod(config.micro_batch_tokens, T)
         if rest or not micro or per_rank % micro:
-            raise UsageError(
-                f"--micro-batch-tokens {config.micro_batch_tokens} must be a multiple of the sequence length {T} that divides "
-                f"the {per_rank * T} tokens of a rank"
-            )
+            words = f"must be a multiple of the sequence length {T} that divides the {per_rank * T} tokens of a rank"
+            raise UsageError(f"--micro-batch-tokens {config.micro_batch_tokens} {words}")
         return per_rank, micro
     most = max(1, round(65536 * min(1.0, memory / CARD_MEMORY) if device_type == "cuda" else 16384) // T)
     return per_rank, max(n for n in range(1, min(per_rank, most) + 1) if per_rank % n == 0)
@@ -259,16 +249,14 @@ def stages(config: Config, model_config: ModelConfig) -> Counter[tuple[float, in
 
 def mean_flops(config: Config, model_config: ModelConfig) -> int:
     """FLOPs that training needs per token: `flops_per_token`, the mean over a run whose windows or sequences change."""
-    flops = batches = 0
-    for (part, length, size), steps in stages(config, model_config).items():
-        flops += steps * size * flops_per_token(model_config, part, length)
-        batches += steps * size
-    return round(flops / batches)
+    counted = stages(config, model_config).items()
+    flops = sum(steps * size * flops_per_token(model_config, part, length) for (part, length, size), steps in counted)
+    return round(flops / sum(steps * size for (_, _, size), steps in counted))
 
 
 def shared_steps(config: Config, steps: int) -> int:
-    """The first steps that a run of `steps` steps, with these settings otherwise, has in common with this one. Raises
-    UsageError: settings of the optimizer are fractions of the run's length."""
+    """How many first steps a run of `steps` steps, all else equal, has in common with this one. Raises UsageError: settings of
+    the optimizer are fractions of the run's length."""
     if of_length(config, config.steps) != of_length(config, steps):
         raise UsageError(f"--branch: settings of {config.optimizer} are fractions of the run's length")
     this, other, both = Course(config), Course(config, steps), min(config.steps, steps)
@@ -301,11 +289,11 @@ def standing(config: Config, model_config: ModelConfig, result: dict[str, Any]) 
     return f"\n{steps:,} steps to {config.target_loss:g}: {where} {names} {about}"
 
 
-def more_memory(config: Config, model_config: ModelConfig, ranks: int, device_type: str, memory: float) -> str:
+def more_memory(config: Config, model: ModelConfig, ranks: int, device_type: str, memory: float) -> str:
     """What to change where a step does not fit."""
-    sequences, micro = shares(config, model_config, ranks, device_type, memory)
-    smaller = next((n for n in range(micro // 2, 0, -1) if sequences % n == 0), None)
-    ways = [f"--micro-batch-tokens {smaller * model_config.sequence_length}"] if smaller else []
-    ways += [] if model_config.checkpoint_activations else ["--checkpoint-activations"]
-    tokens = micro * model_config.sequence_length
-    return f"micro-batches have {tokens} tokens; try {' or '.join(ways) or 'more GPUs, or an optimizer with less state'}"
+    sequences, micro = shares(config, model, ranks, device_type, memory)
+    smaller = next((n for n in range(micro // 2, 0, -1) if sequences % n == 0), 0)
+    ways = [f"--micro-batch-tokens {smaller * model.sequence_length}"] * bool(smaller)
+    ways += ["--checkpoint-activations"] * (not model.checkpoint_activations)
+    advice = " or ".join(ways) or "more GPUs, or an optimizer with less state"
+    return f"micro-batches have {micro * model.sequence_length} tokens; try {advice}"

@@ -3,57 +3,49 @@
 python evaluate.py --run runs/gpt2-small/record-s0-1a2b3c4d hellaswag --file hellaswag_val.jsonl
 python evaluate.py bits-per-byte --file my.txt                                                for the newest run
 
-hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four. acc: by the sum of its
-tokens' log-probabilities; acc_norm: by their mean, as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
+hellaswag (arXiv 1905.07830): the share of questions whose right ending is the likeliest of four, by the sum of its tokens'
+log-probabilities (acc) or by their mean (acc_norm), as in build-nanogpt (GPT-2 124M: 0.2859 and 0.2955). The file is the public
 one, a question per line. bits-per-byte: of any text; each token sees at least half a context before it.
 """
 
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import tokenizers
+from data.tokenizers import Tokenizer
 from engine.command import Answer, Parser, command
 from engine.spec import UsageError
 from model import GPT
-from sample import load_model, newest_run
+from sample import add_run, opened
 
 BATCH_TOKENS = 8192
 
 
 @torch.no_grad()
 def log_probabilities(gpt: GPT, rows: Sequence[list[int]], counts: Sequence[int], unit: str) -> list[float]:
-    """Of the last `count` tokens of each row, given those before, in all, nats. A row longer than the context loses its
+    """Of the last `count` tokens of each row together, given those before, nats. A row longer than the context loses its
     beginning. Rows of like length share a batch. unit: what a row is, for the progress bar."""
-    bar = tqdm(total=len(rows), unit=unit, disable=None)
-    room, sums = gpt.config.sequence_length + 1, [0.0] * len(rows)
-    cut = [row[-room:] for row in rows]
-    for batch in batches([len(row) for row in cut]):
-        tokens = torch.zeros(len(batch), max(len(cut[i]) for i in batch), dtype=torch.long)
-        for at, i in enumerate(batch):
-            tokens[at, : len(cut[i])] = torch.tensor(cut[i])
-        logits = gpt(tokens[:, :-1])
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(batch), -1)
-        for at, i in enumerate(batch):
-            sums[i] = -float(losses[at, max(0, len(cut[i]) - 1 - counts[i]) : len(cut[i]) - 1].double().sum())
-        bar.update(len(batch))
-    bar.close()
+    sums, cut = [0.0] * len(rows), [torch.tensor(row[-gpt.config.sequence_length - 1 :], dtype=torch.long) for row in rows]
+    order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
+    with tqdm(total=len(rows), unit=unit, disable=None) as bar:
+        while order:
+            size = max(1, BATCH_TOKENS // max(1, len(cut[order[0]])))
+            batch, order = order[:size], order[size:]
+            tokens = pad_sequence([cut[i] for i in batch], batch_first=True)
+            logits, targets = gpt(tokens[:, :-1]), tokens[:, 1:]
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            for i, loss in zip(batch, losses):
+                end = len(cut[i]) - 1
+                sums[i] = -float(loss[max(0, end - counts[i]) : end].double().sum())
+            bar.update(len(batch))
     return sums
-
-
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of rows, the longest first: as many in a batch as BATCH_TOKENS allow."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, BATCH_TOKENS // max(1, lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]
 
 
 def questions(path: Path) -> list[tuple[str, list[str], int]]:
@@ -63,7 +55,7 @@ def questions(path: Path) -> list[tuple[str, list[str], int]]:
         try:
             q = json.loads(line)
             context, endings, label = q["ctx"], q["endings"], int(q["label"])
-            if not (isinstance(context, str) and all(isinstance(e, str) for e in endings) and 0 <= label < len(endings)):
+            if not (all(isinstance(text, str) for text in (context, *endings)) and 0 <= label < len(endings)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"{path}, line {number}: no question with ctx, endings and label") from None
@@ -73,29 +65,29 @@ def questions(path: Path) -> list[tuple[str, list[str], int]]:
     return read
 
 
-def hellaswag(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
+def hellaswag(gpt: GPT, tokenizer: Tokenizer, path: Path) -> Answer:
     asked, rows, counts = questions(path), [], []
     for context, endings, _ in asked:
-        start = [int(t) for t in tokenizer.encode(context)]
+        start = tokenizer.encode(context).tolist()
         for ending in endings:
-            end = [int(t) for t in tokenizer.encode(" " + ending)]
+            end = tokenizer.encode(" " + ending).tolist()
             rows.append(start + end)
             counts.append(len(end))
     sums, lengths, right = iter(log_probabilities(gpt, rows, counts, "ending")), iter(counts), [0, 0]
     for _, endings, label in asked:
-        of = [next(sums) for _ in endings]
-        mean = [value / max(1, next(lengths)) for value in of]
-        for at, scores in enumerate((of, mean)):
-            right[at] += max(range(len(of)), key=scores.__getitem__) == label
+        total = [next(sums) for _ in endings]
+        mean = [value / max(1, next(lengths)) for value in total]
+        for at, scores in enumerate((total, mean)):
+            right[at] += scores.index(max(scores)) == label
     acc, norm = (r / len(asked) for r in right)
     half = 1.96 * math.sqrt(max(acc * (1 - acc), norm * (1 - norm)) / len(asked))
     words = f"hellaswag: acc {acc:.4f}, acc_norm {norm:.4f} of {len(asked):,} questions (+- {half:.4f})"
     return Answer(words, {"acc": acc, "acc_norm": norm, "questions": len(asked), "half_interval": half})
 
 
-def bits_per_byte(gpt: GPT, tokenizer: tokenizers.Bytes, path: Path) -> Answer:
+def bits_per_byte(gpt: GPT, tokenizer: Tokenizer, path: Path) -> Answer:
     text = path.read_text(errors="strict")
-    tokens = [tokenizer.eot, *(int(t) for t in tokenizer.encode(text))]
+    tokens = [tokenizer.eot, *tokenizer.encode(text).tolist()]
     if len(tokens) < 2:
         raise UsageError(f"{path} is empty")
     room = gpt.config.sequence_length
@@ -115,13 +107,11 @@ def run(argv: list[str]) -> Answer:
     flags = Parser(prog="evaluate.py", description=__doc__)
     flags.add_argument("task", choices=TASKS, help="what to score")
     flags.add_argument("--file", type=Path, required=True, help="hellaswag_val.jsonl, or a text")
-    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
-    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="where the tokenizer is (default: corpora)")
+    add_run(flags)
     options = flags.parse_args(argv)
     if not options.file.is_file():
         raise UsageError(f"no file {options.file}; hellaswag_val.jsonl is at github.com/rowanz/hellaswag")
-    gpt, config = load_model(options.run or newest_run())
-    tokenizer = tokenizers.get(config["tokenizer"], options.data_root)
+    _, gpt, tokenizer = opened(options)
     try:
         return TASKS[options.task](gpt, tokenizer, options.file)
     except UnicodeDecodeError:

@@ -3,7 +3,7 @@
     shape, weights = read("gpt2")        a folder of Hugging Face, a ckpt.pt of nanoGPT, or a run folder
     write(gpt, Path("out"))              the folder that transformers' GPT2LMHeadModel.from_pretrained loads
 
-What is read is somebody else's: tensors and numbers are taken from it, never code.
+Tensors and numbers are taken from what is read, never code.
 """
 
 import json
@@ -36,8 +36,7 @@ PUBLISHED = ("vocab_size", "sequence_length", "layers", "heads", "width", "mlp_r
 
 
 def read(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fields of ModelConfig, and weights by our names. Raises UsageError: it is none of the three forms, damaged, or a model
-    that ours cannot be."""
+    """Fields of ModelConfig, and weights by our names. Raises UsageError: of no form above, damaged, or no model of ours."""
     path = Path(source.removeprefix("hf:"))
     try:
         if path.is_file():
@@ -53,7 +52,7 @@ def read(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def of_huggingface(config: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Of a GPT2LMHeadModel: its config and its state."""
+    """Of a GPT2LMHeadModel."""
     pdrop = config.get("resid_pdrop", 0.1)
     same = FIXED | {"embd_pdrop": pdrop, "attn_pdrop": pdrop}
     if differs := [f"{key} {config[key]}" for key, value in same.items() if config.get(key, value) != value]:
@@ -75,12 +74,8 @@ def of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Of a run folder of the trainer: its newest checkpoint."""
     config = read_json(folder / "config.json")
     shape = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
-    path, passed = checkpoint.newest(folder / "checkpoints")
-    if path is None:
-        raise UsageError("; ".join([f"{folder} holds no trained model", *passed]))
-    gpt = GPT(ModelConfig(**shape))
-    checkpoint.load_weights(gpt, path)
-    return shape, gpt.state_dict()
+    weights = load_file(checkpoint.trained(folder) / checkpoint.WEIGHTS)
+    return shape, {"head.weight": weights["embedding.weight"]} | weights
 
 
 def ours(state: dict[str, Tensor], transposed: tuple[str, ...]) -> dict[str, Tensor]:
@@ -98,27 +93,21 @@ def fill(gpt: GPT, source: str) -> None:
     if not source:
         return
     weights = read(source)[1]
-    wanted = {name: tuple(w.shape) for name, w in gpt.state_dict().items()}
-    given = {name: tuple(w.shape) for name, w in weights.items()}
-    if differs := sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name)):
-        name = differs[0]
+    wanted, given = ({name: tuple(w.shape) for name, w in state.items()} for state in (gpt.state_dict(), weights))
+    if name := min((name for name in wanted | given if wanted.get(name) != given.get(name)), default=""):
         raise UsageError(f"{source}: {name} is {given.get(name, 'missing')}, the model's is {wanted.get(name, 'none')}")
     gpt.load_state_dict(weights)
 
 
 def odd_setting(config: ModelConfig) -> str:
-    """The first setting that no GPT-2 of transformers has; empty, where the model is one."""
-    plain = ModelConfig()
-    odd = (f.name for f in fields(ModelConfig) if f.name not in PUBLISHED and getattr(config, f.name) != getattr(plain, f.name))
-    return next(odd, "")
+    """The first setting that no GPT-2 of transformers has; empty: the model is one."""
+    return next((f.name for f in fields(config) if f.name not in PUBLISHED and getattr(config, f.name) != f.default), "")
 
 
 def write(gpt: GPT, out: Path) -> None:
-    """config.json and model.safetensors of a GPT2LMHeadModel; missing biases are zeros, padding of the vocabulary is cut off.
-    Raises UsageError: it is no GPT-2 as published."""
+    """config.json and model.safetensors of a GPT2LMHeadModel, of a model without an `odd_setting`; missing biases are zeros,
+    padding of the vocabulary is cut off."""
     c = gpt.config
-    if odd := odd_setting(c):
-        raise UsageError(f"{odd} {getattr(c, odd)} is no GPT-2 of transformers")
     back = {ours: theirs for theirs, ours in NAMES.items()}
     state = {}
     for name, value in gpt.state_dict().items():

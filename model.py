@@ -3,13 +3,13 @@
     GPT(ModelConfig())                         GPT-2 124M as published
     GPT(ModelConfig(**PRESETS["1.5B"]))        its largest size
 
-Published GPT-2 (Radford et al. 2019, github.com/openai/gpt-2): learned positions, pre-LayerNorm with bias, biases in
-every linear layer, tanh-GELU, head tied to the token embedding, weights N(0, 0.02), positions N(0, 0.01), residual
-projections scaled by 1/sqrt(2 * layers), dropout. ModelConfig names the source of every other form.
+Published GPT-2 (Radford et al. 2019, github.com/openai/gpt-2): learned positions, pre-LayerNorm with bias, biases in every
+linear layer, tanh-GELU, head tied to the token embedding, weights N(0, 0.02), positions N(0, 0.01), residual projections scaled
+by 1/sqrt(2 * layers), dropout. ModelConfig names the source of every other form.
 
 Weights are kept in fp32 (optimizers/mantissa.py can keep half of each). `compute_dtype` (set by the trainer) is the type of
-activations and of the matrix products: the residual stream itself is in bf16 then, as in modded-nanogpt since record 10,
-which halves the memory traffic that autocast would leave in fp32. The loss is computed in fp32.
+activations, the residual stream included, and of the matrix products, as in modded-nanogpt since record 10: half the memory
+traffic of autocast. The loss is computed in fp32.
 """
 
 import math
@@ -28,12 +28,13 @@ from layers.ngrams import NgramEmbedding
 from layers.residual import AttentionExtras, ResidualPaths, Smear
 from layers.shape import ModelConfig
 
+Rotary = tuple[Tensor, Tensor] | None  # cos and sin, see rotary_tables
+
 
 class Linear(nn.Linear):
     """nn.Linear whose fp32 weight is cast to the type of its input."""
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in that type."""
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,9 +42,8 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so. What is divided by
-    before rounding is fixed: normalised x is at most sqrt(C), weights within 24 keep their size, as in modded-nanogpt since
-    record 19; a gradient of the mean over N tokens is at most 1 / N."""
+    """Stream [B, T, C] -> logits [B, T, padded_vocab]; in training by 8-bit floats where `fp8` says so: normalised x is at most
+    sqrt(C), weights are within 24 (modded-nanogpt since record 19), gradients of the mean over N tokens within 1 / N."""
 
     fp8 = False  # set by the trainer
 
@@ -76,8 +76,8 @@ class Norm(nn.Module):
 def rotary_tables(config: ModelConfig, parts: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
     """cos and sin, each [sequence_length, head_width / 2], fp32.
 
-    Full: frequencies base^(-i / (D/2)), i < D/2. Half: D/4 frequencies from 1 to 1/base inclusive, the other D/4
-    stand still, so that half of each head carries no position (modded-nanogpt record 17).
+    Full: frequencies base^(-i / (D/2)), i < D/2. Half: D/4 frequencies from 1 to 1/base inclusive, the other D/4 stand still:
+    half of each head carries no position (modded-nanogpt record 17).
 
     parts: of the long window, in the stages of a run so far. At each change, from a to b tokens, YaRN (arXiv 2309.00071)
     stretches the waves that turn less than once in a by b / a, leaves those that turn more than 32 times, and does a part of
@@ -99,8 +99,7 @@ def rotary_tables(config: ModelConfig, parts: Sequence[float] = ()) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D] by the angle of their position. cos, sin: broadcastable
-    to [B, T, ..., D/2]."""
+    """Turn the pairs (x[..., i], x[..., i + D/2]) of x [B, T, ..., D]; cos, sin: broadcastable to [B, T, ..., D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
@@ -118,13 +117,10 @@ class Attention(nn.Module):
         self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
         self.past: KeyValues | None = None  # GPT.remember()
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        B, T, C = x.shape
-        config = self.config
+    def forward(self, x: Tensor, rotary: Rotary, values: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        (B, T, C), config = x.shape, self.config
         qk, v = self.qkv(x).view(B, T, 3, config.heads, config.head_width).split([2, 1], dim=2)
-        if config.qk_norm:  # queries and keys go through norm and rotation together: half as many small operations
+        if config.qk_norm:  # of queries and keys together: half as many small operations
             qk = rms_norm(qk)
         if rotary is not None:
             cos, sin = (table[:T, None, None].to(x.dtype) for table in rotary)  # [T, 1, 1, D/2]
@@ -138,8 +134,7 @@ class Attention(nn.Module):
         if self.extras is not None:
             k = self.extras.keys(k)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        y = attention(q, k, v, self.scale, dropout, self.window, documents, config.attention)
-        y = y.transpose(1, 2)  # [B, T, H, D]
+        y = attention(q, k, v, self.scale, dropout, self.window, documents, config.attention).transpose(1, 2)
         if self.extras is not None:
             y = self.extras.after(y, v.transpose(1, 2)[:, -T:], x)
         return self.projection(y.reshape(B, T, C))
@@ -170,20 +165,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, values: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, values: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), rotary, values, documents))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 def future_loss(logits: Tensor, targets: Tensor, future: Tensor) -> Tensor:
-    """Multi-token prediction without further parameters: the same logits are also scored on the tokens after the next.
-
-    The mean cross-entropy of logits [B, T, V] fp32 on targets [B, T] int64, plus future[k - 1] ([n] fp32, n < T) times that on
-    the target k positions later, over the positions that have one (modded-nanogpt #53; with heads of their own: arXiv
-    2404.19737).
-    """
+    """Mean cross-entropy of logits [B, T, V] fp32 on targets [B, T] int64, plus future[k - 1] ([n] fp32, n < T) times that of
+    the same logits on the target k positions later, where there is one: multi-token prediction without further parameters
+    (modded-nanogpt #53; with heads of their own: arXiv 2404.19737)."""
     T = targets.size(1)
     later = torch.arange(T, device=targets.device)[:, None] + torch.arange(len(future) + 1, device=targets.device)  # [T, n + 1]
     wanted = targets[:, later.clamp(max=T - 1)]  # [B, T, n + 1]
@@ -228,24 +218,20 @@ class GPT(nn.Module):
         config = self.config
         if self.embedding.weight.is_meta:  # nothing to fill, and PyTorch is slow at that
             return
-        fan_in = config.initialisation == "fan_in"
+        fan_in, zero = config.initialisation == "fan_in", config.zero_init_projections
         for name, p in self.named_parameters():
             std = math.sqrt(0.33 / p.size(1)) if fan_in and p.dim() == 2 else 0.02
-            if name.startswith("ngrams") or name.endswith("gate.weight"):
-                nn.init.zeros_(p)
-            elif name.endswith("projection.weight"):
-                # residual projections: GPT-2 scales by the square root of the number of residual branches
-                nn.init.normal_(p, std=0.0 if config.zero_init_projections else std / math.sqrt(2 * config.layers))
-            elif name == "head.weight" and config.zero_init_projections:  # only listed when it is untied
-                nn.init.zeros_(p)
+            if name.endswith("projection.weight"):  # GPT-2 scales by the square root of the number of residual branches
+                std = 0.0 if zero else std / math.sqrt(2 * config.layers)
             elif name == "positions.weight":
-                nn.init.normal_(p, std=0.01)
+                std = 0.01
             elif name == "embedding.weight" and fan_in:
-                nn.init.normal_(p)
+                std = 1.0
+            # a head is only listed when it is untied
+            if name.startswith("ngrams") or name.endswith(("gate.weight", "bias")) or (name == "head.weight" and zero):
+                nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
     def embed(self, tokens: Tensor, past: int) -> Tensor:
         """What enters the first block, [B, T - past, C]: of tokens [B, T] those after the first `past`."""
@@ -265,39 +251,35 @@ class GPT(nn.Module):
         return x[:, past - first :]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, future: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab_size] fp32 of tokens [B, T] int64, T at most sequence_length; or, when targets are given (int64,
-        the tokens one position later), the mean cross-entropy in nats. future: [n] fp32, weights of the losses on the n tokens
-        after those (`future_loss`), for training alone. After `remember`, logits [B, new, vocab_size] of the tokens that an
-        earlier call has not seen."""
-        past = self.kept[0].length if self.kept else 0
+        """Logits [B, T, vocab_size] fp32 of tokens [B, T] int64, T at most sequence_length; or, with targets (int64, the tokens
+        one position later), the mean cross-entropy in nats. future: [n] fp32, weights of the losses on the n tokens after those
+        (`future_loss`), for training alone. After `remember`, logits [B, new, vocab_size] of the tokens not yet seen."""
+        config, past = self.config, self.kept[0].length if self.kept else 0
         x = self.embed(tokens, past)
         rotary = None if self.positions is not None else (self.cos[past:], self.sin[past:])
         # by number; what precedes the first end-of-text is 0
-        documents = (tokens == self.config.end_of_text).cumsum(1) if self.config.document_mask else None
-        recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
+        documents = (tokens == config.end_of_text).cumsum(1) if config.document_mask else None
+        recompute = config.checkpoint_activations and torch.is_grad_enabled()
         blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.blocks] if recompute else self.blocks
         if self.paths is None:
             for block in blocks:
                 x = block(x, rotary, documents=documents)
         else:
             x = self.paths(blocks, x, rotary, tokens[:, past:], documents)
-        logits = self.head(self.norm(x))
-        config = self.config
-        if targets is None or future is not None:
-            logits = softcap(logits[..., : config.vocab_size].float(), config.logit_softcap, config.softcap_form)
-            return logits if targets is None else future_loss(logits, targets, future)
-        cap, form = config.logit_softcap, config.softcap_form
-        return cross_entropy(logits.flatten(0, 1), targets.flatten(), config.vocab_size, cap, form)
+        logits, cap = self.head(self.norm(x)), (config.logit_softcap, config.softcap_form)
+        if targets is not None and future is None:
+            return cross_entropy(logits.flatten(0, 1), targets.flatten(), config.vocab_size, *cap)
+        logits = softcap(logits[..., : config.vocab_size].float(), *cap)
+        return logits if targets is None else future_loss(logits, targets, future)
 
     def remember(self) -> None:
-        """From now on keep keys and values, so that a later call with more tokens computes those alone; start anew."""
+        """Start anew, and keep keys and values: a later call with more tokens computes those alone."""
         self.kept = [KeyValues(self.config.sequence_length) for _ in self.blocks]
         for block, past in zip(self.blocks, self.kept):
             block.attention.past = past
 
     def free_windows(self) -> None:
-        """Make the windows inputs of the graph, for FlexAttention alone: one tensor for all blocks with the same window, which
-        then share a mask."""
+        """Make the windows inputs of the graph, for FlexAttention alone: blocks with one tensor share a mask."""
         windows, device = self.config.windows(), self.embedding.weight.device
         tensors = {window: torch.tensor(window or self.config.sequence_length, device=device) for window in windows}
         for block, window in zip(self.blocks, windows, strict=True):
@@ -305,8 +287,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def see(self, parts: tuple[float, ...]) -> None:
-        """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far. A window is
-        a constant of the graph: under torch.compile each stage is compiled, once; unless `free_windows`."""
+        """Attention windows from now on: the last of `parts` of the long one, those of the stages of a run so far. Under
+        torch.compile a window is a constant of the graph, unless `free_windows`: each stage is compiled once."""
         if parts == self.seen:
             return
         self.seen = parts
@@ -321,9 +303,8 @@ class GPT(nn.Module):
 
 
 def roles(gpt: nn.Module) -> dict[str, str]:
-    """Parameter name -> what it is for: the only thing optimizers may route by. matrix: hidden weights inside blocks;
-    embedding: token, position, value and n-gram tables (and a head tied to one); head: an untied output matrix; vector: gains,
-    biases, gates and weights of residual paths; scalar: single numbers."""
+    """Parameter name -> what optimizers route by: matrix, hidden weights inside blocks; embedding, token, position, value and
+    n-gram tables (and a head tied to one); head, an untied one; vector, gains, biases, gates, weights of paths; scalar."""
 
     def role(name: str, p: nn.Parameter) -> str:
         if p.dim() == 0 or p.numel() == 1:
@@ -338,8 +319,8 @@ def roles(gpt: nn.Module) -> dict[str, str]:
 
 
 def splits(gpt: nn.Module) -> dict[str, int]:
-    """Parameter name -> number of matrices fused in it along its first dimension (queries, keys and values: 3). Matrix
-    optimizers take them apart first, or their scale is wrong (microsoft/dion #111)."""
+    """Parameter name -> number of matrices fused along its first dimension (queries, keys and values: 3). Matrix optimizers
+    take them apart first, or their scale is wrong (microsoft/dion #111)."""
     return {name: 3 for name, _ in gpt.named_parameters() if name.endswith("qkv.weight")}
 
 

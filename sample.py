@@ -5,6 +5,7 @@ python sample.py --run runs/cpu/record-s0-1a2b3c4d --stream
 """
 
 from engine import checkpoint  # before torch  # isort: skip
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from config import FIELDS, only
+from config import DEFAULTS, only
 from data import tokenizers
 from engine.command import Parser, command
 from engine.run_folder import found, intact, read_json
@@ -23,18 +24,15 @@ from model import GPT
 
 
 def load_model(run: Path) -> tuple[GPT, dict]:
-    """The trained model of a run folder, in eval mode on the CPU, and the run's config. Raises UsageError: no such run, or it
-    has no checkpoint yet."""
+    """The trained model of a run folder, in eval mode on the CPU, and its config. Raises UsageError: no run, or untrained."""
     try:
-        config = {name: field.default for name, field in FIELDS.items()} | read_json(run / "config.json") | NO_RATES
+        config = DEFAULTS | read_json(run / "config.json") | NO_RATES
         gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))
     except FileNotFoundError:
         raise UsageError(f"{run} holds no run; ./run.sh runs lists them") from None
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{run / 'config.json'}: {error}") from None
-    path, passed = checkpoint.newest(run / "checkpoints")
-    if path is None:
-        raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
+    path = checkpoint.trained(run)
     checkpoint.load_weights(gpt, path)
     with intact(path):
         seconds = sum(map(sum, read_json(path / checkpoint.STATE)["progress"].get("stages", {}).values()))
@@ -42,25 +40,31 @@ def load_model(run: Path) -> tuple[GPT, dict]:
     return gpt.eval(), config
 
 
-def newest_run() -> Path:
-    """The run in runs/ that was trained last, and says so. Raises UsageError: there is none."""
-    run = next((run for run in found(Path("runs")) if any((run / "checkpoints").glob("step-*"))), None)
+def add_run(flags: Parser) -> None:
+    """Flags that `opened` reads."""
+    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
+    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="where the tokenizer is (default: corpora)")
+
+
+def opened(options: argparse.Namespace) -> tuple[Path, GPT, tokenizers.Tokenizer]:
+    """The run asked for or the one in runs/ that was trained last, its model, and its tokenizer; that is not where the run's
+    config says: it may be a stranger's. Raises UsageError: there is none."""
+    run = options.run or next((run for run in found(Path("runs")) if any((run / "checkpoints").glob("step-*"))), None)
     if run is None:
         raise UsageError("runs/ holds no trained model: ./run.sh trains one, --run names one elsewhere")
-    print(f"the newest run: {run}", file=sys.stderr)
-    return run
+    if not options.run:
+        print(f"the newest run: {run}", file=sys.stderr)
+    gpt, config = load_model(run)
+    return run, gpt, tokenizers.get(config["tokenizer"], options.data_root)
 
 
 @torch.no_grad()
 def generate(
     gpt: GPT, tokens: list[int], count: int, *, temperature: float, top_k: int, top_p: float, seed: int, vocabulary: int
 ) -> Iterator[int]:  # fmt: skip
-    """`count` sampled tokens below `vocabulary`, each as it comes, that continue `tokens`. Keys and values are kept. A context
-    that is full keeps its last half.
-
-    At temperature 0 the likeliest token is taken. top_k: sample among so many likeliest; 0: all. top_p: among the likeliest
-    that have this probability together (nucleus sampling, arXiv 1904.09751); 1: all.
-    """
+    """`count` sampled tokens below `vocabulary`, each as it comes, that continue `tokens`. A full context keeps its last half.
+    temperature 0: the likeliest token. top_k: sample among so many likeliest; 0: all. top_p: among the likeliest that have this
+    probability together (nucleus sampling, arXiv 1904.09751); 1: all."""
     generator = torch.Generator().manual_seed(seed)
     room = gpt.config.sequence_length
     context = tokens[-room:]
@@ -83,7 +87,7 @@ def generate(
 
 def parser() -> Parser:
     flags = Parser(description=__doc__)
-    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
+    add_run(flags)
     flags.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     flags.add_argument("--tokens", type=int, default=300, help="tokens to add")
     flags.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
@@ -91,7 +95,6 @@ def parser() -> Parser:
     flags.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest with this total probability")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--stream", action="store_true", help="print the text as it comes")
-    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="where the tokenizer is (default: corpora)")
     return flags
 
 
@@ -102,8 +105,7 @@ def sample(argv: list[str]) -> str:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 0 and a usual number, got {value}")
     if not 0 < options.top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
-    gpt, config = load_model(options.run or newest_run())
-    tokenizer = tokenizers.get(config["tokenizer"], options.data_root)  # not where the run folder says: it may be a stranger's
+    _, gpt, tokenizer = opened(options)
     try:
         start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
     except (ValueError, OverflowError) as error:

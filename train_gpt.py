@@ -5,13 +5,13 @@
     python train_gpt.py --track gpt2-small --tricks record          one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track gpt2-small --tricks record
 
-What comes out: one run folder (runs/<track>/<name>-s<seed>-<hash>) with config.json, env.json, log.jsonl (one event
-per line), checkpoints/ and, written last, result.json. Exit codes: 0 trained (result.json says whether the target was
-reached), 1 ranks died, hung or differ, 2 the command was wrong (nothing was written), or memory or disk is full,
-3 diverged, 75 ended by a signal after a checkpoint. After 1, 2 and 75 the same command continues.
+What comes out: one run folder (runs/<track>/<name>-s<seed>-<hash>) with config.json, env.json, log.jsonl (one event a line),
+checkpoints/ and, written last, result.json. Exit codes: 0 trained, 1 ranks died, hung or differ, 2 the command was wrong
+(nothing was written), or memory or disk is full, 3 diverged, 75 ended by a signal after a checkpoint. After 1, 2 and 75 the
+same command continues.
 
-The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends only on
-the seed and the step; so one rank, eight ranks, and a resumed run train on the same data in the same order.
+The global batch is `--batch-tokens`, whatever the number of ranks or micro-batches, and its content depends only on the seed
+and the step: one rank, eight ranks, and a resumed run train on the same data in the same order.
 """
 
 from engine import display, hardware  # before torch: it sets how threads wait  # isort: skip
@@ -49,6 +49,10 @@ from optimizers.tied import TiedHead
 STOPPED = 75  # exit code of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
+class Diverged(Exception):
+    """A loss, gradient or weight is not finite."""
+
+
 @dataclass
 class Progress:
     """How far a run has come: what a checkpoint keeps beside weights, optimizer and generators."""
@@ -67,14 +71,12 @@ class Progress:
 class Clock:
     """Training time: everything between start() and stop(), nothing else. Seconds.
 
-    The loop starts it before a step's data is fetched and stops it after the optimizer's update; set-up, compilation and its
-    warm-up, validation, checkpoints and logging are outside. Machines stall, so three figures are kept: the sum, the robust
-    time = steps x median step per stage (steps of equal work: of one batch size and, where a method does something every few
-    steps, of one place in that round), and the CPU time of the process.
+    A step is timed from fetching its data to the end of the update; set-up, compilation, validation, checkpoints and logging
+    are outside. Machines stall, so three figures are kept: the sum; steps x median step per stage (steps of equal work: of one
+    batch size and, where a method does something every few steps, of one place in that round); CPU time of the process.
 
-    A GPU is still at work when stop() is called, and waiting for it in each step would leave it idle. So there the clock runs
-    on, through logging too, and a step lasts from one stop() to the next; pause() waits for the device before work off the
-    clock. The sum is still wall-clock time.
+    Waiting for a GPU at each stop() would leave it idle. There the clock runs on, through logging too: a step lasts from one
+    stop() to the next, and pause() waits for the device before work off the clock. The sum is still wall-clock time.
     """
 
     def __init__(self, device: torch.device, progress: Progress):
@@ -82,21 +84,20 @@ class Clock:
         self.progress, self.running = progress, False
 
     def start(self) -> None:
-        """Begins a step."""
         if not self.running:
             if self.wait:
                 self.wait()
             self.wall, self.cpu, self.running = time.perf_counter(), time.process_time(), True
 
     def stop(self, stage: str) -> float:
-        """Ends a step; returns its seconds."""
+        """Seconds of the step that ends here."""
         step_time = self.passed()
         self.progress.stages.setdefault(stage, []).append(step_time)
         self.stage, self.running = stage, self.wait is not None
         return step_time
 
     def pause(self) -> None:
-        """Something off the clock is next; what the device has yet to do is the last step's."""
+        """Off the clock from here; what the device has yet to do is the last step's."""
         if self.running:
             self.wait()
             self.progress.stages[self.stage][-1] += self.passed()
@@ -119,19 +120,18 @@ class Clock:
         return sum(len(times) * statistics.median(times) for times in self.progress.stages.values())
 
 
-# ---------------------------------------------------------------- model, validation, signals
+# ---------------------------------------------------------------- model and validation
 
 
 def wrap(gpt: GPT, config: Config, course: Course, world: World) -> tuple[torch.nn.Module, bool]:
-    """The model as the loop calls it: compiled and under DistributedDataParallel as asked; and whether it is compiled."""
-    compiled = config.compile and hardware.can_compile(world.device)
+    """The model as the loop calls it, compiled and under DistributedDataParallel as asked; and whether it is compiled."""
     model: torch.nn.Module = gpt
-    if compiled:
+    if compiled := config.compile and hardware.can_compile(world.device):
         flex = attention.choose(world.device, gpt.config.dropout, True, gpt.config.attention) == "flex"
         if flex and len(course.windows) > 1:
             gpt.free_windows()  # else a graph a stage, each of which takes a minute to compile
         torch._dynamo.config.recompile_limit = max(8, len(course.windows) + len(course.lengths))  # a graph a stage
-        # a graph a length, not one for all, which is slower
+        # a graph a length: one for all is slower
         model = torch.compile(gpt, dynamic=None if len(course.lengths) == 1 else False)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
@@ -167,7 +167,7 @@ class Training:
         self.config, self.model_config, self.world = config, model_config, world
         self.progress, self.course = Progress(), Course(config)
         self.clock = Clock(world.device, self.progress)
-        self.seconds = 0.0  # on rank 0's clock, as all ranks know it: `position` follows it under --minutes
+        self.seconds = 0.0  # on rank 0's clock: `position` follows it under --minutes
         self.dtype, self.dtype_reason = hardware.pick_dtype(config.dtype, world.device)
         attention.check(model_config.attention, world.device)
         kernels.use(config.kernels)
@@ -193,9 +193,10 @@ class Training:
             raise UsageError(f"{folder} has a vocabulary of {self.val.vocab_size}: add --vocab-size {self.val.vocab_size}")
         if model_config.document_mask:
             self.val.documents(model_config.end_of_text)  # refuses a corpus without any
-        self.fingerprint = f"{self.loader.dataset.fingerprint}-{self.val.fingerprint}"
+        self.datasets = (self.loader.dataset, self.val)
+        self.fingerprint = "-".join(dataset.fingerprint for dataset in self.datasets)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine
-            for dataset in (self.loader.dataset, self.val):
+            for dataset in self.datasets:
                 dataset.prove(model_config.vocab_size)
 
     def build_model(self) -> None:
@@ -211,7 +212,8 @@ class Training:
         if config.weights == "bf16":
             role = roles(self.gpt)
             self.mantissas = to_bf16([p for name, p in self.gpt.named_parameters() if role[name] == "matrix"])
-        seed(config.seed * 1009 + world.rank + 1)
+        self.own_seed = config.seed * 1009 + world.rank + 1
+        seed(self.own_seed)
         self.model, self.compiled = wrap(self.gpt, config, self.course, world)
         self.flops = mean_flops(config, self.model_config)
 
@@ -236,7 +238,7 @@ class Training:
         self.checkpoints = Checkpoints(folder, origin, config.keep, config.milestone_every)
         self.saved: int | None = None  # step of the last checkpoint
         self.wire_bytes = 0 if world.size == 1 else None  # that this rank sends in a step; None: not measured yet
-        self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; of all ranks together once a step has summed them up
+        self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; once a step has summed them up, of all ranks
         self.start: Path | None = None  # the checkpoint to continue from, of this run or of one that it branches off from
         if self.run_folder.finished:
             return
@@ -250,13 +252,93 @@ class Training:
         """On rank 0: lock the run folder and choose the checkpoint to continue from. Raises UsageError where it cannot."""
         config, run = self.config, self.run_folder
         run.lock = lock(run.folder)
-        branches = [Path(folder) for folder in config.branch.split(",") if folder]
-        branch = partial(branching_point, branches, run.config, partial(shared_steps, config))
+        stems = [Path(folder) for folder in config.branch.split(",") if folder]
+        branch = partial(branching_point, stems, run.config, partial(shared_steps, config))
         try:
             return self.checkpoints.first(config.resume, branch)
         except UsageError:
             run.release()
             raise
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end, the target (when asked to stop there) or divergence; write and return the result. A signal ends
+        the run earlier, with a checkpoint and without a result: None."""
+        self.begin()
+        with Interrupt() as interrupt:
+            try:
+                status = self.loop(interrupt)
+            except Diverged:
+                status = "diverged"
+            return None if status == "signal" else self.finish(status)
+
+    def begin(self) -> None:
+        """Restore, compile, and open the log: what comes before the first step, off the clock."""
+        config, world, folder = self.config, self.world, self.run_folder
+        saved = self.restore() if self.start else {}
+        first, self.seconds = self.progress.step, self.clock.train_time
+        self.peak, source = hardware.matmul_peak(world.device, self.dtype)
+        cards = world.gather(hardware.device_name(world.device))
+        if self.compiled:
+            world.beat("compiling")
+            self.warm_up()
+        if world.main:
+            env = dict(data_fingerprint=self.fingerprint, world_size=world.size, dtype=str(self.dtype).removeprefix("torch."))
+            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=source)
+            show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
+            stem = self.start.parent.parent if self.branched else None
+            folder.open(hardware.describe(world.device) | code_version() | env, saved, show, stem)
+        about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
+        kind = "branch" if self.branched else "resume" if self.start else "start"
+        folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
+        self.model.train()
+        self.optimizer.train()
+        self.tied.after_update(first)
+
+    def warm_up(self) -> None:
+        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
+        weights, gradients, optimizer, RNG and data position as they were."""
+        first, device = self.position, self.world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for position in sorted({max(start, first) for start in self.course.new_shapes()}):
+                now = self.course.at(position)
+                self.gpt.see(now.windows)
+                tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
+                # targets in memory of their own, as in training: a tensor given twice would make another graph
+                self.model(tokens, tokens.clone(), hardware.upload(now.future, device)).backward()
+                self.model.zero_grad(set_to_none=True)
+        optimizers.compile_update(self.optimizer)
+
+    def loop(self, interrupt: Interrupt) -> str:
+        """Step after step; returns why it ended: ok, stopped (at the target) or signal."""
+        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
+        while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
+            self.note_epoch()
+            overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+            self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
+            done = self.step() if self.wire_bytes is not None else self.measured_step()
+            stop, overdue = self.wishes  # of any rank: all hear of them in the same step
+            if done:
+                self.log_step(*done)
+            else:
+                self.leave_out()
+            if config.minutes:
+                self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
+            step, over = progress.step, self.position >= config.steps
+            if config.check_ranks and step % config.check_ranks == 0:
+                self.clock.pause()
+                self.world.check_equal(list(self.gpt.parameters()), f"step {step}: weights")
+            if over or (step % config.val_every == 0 if config.val_every else self.position // fifth > before // fifth):
+                self.validate()
+            if stop and not over:
+                self.save()
+                self.log_checkpoints(wait=True)
+                self.run_folder.event("stopped", step=step, signal=interrupt.name, utc=now_utc())
+                return "signal"
+            if overdue or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                self.save()
+        if self.saved != progress.step:
+            self.save()
+        return "ok" if self.position >= config.steps else "stopped"
 
     @property
     def tokens(self) -> int:
@@ -322,83 +404,33 @@ class Training:
 
     def shape(self, now: Moment) -> tuple[int, int]:
         """Sequences of a micro-batch and their length: where they are cut shorter, there are as many more."""
-        whole = self.model_config.sequence_length
-        length = round(whole * now.length)
-        return self.micro * whole // length, length
+        length = round(self.model_config.sequence_length * now.length)
+        return self.micro * self.model_config.sequence_length // length, length
 
-    def run(self) -> dict[str, Any] | None:
-        """Train to the end, the target (when asked to stop there) or divergence; write and return the result. A signal ends
-        the run earlier, with a checkpoint and without a result: None."""
-        self.begin()
-        config, progress, fifth, self.saved_at = self.config, self.progress, math.ceil(self.config.steps / 5), time.monotonic()
-        with Interrupt() as interrupt:
-            while (before := self.position) < config.steps and not (config.stop_at_target and progress.reached):
-                self.note_epoch()
-                overdue = bool(config.checkpoint_minutes) and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
-                self.wishes = [float(interrupt.name is not None), float(self.world.main and overdue)]
-                done = self.step() if self.wire_bytes is not None else self.measured_step()
-                stop, overdue = self.wishes  # of any rank: all hear of them in the same step
-                if done:
-                    self.log_step(*done)
-                elif not self.leave_out():
-                    return self.finish("diverged")
-                if config.minutes:
-                    self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
-                over, every = self.position >= config.steps, config.val_every
-                if config.check_ranks and progress.step % config.check_ranks == 0:
-                    self.clock.pause()
-                    self.world.check_equal(list(self.gpt.parameters()), f"step {progress.step}: weights")
-                if over or (progress.step % every == 0 if every else self.position // fifth > before // fifth):
-                    self.validate()
-                    if not math.isfinite(progress.last_val):  # the last update: its gradient was finite, the weights are not
-                        return self.finish("diverged")
-                if stop and not over:
-                    self.save()
-                    self.log_checkpoints(wait=True)
-                    self.run_folder.event("stopped", step=progress.step, signal=interrupt.name, utc=now_utc())
-                    return None
-                if (overdue or (config.checkpoint_every and progress.step % config.checkpoint_every == 0)) and not self.save():
-                    return self.finish("diverged")
-            if self.saved != progress.step and not self.save():
-                return self.finish("diverged")
-            return self.finish("ok" if self.position >= config.steps else "stopped")
+    def measured_step(self) -> tuple[float, float, float] | None:
+        """`step`, and what this rank sends in it: the first of several ranks, a little slower for that."""
+        with Traffic(self.world.size) as traffic:
+            done = self.step()
+        self.wire_bytes = traffic.sent if done else None
+        return done
 
-    def begin(self) -> None:
-        """Restore, compile, and open the log: what comes before the first step, off the clock."""
-        config, world, folder = self.config, self.world, self.run_folder
-        saved = self.restore() if self.start else {}
-        first, self.seconds = self.progress.step, self.clock.train_time
-        self.peak, source = hardware.matmul_peak(world.device, self.dtype)
-        cards = world.gather(hardware.device_name(world.device))
-        if self.compiled:
-            world.beat("compiling")
-            self.warm_up()
-        if world.main:
-            env = dict(data_fingerprint=self.fingerprint, world_size=world.size, dtype=str(self.dtype).removeprefix("torch."))
-            env |= dict(compile=self.compiled, peak_flops=self.peak, peak_source=source)
-            show = display.Display(config, folder.folder, self.flops, self.peak and self.peak * world.size, first, self.tokens)
-            stem = self.start.parent.parent if self.branched else None
-            folder.open(hardware.describe(world.device) | code_version() | env, saved, show, stem)
-        about = dict(seed=config.seed, config=settings_hash(folder.config, ("seed",)), source=source_hash())
-        kind = "branch" if self.branched else "resume" if self.start else "start"
-        folder.event(kind, display.greeting(self, cards), step=first, **about, data=self.fingerprint, utc=now_utc())
-        self.model.train()
-        self.optimizer.train()
-        self.tied.after_update(first)
-
-    def warm_up(self) -> None:
-        """Compile what each stage still to come needs, by a forward and backward on random tokens, and the update. Leaves
-        weights, gradients, optimizer, RNG and data position as they were: it takes no step and reads no data."""
-        first, device = self.position, self.world.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for position in sorted({max(start, first) for start in self.course.new_shapes() if start < self.config.steps}):
-                now = self.course.at(position)
-                self.gpt.see(now.windows)
-                tokens = torch.randint(self.model_config.vocab_size, self.shape(now), device=device)
-                # targets in memory of their own, as in training: a tensor given twice would make another graph
-                self.model(tokens, tokens.clone(), hardware.upload(now.future, device)).backward()
-                self.model.zero_grad(set_to_none=True)
-        optimizers.compile_update(self.optimizer)
+    def leave_out(self) -> None:
+        """A step whose loss or gradient was not finite was not taken: say what and where. Raises Diverged: one too many."""
+        self.clock.pause()
+        bad = [name for name, p in self.gpt.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        ranks = [rank for rank, fine in enumerate(self.world.gather(bool(self.loss_here.isfinite()))) if not fine]
+        self.gpt.zero_grad(set_to_none=True)
+        progress, step = self.progress, self.progress.step + 1
+        progress.skipped += 1
+        goes_on = progress.skipped <= allowed_skips(self.config.nonfinite)
+        progress.step += goes_on
+        self.checkpoints.wait()
+        last = newest(self.run_folder.checkpoints)[0] if self.world.main else None
+        about = dict(step=step, ranks=ranks, parameters=bad[:8], skipped=goes_on, tokens=self.tokens)
+        note = display.nonfinite(step, ranks, bad, goes_on, last)
+        self.run_folder.event("nonfinite", note, **about, train_time=self.clock.train_time)
+        if not goes_on:
+            raise Diverged
 
     def note_epoch(self) -> None:
         """Say when the data begins anew."""
@@ -407,32 +439,10 @@ class Training:
             note = f"step {step}: all data seen {epoch} times, it repeats from here"
             self.run_folder.event("epoch", note, step=step, epoch=epoch)
 
-    def measured_step(self) -> tuple[float, float, float] | None:
-        """`step`, with a look at what this rank sends in it: the first step of several ranks, a little slower for that."""
-        with Traffic(self.world.size) as traffic:
-            done = self.step()
-        if done:
-            self.wire_bytes = traffic.sent
-            if self.world.main:
-                self.run_folder.display.note(f"each rank sends {self.wire_bytes / 1e6:,.3g} MB a step")
-        return done
-
-    def leave_out(self) -> bool:
-        """A step whose loss or gradient was not finite, and was not taken: say what and where. May the run go on?"""
-        self.clock.pause()
-        bad = [name for name, p in self.gpt.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        ranks = [rank for rank, fine in enumerate(self.world.gather(bool(self.loss_here.isfinite()))) if not fine]
-        self.gpt.zero_grad(set_to_none=True)
-        progress = self.progress
-        progress.skipped += 1
-        goes_on = progress.skipped <= allowed_skips(self.config.nonfinite)
-        self.checkpoints.wait()
-        last = newest(self.run_folder.checkpoints)[0] if self.world.main else None
-        note = display.nonfinite(progress.step + 1, ranks, bad, goes_on, last)
-        about = dict(step=progress.step + 1, ranks=ranks, parameters=bad[:8], skipped=goes_on)
-        progress.step += goes_on
-        self.run_folder.event("nonfinite", note, **about, tokens=self.tokens, train_time=self.clock.train_time)
-        return goes_on
+    def log_step(self, loss: float, norm: float, step_time: float) -> None:
+        about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=self.optimizer.param_groups[0]["lr"])
+        self.run_folder.event("train", **about, grad_norm=norm, step_time=step_time, train_time=self.clock.train_time)
+        self.log_checkpoints()
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -443,20 +453,24 @@ class Training:
         self.optimizer.train()
         self.tied.after_update(self.progress.step)
 
-    def validate(self) -> None:
+    def loss_on(self, dataset: Dataset, starts: list[int]) -> float:
         """On the bare model: DDP's forward pass may wait for ranks that have fewer sequences to validate, and off the clock a
         graph of its own would take longer to compile than it saves."""
-        self.clock.pause()
-        self.world.beat(f"step {self.progress.step}: validation")
-        config, progress, seconds = self.config, self.progress, self.clock.train_time
         with self.evaluated():
-            loss = validate(self.gpt, self.val, self.val_starts, self.model_config.sequence_length, self.micro, self.world)
-        progress.last_val = loss
+            return validate(self.gpt, dataset, starts, self.model_config.sequence_length, self.micro, self.world)
+
+    def validate(self) -> None:
+        self.clock.pause()
+        config, progress, seconds = self.config, self.progress, self.clock.train_time
+        self.world.beat(f"step {progress.step}: validation")
+        progress.last_val = loss = self.loss_on(self.val, self.val_starts)
         note = f"step {progress.step}: validation loss {loss:.4f}"
         self.run_folder.event("val", note, step=progress.step, tokens=self.tokens, loss=loss, train_time=seconds)
         if config.target_loss and loss <= config.target_loss and progress.reached is None:
             progress.reached = {"steps": progress.step, "time": seconds}
             self.run_folder.event("target", step=progress.step, loss=loss, target_loss=config.target_loss, train_time=seconds)
+        if not math.isfinite(loss):  # after the last update: its gradient was finite, the weights are not
+            raise Diverged
 
     def validate_also(self) -> dict[str, float]:
         """Nats per token by the words of --val-also, on a fourth of --val-tokens; a corpus that cannot be read is left out."""
@@ -471,18 +485,12 @@ class Training:
                 problem = str(error)
             if problem := next(filter(None, self.world.gather(problem)), None):  # all ranks leave it out, or none waits
                 self.run_folder.event("note", f"--val-also {word} is left out: {problem}")
-                continue
-            with self.evaluated():
-                losses[word] = validate(self.gpt, dataset, starts, T, self.micro, self.world)
+            else:
+                losses[word] = self.loss_on(dataset, starts)
         return losses
 
-    def log_step(self, loss: float, norm: float, step_time: float) -> None:
-        about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=self.optimizer.param_groups[0]["lr"])
-        self.run_folder.event("train", **about, grad_norm=norm, step_time=step_time, train_time=self.clock.train_time)
-        self.log_checkpoints()
-
-    def save(self) -> bool:
-        """Begin to write a checkpoint; when its `checkpoint` event is logged it is complete. False: weights are not finite."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; it is complete when its event is logged. Raises Diverged: weights are not finite."""
         self.clock.pause()
         self.check_data()
         self.world.beat(f"step {self.progress.step}: checkpoint")
@@ -491,10 +499,9 @@ class Training:
         alone = not (self.config.checkpoint_minutes or self.config.checkpoint_every)
         with self.evaluated():
             if not torch.stack([p.isfinite().all() for p in self.gpt.parameters()]).all():
-                return False
+                raise Diverged
             self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra, alone)
         self.saved_at, self.saved = time.monotonic(), self.progress.step
-        return True
 
     def restore(self) -> dict[str, Any]:
         """Continue from the checkpoint `start`: weights, optimizer, generators, clock. Returns its plain values."""
@@ -503,7 +510,7 @@ class Training:
         if len(states) and saved["ranks"] == self.world.size:
             set_generators(states, self.world.device)
         else:  # other ranks than before: dropout cannot repeat itself, but must not repeat what it began with
-            seed((self.config.seed * 1009 + self.world.rank + 1) * 1_000_003 + saved["step"])
+            seed(self.own_seed * 1_000_003 + saved["step"])
         self.progress = self.clock.progress = Progress(**saved["progress"])
         self.progress.process_time *= self.world.main  # rank 0 has the sum of all ranks
         self.saved = None if self.branched else self.progress.step
@@ -512,9 +519,9 @@ class Training:
     def check_data(self, wait: float | None = None) -> None:
         """Before something is kept that damaged data would spoil; on every rank. Raises UsageError where a shard is damaged,
         holds tokens of another vocabulary, or has changed since the run began."""
-        problems = [dataset.problem(wait) for dataset in (self.loader.dataset, self.val)]
-        if everyones := [problem for rank in self.world.gather(problems) for problem in rank if problem]:
-            raise UsageError(everyones[0])
+        everyones = self.world.gather([dataset.problem(wait) for dataset in self.datasets])
+        if problems := [problem for rank in everyones for problem in rank if problem]:
+            raise UsageError(problems[0])
 
     def log_checkpoints(self, wait: bool = False) -> None:
         """Log those complete by now, or the one being written too. Raises what went wrong in writing it."""
@@ -523,37 +530,23 @@ class Training:
 
     def finish(self, status: str) -> dict[str, Any]:
         self.log_checkpoints(wait=True)
-        config, clock, progress = self.config, self.clock, self.progress
-        seconds, tokens = clock.train_time, self.tokens
+        progress, diverged, device = self.progress, status == "diverged", self.world.device
+        seconds, robust, tokens = self.clock.train_time, self.clock.robust_train_time, self.tokens
         rate = tokens / seconds if seconds else 0.0
-        memory, state = hardware.peak_memory(self.world.device), optimizers.state_bytes(self.optimizer)
-        everyone = self.world.gather((progress.process_time, memory, state, self.wire_bytes or 0))
+        about = hardware.peak_memory(device), optimizers.state_bytes(self.optimizer), self.wire_bytes or 0
+        everyone = self.world.gather((progress.process_time, *about))
         process_times, memories, states, sent = zip(*everyone, strict=True)
         reached = progress.reached or {"time": None, "steps": None}
         # again: another process may have slowed the products at the start
-        peak = self.peak and max(self.peak, hardware.matmul_peak(self.world.device, self.dtype)[0])
-        result = {
-            "status": status,
-            "steps": progress.step,
-            "tokens": tokens,
-            "val_loss": progress.last_val if status != "diverged" else None,
-            "val_also": self.validate_also() if status != "diverged" else {},
-            "target_loss": config.target_loss or None,
-            "target_reached": bool(progress.reached) and status != "diverged",
-            "time_to_target": reached["time"],
-            "steps_to_target": reached["steps"],
-            "train_time": seconds,
-            "robust_train_time": clock.robust_train_time,
-            "stalled": seconds > 1.1 * clock.robust_train_time,
-            "process_time": sum(process_times),
-            "tokens_per_second": rate,
-            "flops_per_token": self.flops,
-            "mfu": rate * self.flops / (peak * self.world.size) if peak else None,
-            "peak_memory": max(memories),
-            "optimizer_state_bytes": max(states),
-            "wire_bytes": max(sent),
-            "parameters": parameter_counts(self.gpt),
-        }
+        peak = self.peak and max(self.peak, hardware.matmul_peak(device, self.dtype)[0])
+        result: dict[str, Any] = dict(status=status, steps=progress.step, tokens=tokens)
+        result |= dict(val_loss=None if diverged else progress.last_val, val_also={} if diverged else self.validate_also())
+        result |= dict(target_loss=self.config.target_loss or None, target_reached=bool(progress.reached) and not diverged)
+        result |= dict(time_to_target=reached["time"], steps_to_target=reached["steps"])
+        result |= dict(train_time=seconds, robust_train_time=robust, stalled=seconds > 1.1 * robust)
+        result |= dict(process_time=sum(process_times), tokens_per_second=rate, flops_per_token=self.flops)
+        result |= dict(mfu=rate * self.flops / (peak * self.world.size) if peak else None, peak_memory=max(memories))
+        result |= dict(optimizer_state_bytes=max(states), wire_bytes=max(sent), parameters=parameter_counts(self.gpt))
         self.run_folder.close(result)
         return result
 

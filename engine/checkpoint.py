@@ -6,8 +6,8 @@
         state.json                   everything that is not a tensor
         DONE                         size and sha256 of every other file
 
-After llm.c's DONE files and torchtitan's rule that a resumed run has the same losses. torch.distributed.checkpoint writes its
-safetensors form: its usual one has a pickle, and a stranger's pickle runs code. Read are files that DONE lists, in the folder.
+After llm.c's DONE files and torchtitan's rule that a resumed run has the same losses. torch.distributed.checkpoint writes
+safetensors: its usual form has a pickle, and a stranger's pickle runs code.
 """
 
 import hashlib
@@ -40,6 +40,7 @@ from engine.spec import UsageError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # plain python is one of our ways to run
 
+State = dict[str, Any]
 WEIGHTS, STATE, DONE = "model.safetensors", "state.json", "DONE"
 NAME = re.compile(r"step-(\d{8,})")
 PLAIN = (bool, int, float, str)
@@ -47,12 +48,12 @@ SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "
 KINDS = dict(step=int, ranks=int, log_bytes=int, progress=dict, optimizer=dict, rng=list, config=str, data=str, source=str)
 DTYPES = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", U8="uint8", I8="int8")
 DTYPES |= dict(I16="int16", I32="int32", I64="int64")  # safetensors' names -> torch's
-FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing that leads out of the folder
+FILE = re.compile(r"(state/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # what DONE may list: nothing outside the folder
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor], blobs: dict[str, bytes]) -> Any:
-    """Nested dicts, sequences, sets, tensors, numpy's arrays and plain values as JSON. Tensors go into `tensors` by their path.
-    Bytes, which may be a pickle, go into `blobs` by their hash: that alone is stored. Raises TypeError: anything else."""
+    """Nested dicts, sequences, sets, arrays and plain values as JSON. Tensors go into `tensors` by their path; bytes, which may
+    be a pickle, into `blobs` by their hash, which alone is stored. Raises TypeError: anything else."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -79,7 +80,7 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor], blobs: dict[str, byt
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor], own: dict[str, bytes]) -> Any:
-    """What `pack` took apart. own: bytes by their hash, of a fresh optimizer's state. Raises UsageError: others were stored."""
+    """What `pack` took apart. own: a fresh optimizer's bytes by their hash. Raises UsageError: others were stored."""
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         return tensors[content].reshape(packed["shape"])
@@ -121,16 +122,15 @@ def only(packed: Any, own: Any) -> Any:
 
 
 def references(packed: Any) -> Iterator[dict[str, Any]]:
-    """The tensors that a packed state speaks of: {"tensor": path, "shape", "dtype"}. Raises ValueError, or what else comes of
-    it: nothing that `pack` has made."""
+    """The tensors of a packed state: {"tensor": path, "shape", "dtype"}. Raises ValueError or the like: not `pack`'s."""
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         yield packed
     elif (kind if kind != "torch.dtype" else content) not in ("value", "bytes", "numpy", "dict", *SEQUENCES, *DTYPES.values()):
         raise ValueError(kind)
-    inner = {"numpy": lambda: [content], "dict": lambda: [value for _, value in content]}
-    for value in inner.get(kind, lambda: content if kind in SEQUENCES else ())():
-        yield from references(value)
+    elif kind in ("numpy", "dict", *SEQUENCES):
+        for value in [content] if kind == "numpy" else [v for _, v in content] if kind == "dict" else content:
+            yield from references(value)
 
 
 def sync(path: Path) -> None:
@@ -158,20 +158,18 @@ def files(folder: Path) -> list[str]:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None when every byte is as it was written, and what a run may have written."""
+    """Why a checkpoint cannot be used, or None: every byte is as a run wrote it."""
     if any(p.is_symlink() or not (p.is_dir() or p.is_file()) for p in (folder, *folder.rglob("*"))):
         return "holds links or pipes"
     if not (folder / DONE).exists():
         return "was not finished"
     try:
         listed = read_json(folder / DONE)["files"]
-        names = sorted(listed)
-        if not all(FILE.fullmatch(name) for name in names):
+        if not all(map(FILE.fullmatch, listed)):
             return f"{DONE} lists files outside the folder"
-        if names != files(folder):
+        if sorted(listed) != files(folder):
             return f"does not hold the files that {DONE} lists"
-        for name in names:
-            size, digest = listed[name]
+        for name, (size, digest) in listed.items():
             if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
                 return f"{name} is damaged"
         return misfit(folder)
@@ -180,7 +178,7 @@ def damage(folder: Path) -> str | None:
 
 
 def misfit(folder: Path) -> str | None:
-    """What is wrong with a state whose files are as they were written."""
+    """What is wrong with a state though its files are as they were written."""
     state = read_json(folder / STATE)
     if wrong := [key for key, kind in KINDS.items() if type(state.get(key)) is not kind]:
         return f"{STATE} has no {wrong[0]}"
@@ -200,7 +198,6 @@ def misfit(folder: Path) -> str | None:
 
 
 def step_of(path: Path) -> int:
-    """The step at which a checkpoint was written, by its name."""
     return int(NAME.fullmatch(path.name)[1])
 
 
@@ -210,8 +207,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest complete and intact checkpoint, and what was passed over: a line each. log_bytes: of the run's log, which
-    should reach to the checkpoint."""
+    """The newest intact checkpoint, if there is one that a log of so many bytes reaches to; a line for each passed over."""
     passed, whole = [], None
     for path in listing(folder):
         if not (problem := damage(path)):
@@ -222,13 +218,18 @@ def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list
     return whole, passed
 
 
-def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: Callable[[int], int]) -> Path | None:
-    """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: the settings are
-    the same except for the length, and what is scheduled was the same at every step until then.
+def trained(run: Path) -> Path:
+    """The newest intact checkpoint of a run folder. Raises UsageError: it has none."""
+    path, passed = newest(run / "checkpoints")
+    if path is None:
+        raise UsageError("; ".join([f"{run} holds no trained model", *passed]))
+    return path
 
-    So a stable phase is trained once for several cool-downs, and a branch is the very run that it would have been. shared:
-    length of the other run, steps -> the first steps that both have in common. Raises UsageError: a run of other settings.
-    """
+
+def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: Callable[[int], int]) -> Path | None:
+    """The newest checkpoint of the runs in `folders` that a run with these settings would have written too: only the length
+    differs, and what is scheduled was the same until then. So a stable phase is trained once for several cool-downs. shared:
+    length of the other run, steps -> the first steps that both have in common. Raises UsageError: a run of other settings."""
     usable: list[Path] = []
     for folder in folders:
         try:
@@ -243,14 +244,14 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
 
 
 def seed(number: int) -> None:
-    """Of all random generators that training draws from: torch's, and those that optimizers of others take."""
+    """Seed all generators that training draws from: torch's, and those that optimizers of others take."""
     torch.manual_seed(number)
     np.random.seed(number % 2**32)
     random.seed(number)
 
 
 def generators(device: torch.device) -> list[Tensor]:
-    """States of the random generators that training draws from: [bytes] uint8 each, on all ranks as long."""
+    """Their states: [bytes] uint8 each, on all ranks as long."""
     kind, words, *more = np.random.get_state()
     of_others = json.dumps([random.getstate(), [kind, words.tolist(), *more]]).ljust(1 << 14).encode()
     states = [torch.get_rng_state(), torch.frombuffer(bytearray(of_others), dtype=torch.uint8)]
@@ -275,42 +276,36 @@ def load_weights(gpt: nn.Module, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path / WEIGHTS} cannot be read: {error}") from None
     own = dict(gpt.named_parameters())
-    if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in saved.items()}:
-        other = sorted(n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape)
-        raise UsageError(f"{path / WEIGHTS} holds another model: {other[0]} differs")
+    here, there = ({name: w.shape for name, w in weights.items()} for weights in (own, saved))
+    if odd := sorted(name for name in here | there if here.get(name) != there.get(name)):
+        raise UsageError(f"{path / WEIGHTS} holds another model: {odd[0]} differs")
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(saved[name])
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank calls save, wait and load at the same steps.
-
-    save() copies the state and returns; a thread writes it, with collectives of its own (a gloo group); the next save waits for
-    it. All ranks must see the same folder. origin: hashes of the run's config, data and source; `load` refuses others. keep:
-    how many, the newest. milestone: steps between checkpoints that are never deleted; 0: none.
-    """
+    """The checkpoints of one run. Every rank, all of which see the same folder, calls save, wait and load at the same steps.
+    save() copies the state; a thread writes it, with collectives of its own (a gloo group). origin: hashes of the run's config,
+    data and source; `load` refuses others. keep: so many, the newest. milestone: steps between those that are kept for good."""
 
     def __init__(self, folder: Path, origin: dict[str, str] | None = None, keep: int = 2, milestone: int = 0):
         import torch.distributed.checkpoint as dcp  # here: two seconds that --help can do without
 
         self.dcp = dcp
-        self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, max(1, keep), milestone
-        self.facts: list[dict[str, float]] = []  # of checkpoints that are finished; `finished` hands them out
+        self.folder, self.origin, self.keep, self.milestone = folder, origin or {}, keep, milestone
+        self.facts: list[dict[str, float]] = []  # what `finished` hands out
         self.rank, self.ranks = place()
         self.group = dist.new_group(backend="gloo") if self.ranks > 1 else None
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
         self.copies: dict[str, Tensor] = {}  # of the last save, written over by the next: new memory costs more than a copy
 
-    def save(
-        self, step: int, gpt: nn.Module, optimizer: dict[str, Any], rng: list[Tensor], extra: dict[str, Any],
-        alone: bool = False,
-    ) -> None:  # fmt: skip
-        """Copy the state and begin to write it. optimizer: this rank's state_dict, whose `blocks` (optimizers.matrix) other
-        ranks may hold in part. rng: states of this rank's generators, uint8. extra: plain values of rank 0, which `load`
-        returns. alone: leave out an optimizer whose state cannot be stored. Raises UsageError: it cannot; OSError: the
-        checkpoint before could not be written, such as to a full disk."""
+    def save(self, step: int, gpt: nn.Module, optimizer: State, rng: list[Tensor], extra: State, alone: bool = False) -> None:
+        """Copy the state and begin to write it, once the checkpoint before is written. optimizer: this rank's state_dict, whose
+        `blocks` (optimizers.matrix) other ranks may hold in part. rng: states of this rank's generators. extra: plain values of
+        rank 0, which `load` returns. alone: leave out an optimizer whose state cannot be stored. Raises UsageError: it cannot;
+        OSError: the checkpoint before could not be written, such as to a full disk."""
         begin = time.perf_counter()
         self.wait()
         tensors: dict[str, Tensor] = {}
@@ -323,7 +318,7 @@ class Checkpoints:
         shared = [packed] * self.ranks
         if self.group:
             dist.all_gather_object(shared, packed, group=self.group)
-        # what several ranks hold, all hold alike: each writes its part of that, which all count out in the same order
+        # what several ranks hold is alike: each writes its part of that, counted out in the same order
         holders: dict[str, list[int]] = {}
         for rank, structure in enumerate(shared):
             for reference in references(structure):
@@ -335,7 +330,7 @@ class Checkpoints:
         if any(v.device.type == "cuda" for v in mine.values()):
             torch.cuda.synchronize()
         about = dict(step=step, ranks=self.ranks, rng=[len(state) for state in rng], optimizer=merged(shared))
-        state = json.dumps(extra | self.origin | about)  # now: training goes on changing what it speaks of
+        state = json.dumps(extra | self.origin | about)  # now: training goes on
         self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
@@ -370,20 +365,19 @@ class Checkpoints:
         self.facts.append(dict(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked))
 
     def _prune(self, step: int) -> None:
-        # what lies ahead of this one was passed over as damaged: it must not take the place of one that is intact
+        # what lies ahead was passed over as damaged: it takes no place of one that is intact
         finished = [p for p in listing(self.folder) if (p / DONE).exists() and step_of(p) <= step]
         for path in finished[self.keep :]:
             if not (self.milestone and step_of(path) % self.milestone == 0):
                 remove(path)
 
     def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
-        """The checkpoint to start from: the newest here, else that of another run. Clears away what is no use. For rank 0.
-        Raises UsageError: `resume` is "must" and there is none."""
+        """On rank 0: the checkpoint to start from, the newest here or else of another run. Clears away what is no use. Raises
+        UsageError: `resume` is "must" and there is none."""
         log = self.folder.parent / "log.jsonl"
         length = log.stat().st_size if log.exists() else 0
         path, passed = newest(self.folder, length) if resume != "never" else (None, [])
-        for line in passed:
-            print(line, file=sys.stderr, flush=True)
+        sys.stderr.writelines(f"{line}\n" for line in passed)
         path = path or branch()
         if path is None and resume == "must":
             raise UsageError(f"--resume must: {passed[0]}; use --resume auto to start anew")
@@ -397,16 +391,15 @@ class Checkpoints:
         return path
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
-        """Facts of each checkpoint completed since the last call: step, bytes, seconds that it took to write, and `blocked`,
-        those of them that training stood still; on rank 0. Raises what went wrong in writing, as `wait`."""
+        """On rank 0: facts of each checkpoint completed since the last call: step, bytes, seconds that it took to write, and
+        `blocked`, those that training stood still. Raises as `wait`."""
         if wait or (self.pending and self.pending.done()):
             self.wait()
         facts, self.facts = self.facts, []
         return facts
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete; raises what went wrong in writing it, as an OSError
-        where the system refused, whatever the libraries have wrapped it in."""
+        """For the checkpoint being written. Raises what went wrong: an OSError, however the libraries wrapped it."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -421,13 +414,10 @@ class Checkpoints:
     def close(self) -> None:
         self.worker.shutdown(wait=True)
 
-    def load(
-        self, path: Path, gpt: nn.Module, optimizer: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
+    def load(self, path: Path, gpt: nn.Module, optimizer: State) -> tuple[State, State, list[Tensor]]:
         """Copy the weights of an intact checkpoint into `gpt`; returns the optimizer's state, the plain values, and the states
-        of this rank's generators: none where fewer ranks wrote it. optimizer: state_dict of this rank's fresh optimizer, of
-        whose blocks the state is read. Raises UsageError: another model's weights, or a run with other settings (unless this
-        one branches off from it) or data."""
+        of this rank's generators: none where fewer ranks wrote it. optimizer: state_dict of this rank's fresh optimizer, whose
+        blocks are read. Raises UsageError: another model, other data, or other settings, unless this run branches off."""
         load_weights(gpt, path)
         state = read_json(path / STATE)
         self.check_origin(path, state)
@@ -440,7 +430,7 @@ class Checkpoints:
         self.dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return unpack(wanted, tensors, own), state, [tensors[name] for name in rng]
 
-    def check_origin(self, path: Path, state: dict[str, Any]) -> None:
+    def check_origin(self, path: Path, state: State) -> None:
         """Is it a checkpoint of this run? Other code is said, other settings or data are refused."""
         here = self.origin or state
         if path.parent == self.folder and state["config"] != here["config"]:

@@ -15,6 +15,7 @@ import torch
 from engine.ranks import RankError
 from engine.spec import UsageError, trust
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -28,8 +29,7 @@ class Answer(str):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage and leaving, with the flags of every verb, which `command`
-    obeys."""
+    """argparse that raises UsageError instead of leaving, with the flags of every verb, which `command` obeys."""
 
     def __init__(self, **how: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | how)
@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(name: str, work: Callable[[], int | str | None], argv: Sequence[str] = ()) -> int:
-    """Run a verb, print the text that it returns (of an Answer, with --json, its data), and return its exit code: 0, that of
-    the Answer, or what `work` returns. 1 ranks died, hang or differ; 2 bad words, no memory or a full disk; 130 interrupted. Of
+    """Run a verb, print the text that it returns (with --json an Answer's data), and return its exit code: 0, that of the
+    Answer, or what `work` returns. 1 ranks died, hang or differ; 2 bad words, no memory or a full disk; 130 interrupted. Of
     several ranks one speaks. argv: what the user typed, which alone may name code."""
     trust(argv)
     try:
@@ -80,20 +80,16 @@ def aside(argv: Sequence[str]) -> Iterator[None]:
 
 def explained(error: BaseException) -> tuple[str, int]:
     """Words for the user and the exit code; no words: a fault of ours, whose traceback is wanted."""
-    if isinstance(error, UsageError):
-        return str(error), 2
-    if isinstance(error, RankError):
-        return str(error), 1
+    if isinstance(error, (UsageError, RankError)):
+        return str(error), 2 if isinstance(error, UsageError) else 1
     if isinstance(error, torch.distributed.DistError):
         more = "; NCCL_DEBUG=INFO says more" if isinstance(error, torch.distributed.DistBackendError) else ""
         return f"rank {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}{more}", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what is finished is kept: the same command continues", 130
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return "no space left on the disk; free some, and the same command continues", 2
-    if error.errno in REFUSED and error.filename:
-        return f"{error.filename}: {error.strerror}", 2
-    return "", 1
+    return (f"{error.filename}: {error.strerror}", 2) if error.errno in REFUSED and error.filename else ("", 1)
 
 
 def speaks(error: BaseException) -> bool:
@@ -110,7 +106,7 @@ class Interrupt:
         self.name: str | None = None
 
     def __enter__(self) -> "Interrupt":
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+        names = ("SIGINT", "SIGTERM", *["SIGUSR1"] * hasattr(signal, "SIGUSR1"))  # which Windows lacks
         self.before = {number: signal.signal(number, self.ask) for number in (getattr(signal, name) for name in names)}
         return self
 

@@ -1,5 +1,6 @@
 """What this machine can do, a description of it for the record, and CARDS: accelerators with what their data sheets say."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -10,6 +11,7 @@ import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,25 +20,19 @@ from engine.spec import UsageError
 
 @dataclass(frozen=True)
 class Card:
-    """One accelerator. FLOP/s are dense peaks with fp32 accumulation, bytes/s those of the data sheet.
+    """One accelerator, by its data sheet. Prices are RunPod's of March 2026, after deploybase.ai (best-gpu-for-llm-training,
+    2026-03-21; runpod-gpu-pricing, 2026-03-10); others differ by 2.5 times."""
 
-    fp8: 0 where the card has none. link: bytes/s that a card sends to the others of its machine, in one direction (NVLink,
-    Infinity Fabric, else PCIe). price: dollars an hour; 0: unknown, give --gpu-price. RunPod's of March 2026, after
-    deploybase.ai (best-gpu-for-llm-training, 2026-03-21; runpod-gpu-pricing, 2026-03-10); others differ by 2.5 times. reached:
-    the share of bf16 that the fastest large products get (MAMF table of github.com/stas00/ml-engineering; 0.8, about H100's,
-    where it has none). network: bytes/s to other machines, one adapter a card as in the vendors' own systems.
-    """
-
-    bf16: float
-    fp8: float
+    bf16: float  # FLOP/s, dense, with fp32 accumulation
+    fp8: float  # 0: the card has none
     fp32: float
-    bandwidth: float
-    memory: float
-    link: float
-    price: float
+    bandwidth: float  # of its memory, bytes/s
+    memory: float  # bytes
+    link: float  # bytes/s to the other cards of its machine, in one direction: NVLink, Infinity Fabric, else PCIe
+    price: float  # dollars an hour; 0: unknown, give --gpu-price
     source: str
-    reached: float = 0.80
-    network: float = 50e9
+    reached: float = 0.80  # share of bf16 in the fastest large products (MAMF, github.com/stas00/ml-engineering; else H100's)
+    network: float = 50e9  # bytes/s to other machines, one adapter a card as in the vendors' own systems
     fp64: float = 1 / 64  # as a share of fp32
 
 
@@ -64,8 +60,7 @@ CARDS: dict[str, Card] = {
 
 
 def card_named(name: str) -> tuple[str, Card] | None:
-    """The table's word and card for a GPU's name, such as torch has it; None where the table has none. What laptops and the
-    D models have by a card's name is a smaller one."""
+    """The table's word and card for a GPU's name, or None. Laptops and D models have smaller cards of the same name."""
     known = [word for word in CARDS if word in name and "Laptop" not in name and not name.endswith(" D")]
     word = max(known, key=len, default=None)
     return word and (word, CARDS[word])
@@ -90,9 +85,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in fp32 here, not merely emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return False
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -106,8 +99,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
-    """Does the head multiply 8-bit floats, and what is to be said of it ("": nothing)? name: same, auto or fp8
-    (ModelConfig.head_dtype). Raises UsageError: fp8 asked for on a GPU that has none."""
+    """Does the head multiply 8-bit floats, and what is to be said of it? Raises UsageError: asked for on a GPU without."""
     if name == "same":
         return False, ""
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
@@ -121,7 +113,7 @@ def pick_fp8(name: str, device: torch.device) -> tuple[bool, str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on a CUDA GPU, of tensors; else resident. 0 where the system does not say."""
+    """Most bytes that this process has held: on a CUDA GPU, of tensors; else resident. 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")  # of Linux, whose ru_maxrss begins with what the process that started this one held
@@ -148,7 +140,6 @@ def compiler_lacks(device: torch.device) -> str:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs."""
     return not compiler_lacks(device)
 
 
@@ -157,8 +148,8 @@ def device_name(device: torch.device) -> str:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """Peak of matrix products in FLOP/s, and where the figure is from; (None, ...) where it is unknown. GPUs: data sheet (bf16
-    only). CPU: the fastest of a few products timed now, about 0.2 s."""
+    """Peak of matrix products in FLOP/s, None where it is unknown, and where the figure is from. GPUs: data sheet (bf16 only).
+    CPU: the fastest of a few products timed now, about 0.2 s."""
     if device.type == "cuda":
         known = card_named(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
         return (known[1].bf16, "data sheet") if known else (None, "unknown GPU or dtype")
@@ -177,7 +168,7 @@ def card_memory(device: torch.device) -> float:
 
 
 def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor | None:
-    """[n] fp32 on the device, without waiting until it has done what was asked of it before; None without numbers."""
+    """[n] fp32 on the device, without waiting for it; None without numbers."""
     if not numbers:
         return None
     here = torch.tensor(numbers)
@@ -186,24 +177,14 @@ def upload(numbers: Sequence[float], device: torch.device) -> torch.Tensor | Non
 
 def processor_name() -> str:
     """The CPU's own name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
-def describe(device: torch.device) -> dict:
+def describe(device: torch.device) -> dict[str, Any]:
     """Hardware and software facts for env.json."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
-    return {
-        "device": device.type,
-        "cpu": processor_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "python": platform.python_version(),
-        "platform": platform.system(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
+    about = dict(device=device.type, cpu=processor_name(), cpu_count=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus)
+    about |= dict(python=platform.python_version(), platform=platform.system())
+    return about | dict(torch=torch.__version__, cuda=torch.version.cuda)

@@ -1,7 +1,7 @@
 """This process among the ranks that torchrun started, or alone under plain python.
 
-A rank that dies or hangs is named: every rank leaves word of what it does in torchrun's store (`beat`); when the others have
-waited too long, a thread says whose words are the oldest. torchrun then starts all ranks anew, from the newest checkpoint.
+A rank that dies or hangs is named: every rank leaves word of what it does in torchrun's store (`beat`); when it has waited too
+long, a thread says whose words are the oldest. torchrun then starts all ranks anew, from the newest checkpoint.
 """
 
 import itertools
@@ -28,12 +28,11 @@ from engine.spec import UsageError
 WIRE = {"allreduce": lambda n: 2 * (n - 1) / n}
 WIRE |= dict.fromkeys(("allgather", "reduce_scatter", "reduce"), lambda n: (n - 1) / n)  # in this order: by parts of names
 
-
 T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Ranks that died, hang or no longer agree. The trainer prints it as one line, on rank 0, and exits with code 1."""
+    """Ranks that died, hang or no longer agree: one line, on rank 0, and exit code 1."""
 
     speaks = False  # another rank does, since rank 0 cannot
 
@@ -43,9 +42,7 @@ class World:
     a rank waits for the others. Raises UsageError: no such device, or too few of it for the ranks of this machine."""
 
     def __init__(self, device_name: str, timeout: float = 600):
-        words = {
-            name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-        }
+        words = {name: os.environ.get(name, usual) for name, usual in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1").items()}
         self.rank, local, self.size = (int(word) if word.isdecimal() else -1 for word in words.values())
         self.device = hardware.pick_device(device_name)
         self.main, self.timeout = self.rank == 0, timeout
@@ -63,25 +60,23 @@ class World:
             torch.cuda.set_device(self.device)
         if not 0 <= self.rank < self.size or local < 0 or (self.size > 1 and "MASTER_ADDR" not in os.environ):
             given = ", ".join(f"{name}={word}" for name, word in words.items())
-            raise UsageError(
-                f"{given} and MASTER_ADDR do not fit together: torchrun sets them, and without it unset them", True
-            )
+            raise UsageError(f"{given} and MASTER_ADDR do not fit: torchrun sets them, and without it unset them", True)
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout)))
             self.store = own_corner(store, self.rank, self.size, timeout)
             self.watch = threading.Thread(target=self._watch, daemon=True, name="watch")
             self.watch.start()
-            # collectives wait a little longer than the thread below, which knows whom they wait for
+            # collectives wait a little longer than that thread, which knows whom they wait for
             backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
             wait = timedelta(seconds=timeout * 1.5 + 30)
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait)
 
     def beat(self, doing: str) -> None:
-        """Leave word of what this rank begins to do now: all ranks do the same things in the same order."""
+        """Leave word of what this rank begins to do: all do the same things in the same order."""
         self.beats, self.doing, self.since = self.beats + 1, doing, time.monotonic()
 
     def _watch(self) -> None:
-        """Post this rank's word every second; when it has not changed for `timeout` seconds, say who holds up the others."""
+        """Post this rank's word every second; when it is `timeout` seconds old, say who holds up the others."""
         for tick in itertools.count():
             try:
                 self.store.set(f"beat/{self.rank}", f"{self.beats} {tick} {self.doing}")
@@ -112,13 +107,13 @@ class World:
         return f"no progress for {self.timeout:g} s: {names}"
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place."""
+        """Over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def of_main(self, key: str, value: float) -> float:
-        """Rank 0's value, on all ranks: through the store, so that none waits for its device. key: new each time."""
+        """Rank 0's value, through the store, so that none waits for its device. key: new each time."""
         if self.main:
             if self.store:
                 self.store.set(key, repr(value))
@@ -136,20 +131,19 @@ class World:
         return values
 
     def main_does(self, work: Callable[[], T]) -> T:
-        """Rank 0 does it, all have the result. Raises UsageError: rank 0's, on every rank."""
+        """Rank 0's result, or its UsageError, on every rank."""
         problem = value = None
-        if self.main:
-            try:
-                value = work()
-            except UsageError as error:
-                problem = str(error)
+        try:
+            value = work() if self.main else None
+        except UsageError as error:
+            problem = str(error)
         problem, value = self.gather((problem, value))[0]
         if problem:
             raise UsageError(problem)
         return value
 
     def check_equal(self, tensors: list[torch.Tensor], what: str) -> None:
-        """All ranks hold the same bits of `tensors`, by checksums. Raises RankError: names the ranks that differ from most."""
+        """Raises RankError: ranks, which it names, hold other bits of `tensors` than most, by checksums."""
         if self.size == 1:
             return
         sums = torch.stack([checksum(t) for t in tensors])
@@ -157,12 +151,11 @@ class World:
         dist.all_gather(everyone, sums)
         bits = [tuple(s.tolist()) for s in everyone]
         usual = max(bits, key=bits.count)
-        odd = [rank for rank, value in enumerate(bits) if value != usual]
-        if odd:
+        if odd := [rank for rank, value in enumerate(bits) if value != usual]:
             raise RankError(f"{what} of rank {', '.join(map(str, odd))} differ from those of the other ranks")
 
     def first(self, what: str) -> bool:
-        """Is this the first rank that asks? So what befalls several is said once."""
+        """Is this the first rank that asks? What befalls several is said once."""
         return self.store is None or self.store.add(f"first/{what}", 1) == 1
 
     def close(self) -> None:
@@ -174,13 +167,13 @@ class World:
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and the number of ranks in torch.distributed."""
+    """Rank and number of ranks in torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code; a rank without the interpreter's clean-up, in which a thread of gloo's that lets go
-    of a tensor aborts the process (pytorch issues 190489 and 38228): torchrun would report a finished run as a failed one."""
+    """Exit; a rank without the interpreter's clean-up, in which a thread of gloo's that lets go of a tensor aborts the process
+    (pytorch issues 190489 and 38228): torchrun would report a finished run as a failed one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -196,7 +189,7 @@ def collective(func: torch._ops.OpOverload, args: tuple) -> tuple[str | None, in
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends in the collectives of what is done in here; DDP's buckets too."""
+    """Counts the bytes that this rank sends in collectives in here; DDP's buckets too."""
 
     def __init__(self, ranks: int):
         super().__init__()
@@ -214,15 +207,14 @@ class Traffic(TorchDispatchMode):
 
 
 def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """torch's hook for DistributedDataParallel: a bucket travels in bf16. By its own name DDP takes it with NCCL alone."""
+    """torch's hook for DistributedDataParallel, which under its own name is taken with NCCL alone."""
     return bf16_compress_hook(group, bucket)
 
 
 def own_corner(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
-    """A part of torchrun's store that only these ranks of this start know. torchrun (2.13) keeps one store through all
-    restarts, with the addresses of dead ranks, and two agents may count restarts differently. So rank 0 draws a name, and tells
-    it to those who ask now: a question carries a random number, which no rank of an earlier start waits for. Raises
-    RankError: for `timeout` seconds a rank has not asked, or rank 0 not answered."""
+    """A part of torchrun's store for the ranks of this start alone. torchrun (2.13) keeps one store through all restarts, with
+    the addresses of dead ranks, and two agents may count restarts differently. So rank 0 draws a name, and tells it to those
+    who ask now: a question carries a random number. Raises RankError: a rank did not ask, or rank 0 not answer, in time."""
     end = time.monotonic() + timeout
     if rank:
         nonce = uuid.uuid4().hex
@@ -251,6 +243,6 @@ def own_corner(store: dist.Store, rank: int, size: int, timeout: float) -> dist.
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of the bits of a tensor, read as integers: int64, on its device. No single number can change unseen."""
+    """Sum of a tensor's bits read as integers, int64, on its device: no single number can change unseen."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().reshape(-1).view(integers).sum(dtype=torch.int64)

@@ -30,13 +30,13 @@ PRESENTATION = (
 
 
 def all_settings(config: Any, model_config: Any, recipe: str) -> dict[str, Any]:
-    """Everything that a run is told: what config.json has."""
+    """What config.json has."""
     settings = vars(config) | vars(model_config) | {"recipe": recipe} | own_code(config.optimizer)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}  # as JSON has them
 
 
 def own_code(optimizer: str) -> dict[str, str]:
-    """The hash of the file that a SPEC names; empty where it names none. A file that was changed is another optimizer."""
+    """The hash of the file that a SPEC names, if any: once changed it is another optimizer."""
     file = Path(optimizer.partition(":")[0])
     return {"optimizer_code": file_hash(file)} if file.suffix == ".py" else {}
 
@@ -48,12 +48,12 @@ def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> st
 
 
 def default_folder(settings: dict[str, Any]) -> str:
-    """runs/<track>/<name>-s<seed>-<hash of everything that changes what is computed>. A file's name has 255 bytes at most."""
+    """runs/<track>/<name>-s<seed>-<settings_hash>. A file's name has 255 bytes at most."""
     return str(Path("runs") / settings["track"] / f"{settings['name'][:100]}-s{settings['seed']}-{settings_hash(settings)[:8]}")
 
 
 def found(root: Path) -> list[Path]:
-    """The run folders below a folder, the newest first: by when their logs were last written."""
+    """The run folders below a folder, the one whose log was written last first."""
     logs = [path for path in root.rglob("log.jsonl") if (path.parent / "config.json").is_file()]
     return [path.parent for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)]
 
@@ -78,7 +78,7 @@ def atomic_write(path: Path, text: str | bytes) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UsageError: something in the folder, which may be somebody else's, is a link: it would be written through."""
+    """Raises UsageError: something in the folder, which may be somebody else's, is a link."""
     if links := [path for path in folder.glob("*") if path.is_symlink()]:
         raise UsageError(f"{links[0]} is a link, and would be written through: remove it, or choose another folder")
 
@@ -88,18 +88,15 @@ def read_json(path: Path) -> dict[str, Any]:
     regular file (a pipe would hold its reader up for ever)."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise UsageError(f"{path} is no regular file")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it holds no JSON object")
-    return content
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(content := json.loads(path.read_bytes()), dict):
+            return content
+    raise UsageError(f"{path} is damaged: it holds no JSON object")
 
 
 @contextlib.contextmanager
 def intact(what: object) -> Iterator[None]:
-    """Read in here what may be somebody else's. Raises UsageError for whatever comes of content that nobody expects."""
+    """Read in here what may be somebody else's. Raises UsageError for whatever comes of it."""
     try:
         yield
     except UsageError:
@@ -136,8 +133,7 @@ TRAINING = ("train_gpt.py", "config.py", "hub.py", "model.py", "tricks.py", "opt
 
 def sources() -> list[Path]:
     """The files that a run executes."""
-    places = [ROOT / name for name in TRAINING]
-    return sorted(path for place in places for path in ([place] if place.is_file() else place.glob("*.py")))
+    return sorted(path for name in TRAINING for path in ROOT.glob(name if name.endswith(".py") else f"{name}/*.py"))
 
 
 @functools.cache
@@ -150,19 +146,17 @@ def source_hash() -> str:
 
 
 def lock(folder: Path) -> FileLock:
-    """Take `folder` for this process until it ends, however it ends: the system frees what a dead process held. Raises
-    UsageError: another process has it; says which."""
+    """Take `folder` for this process until it ends, however it ends. Raises UsageError: another process has it; says which."""
     path = folder / "lock"
     held = FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire(blocking=False)
     except Timeout:
-        try:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             holder = json.loads(path.read_text())
             who = f"process {int(holder['pid'])} on {str(holder['host'])[:60]}, since {str(holder['since'])[:30]}"
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "another process"
         raise UsageError(f"{folder} is in use by {who}: wait for it, or choose another folder") from None
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
@@ -180,15 +174,14 @@ def in_use(folder: Path) -> bool:
 
 
 class Run:
-    """The run folder and everything that is written to it except checkpoints. Only rank 0 (`main`) writes and displays. Raises
-    UsageError: the folder holds a run with other settings, or something else."""
+    """The run folder and all that is written to it except checkpoints, by rank 0 (`main`) alone. Raises UsageError: the folder
+    holds a run with other settings, or something else."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: str, main: bool = True):
         self.folder, self.config, self.main = folder, config, main
         self.log, self.display, self.lock = None, None, None
         self.checkpoints = folder / "checkpoints"
         refuse_links(folder)
-        comparable = {k: v for k, v in config.items() if k not in PRESENTATION}
         resumed = resume != "never" and any(self.checkpoints.glob("step-*"))  # whose checkpoints name their settings themselves
         try:
             there = read_json(folder / "config.json")
@@ -201,8 +194,7 @@ class Run:
             if left and not resumed:
                 raise UsageError(f"{folder} is not empty and holds no run: choose another --out") from None
         else:
-            different = sorted(k for k in comparable if there.get(k, comparable[k]) != comparable[k])
-            if different:
+            if different := sorted(k for k, v in config.items() if k not in PRESENTATION and there.get(k, v) != v):
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
         self.finished: dict[str, Any] | None = None  # the result of a run that has ended; one that is damaged is made again
         with contextlib.suppress(OSError, UsageError):
@@ -211,20 +203,17 @@ class Run:
                 self.finished = there if describe(there, folder) and there["status"] else None
 
     def open(self, env: dict[str, Any], saved: dict[str, Any], display: Display, stem: Path | None = None) -> None:
-        """Write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of: see `logged`.
-        stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises UsageError: it
-        is shorter."""
-        if not self.main:
-            return
-        log, source = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl"
-        log_bytes, there = saved.get("log_bytes", 0), source.stat().st_size if source.exists() else 0
-        if there < log_bytes:
+        """On rank 0: write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of
+        (`logged`). stem: folder of the run that this one branches off from, whose log up to there is this run's too. Raises
+        UsageError: it is shorter."""
+        log, source, log_bytes = self.folder / "log.jsonl", (stem or self.folder) / "log.jsonl", saved.get("log_bytes", 0)
+        kept = source.read_bytes()[:log_bytes] if log_bytes and source.exists() else b""
+        if len(kept) < log_bytes:
             repair = "leave out --branch" if stem else "add --resume never to start anew"
-            raise UsageError(f"{source} is {there} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
+            raise UsageError(f"{source} is {len(kept)} bytes long; the checkpoint expects at least {log_bytes}: {repair}")
         (self.folder / "result.json").unlink(missing_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(self.config, indent=1))
         atomic_write(self.folder / "env.json", json.dumps(env, indent=1))
-        kept = source.read_bytes()[:log_bytes] if log_bytes else b""
         self.log_hash = hashlib.sha256(kept)
         if stem:
             log.write_bytes(kept)
@@ -235,7 +224,7 @@ class Run:
             display.note(f"{source} is not the log that the checkpoint was written with: it was changed since")
 
     def event(self, event: str, note: str = "", **values: Any) -> None:
-        """Log an event and show it; note: a line for people beside it."""
+        """Log an event and show it. note: a line for people."""
         if not self.main:
             return
         # JSON has no NaN: a non-finite number is logged as null and named by its event
@@ -249,7 +238,7 @@ class Run:
         self.display.event(event, note, values)
 
     def logged(self) -> dict[str, Any]:
-        """Bytes of the log, all of them on the disk, and their hash: what a checkpoint made now may rely on."""
+        """Bytes of the log, now on the disk, and their hash: what a checkpoint may rely on."""
         if not self.main:
             return {}
         self.log.flush()

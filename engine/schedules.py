@@ -4,10 +4,10 @@
     build("wsd:cooldown=0.4,warmup=100", steps=1000)(step) -> multiplier of the peak learning rate
     Course(config).at(step) -> Moment(lr, momentum, batch, windows, length, future, tied)
 
-Every schedule has `warmup` (linear from 0) and `final` (the multiplier approached at the end). Lengths are in steps when >= 1
-and a fraction of the run when < 1. With t = step - W, T = steps - W, p = t / T, the last step still moves (p < 1): `final` is
-approached, not reached. Sources: warm-up and cosine as in GPT-3 (arXiv 2005.14165), WSD and its 1-sqrt cool-down (arXiv
-2405.18392), linear to zero (arXiv 2502.15938), inverse sqrt (arXiv 1706.03762), restarts (arXiv 1608.03983).
+Every schedule has `warmup` (linear from 0), most `final`, the multiplier that is approached at the end: with t = step - W, T =
+steps - W, the last step has p = t / T < 1. Lengths are in steps when >= 1 and a fraction of the run when < 1. Sources: warm-up
+and cosine as in GPT-3 (arXiv 2005.14165), WSD and its 1-sqrt cool-down (arXiv 2405.18392), linear to zero (arXiv 2502.15938),
+inverse sqrt (arXiv 1706.03762), restarts (arXiv 1608.03983).
 """
 
 import bisect
@@ -29,9 +29,12 @@ def length(value: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then `shape`: 1, unless a subclass gives another."""
+    """Warm-up, then `shape`: 1, unless a subclass gives another. Subclasses are dataclasses like this one."""
 
     warmup: float = 0.0  # steps (>= 1) or fraction of the run (< 1)
+
+    def __init_subclass__(cls):
+        dataclass(frozen=True)(cls)
 
     def value(self, step: float, steps: int) -> float:
         """Learning rate at `step` (0-based) of a run of `steps`, as a multiple of its peak."""
@@ -44,19 +47,14 @@ class Schedule:
         return 1.0
 
 
-@dataclass(frozen=True)
 class Constant(Schedule):
     """1."""
 
 
-@dataclass(frozen=True)
 class Decaying(Schedule):
-    """One that ends at `final`."""
-
     final: float = 0.0  # multiplier at the end of the run
 
 
-@dataclass(frozen=True)
 class Linear(Decaying):
     """1 -> final in a straight line."""
 
@@ -64,7 +62,6 @@ class Linear(Decaying):
         return 1 + (self.final - 1) * t / total
 
 
-@dataclass(frozen=True)
 class Cosine(Decaying):
     """final + (1 - final) (1 + cos(pi p)) / 2."""
 
@@ -72,7 +69,6 @@ class Cosine(Decaying):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * t / total)) / 2
 
 
-@dataclass(frozen=True)
 class Exponential(Decaying):
     """final^p: the same factor every step."""
 
@@ -82,7 +78,6 @@ class Exponential(Decaying):
         return self.final ** (t / total)
 
 
-@dataclass(frozen=True)
 class Power(Decaying):
     """final + (1 - final) (1 - p^inner)^outer (modded-nanogpt's optimizer track: pull request #345 has inner = 0.4)."""
 
@@ -93,7 +88,6 @@ class Power(Decaying):
         return self.final + (1 - self.final) * (1 - (t / total) ** self.inner) ** self.outer
 
 
-@dataclass(frozen=True)
 class FastSlow(Decaying):
     """1 for `hold`; then fast, 1 - (1 - level) q^power, down to `level` at `knee`; then in a straight line to final
     (modded-nanogpt's optimizer track, pull request #351: 200 and 1,750 of 3,125 steps)."""
@@ -115,7 +109,6 @@ class FastSlow(Decaying):
 FORMS = {"linear": lambda q: 1 - q, "sqrt": lambda q: 1 - math.sqrt(q), "exponential": lambda q: (0.01**q - 0.01) / 0.99}
 
 
-@dataclass(frozen=True)
 class WSD(Decaying):
     """Warm-up, stable at 1, decay over the last `cooldown` of the run in one of three forms:
     linear 1 - q, sqrt 1 - sqrt(q), exponential 0.01^q scaled to end at `final` (q = progress within the cool-down), raised to
@@ -132,7 +125,6 @@ class WSD(Decaying):
         return min(down, super().value(step, steps))
 
 
-@dataclass(frozen=True)
 class Cyclic(Decaying):
     """Cosine with warm restarts: `cycles` equal cosines, each peak `decay` times the one before."""
 
@@ -144,7 +136,6 @@ class Cyclic(Decaying):
         return self.decay**cycle * (self.final + (1 - self.final) * (1 + math.cos(math.pi * within)) / 2)
 
 
-@dataclass(frozen=True)
 class InverseSqrt(Schedule):
     """sqrt(W / step) after a warm-up of W steps."""
 
@@ -184,14 +175,12 @@ class Ramp:
 SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "linear": Linear, "cosine": Cosine, "wsd": WSD}
 SCHEDULES |= {"power": Power, "fast_slow": FastSlow, "exponential": Exponential, "cyclic": Cyclic, "inverse_sqrt": InverseSqrt}
 MOMENTUM_SCHEDULES: dict[str, type] = {"keep": Keep, "ramp": Ramp}
-
-
 # For whom rates do not matter: these settings of a run may name a stranger's code.
 NO_RATES = {"schedule": "constant", "decay_schedule": "constant", "momentum_schedule": "keep"}
 
 
 def build(spec: str, steps: int, registry: dict[str, type] = SCHEDULES, what: str = "schedule") -> Callable[[float], Any]:
-    """The schedule of that SPEC: step (0-based) -> multiplier of the peak learning rate; of MOMENTUM_SCHEDULES: momentum, None
+    """The schedule of that SPEC: step (0-based) -> multiplier of the peak learning rate; of MOMENTUM_SCHEDULES momentum, None
     for the optimizer's own. Raises UsageError: unknown schedule or key, or a value out of range."""
     schedule = make(spec, registry, what, "value")
     return lambda step: schedule.value(step, steps)
@@ -215,10 +204,8 @@ class Course:
     """What a run does in each of its steps: `Course(config).at(position)`, a pure function of the position and the run's
     length. The position is the step; under --minutes it is the share of the time that has passed, times `steps`.
 
-    Stages of batches, windows and sequence lengths divide the run into equal parts. Speedrun record 46: batches of 131k, 262k
-    and 393k tokens, at rates that grow about as the root of the batch. Records 13, 29: windows from 64 or 384 tokens on. Record
-    72: documents cut at 896 tokens first and then at 2,048. config: the trainer's; steps: of the run, None: the config's.
-    Raises UsageError: an unknown schedule or key, or stages that make no sense.
+    Stages of batches, windows and sequence lengths divide the run into equal parts (speedrun records 46; 13, 29; 72). config:
+    the trainer's. steps: of the run; None: the config's. Raises UsageError: an unknown schedule or key, or odd stages.
     """
 
     def __init__(self, config: Any, steps: int | None = None):
@@ -229,9 +216,8 @@ class Course:
         self.windows, self.lengths = config.window_stages, config.length_stages
         self.future_tokens, self.tied_until = config.future_tokens, config.tied_until
         self.seconds = 60 * config.minutes  # of training; 0: the run ends by steps
-        if len(self.batches) != len(self.batch_rates):
-            counts = f"{len(self.batches)} sizes, --batch-rates {len(self.batch_rates)} rates"
-            raise UsageError(f"--batch-stages has {counts}: one a stage")
+        if (sizes := len(self.batches)) != (rates := len(self.batch_rates)):
+            raise UsageError(f"--batch-stages has {sizes} sizes, --batch-rates {rates} rates: one a stage")
         if not all(size >= 1 and size == int(size) for size in self.batches):
             raise UsageError("--batch-stages takes whole multiples of --batch-tokens, such as 1/2/3")
         for flag, parts in (("--window-stages", self.windows), ("--length-stages", self.lengths)):
@@ -244,14 +230,14 @@ class Course:
 
     def at(self, step: float) -> Moment:
         """Of a position, which counts from 0; after the end the last stages hold."""
-        batch = stage(self.batches, step, self.steps)
+        batch, window, length = (stage(parts, step, self.steps) for parts in (self.batches, self.windows, self.lengths))
         return Moment(
             lr=self.rate(step) * self.batch_rates[batch],
             decay=self.decay(step),
             momentum=self.momentum(step),
             batch=int(self.batches[batch]),
-            windows=self.windows[: stage(self.windows, step, self.steps) + 1],
-            length=self.lengths[stage(self.lengths, step, self.steps)],
+            windows=self.windows[: window + 1],
+            length=self.lengths[length],
             future=future_weights(self.future_tokens, step, self.steps),
             tied=step < self.tied_until * self.steps,
         )
@@ -263,12 +249,12 @@ class Course:
 
     def stage_starts(self) -> list[int]:
         """First steps of all stages."""
-        stages = (self.batches, self.windows, self.lengths)
-        return sorted({start for parts in stages for start in stage_starts(parts, self.steps) if start < self.steps})
+        return sorted({*self.new_shapes(), *(start for start in stage_starts(self.batches, self.steps) if start < self.steps)})
 
     def new_shapes(self) -> list[int]:
-        """First steps of the stages with other windows or lengths than before: what torch.compile makes a graph for."""
-        return sorted({*stage_starts(self.windows, self.steps), *stage_starts(self.lengths, self.steps)})
+        """First steps of the stages with other windows or lengths than before: torch.compile makes a graph for each."""
+        starts = {*stage_starts(self.windows, self.steps), *stage_starts(self.lengths, self.steps)}
+        return sorted(start for start in starts if start < self.steps)
 
 
 def stage_starts(stages: tuple[float, ...], steps: int) -> list[int]:
@@ -282,15 +268,13 @@ def stage(stages: tuple[float, ...], step: float, steps: int) -> int:
 
 
 def future_weights(tokens: int, step: float, steps: int) -> tuple[float, ...]:
-    """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k, and they fade one
-    after another, the furthest first, each in a straight line over 1 / (tokens + 1) of the run; the last part has none.
-    Speedrun record 53, with two tokens: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
+    """Weights of the losses on the tokens after the next (`model.future_loss`): the k-th starts at 2^-k; the furthest first,
+    each fades in a line over 1 / (tokens + 1) of the run. Speedrun record 53: [1, 0.5, 0.25 -> 0], [1, 0.5 -> 0], [1]."""
     done = (tokens + 1) * step / steps
     return tuple(0.5**k * min(1.0, max(0.0, tokens - k + 1 - done)) for k in range(1, tokens + 1))
 
 
 def draw() -> str:
-    """Draw the named schedules into one picture."""
     parser = Parser(prog="./run.sh schedules", description="Draw learning-rate schedules.")
     parser.add_argument("specs", nargs="*", default=list(SCHEDULES), help="schedule SPECs (default: all)")
     parser.add_argument("--steps", type=int, default=1000, help="length of the run, steps")

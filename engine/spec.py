@@ -25,8 +25,8 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """What the user can mend: bad words, too little memory. Verbs print it as one line and exit with code 2 (command.py).
-    speaks: does this rank print it? None: the first rank of each machine does."""
+    """What the user can mend: bad words, too little memory. One line and exit code 2 (command.py). speaks: does this rank print
+    it? None: the first rank of each machine does."""
 
     def __init__(self, message: str, speaks: bool | None = None):
         super().__init__(message)
@@ -35,8 +35,7 @@ class UsageError(ValueError):
 
 def setting(default, help: str, choices=None, least: float = 0, most: float = math.inf, below: float = math.inf):
     """A config field with the words that `--help` prints. least, most, below: of a number, or of each in a tuple."""
-    about = {"help": help, "choices": choices, "least": least, "most": most, "below": below}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most, below=below))
 
 
 # Names of numbers whose range everybody means the same by, in classes of others too: least, below
@@ -44,12 +43,13 @@ RANGES = {r"(.*_)?(lr|eps|weight_decay)\d*": (0, math.inf), r"(.*_)?(betas?|mome
 
 
 def refusal(name: str, value: Any, about: Mapping[str, Any]) -> str:
-    """Why a setting does not take a value, in words that go after its name; empty: it does. about: see `setting`."""
+    """Why a setting, by its metadata, does not take a value: words that go after its name. Empty: it does."""
     if isinstance(value, tuple):
         return next(filter(None, (refusal(name, part, about) for part in value)), "")
     if choices := about.get("choices"):
-        hint = f": {nearest(value, choices)}" if isinstance(value, str) else ""
-        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}{hint if 'mean' in hint else ''}"
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        hint = f": {near}" if near.startswith("did") else ""
+        return "" if value in choices else f"takes {', '.join(choices)}; not {value!r}{hint}"
     if not isinstance(value, (int, float)):
         return ""
     least, below = next((limits for names, limits in RANGES.items() if re.fullmatch(names, name)), (-math.inf, math.inf))
@@ -75,8 +75,8 @@ TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 
 def convert(text: str, annotation: Any, what: str) -> Any:
-    """Parse `text` as the annotated type; of a union as the first of its members that takes it, text last. `none` is None where
-    that is a member; a tuple of numbers is written 0.9/0.95. Raises UsageError: the text is not of that type."""
+    """Parse `text` as the annotated type, of a union as the first of int, float, bool and str that takes it. `none` is None
+    where that is a member; a tuple of numbers is written 0.9/0.95. Raises UsageError: the text is not of that type."""
     members = set(typing.get_args(annotation)) if typing.get_origin(annotation) in UNIONS else {annotation}
     if type(None) in members and text.lower() == "none":
         return None
@@ -88,10 +88,10 @@ def convert(text: str, annotation: Any, what: str) -> Any:
             if kind is int and "e" in text.lower() and float(text).is_integer():  # 1e6 tokens is how people write it
                 return int(float(text))
             return TRUTHS[text.lower()] if kind is bool else kind(text)
-    if kinds == [bool]:
-        raise UsageError(f"{what} takes true or false, not {text!r}")
-    words = f"takes a value of type {' or '.join(kind.__name__ for kind in kinds)}, not {text!r}"
-    raise UsageError(f"{what} {words if kinds else 'takes a value that no command line can give'}")
+    if not kinds:
+        raise UsageError(f"{what} takes a value that no command line can give")
+    wanted = "true or false" if kinds == [bool] else f"a value of type {' or '.join(kind.__name__ for kind in kinds)}"
+    raise UsageError(f"{what} takes {wanted}, not {text!r}")
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
@@ -111,9 +111,9 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def typed_keys(cls: type) -> dict[str, Any]:
-    """Key -> annotation of what `cls` accepts: dataclass fields, or the parameters of its constructor, without a first that
-    has no default: the weights. A parameter that is not annotated takes the type of its default; where that is a whole number,
-    fractions too. A class that names its `roles` has `adamw_lr` too: AdamW takes the rest."""
+    """Key -> annotation of what `cls` accepts: dataclass fields, or its constructor's parameters, without a first that has no
+    default: the weights. Without annotation it is the type of the default, a whole number's fractions too. A class that names
+    its `roles` has `adamw_lr` too: AdamW takes the rest."""
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -131,9 +131,8 @@ def typed_keys(cls: type) -> dict[str, Any]:
 
 
 def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[str, Any]]:
-    """The class that a SPEC chooses, of `registry` (name -> class) or imported, and its typed keyword arguments. what:
-    "optimizer" or "schedule", for messages. Raises UsageError: unknown name or key, wrong type, or a file that does not import.
-    """
+    """The class that a SPEC chooses, of `registry` (name -> class) or imported, and its typed keyword arguments. what: for
+    messages, such as "optimizer". Raises UsageError: unknown name or key, wrong type, or a file that does not import."""
     name, texts = split(spec)
     registered, colon, word = name.partition(":")
     if colon and registered in registry:
@@ -142,9 +141,8 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
     if cls is None:
         raise UsageError(f"unknown {what} {name!r}: {nearest(name, registry)}")
     keys = typed_keys(cls)
-    for key in texts:
-        if key not in keys:
-            raise UsageError(f"{what} {name!r} has no key {key!r}: {nearest(key, keys)}")
+    if unknown := [key for key in texts if key not in keys]:
+        raise UsageError(f"{what} {name!r} has no key {unknown[0]!r}: {nearest(unknown[0], keys)}")
     values = {key: convert(text, keys[key], f"{what} key {name}:{key}") for key, text in texts.items()}
     about = {f.name: f.metadata for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     for key, value in values.items():
@@ -154,8 +152,7 @@ def parse(spec: str, registry: dict[str, type], what: str) -> tuple[type, dict[s
 
 
 def make(spec: str, registry: dict[str, type], what: str, method: str) -> Any:
-    """An object of the class that a SPEC chooses, which must have a method of that name. Raises UsageError: it has none, or as
-    `parse`."""
+    """An object of the class that a SPEC chooses. Raises UsageError: it lacks that method, or as `parse`."""
     cls, settings = parse(spec, registry, what)
     try:
         return getattr(cls, method) and cls(**settings)
@@ -164,7 +161,7 @@ def make(spec: str, registry: dict[str, type], what: str, method: str) -> Any:
 
 
 def optional(module: str, message: str) -> types.ModuleType:
-    """Import a module that only some uses need. Raises UsageError with this message: it is not installed."""
+    """Import a module that only some uses need. Raises UsageError with this message."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -175,19 +172,18 @@ TRUSTED: set[str] = set()  # words of the user's own command line: the only ones
 
 
 def trust(argv: Iterable[str]) -> None:
-    """Code may be imported where these words name it, alone or behind the first `=`. For what the user typed alone."""
+    """Code may be imported where these words, which the user typed, name it, alone or behind the first `=`."""
     TRUSTED.update(part for word in argv for part in (word, word.partition("=")[2]))
 
 
 def check_trusted(name: str, what: str) -> None:
-    """Raises UsageError: the user's command line does not name it; a file of settings may be somebody else's."""
+    """Raises UsageError: the user's command line does not name it."""
     if not re.fullmatch(r"torch\.optim[.:]\w+", name) and not any(f"{word}:".startswith(f"{name}:") for word in TRUSTED):
         raise UsageError(f"{what} {name!r} is code, which is loaded only where the command line names it, never from a file")
 
 
 def load(name: str, what: str) -> type:
-    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: the command line does not name it, it does
-    not import, or has no such class."""
+    """Import `path/to/file.py:Class` or `package.module:Class`. Raises UsageError: not on the command line, or not there."""
     check_trusted(name, what)
     place, _, attribute = name.partition(":")
     try:

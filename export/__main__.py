@@ -1,22 +1,26 @@
-"""python -m export --run runs/cpu/record-s0-1a2b3c4d --to hf OUT"""
+"""Trained models for others: a folder that `transformers` loads, with tokenizer and model card.
+
+    ./run.sh export --run runs/cpu/record-s0-1a2b3c4d --to hf OUT
+
+A GPT-2 as published becomes a GPT2LMHeadModel; every other model is loaded with trust_remote_code by `modeling_speedrun.py`,
+which is copied beside it.
+"""
 
 import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
-import export
 import hub
-from data import tokenizers
+from data.tokenizers import Tokenizer
 from engine.command import Parser, command
 from engine.run_folder import atomic_write, read_json
 from engine.spec import UsageError
 from model import GPT
-from sample import load_model, newest_run
+from sample import add_run, opened
 
 CODE = Path(__file__).with_name("modeling_speedrun.py")
 
@@ -26,12 +30,10 @@ def write_speedrun(gpt: GPT, out: Path) -> None:
     name = CODE.stem
     shape = asdict(gpt.config) | {"padded_vocab": gpt.config.padded_vocab}
     shape |= {"windows": [int(block.attention.window) for block in gpt.blocks]}  # as at the end of the run
-    about = {"model_type": "speedrun_gpt", "architectures": ["SpeedrunGPT"]}
-    about |= {"tie_word_embeddings": False, "torch_dtype": "float32"}
+    about = dict(model_type="speedrun_gpt", architectures=["SpeedrunGPT"], tie_word_embeddings=False, torch_dtype="float32")
     auto = {"AutoConfig": f"{name}.SpeedrunConfig", "AutoModelForCausalLM": f"{name}.SpeedrunGPT"}
-    weights = {f"model.{key}": value.float().contiguous().clone() for key, value in gpt.state_dict().items()}
-    if gpt.positions is None:
-        weights |= {"model.cos": gpt.cos.clone(), "model.sin": gpt.sin.clone()}
+    buffers = dict(cos=gpt.cos, sin=gpt.sin) if gpt.positions is None else {}
+    weights = {f"model.{key}": value.float().contiguous().clone() for key, value in (gpt.state_dict() | buffers).items()}
     atomic_write(out / "config.json", json.dumps(about | {"auto_map": auto} | shape, indent=1))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     atomic_write(out / CODE.name, CODE.read_text())
@@ -44,7 +46,7 @@ def byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def write_tokenizer(tokenizer: Any, out: Path) -> str:
+def write_tokenizer(tokenizer: Tokenizer, out: Path) -> str:
     """What AutoTokenizer loads; returns a sentence for the model card."""
     if tokenizer.name == "gpt2":
         cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
@@ -82,24 +84,18 @@ def card(run: Path, own_code: bool, of_tokens: str) -> str:
 
 
 def write(argv: list[str]) -> str:
-    flags = Parser(prog="export", description=export.__doc__)
-    flags.add_argument("--run", type=Path, help="run folder of the trained model (default: the newest in runs/)")
+    flags = Parser(prog="export", description=__doc__)
+    add_run(flags)
     flags.add_argument("--to", choices=("hf",), default="hf", help="form: hf, of Hugging Face's transformers")
-    flags.add_argument("--data-root", type=Path, default=Path("corpora"), help="of the tokenizer's files (default: corpora)")
     flags.add_argument("out", type=Path, help="folder to write")
     options = flags.parse_args(argv)
     if options.out.exists() and any(options.out.iterdir()):
         raise UsageError(f"{options.out} is not empty: name a new folder")
-    run = options.run or newest_run()
-    gpt, config = load_model(run)
+    run, gpt, tokenizer = opened(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    of_tokens = write_tokenizer(tokenizers.get(config["tokenizer"], options.data_root), options.out)
-    odd = hub.odd_setting(gpt.config)
-    if odd:
-        write_speedrun(gpt, options.out)
-    else:
-        hub.write(gpt, options.out)
-    atomic_write(options.out / "README.md", card(run, bool(odd), of_tokens))
+    odd = bool(hub.odd_setting(gpt.config))
+    (write_speedrun if odd else hub.write)(gpt, options.out)
+    atomic_write(options.out / "README.md", card(run, odd, write_tokenizer(tokenizer, options.out)))
     return f"{options.out}: " + ("load it with trust_remote_code=True" if odd else "a GPT2LMHeadModel")
 
 

@@ -16,17 +16,10 @@ class SpeedrunConfig(PretrainedConfig):
     attribute_map = {"num_hidden_layers": "layers", "hidden_size": "width", "num_attention_heads": "heads"}
 
 
-class Norm(nn.Module):
-    def __init__(self, c, width):
-        super().__init__()
-        self.rms = c.norm == "rmsnorm"
-        self.weight = nn.Parameter(torch.ones(width)) if c.norm_gains else None
-        self.bias = nn.Parameter(torch.zeros(width)) if c.bias and c.norm_gains and not self.rms else None
-
-    def forward(self, x):
-        if self.rms:
-            return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
+def norm(c):
+    if c.norm == "rmsnorm":
+        return nn.RMSNorm(c.width, eps=1e-6, elementwise_affine=c.norm_gains)
+    return nn.LayerNorm(c.width, eps=1e-5, elementwise_affine=c.norm_gains, bias=c.bias)
 
 
 class Parts(nn.Module):
@@ -49,9 +42,7 @@ class Gate(nn.Module):
 
 def value_table(c, layer):
     n = min(c.value_embeddings, c.layers)
-    if layer < n:
-        return layer
-    return layer - (c.layers - n) if layer >= c.layers - n else None
+    return layer if layer < n else layer - (c.layers - n) if layer >= c.layers - n else None
 
 
 class Attention(nn.Module):
@@ -83,9 +74,8 @@ class Attention(nn.Module):
             before = torch.cat([k[:, :1], k[:, :-1]], dim=1).chunk(4, -1)
             now = k.chunk(4, -1)
             k = torch.cat([now[0], before[1], now[2], before[3]], -1)
-        scale = c.attention_scale or (C // c.heads) ** -0.5
         q, k, z = (part.transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, z, attn_mask=mask, scale=scale).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, z, attn_mask=mask, scale=c.attention_scale or None).transpose(1, 2)
         if c.exclusive_attention:
             own = F.normalize(v, dim=-1, eps=1e-4)
             y = y - self.extras.exclusion.strength.tanh().unsqueeze(-1) * (y * own).sum(-1, keepdim=True) * own
@@ -94,27 +84,17 @@ class Attention(nn.Module):
         return self.projection(y.reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.relu2 = c.activation == "relu2"
-        self.up = nn.Linear(c.width, c.mlp_ratio * c.width, bias=c.bias)
-        self.projection = nn.Linear(c.mlp_ratio * c.width, c.width, bias=c.bias)
-
-    def forward(self, x):
-        x = self.up(x)
-        return self.projection(F.relu(x).square() if self.relu2 else F.gelu(x, approximate="tanh"))
-
-
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.norm1, self.attention = Norm(c, c.width), Attention(c, layer)
-        self.norm2, self.mlp = Norm(c, c.width), MLP(c)
+        self.norm1, self.attention, self.norm2 = norm(c), Attention(c, layer), norm(c)
+        hidden, self.relu2 = c.mlp_ratio * c.width, c.activation == "relu2"
+        self.mlp = Parts(up=nn.Linear(c.width, hidden, bias=c.bias), projection=nn.Linear(hidden, c.width, bias=c.bias))
 
     def forward(self, x, *about):
         x = x + self.attention(self.norm1(x), *about)
-        return x + self.mlp(self.norm2(x))
+        h = self.mlp.up(self.norm2(x))
+        return x + self.mlp.projection(F.relu(h).square() if self.relu2 else F.gelu(h, approximate="tanh"))
 
 
 class GPT(nn.Module):
@@ -134,26 +114,23 @@ class GPT(nn.Module):
             self.ngrams = Parts(table=nn.Embedding(len(self.orders) * c.ngram_buckets, min(c.ngram_width or c.width, c.width)))
         if c.smear:
             self.smear = Parts(gate=Gate(c.width, 1), strength=torch.zeros(()))
-        self.embed_norm = Norm(c, c.width) if c.embed_norm else nn.Identity()
+        self.embed_norm = norm(c) if c.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
-        self.paths = self.make_paths()
-        self.norm = Norm(c, c.width)
-        self.head = nn.Linear(c.width, c.padded_vocab, bias=c.head_bias)
-
-    def make_paths(self):
-        c, paths = self.c, Parts()
+        self.paths = Parts()
         if c.value_embeddings:
             tables = (nn.Embedding(c.padded_vocab, c.width) for _ in range(min(c.value_embeddings, c.layers)))
-            paths.values = Parts(tables=nn.ModuleList(tables))
-        if c.skips == "unet" and c.layers > 1:
-            paths.skips = Parts(weights=torch.ones(c.layers // 2))
-        if c.skips == "single" and c.layers > 1:
-            paths.skips = Parts(strength=torch.tensor(-1.5), gate=Gate(c.width, 1))
+            self.paths.values = Parts(tables=nn.ModuleList(tables))
+        self.skips = c.skips if c.layers > 1 else "none"
+        if self.skips == "unet":
+            self.paths.skips = Parts(weights=torch.ones(c.layers // 2))
+        if self.skips == "single":
+            self.paths.skips = Parts(strength=torch.tensor(-1.5), gate=Gate(c.width, 1))
         if c.input_shortcut:
-            paths.shortcut = Parts(stream=torch.ones(c.layers), inputs=torch.ones(c.layers))
+            self.paths.shortcut = Parts(stream=torch.ones(c.layers), inputs=torch.ones(c.layers))
         if c.backout:
-            paths.backout = Parts(strength=torch.tensor(0.5))
-        return paths
+            self.paths.backout = Parts(strength=torch.tensor(0.5))
+        self.norm = norm(c)
+        self.head = nn.Linear(c.width, c.padded_vocab, bias=c.head_bias)
 
     def ngram_rows(self, tokens):
         digest, rows = torch.zeros_like(tokens), {}
@@ -167,10 +144,10 @@ class GPT(nn.Module):
         """What the paths make of the stream before a block."""
         c, paths = self.c, self.paths
         mirror = c.layers - 1 - layer
-        if c.layers > 1 and c.skips == "unet" and mirror < layer:
+        if self.skips == "unet" and mirror < layer:
             x = x + paths.skips.weights[mirror] * outputs[mirror]
         source = min(c.layers // 3, c.layers // 2 - 1)
-        if c.layers > 1 and c.skips == "single" and mirror == source:
+        if self.skips == "single" and mirror == source:
             x = x + paths.skips.strength.sigmoid() * 2 * paths.skips.gate(inputs) * outputs[source]
         return paths.shortcut.stream[layer] * x + paths.shortcut.inputs[layer] * inputs if c.input_shortcut else x
 
@@ -201,14 +178,12 @@ class GPT(nn.Module):
             outputs.append(x)
         if c.backout:
             x = x - self.paths.backout.strength * outputs[2 * c.layers // 3]
-        logits = self.head(self.norm(x))[..., : c.vocab_size].float()
-        if not c.logit_softcap:
+        logits, cap = self.head(self.norm(x))[..., : c.vocab_size].float(), c.logit_softcap
+        if not cap:
             return logits
         if c.softcap_form == "sigmoid":
-            return c.logit_softcap * ((logits + 5) / 7.5).sigmoid()
-        if c.softcap_form == "tanh":
-            return c.logit_softcap * (logits / c.logit_softcap).tanh()
-        return c.logit_softcap * logits / (logits.square() + c.logit_softcap**2).sqrt()
+            return cap * ((logits + 5) / 7.5).sigmoid()
+        return cap * (logits / cap).tanh() if c.softcap_form == "tanh" else cap * logits / (logits.square() + cap**2).sqrt()
 
 
 class SpeedrunGPT(PreTrainedModel, GenerationMixin):
