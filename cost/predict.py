@@ -56,8 +56,7 @@ def machine(words: str) -> Machine:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, tuple[Config, ModelConfig, str]]:
     """The flags of `plan` itself, and what the trainer makes of the others. Raises UsageError: bad flags."""
     what = "Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written."
-    others = "All other flags are the trainer's: ./run.sh train --help."
-    flags = Parser(prog="./run.sh plan", description=what, epilog=others)
+    flags = Parser(prog="./run.sh plan", description=what, epilog="All other flags are the trainer's: ./run.sh train --help.")
     add = flags.add_argument
     add("--hardware", default="here", help="such as 8xH100, or here, where a CPU takes three real steps (default: here)")
     add("--world-size", type=int, default=0, metavar="N", help="ranks, one per card (default: the cards of one machine)")
@@ -67,8 +66,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, tuple[Config, ModelConfi
 
 
 def ranks_on(where: Machine, asked: int) -> int:
-    """How many ranks run there; by default one a card of one machine. Raises UsageError: so many do not fill whole machines, or
-    would share this CPU."""
+    """How many ranks run there. Raises UsageError: so many do not fill whole machines, or would share this CPU."""
     ranks = asked or where.cards
     if where.card is None and ranks != 1:
         raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
@@ -173,8 +171,8 @@ def recording(config: Config, model_config: ModelConfig, ranks: int, dtype: torc
 
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
-    """Does the step fit on a card? Raises TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
-    micro, length: sequences of a micro-batch, and tokens of each. record: sequences of a micro-batch -> the step."""
+    """Raises TooLittleMemory where the step does not fit on a card; says which micro-batch would. micro, length: sequences of a
+    micro-batch, and tokens of each. record: sequences of a micro-batch -> the step."""
     room, memory = HEADROOM * where.card.memory, step.memory
     if memory.total <= room:
         return
