@@ -26,7 +26,6 @@ from engine.ranks import WIRE, collective
 
 # FLOPs of one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
-NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
 
 
@@ -140,7 +139,7 @@ class Recorder(TorchDispatchMode):
         mutated = [t for t in tree_leaves(written) if isinstance(t, Tensor)]
         reads = touched(inputs, sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf)
         writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated)
-        if writes and name not in NO_WORK:
+        if writes and not name.startswith(("empty", "new_empty")):  # which only allocate
             dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
             work = replace(arithmetic(func, name, args, kwargs, inputs, out), dtype=dtype)
             self.events.append(Event(work, reads, writes))

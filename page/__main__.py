@@ -151,7 +151,9 @@ def charts(folders: Sequence[Path]) -> dict[str, Any]:
     """Vega-Lite charts by the name of their place in the page."""
     drawn = {"chain": chain_chart(), "losses": losses_chart(losses()), "scaling": scaling_chart(scaling())}
     drawn |= {"profiles": profile_chart(), "sensitivity": sensitivity_chart(trials()), "published": published_chart()}
-    drawn |= {"levers": levers_chart(levers())} | ({"runs": runs_chart(own(folders))} if folders else {})
+    drawn |= {"levers": levers_chart(levers())}
+    if folders:
+        drawn["runs"] = curves(own(folders), "run", "Training loss of your runs", ["step:Q"]).encode(alt.X("step:Q"))
     return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
 
 
@@ -160,10 +162,10 @@ def wide(rows: Rows, what: str) -> Any:
     return alt.Chart(alt.Data(values=rows), description=what, width="container", height=320)
 
 
-def choice(rows: Rows, key: str, name: str = "", first: str = "") -> Any:
-    """The reader's choice from the values of a column; name: what the list is called (default: as the column)."""
+def choice(rows: Rows, key: str, first: str = "") -> Any:
+    """The reader's choice from the values of a column."""
     options = sorted({row[key] for row in rows})
-    return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{name or key} "))
+    return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{key} "))
 
 
 def by_legend(field: str, faint: float = 0.1, **how: Any) -> tuple[Any, Any]:
@@ -193,7 +195,7 @@ def profile_chart() -> Any:
 
 
 def sensitivity_chart(rows: Rows) -> Any:
-    where, who = choice(rows, "workload"), choice(rows, "submission", "optimizer", contest()[0][0]["submission"])
+    where, who = choice(rows, "workload"), choice(rows, "submission", contest()[0][0]["submission"])
     points = wide(rows, "Final loss against learning rate of one optimizer's trials").mark_point(filled=True, size=70)
     points = points.transform_filter((alt.datum.workload == where) & (alt.datum.submission == who)).add_params(where, who)
     x = alt.X("lr:Q").scale(type="log").title("learning rate (log)")
@@ -239,10 +241,6 @@ def curves(rows: Rows, name: str, what: str, tips: Sequence[str]) -> Any:
     colour = alt.Color(f"{name}:N").legend(columns=1, labelLimit=300)
     lines = wide(rows, what).mark_line().add_params(picked)
     return lines.encode(y, colour, opacity=opacity, tooltip=[f"{name}:N", *tips, "loss:Q"])
-
-
-def runs_chart(rows: Rows) -> Any:
-    return curves(rows, "run", "Training loss of your runs", ["step:Q"]).encode(alt.X("step:Q"))
 
 
 def losses_chart(rows: Rows) -> Any:
