@@ -14,7 +14,7 @@ import torch
 
 from config import Config, mean_flops, resolve, shares, stages
 from cost.step import Step, attended, attending, communication, documents_of, fp8_head, pieces_of, record_step
-from cost.time import real_step, step_time
+from cost.time import real_times, step_time
 from engine import hardware
 from engine.command import Answer, Parser
 from engine.hardware import CARDS, Card
@@ -119,21 +119,13 @@ def predict(argv: list[str]) -> Prediction:
     else:
         dtype, _ = hardware.pick_dtype(config.dtype, torch.device("cpu"))
         step = record_step(config, model_config, ranks, dtype, "cpu")
-        times = measured_times(config, model_config, dtype, step.micro_batches)
+        times = real_times(config, model_config, dtype, step.micro_batches)
     price = flags.gpu_price or (card.price if card else 0.0)
     return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price)
 
 
 def card_dtype(config: Config) -> torch.dtype:
     return torch.float32 if config.dtype == "fp32" else torch.bfloat16
-
-
-def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
-    """Seconds of a step on this CPU by part, the mean over the run's stages."""
-    counts = stages(config, model_config)
-    each, update = real_step(config, model_config, dtype, {(part, length) for part, length, _ in counts})
-    passes = sum(steps * size * each[part, length] for (part, length, size), steps in counts.items())
-    return {"forward and backward": micro_batches * passes / config.steps, "optimizer": update}
 
 
 def card_times(config: Config, model_config: ModelConfig, where: Machine, ranks: int) -> tuple[Step, dict[str, float]]:
