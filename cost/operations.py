@@ -26,7 +26,7 @@ from engine.ranks import WIRE, collective
 
 # FLOPs of one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
-LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
+LOOKUPS = ("embedding", "index", "gather", "index_select")
 
 
 @dataclass(frozen=True)

@@ -75,36 +75,35 @@ def local_files(files: list[Path]) -> Splits:
 
 def read_file(file: Path) -> Iterator[str]:
     """The documents of a file. Raises UsageError: it is of another kind, or a document of it is no text."""
-    for place, text in documents(file):
-        if not isinstance(text, str):
-            raise UsageError(f"{file}: the text of {place} is {text!r:.40}")
-        if odd := re.search("[\0\ud800-\udfff]", text):  # NUL marks the end of texts in bytes; the others are half a character
-            raise UsageError(f"{file}: {place} holds the character {odd[0]!r}, which is no text")
-        yield text
-
-
-def documents(file: Path) -> Iterator[tuple[str, Any]]:
-    """Where each document of `read_file` stands, and what stands in the place of its text."""
     place = "document 1"
     try:
-        if file.suffix == ".txt":
-            yield place, file.read_text(encoding="utf-8-sig")
-        elif file.suffix in (".jsonl", ".ndjson"):
-            with file.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, start=1):
-                    place = f"line {number}"
-                    if line.strip():
-                        yield place, json.loads(line)["text"]
-        elif file.suffix == ".parquet":
-            parquet = optional("pyarrow.parquet", "parquet files need pyarrow: .venv/bin/pip install -e .[data]")
-            texts = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-            yield from ((f"document {n}", text) for n, text in enumerate(texts, start=1))
-        else:
-            raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
+        for place, text in documents(file):
+            if file.suffix == ".jsonl":
+                text = json.loads(text)["text"]
+            if not isinstance(text, str):
+                raise UsageError(f"{file}: the text of {place} is {text!r:.40}")
+            if odd := re.search("[\0\ud800-\udfff]", text):  # NUL ends a text in bytes; the others are half a character
+                raise UsageError(f"{file}: {place} holds the character {odd[0]!r}, which is no text")
+            yield text
     except UsageError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file}: {place} could not be read as {file.suffix[1:]} with a text field: {error}") from None
+
+
+def documents(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each document of `read_file` stands, and its text, or, of .jsonl, its line."""
+    if file.suffix == ".txt":
+        yield "document 1", file.read_text(encoding="utf-8-sig")
+    elif file.suffix == ".jsonl":
+        with file.open(encoding="utf-8-sig") as lines:
+            yield from ((f"line {n}", line) for n, line in enumerate(lines, start=1) if line.strip())
+    elif file.suffix == ".parquet":
+        parquet = optional("pyarrow.parquet", "parquet files need pyarrow: .venv/bin/pip install -e .[data]")
+        texts = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+        yield from ((f"document {n}", text) for n, text in enumerate(texts, start=1))
+    else:
+        raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
 
 
 @dataclass(frozen=True)
