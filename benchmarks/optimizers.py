@@ -34,34 +34,30 @@ ROUNDS, EVERY, BLOCK = 7, 10, 1024
 
 PERIODIC = ("shampoo", "caspr", "soap")
 MACHINE = f"{hardware.processor_name()}, {torch.get_num_threads()} threads"  # stated with every row: sessions differ
+SOAP = f"precondition_frequency={EVERY}"
 SHAMPOO = f"preconditioning_compute_steps={EVERY},start_preconditioning_step=1,block_size={BLOCK},use_svd=true"
-# The same method with the same numerics: what it is called -> SPEC where that differs. What differs is said in the name.
-RIVALS: dict[str, dict[str, str]] = {
-    "adamw": {
-        "torch.optim.AdamW foreach": "torch.optim.AdamW:foreach=true",
-        "pytorch_optimizer.AdamW": "",
-        "heavyball.AdamW": "",
-    },
-    "rmsprop": {"torch.optim.RMSprop": "torch.optim.RMSprop:momentum=0"},
-    "adadelta": {"torch.optim.Adadelta": ""},
-    "lion": {"pytorch_optimizer.Lion": ""},
-    "ademamix": {"pytorch_optimizer.AdEMAMix": ""},
-    "adopt": {"pytorch_optimizer.ADOPT": ""},
-    "mars": {"pytorch_optimizer.MARS": ""},
-    "prodigy": {"prodigyopt.Prodigy": "prodigyopt:Prodigy:use_bias_correction=true"},
-    "schedule_free_adamw": {
-        "schedulefree.AdamWScheduleFree": "schedulefree:AdamWScheduleFree",
-        "pytorch_optimizer.ScheduleFreeAdamW": "",
-        "heavyball.SFAdamW": "",
-    },
-    "muon": {"torch.optim.Muon": "", "pytorch_optimizer.Muon": "", "heavyball.Muon": ""},
-    "shampoo": {"pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"},
-    "soap": {
-        "pytorch_optimizer.SOAP, whole matrices": "pytorch_optimizer.SOAP:precondition_frequency=10,max_precondition_dim=4096",
-        "heavyball.SOAP, whole matrices": "heavyball.SOAP:precondition_frequency=10,max_precond_dim=4096",
-        "heavyball.SOAP, no basis for sides of 3,072": "heavyball.SOAP:precondition_frequency=10",
-    },
-}
+RIVALS = (  # ours, what the same method with the same numerics is called, and its SPEC where that differs
+    ("adamw", "torch.optim.AdamW foreach", "torch.optim.AdamW:foreach=true"),
+    ("adamw", "pytorch_optimizer.AdamW", ""),
+    ("adamw", "heavyball.AdamW", ""),
+    ("rmsprop", "torch.optim.RMSprop", "torch.optim.RMSprop:momentum=0"),
+    ("adadelta", "torch.optim.Adadelta", ""),
+    ("lion", "pytorch_optimizer.Lion", ""),
+    ("ademamix", "pytorch_optimizer.AdEMAMix", ""),
+    ("adopt", "pytorch_optimizer.ADOPT", ""),
+    ("mars", "pytorch_optimizer.MARS", ""),
+    ("prodigy", "prodigyopt.Prodigy", "prodigyopt:Prodigy:use_bias_correction=true"),
+    ("schedule_free_adamw", "schedulefree.AdamWScheduleFree", "schedulefree:AdamWScheduleFree"),
+    ("schedule_free_adamw", "pytorch_optimizer.ScheduleFreeAdamW", ""),
+    ("schedule_free_adamw", "heavyball.SFAdamW", ""),
+    ("muon", "torch.optim.Muon", ""),
+    ("muon", "pytorch_optimizer.Muon", ""),
+    ("muon", "heavyball.Muon", ""),
+    ("shampoo", "pytorch_optimizer.ScalableShampoo, eigendecompositions", f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"),
+    ("soap", "pytorch_optimizer.SOAP, whole matrices", f"pytorch_optimizer.SOAP:{SOAP},max_precondition_dim=4096"),
+    ("soap", "heavyball.SOAP, whole matrices", f"heavyball.SOAP:{SOAP},max_precond_dim=4096"),
+    ("soap", "heavyball.SOAP, no basis for sides of 3,072", f"heavyball.SOAP:{SOAP}"),
+)
 
 
 def ours(name: str, weights: list[torch.nn.Parameter], **changes: Any) -> torch.optim.Optimizer:
@@ -123,7 +119,7 @@ def compare(name: str) -> list[dict]:
     """Rows for our method, torch's fused AdamW on the same weights, and the rivals, interleaved."""
     makes = {"ours": partial(ours, name)} | ({} if name == "adamw" else {"torch.optim.AdamW fused": partial(ours, "adamw")})
     makes |= {"ours, whole matrices": partial(ours, name, block=0)} if name == "soap" else {}
-    makes |= {what: partial(rival, spec or what) for what, spec in RIVALS.get(name, {}).items()}
+    makes |= {what: partial(rival, spec or what) for of, what, spec in RIVALS if of == name}
     steps = EVERY if name in PERIODIC else 1
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in shapes(name)]
@@ -165,6 +161,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        command("optimizers", lambda: main(sys.argv[1:]), [spec or what for of in RIVALS.values() for what, spec in of.items()])
-    )
+    sys.exit(command("optimizers", lambda: main(sys.argv[1:]), [spec or what for _, what, spec in RIVALS]))
