@@ -51,7 +51,6 @@ RIVALS = (  # ours, what the same method with the same numerics is called, and i
     ("schedule_free_adamw", "pytorch_optimizer.ScheduleFreeAdamW", ""),
     ("schedule_free_adamw", "heavyball.SFAdamW", ""),
     ("muon", "torch.optim.Muon", ""),
-    ("muon", "pytorch_optimizer.Muon", ""),
     ("muon", "heavyball.Muon", ""),
     ("shampoo", "pytorch_optimizer.ScalableShampoo, eigendecompositions", f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"),
     ("soap", "pytorch_optimizer.SOAP, whole matrices", f"pytorch_optimizer.SOAP:{SOAP},max_precondition_dim=4096"),
@@ -149,9 +148,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="optimizers; all if none is given")
     chosen = parser.parse_args(argv)
-    for name in chosen.names:
-        if name not in optimizers.OPTIMIZERS:
-            raise UsageError(f"unknown optimizer {name!r}: {nearest(name, optimizers.OPTIMIZERS)}")
+    if unknown := [name for name in chosen.names if name not in optimizers.OPTIMIZERS]:
+        raise UsageError(f"unknown optimizer {unknown[0]!r}: {nearest(unknown[0], optimizers.OPTIMIZERS)}")
     results = json.loads(RESULTS.read_text())
     for name in chosen.names or optimizers.OPTIMIZERS:
         elsewhere = [row for row in results["step"].get(name, []) if row["machine"] != MACHINE]

@@ -104,9 +104,9 @@ def of_record() -> train_gpt.Training:
 
 def record_mfu() -> str:
     """Step of the cpu track's record recipe against the peak of matrix products measured between the steps."""
-    training, peaks = of_record(), []
-    peak = partial(hardware.matmul_peak, torch.device("cpu"), training.dtype)
-    step = statistics.median(interleave({"step": training.step, "peak": lambda: peaks.append(peak()[0])}, rounds=15)["step"])
+    training, peaks, cpu = of_record(), [], torch.device("cpu")
+    steps = {"step": training.step, "peak": lambda: peaks.append(hardware.matmul_peak(cpu, training.dtype)[0])}
+    step = statistics.median(interleave(steps, rounds=15)["step"])
     tokens = training.config.batch_tokens
     done = tokens * flops_per_token(training.model_config) / step
     rows = [
@@ -205,9 +205,8 @@ PARTS = {part.__name__.replace("_", "-"): part for part in PARTS}
 
 
 def main(names: list[str]) -> None:
-    for name in names:
-        if name not in PARTS:
-            raise UsageError(f"unknown part {name!r}: {nearest(name, PARTS)}")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise UsageError(f"unknown part {unknown[0]!r}: {nearest(unknown[0], PARTS)}")
     print(f"{hardware.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in names or PARTS:
         print(f"\n{PARTS[name]()}", flush=True)
