@@ -3,10 +3,9 @@
     python -m benchmarks.chaos                 all of it: about 10 minutes on 2 cores
     python -m benchmarks.chaos --kills 10      a taste
 
-Kills: a run of the track `tiny`, with an optimizer of the registry on 1 or 2 ranks, is killed (SIGKILL, all of its processes)
-at random moments and started again by the same command until it ends. Then losses, weights and optimizer state must be those
-of an undisturbed run, bit by bit. Write errors: a random write of a run fails as on a full disk, and the same command continues
-afterwards.
+Kills: a run of `tiny`, with an optimizer of the registry on 1 or 2 ranks, is killed (SIGKILL, all of its processes) at random
+moments and started again by the same command until it ends. Then losses, weights and optimizer state must be those of an
+undisturbed run, bit by bit. Write errors: a random write of a run fails as on a full disk, and the same command continues.
 
 Prints a table, and writes it to benchmarks/chaos.json. Exit code 1 when anything was lost.
 """
@@ -15,11 +14,11 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -90,15 +89,9 @@ def start(folder: Path, ranks: int, flags: list[str]) -> subprocess.Popen:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """The process and its ranks: torchrun puts each in a session of its own."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
-    parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
-    family = {process.pid}
-    while more := {p for p, parent in parents.items() if parent in family} - family:
-        family |= more
-    for pid in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """The ranks, which torchrun put in sessions of their own, and the process itself."""
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])
+    process.kill()
 
 
 def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
@@ -117,27 +110,25 @@ def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
     return kills
 
 
-def kills(total: int, dice: random.Random, folder: Path) -> list[Count]:
-    """With every optimizer, on 1 and on 2 ranks in turn, until `total` kills were made; a Count for each number of ranks."""
-    counts = [Count("kills, 1 rank"), Count("kills, 2 ranks")]
-    seconds: list[list[float]] = [[], []]
-    with tqdm(total=total, desc="kills", unit="kill") as bar:
-        for number, name in enumerate(dice.sample(sorted(OPTIMIZERS), len(OPTIMIZERS)) * total):
-            if bar.n >= total:
-                break
-            several, flags, whole, cut = number % 2, flags_of(name), folder / f"{number}-whole", folder / f"{number}-cut"
+def kills(ranks: int, total: int, dice: random.Random, folder: Path) -> Count:
+    """Runs with every optimizer in turn, killed and continued, until `total` kills were made."""
+    count, seconds = Count(f"kills, {ranks} rank{'s' if ranks > 1 else ''}"), []
+    names = itertools.cycle(dice.sample(sorted(OPTIMIZERS), len(OPTIMIZERS)))
+    with tqdm(total=total, desc=count.what, unit="kill") as bar:
+        while count.faults < total:
+            name = next(names)
+            flags, whole, cut = flags_of(name), folder / f"{bar.n}-{name}-whole", folder / f"{bar.n}-{name}-cut"
             begin = time.monotonic()
-            _, errors = start(whole, 1 + several, flags).communicate()
+            _, errors = start(whole, ranks, flags).communicate()
             if not (whole / "result.json").exists():
-                raise SystemExit(f"{name} on {1 + several} ranks does not train: {errors.decode()[-500:]}")
+                raise SystemExit(f"{name} on {ranks} ranks does not train: {errors.decode()[-500:]}")
             middle = time.monotonic()
-            made = killed(cut, 1 + several, flags, dice)
+            made = killed(cut, ranks, flags, dice)
             bar.update(made)
-            counts[several].add(same(ended(whole), ended(cut)), f"{name}: {whole} and {cut}", made)
-            seconds[several] += [(time.monotonic() - 2 * middle + begin) / made] if made else []
-    for count, each in zip(counts, seconds, strict=True):
-        count.seconds_per_fault = round(statistics.median(each), 2) if each else None
-    return counts
+            count.add(same(ended(whole), ended(cut)), f"{name}: {whole} and {cut}", made)
+            seconds += [(time.monotonic() - 2 * middle + begin) / made] if made else []
+    count.seconds_per_fault = round(statistics.median(seconds), 2) if seconds else None
+    return count
 
 
 def write_errors(total: int, dice: random.Random, folder: Path) -> Count:
@@ -175,14 +166,15 @@ def main() -> int:
     options = parser.parse_args()
     dice, work = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="chaos-"))
     corpora.prepare("sotu", "bytes", ROOT / "corpora")
-    counts = [write_errors(options.errors, dice, work / "errors"), *kills(options.kills, dice, work / "kills")]
+    counts = [write_errors(options.errors, dice, work / "errors")]
+    counts += [kills(ranks, options.kills // 2, dice, work / f"kills-{ranks}") for ranks in (1, 2)]
     RESULT.write_text(json.dumps([dataclasses.asdict(c) for c in counts], indent=1) + "\n")
     for c in counts:
         print(f"{c.what:28} {c.faults:4} faults  {c.recovered:4} recovered  {c.lost:3} lost  {c.seconds_per_fault or ''}")
-    lost = sum(c.lost for c in counts)
+    lost = any(c.lost for c in counts)
     if not lost:
         shutil.rmtree(work)
-    return 1 if lost else 0
+    return int(lost)
 
 
 if __name__ == "__main__":

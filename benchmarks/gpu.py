@@ -52,17 +52,16 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 def both_passes(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """A call that computes the result and the gradients of the inputs."""
-    if not inputs:
-        return forward
     upstream = torch.ones_like(forward())
-    return lambda: torch.autograd.grad(forward(), inputs, upstream)
+    return (lambda: torch.autograd.grad(forward(), inputs, upstream)) if inputs else forward
 
 
-Computation = tuple[Callable[[], Tensor], tuple[Tensor, ...], Callable[[], Tensor]]  # kernel, inputs, what it has to beat
+# kernel, inputs, and what it has to beat; None: the same call without the kernel, which takes its reference
+Computation = tuple[Callable[[], Tensor], tuple[Tensor, ...], Callable[[], Tensor] | None]
 
 
 def computations(device: torch.device) -> dict[str, Computation]:
-    """Every kernel by name. Without the kernel the same call takes its reference, except that of 8-bit floats."""
+    """Every kernel by name."""
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * scale).bfloat16()
@@ -73,16 +72,16 @@ def computations(device: torch.device) -> dict[str, Computation]:
     x, weight = random(TOKENS, WIDTH).requires_grad_(), random(HIDDEN, WIDTH, scale=WIDTH**-0.5).requires_grad_()
     rows, head = random(ROWS, WIDTH).requires_grad_(), random(COLUMNS, WIDTH, scale=0.1).requires_grad_()
     shape = f"{LAYERS} x {WIDTH} x {HIDDEN}"
-    calls: dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]] = {
-        f"gram, {shape}": (lambda: kernels.gram(X), ()),
-        f"polynomial, {shape}": (lambda: kernels.polynomial(A, -4.775, 2.0315), ()),
-        f"orthogonalize, {shape}, 12 steps cubic": (lambda: orthogonalize(momentum, 12, "cubic", "bf16"), ()),
-        f"linear_relu2, {TOKENS} x {WIDTH} x {HIDDEN}": (lambda: kernels.linear_relu2(x, weight), (x, weight)),
+    table: dict[str, Computation] = {
+        f"gram, {shape}": (lambda: kernels.gram(X), (), None),
+        f"polynomial, {shape}": (lambda: kernels.polynomial(A, -4.775, 2.0315), (), None),
+        f"orthogonalize, {shape}, 12 steps cubic": (lambda: orthogonalize(momentum, 12, "cubic", "bf16"), (), None),
+        f"linear_relu2, {TOKENS} x {WIDTH} x {HIDDEN}": (lambda: kernels.linear_relu2(x, weight), (x, weight), None),
     }
     for cap, form in ((0.0, "rational"), (15.0, "rational"), (30.0, "tanh"), (23.0, "sigmoid")):
         name = f"cross_entropy, {ROWS} x {VOCABULARY} of {COLUMNS}, {f'{form} {cap:g}' if cap else 'no cap'}"
-        calls[name] = (lambda cap=cap, form=form: kernels.cross_entropy(logits, targets, VOCABULARY, cap, form), (logits,))
-    table: dict[str, Computation] = {name: (call, inputs, call) for name, (call, inputs) in calls.items()}
+        how = (VOCABULARY, cap, form)
+        table[name] = (lambda how=how: kernels.cross_entropy(logits, targets, *how), (logits,), None)
     if device.type != "cuda" or torch.cuda.get_device_capability() >= (8, 9):
         eighths = partial(kernels.fp8_linear, rows, head, (4 / 448, 0.5 / 448, 1 / 448))
         table[f"fp8_linear, {ROWS} x {WIDTH} x {COLUMNS}"] = (eighths, (rows, head), partial(F.linear, rows, head))
@@ -92,14 +91,13 @@ def computations(device: torch.device) -> dict[str, Computation]:
 def kernel_times(computation: Computation) -> dict[str, float]:
     """Seconds of the kernel, of PyTorch, and of PyTorch compiled."""
     kernel, inputs, rival = computation
+    rival = rival or kernel
     torch._dynamo.reset()
     times, calls = {}, {"kernel": kernel, "torch": rival, "compiled": torch.compile(rival, dynamic=False)}
     for name, call in calls.items():
         kernels.use("triton" if name == "kernel" else "off")
-        try:
-            times[name] = seconds_of(both_passes(call, inputs))
-        finally:
-            kernels.use("auto")
+        times[name] = seconds_of(both_passes(call, inputs))
+    kernels.use("auto")
     return times
 
 
@@ -138,12 +136,11 @@ def recipe_figures(track: str, recipe: str, root: Path, ranks: int, *more: str) 
         make_data(folder, settings["vocab_size"])
     flags = ["--track", track, "--tricks", recipe, "--steps", str(STEPS), "--schedule", "constant", "--corpus", "made"]
     flags += ["--batch-stages", "1", "--batch-rates", "1", "--val-tokens", str(settings["batch_tokens"]), *more]
-    plan = ["--world-size", str(ranks)]
     try:
-        said = predict([*flags, *plan])
+        said = predict([*flags, "--world-size", str(ranks)])
     except TooLittleMemory as error:
         flags += ["--micro-batch-tokens", str(error.fits)]
-        said = predict([*flags, *plan])
+        said = predict([*flags, "--world-size", str(ranks)])
     out = root / f"{track}-{recipe}"
     places = ["--data-root", str(root), "--out", str(out), "--val-every", str(STEPS), "--checkpoint-minutes", "0"]
     subprocess.run([*trainer(ranks), *flags, *places], cwd=ROOT, check=True)

@@ -8,14 +8,12 @@ exists for a chip and fits it; how fast it is, benchmarks/gpu.py measures.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,26 +35,20 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", *
 MATRIX_UNITS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # PTX, newest first
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Limits by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
-
-    name: str
-    shared: int  # bytes a thread block may have, opted in
-    registers: int  # a thread
-    fp8: bool  # arithmetic in 8-bit floats: from 8.9 on
-
-    def runs(self, plan: Plan) -> bool:
-        """Would the trainer launch it there?"""
-        needs_fp8 = any(isinstance(x, Tensor) and x.dtype in EIGHTHS for x in plan.arguments.values())
-        return (self.fp8 or not needs_fp8) and (self.shared >= kernels.ROOM or plan.kernel is not kernels.linear_relu2_kernel)
-
-
+# By compute capability: bytes of shared memory a thread block may have, opted in; registers a thread; arithmetic in 8-bit
+# floats (from 8.9 on). CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 CHIPS = {
-    80: Chip("A100", 163 * 1024, 255, False),
-    90: Chip("H100, H200", 227 * 1024, 255, True),
-    100: Chip("B200", 227 * 1024, 255, True),
+    80: dict(name="A100", shared=163 * 1024, registers=255, fp8=False),
+    90: dict(name="H100, H200", shared=227 * 1024, registers=255, fp8=True),
+    100: dict(name="B200", shared=227 * 1024, registers=255, fp8=True),
 }
+
+
+def runs(plan: Plan, chip: dict) -> bool:
+    """Would the trainer launch it there?"""
+    needs_fp8 = any(isinstance(x, Tensor) and x.dtype in EIGHTHS for x in plan.arguments.values())
+    needs_room = plan.kernel is kernels.linear_relu2_kernel
+    return (chip["fp8"] or not needs_fp8) and (chip["shared"] >= kernels.ROOM or not needs_room)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -133,13 +125,12 @@ def measure(path: Path) -> str:
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set, and nothing is compiled then: unset it")
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    work = [(name, capability) for name, plan in plans().items() for capability, chip in CHIPS.items() if chip.runs(plan)]
+    work = [(name, capability) for name, plan in plans().items() for capability, chip in CHIPS.items() if runs(plan, chip)]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor() as pool:
         triton.knobs.cache.dir = folder
         rows = list(tqdm(pool.map(compiled, work), total=len(work), unit="kernel", disable=None))
-    chips = {capability: dataclasses.asdict(chip) for capability, chip in CHIPS.items()}
     about = {"triton": triton.__version__, "source": file_hash(Path(kernels.__file__))[:12]}  # of other kernels it is stale
-    path.write_text(json.dumps({**about, "chips": chips, "kernels": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "chips": CHIPS, "kernels": rows}, indent=1) + "\n")
     return f"wrote {path}"
 
 

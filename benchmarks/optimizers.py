@@ -5,8 +5,7 @@
 Needs a quiet machine and `pip install -e .[test]`; writes optimizers.json. Ratios are medians over interleaved rounds (A B C
 A B C ...) with the smallest and largest beside them. Element-wise methods, ours compiled as under the trainer's --compile, step
 over all weights of the 124M model. Matrix methods step over the hidden matrices of two of its twelve layers, queries, keys and
-values apart, as each method sees them; their time is linear in the layers. A method that renews something every k steps is
-timed over whole periods.
+values apart; their time is linear in the layers. What renews something every k steps is timed over whole periods.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,70 +32,52 @@ from model import GPT
 RESULTS = Path(__file__).with_suffix(".json")
 ROUNDS, EVERY, BLOCK = 7, 10, 1024
 
+PERIODIC = ("shampoo", "caspr", "soap")
 MACHINE = f"{hardware.processor_name()}, {torch.get_num_threads()} threads"  # stated with every row: sessions differ
-Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+SOAP = f"precondition_frequency={EVERY}"
+SHAMPOO = f"preconditioning_compute_steps={EVERY},start_preconditioning_step=1,block_size={BLOCK},use_svd=true"
+RIVALS = (  # ours, what the same method with the same numerics is called, and its SPEC where that differs
+    ("adamw", "torch.optim.AdamW foreach", "torch.optim.AdamW:foreach=true"),
+    ("adamw", "pytorch_optimizer.AdamW", ""),
+    ("adamw", "heavyball.AdamW", ""),
+    ("rmsprop", "torch.optim.RMSprop", "torch.optim.RMSprop:momentum=0"),
+    ("adadelta", "torch.optim.Adadelta", ""),
+    ("lion", "pytorch_optimizer.Lion", ""),
+    ("ademamix", "pytorch_optimizer.AdEMAMix", ""),
+    ("adopt", "pytorch_optimizer.ADOPT", ""),
+    ("mars", "pytorch_optimizer.MARS", ""),
+    ("prodigy", "prodigyopt.Prodigy", "prodigyopt:Prodigy:use_bias_correction=true"),
+    ("schedule_free_adamw", "schedulefree.AdamWScheduleFree", "schedulefree:AdamWScheduleFree"),
+    ("schedule_free_adamw", "pytorch_optimizer.ScheduleFreeAdamW", ""),
+    ("schedule_free_adamw", "heavyball.SFAdamW", ""),
+    ("muon", "torch.optim.Muon", ""),
+    ("muon", "heavyball.Muon", ""),
+    ("shampoo", "pytorch_optimizer.ScalableShampoo, eigendecompositions", f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"),
+    ("soap", "pytorch_optimizer.SOAP, whole matrices", f"pytorch_optimizer.SOAP:{SOAP},max_precondition_dim=4096"),
+    ("soap", "heavyball.SOAP, whole matrices", f"heavyball.SOAP:{SOAP},max_precond_dim=4096"),
+    ("soap", "heavyball.SOAP, no basis for sides of 3,072", f"heavyball.SOAP:{SOAP}"),
+)
 
 
-def ours(name: str, **changes: Any) -> Make:
+def ours(name: str, weights: list[torch.nn.Parameter], **changes: Any) -> torch.optim.Optimizer:
     """Our class over bare parameters, compiled where it can be, at its defaults with the common period and block."""
     cls = optimizers.OPTIMIZERS[name]
     settings = {"block": BLOCK, "start": 1} | ({"every": EVERY} if name in PERIODIC else {}) | changes
-    values = cls.of_length(1000, **{key: value for key, value in settings.items() if hasattr(cls, key)})
-
-    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = cls(params, **values)
-        optimizers.compile_update(optimizer)
-        return optimizer
-
-    return make
+    optimizer = cls(weights, **cls.of_length(1000, **{key: value for key, value in settings.items() if hasattr(cls, key)}))
+    optimizers.compile_update(optimizer)
+    return optimizer
 
 
-def rival(spec: str) -> Make:
+def rival(spec: str, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """A class of a package, quiet and without its compile step."""
-
-    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        with contextlib.redirect_stdout(io.StringIO()):
-            choice = optimizers.find(spec)
-            if spec.startswith("heavyball"):
-                utils = importlib.import_module("heavyball").utils
-                utils.compile_mode = utils.compile_mode_recommended_to_none = None
-            optimizer = choice.cls(params, **choice.settings)
-            getattr(optimizer, "train", lambda: None)()
-        return optimizer
-
-    return make
-
-
-def itself(*specs: str) -> dict[str, str]:
-    """Rivals named by their SPECs."""
-    return dict(zip(specs, specs))
-
-
-PERIODIC = ("shampoo", "caspr", "soap")
-SHAMPOO = f"preconditioning_compute_steps={EVERY},start_preconditioning_step=1,block_size={BLOCK},use_svd=true"
-# The same method with the same numerics, as SPECs: what differs is said in the name.
-RIVALS: dict[str, dict[str, str]] = {
-    "adamw": {"torch.optim.AdamW foreach": "torch.optim.AdamW:foreach=true"}
-    | itself("pytorch_optimizer.AdamW", "heavyball.AdamW"),
-    "rmsprop": {"torch.optim.RMSprop": "torch.optim.RMSprop:momentum=0"},
-    "adadelta": itself("torch.optim.Adadelta"),
-    "lion": itself("pytorch_optimizer.Lion"),
-    "ademamix": itself("pytorch_optimizer.AdEMAMix"),
-    "adopt": itself("pytorch_optimizer.ADOPT"),
-    "mars": itself("pytorch_optimizer.MARS"),
-    "prodigy": {"prodigyopt.Prodigy": "prodigyopt:Prodigy:use_bias_correction=true"},
-    "schedule_free_adamw": {
-        "schedulefree.AdamWScheduleFree": "schedulefree:AdamWScheduleFree",
-        **itself("pytorch_optimizer.ScheduleFreeAdamW", "heavyball.SFAdamW"),
-    },
-    "muon": itself("torch.optim.Muon", "pytorch_optimizer.Muon", "heavyball.Muon"),
-    "shampoo": {"pytorch_optimizer.ScalableShampoo, eigendecompositions": f"pytorch_optimizer.ScalableShampoo:{SHAMPOO}"},
-    "soap": {
-        "pytorch_optimizer.SOAP, whole matrices": "pytorch_optimizer.SOAP:precondition_frequency=10,max_precondition_dim=4096",
-        "heavyball.SOAP, whole matrices": "heavyball.SOAP:precondition_frequency=10,max_precond_dim=4096",
-        "heavyball.SOAP, no basis for sides of 3,072": "heavyball.SOAP:precondition_frequency=10",
-    },
-}
+    with contextlib.redirect_stdout(io.StringIO()):
+        choice = optimizers.find(spec)
+        if spec.startswith("heavyball"):
+            utils = importlib.import_module("heavyball").utils
+            utils.compile_mode = utils.compile_mode_recommended_to_none = None
+        optimizer = choice.cls(weights, **choice.settings)
+        getattr(optimizer, "train", lambda: None)()
+    return optimizer
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:
@@ -121,29 +102,26 @@ def seconds(optimizer: torch.optim.Optimizer, steps: int, weights: list, gradien
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of any optimizer, ours or another's, whatever its state is nested in."""
-    storages: dict[int, int] = {}
-
-    def walk(value: object) -> None:
+    storages, left = {}, [dict(optimizer.state)]
+    while left:
+        value = left.pop()
         if isinstance(value, torch.Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-            return
-        value = getattr(value, "__dict__", value)
-        for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ():
-            walk(item)
-
-    walk(dict(optimizer.state))
+        elif isinstance(value, (list, tuple, set)):
+            left += value
+        else:
+            left += (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
     return sum(storages.values())
 
 
 def compare(name: str) -> list[dict]:
     """Rows for our method, torch's fused AdamW on the same weights, and the rivals, interleaved."""
-    makes = {"ours": ours(name)} | ({} if name == "adamw" else {"torch.optim.AdamW fused": ours("adamw")})
-    makes |= {"ours, whole matrices": ours(name, block=0)} if name == "soap" else {}
-    makes |= {what: rival(spec) for what, spec in RIVALS.get(name, {}).items()}
+    makes = {"ours": partial(ours, name)} | ({} if name == "adamw" else {"torch.optim.AdamW fused": partial(ours, "adamw")})
+    makes |= {"ours, whole matrices": partial(ours, name, block=0)} if name == "soap" else {}
+    makes |= {what: partial(rival, spec or what) for of, what, spec in RIVALS if of == name}
     steps = EVERY if name in PERIODIC else 1
-    sizes = shapes(name)
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in sizes]
+    weights = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in shapes(name)]
     gradients = [torch.randn(w.shape, generator=generator) * 1e-3 for w in weights]
     made, times = {}, {}
     for what, make in makes.items():
@@ -156,15 +134,13 @@ def compare(name: str) -> list[dict]:
     for _ in range(3 if name in PERIODIC or name == "kron" else ROUNDS):
         for what, optimizer in made.items():
             times[what].append(seconds(optimizer, steps, weights, gradients))
-    base = times["ours" if name == "adamw" else "torch.optim.AdamW fused"]
-    count = sum(w.numel() for w in weights)
-    rows = []
+    base, count, rows = times["ours" if name == "adamw" else "torch.optim.AdamW fused"], sum(w.numel() for w in weights), []
     for what, optimizer in made.items():
         ratios = sorted(a / b for a, b in zip(times[what], base, strict=True))
-        middle, milliseconds = statistics.median(ratios), statistics.median(times[what]) * 1e3
-        row = dict(name=name, what=what, machine=MACHINE, milliseconds=milliseconds, ratio=middle, smallest=ratios[0])
-        rows.append(row | dict(largest=ratios[-1], state_per_parameter=state_bytes(optimizer) / count, parameters=count))
-        print(f"  {name:22s} {what:55s} {milliseconds:9.1f} ms  {middle:6.2f} x AdamW", flush=True)
+        row = dict(name=name, what=what, machine=MACHINE, milliseconds=statistics.median(times[what]) * 1e3)
+        row |= dict(ratio=statistics.median(ratios), smallest=ratios[0], largest=ratios[-1])
+        rows.append(row | dict(state_per_parameter=state_bytes(optimizer) / count, parameters=count))
+        print(f"  {name:22s} {what:55s} {row['milliseconds']:9.1f} ms  {row['ratio']:6.2f} x AdamW", flush=True)
     return rows
 
 
@@ -172,9 +148,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="optimizers; all if none is given")
     chosen = parser.parse_args(argv)
-    for name in chosen.names:
-        if name not in optimizers.OPTIMIZERS:
-            raise UsageError(f"unknown optimizer {name!r}: {nearest(name, optimizers.OPTIMIZERS)}")
+    if unknown := [name for name in chosen.names if name not in optimizers.OPTIMIZERS]:
+        raise UsageError(f"unknown optimizer {unknown[0]!r}: {nearest(unknown[0], optimizers.OPTIMIZERS)}")
     results = json.loads(RESULTS.read_text())
     for name in chosen.names or optimizers.OPTIMIZERS:
         elsewhere = [row for row in results["step"].get(name, []) if row["machine"] != MACHINE]
@@ -184,4 +159,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command("optimizers", lambda: main(sys.argv[1:]), [spec for of in RIVALS.values() for spec in of.values()]))
+    sys.exit(command("optimizers", lambda: main(sys.argv[1:]), [spec or what for _, what, spec in RIVALS]))

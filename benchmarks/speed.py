@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from engine import hardware
 from engine.command import command
 from engine.ranks import World
 from engine.spec import UsageError, nearest
+from lab.markdown import table
 from lab.trials import trainer
 from layers.shape import ModelConfig, flops_per_token
 from model import GPT
@@ -70,8 +71,8 @@ class PlainGPT(torch.nn.Module):
         return F.cross_entropy((x @ self.tokens.weight.T).flatten(0, 1), targets.flatten())
 
 
-def ours_against_nanogpt() -> None:
-    """A step of the cpu track's baseline, compiled and not: nanoGPT's loop (fp32 on a CPU, clipping, fused AdamW) and ours."""
+def ours_against_nanogpt() -> str:
+    """A step of the cpu track's baseline: nanoGPT's loop (fp32 on a CPU, clipping, fused AdamW) and ours, compiled and not."""
     config = resolve(["--track", "cpu"])[1]
     tokens = torch.randint(config.vocab_size, (SEQUENCES, config.sequence_length))
 
@@ -87,10 +88,9 @@ def ours_against_nanogpt() -> None:
         gpt.compute_dtype = dtype
     models |= {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
     times = interleave({n: partial(step, m, torch.optim.AdamW(m.parameters(), fused=True)) for n, m in models.items()})
-    print("\n| same GPT-2, batch and AdamW | tokens per second | nanoGPT, compiled / this |\n|---|---|---|")
-    for name, each in times.items():
-        rate = tokens.numel() / statistics.median(each)
-        print(f"| {name} | {rate:,.0f} | {ratio(times['nanoGPT, float32, compiled'], each)} |")
+    rates = {name: f"{tokens.numel() / statistics.median(each):,.0f}" for name, each in times.items()}
+    rows = [(name, rates[name], ratio(times["nanoGPT, float32, compiled"], each)) for name, each in times.items()]
+    return table(("same GPT-2, batch and AdamW", "tokens per second", "nanoGPT, compiled / this"), rows)
 
 
 def of_record() -> train_gpt.Training:
@@ -102,18 +102,20 @@ def of_record() -> train_gpt.Training:
     return training
 
 
-def record_mfu() -> None:
+def record_mfu() -> str:
     """Step of the cpu track's record recipe against the peak of matrix products measured between the steps."""
-    training, peaks = of_record(), []
-    config = training.config
-    peak = partial(hardware.matmul_peak, torch.device("cpu"), training.dtype)
-    step = statistics.median(interleave({"step": training.step, "peak": lambda: peaks.append(peak()[0])}, rounds=15)["step"])
-    done = config.batch_tokens * flops_per_token(training.model_config) / step
-    print("\n| cpu track, record recipe | |\n|---|---|")
-    print(f"| step | {step * 1e3:.0f} ms, {config.batch_tokens / step:,.0f} tokens per second |")
-    print(f"| model arithmetic | {done / 1e9:,.0f} GFLOP/s |")
-    print(f"| matrix product peak, {str(training.dtype)[6:]} | {max(peaks) / 1e9:,.0f} GFLOP/s |")
-    print(f"| MFU | {done / max(peaks):.0%} |")
+    training, peaks, cpu = of_record(), [], torch.device("cpu")
+    steps = {"step": training.step, "peak": lambda: peaks.append(hardware.matmul_peak(cpu, training.dtype)[0])}
+    step = statistics.median(interleave(steps, rounds=15)["step"])
+    tokens = training.config.batch_tokens
+    done = tokens * flops_per_token(training.model_config) / step
+    rows = [
+        ("step", f"{step * 1e3:.0f} ms, {tokens / step:,.0f} tokens per second"),
+        ("model arithmetic", f"{done / 1e9:,.0f} GFLOP/s"),
+        (f"matrix product peak, {str(training.dtype)[6:]}", f"{max(peaks) / 1e9:,.0f} GFLOP/s"),
+        ("MFU", f"{done / max(peaks):.0%}"),
+    ]
+    return table(("cpu track, record recipe", ""), rows)
 
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
@@ -133,7 +135,7 @@ def kind_of(event: Any) -> str:
     return "model: other operations"
 
 
-def where_time_goes() -> None:
+def where_time_goes() -> str:
     """A step of the cpu track's record recipe by what its operations are for."""
     training = of_record()
     for _ in range(3):
@@ -143,13 +145,12 @@ def where_time_goes() -> None:
         for _ in range(ROUNDS):
             training.step()
         step = (time.perf_counter() - start) / ROUNDS
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: Counter[str] = Counter()
     for event in profile.events():
         seconds[kind_of(event)] += event.self_cpu_time_total / 1e6 / ROUNDS
-    seconds["outside of PyTorch's operations: data, Python, waiting"] = step - sum(seconds.values())
-    print(f"\n| of a step of {step * 1e3:.0f} ms (with the profiler) | share |\n|---|---|")
-    for kind, each in sorted(seconds.items(), key=lambda item: -item[1]):
-        print(f"| {kind} | {each / step:.1%} |")
+    seconds["outside of PyTorch's operations: data, Python, waiting"] = step - seconds.total()
+    rows = [(kind, f"{each / step:.1%}") for kind, each in seconds.most_common()]
+    return table((f"of a step of {step * 1e3:.0f} ms (with the profiler)", "share"), rows)
 
 
 def trained(flags: list[str], ranks: int = 1, **environment: str) -> dict:
@@ -160,10 +161,9 @@ def trained(flags: list[str], ranks: int = 1, **environment: str) -> dict:
         return json.loads(Path(folder, "run", "result.json").read_text())
 
 
-def ranks() -> None:
+def ranks() -> str:
     """Two gloo ranks of one thread against one process of two threads, interleaved."""
-    launches = {"1 process, 2 threads": (1, "2"), "2 gloo ranks, 1 thread each": (2, "1")}
-    print("\n| recipe on 2 cores | | tokens per second | relative | peak memory of a process |\n|---|---|---|---|---|")
+    launches, rows = {"1 process, 2 threads": (1, "2"), "2 gloo ranks, 1 thread each": (2, "1")}, []
     for recipe in ("baseline", "record"):
         results: dict[str, list[dict]] = {what: [] for what in launches}
         for what, (processes, threads) in [*launches.items()] * 3:
@@ -171,7 +171,8 @@ def ranks() -> None:
         rates = {what: [r["tokens"] / r["robust_train_time"] for r in each] for what, each in results.items()}
         for what, rate in rates.items():
             relative, memory = ratio(rate, next(iter(rates.values()))), results[what][-1]["peak_memory"] / 1e6
-            print(f"| `{recipe}` | {what} | {statistics.median(rate):,.0f} | {relative} | {memory:,.0f} MB |", flush=True)
+            rows.append((f"`{recipe}`", what, f"{statistics.median(rate):,.0f}", relative, f"{memory:,.0f} MB"))
+    return table(("recipe on 2 cores", "", "tokens per second", "relative", "peak memory of a process"), rows)
 
 
 WAITING = {  # how threads wait for each other: environment of libgomp
@@ -182,22 +183,21 @@ WAITING = {  # how threads wait for each other: environment of libgomp
 }
 
 
-def waiting_threads() -> None:
+def waiting_threads() -> str:
     """Training on a quiet machine and beside one process that computes, by how threads wait; interleaved."""
     flags = ["--tricks", "modern,muon", "--steps", "6"]
     times: dict[tuple[str, bool], list[float]] = {(what, busy): [] for what in WAITING for busy in (False, True)}
-    for _ in range(3):
-        for what, busy in times:
-            beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-            try:
-                times[what, busy].append(trained(flags, **WAITING[what])["train_time"])
-            finally:
-                if beside:
-                    beside.kill()
-    print("\n| threads wait | quiet, s | x libgomp's own | beside a busy process, s | x libgomp's own |\n|---|---|---|---|---|")
-    for what in WAITING:
-        each = [(times[what, busy], times["libgomp's own", busy]) for busy in (False, True)]
-        print(f"| {what} | {' | '.join(f'{statistics.median(t):.1f} | {ratio(t, usual)}' for t, usual in each)} |", flush=True)
+    for what, busy in [*times] * 3:
+        beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+        try:
+            times[what, busy].append(trained(flags, **WAITING[what])["train_time"])
+        finally:
+            if beside:
+                beside.kill()
+    cells = {key: (f"{statistics.median(t):.1f}", ratio(t, times["libgomp's own", key[1]])) for key, t in times.items()}
+    rows = [(what, *cells[what, False], *cells[what, True]) for what in WAITING]
+    usual = "x libgomp's own"
+    return table(("threads wait", "quiet, s", usual, "beside a busy process, s", usual), rows)
 
 
 PARTS = (ours_against_nanogpt, record_mfu, where_time_goes, ranks, waiting_threads)
@@ -205,12 +205,11 @@ PARTS = {part.__name__.replace("_", "-"): part for part in PARTS}
 
 
 def main(names: list[str]) -> None:
-    for name in names:
-        if name not in PARTS:
-            raise UsageError(f"unknown part {name!r}: {nearest(name, PARTS)}")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise UsageError(f"unknown part {unknown[0]!r}: {nearest(unknown[0], PARTS)}")
     print(f"{hardware.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in names or PARTS:
-        PARTS[name]()
+        print(f"\n{PARTS[name]()}", flush=True)
 
 
 if __name__ == "__main__":

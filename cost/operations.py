@@ -10,11 +10,9 @@ for all of them, which never writes a value that nobody else needs.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +26,7 @@ from engine.ranks import WIRE, collective
 
 # FLOPs of one factorisation of an n x n matrix, in n^3 (Golub and Van Loan, Matrix Computations, 4th ed.: 5.2, 8.3).
 FACTORISATIONS = {"linalg_qr": 8 / 3, "_linalg_eigh": 9.0, "linalg_solve_triangular": 1.0}
-NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-LOOKUPS = ("embedding", "index", "gather", "index_select", "_embedding_bag", "_embedding_bag_forward_only")
+LOOKUPS = ("embedding", "index", "gather", "index_select")
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,15 @@ class Operation:
     shape: tuple[int, ...] = ()
 
 
-class Event(NamedTuple):
-    """One call into torch: the work, and the storages read and written with the bytes touched in each."""
+@dataclass
+class Event:
+    """One call into torch, or several that run as one: the work (of the first), the storages read and written with the bytes
+    touched in each, and, of several, the storages that begin in it."""
 
     work: Operation
-    reads: dict[int, int]
-    writes: dict[int, int]
+    reads: dict[int, int] = field(default_factory=dict)
+    writes: dict[int, int] = field(default_factory=dict)
+    created: set[int] = field(default_factory=set)
 
 
 def touched(tensors: list[Tensor], most: float = math.inf) -> dict[int, int]:
@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
         mutated = [t for t in tree_leaves(written) if isinstance(t, Tensor)]
         reads = touched(inputs, sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf)
         writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated)
-        if writes and name not in NO_WORK:
+        if writes and not name.startswith(("empty", "new_empty")):  # which only allocate
             dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
             work = replace(arithmetic(func, name, args, kwargs, inputs, out), dtype=dtype)
             self.events.append(Event(work, reads, writes))
@@ -160,23 +160,13 @@ def arithmetic(func, name: str, args: tuple, kwargs: dict, inputs: list[Tensor],
     return Operation("pass")
 
 
-@dataclass
-class Group:
-    """Events that run as one. created: storages that begin in it."""
-
-    work: Operation  # of the first
-    reads: dict[int, int] = field(default_factory=dict)
-    writes: dict[int, int] = field(default_factory=dict)
-    created: set[int] = field(default_factory=set)
-
-
-def grouped(events: list[Event], fused: bool) -> list[Group]:
-    """Events in the order in which they run; fused: all passes between two other events are one group."""
-    groups: list[Group] = []
+def grouped(events: list[Event], fused: bool) -> list[Event]:
+    """Events in the order in which they run; fused: all passes between two other events are one."""
+    groups: list[Event] = []
     seen: set[int] = set()
     for event in events:
         if not (fused and groups and event.work.kind == groups[-1].work.kind == "pass"):
-            groups.append(Group(event.work))
+            groups.append(Event(event.work))
         group = groups[-1]
         for storage, size in event.reads.items():
             if storage not in group.created and storage not in group.writes:
@@ -189,16 +179,16 @@ def grouped(events: list[Event], fused: bool) -> list[Group]:
     return groups
 
 
-def readers_of(groups: list[Group]) -> dict[int, list[int]]:
+def readers_of(groups: list[Event]) -> dict[int, list[int]]:
     """Storage -> numbers of the groups that read it, ascending."""
-    readers: dict[int, list[int]] = defaultdict(list)
+    readers: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         for storage in group.reads:
-            readers[storage].append(i)
-    return dict(readers)
+            readers.setdefault(storage, []).append(i)
+    return readers
 
 
-def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Group]:
+def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Event]:
     """Groups that write only what existed before, is read later, or is in `keep` (gradients).
 
     A fused group whose only lasting results are larger than what it reads does not write them: those of its readers that come
@@ -226,12 +216,9 @@ def settled(events: list[Event], fused: bool, keep: Collection[int]) -> list[Gro
 
 def operations(events: list[Event], fused: bool, keep: Collection[int]) -> list[Operation]:
     """What a device does for these events. fused: passes as torch.compile runs them. keep: storages needed afterwards."""
-
-    def done(group: Group) -> Operation:
-        moved = sum(group.reads.values()) + sum(group.writes.values())
-        return group.work if group.work.kind in WIRE else replace(group.work, bytes=moved)
-
-    return [done(group) for group in settled(events, fused, keep)]
+    groups = settled(events, fused, keep)
+    moved = [sum(group.reads.values()) + sum(group.writes.values()) for group in groups]
+    return [g.work if g.work.kind in WIRE else replace(g.work, bytes=size) for g, size in zip(groups, moved, strict=True)]
 
 
 def peak(events: list[Event], fused: bool, keep: Collection[int]) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import bisect
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ import torch
 
 from config import Config, mean_flops, resolve, shares, stages
 from cost.step import Step, attended, attending, communication, documents_of, fp8_head, pieces_of, record_step
-from cost.time import real_step, step_time
+from cost.time import real_times, step_time
 from engine import hardware
 from engine.command import Answer, Parser
 from engine.hardware import CARDS, Card
@@ -43,9 +44,7 @@ def machine(words: str) -> Machine:
         if (known := hardware.card_named(name)) is None:
             raise UsageError(f"--hardware here: this GPU, {name}, is not in the table; known: {', '.join(CARDS)}")
         return Machine(known[0], torch.cuda.device_count(), known[1])
-    count, times, name = words.partition("x")
-    if not (times and count.isdigit()):
-        count, name = "1", words
+    count, name = re.fullmatch(r"(?s)(?:(\d+)x)?(.*)", words).groups(default="1")
     named = {key.lower().removeprefix(maker): key for key in CARDS for maker in ("rtx ", "")}
     key = named.get(name.strip().lower())
     if key is None or int(count) < 1:
@@ -56,8 +55,7 @@ def machine(words: str) -> Machine:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, tuple[Config, ModelConfig, str]]:
     """The flags of `plan` itself, and what the trainer makes of the others. Raises UsageError: bad flags."""
     what = "Print what a run would take: memory, traffic, time, dollars. Nothing is trained or written."
-    others = "All other flags are the trainer's: ./run.sh train --help."
-    flags = Parser(prog="./run.sh plan", description=what, epilog=others)
+    flags = Parser(prog="./run.sh plan", description=what, epilog="All other flags are the trainer's: ./run.sh train --help.")
     add = flags.add_argument
     add("--hardware", default="here", help="such as 8xH100, or here, where a CPU takes three real steps (default: here)")
     add("--world-size", type=int, default=0, metavar="N", help="ranks, one per card (default: the cards of one machine)")
@@ -67,8 +65,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, tuple[Config, ModelConfi
 
 
 def ranks_on(where: Machine, asked: int) -> int:
-    """How many ranks run there; by default one a card of one machine. Raises UsageError: so many do not fill whole machines, or
-    would share this CPU."""
+    """How many ranks run there. Raises UsageError: so many do not fill whole machines, or would share this CPU."""
     ranks = asked or where.cards
     if where.card is None and ranks != 1:
         raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
@@ -110,41 +107,35 @@ def predict(argv: list[str]) -> Prediction:
     """What a run with these flags, `plan`'s and the trainer's, would take. Raises UsageError: bad flags, too little memory."""
     flags, (config, model_config, recipe) = parse(argv)
     where = machine(flags.hardware)
-    ranks = ranks_on(where, flags.world_size)
-    if model_config.head_dtype == "fp8" and not (where.card and where.card.fp8):
-        able = ", ".join(name for name, card in CARDS.items() if card.fp8)
+    ranks, card = ranks_on(where, flags.world_size), where.card
+    if model_config.head_dtype == "fp8" and not (card and card.fp8):
+        able = ", ".join(name for name, other in CARDS.items() if other.fp8)
         raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
-    device = torch.device("cuda" if where.card else "cpu")
-    _, micro = shares(config, model_config, ranks, device.type, where.card.memory if where.card else math.inf)
-    config, price = replace(config, micro_batch_tokens=micro * model_config.sequence_length), flags.gpu_price
-    if where.card is None:
-        dtype, _ = hardware.pick_dtype(config.dtype, device)
-        step = record_step(config, model_config, ranks, dtype, "cpu")
-        times = measured_times(config, model_config, dtype, step.micro_batches)
+    device, memory = ("cuda", card.memory) if card else ("cpu", math.inf)
+    _, micro = shares(config, model_config, ranks, device, memory)
+    config = replace(config, micro_batch_tokens=micro * model_config.sequence_length)
+    if card:
+        dtype, (step, times) = card_dtype(config), card_times(config, model_config, where, ranks)
     else:
-        dtype, price = torch.float32 if config.dtype == "fp32" else torch.bfloat16, price or where.card.price
-        step, times = card_times(config, model_config, where, ranks, dtype)
+        dtype, _ = hardware.pick_dtype(config.dtype, torch.device("cpu"))
+        step = record_step(config, model_config, ranks, dtype, "cpu")
+        times = real_times(config, model_config, dtype, step.micro_batches)
+    price = flags.gpu_price or (card.price if card else 0.0)
     return Prediction(config, model_config, recipe, where, ranks, dtype, step, times, price)
 
 
-def measured_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
-    """Seconds of a step on this CPU by part, the mean over the run's stages."""
-    counts = stages(config, model_config)
-    each, update = real_step(config, model_config, dtype, {(part, length) for part, length, _ in counts})
-    passes = sum(steps * size * each[part, length] for (part, length, size), steps in counts.items())
-    return {"forward and backward": micro_batches * passes / config.steps, "optimizer": update}
+def card_dtype(config: Config) -> torch.dtype:
+    return torch.float32 if config.dtype == "fp32" else torch.bfloat16
 
 
-def card_times(
-    config: Config, model_config: ModelConfig, where: Machine, ranks: int, dtype: torch.dtype
-) -> tuple[Step, dict[str, float]]:
+def card_times(config: Config, model_config: ModelConfig, where: Machine, ranks: int) -> tuple[Step, dict[str, float]]:
     """The step of whole sequences, and seconds by part, the mean over the run's stages. Raises TooLittleMemory."""
     T, counts, card = model_config.sequence_length, stages(config, model_config), where.card
     link = card.link if ranks <= where.cards else min(card.link, card.network)  # of several machines the slowest wire
     documents = documents_of(config, model_config) if model_config.document_mask else None
-    record = recording(config, model_config, ranks, dtype)
+    record = recording(config, model_config, ranks)
     whole = record()
-    check_memory(whole, where, config.micro_batch_tokens // T, T, lambda micro: record(micro * T))
+    check_memory(whole, where, config.micro_batch_tokens // T, T, record)
     by_length = {}
     for length in {length for _, length, _ in counts}:
         pieces = pieces_of(*documents, T, length, config.align_documents) if documents else np.array([length])
@@ -161,11 +152,12 @@ def card_times(
     return whole, dict(times)
 
 
-def recording(config: Config, model_config: ModelConfig, ranks: int, dtype: torch.dtype) -> Callable[..., Step]:
+def recording(config: Config, model_config: ModelConfig, ranks: int) -> Callable[..., Step]:
     """Tokens of a micro-batch, length of its sequences -> the step on a card; by default the run's own."""
     # masked attention is fused: recorded without its masks, and counted by `attended`
-    unmasked = replace(model_config, window=0, window_pattern="L", document_mask=False)
+    unmasked, dtype = replace(model_config, window=0, window_pattern="L", document_mask=False), card_dtype(config)
 
+    @cache
     def record(tokens: int = config.micro_batch_tokens, length: int = model_config.sequence_length) -> Step:
         return record_step(replace(config, micro_batch_tokens=tokens), replace(unmasked, sequence_length=length), ranks, dtype)
 
@@ -173,8 +165,8 @@ def recording(config: Config, model_config: ModelConfig, ranks: int, dtype: torc
 
 
 def check_memory(step: Step, where: Machine, micro: int, length: int, record: Callable[[int], Step]) -> None:
-    """Does the step fit on a card? Raises TooLittleMemory: it does not fit; says which micro-batch would, or that none does.
-    micro, length: sequences of a micro-batch, and tokens of each. record: sequences of a micro-batch -> the step."""
+    """Raises TooLittleMemory where the step does not fit on a card; says which micro-batch would. micro, length: sequences of a
+    micro-batch, and tokens of each. record: tokens of a micro-batch -> the step."""
     room, memory = HEADROOM * where.card.memory, step.memory
     if memory.total <= room:
         return
@@ -183,7 +175,7 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
     fixed = memory.total - memory.activations
     for n in range(micro - 1, 0, -1):
         possible = micro * step.micro_batches % n == 0 and fixed + memory.activations * n / micro <= room
-        if possible and record(n).memory.total <= room:  # some activations are the same for any micro-batch
+        if possible and record(n * length).memory.total <= room:  # some activations are the same for any micro-batch
             raise TooLittleMemory(f"{needs}: it fits with --micro-batch-tokens {n * length}", n * length)
     why = f"{fixed / 1e9:.1f} GB of that are weights, gradients and optimizer state: no micro-batch fits"
     raise TooLittleMemory(f"{needs}, and {why}; take a card with more memory, or an optimizer with less state", None)
@@ -191,11 +183,10 @@ def check_memory(step: Step, where: Machine, micro: int, length: int, record: Ca
 
 def fits(p: Prediction) -> str:
     """The largest micro-batch on cards of several sizes, in words."""
-    T, dtype = p.model_config.sequence_length, torch.float32 if p.config.dtype == "fp32" else torch.bfloat16
-    sequences, record = p.config.batch_tokens // p.ranks // T, recording(p.config, p.model_config, p.ranks, dtype)
-    memory = cache(lambda tokens: record(tokens).memory.total)
+    T, record = p.model_config.sequence_length, recording(p.config, p.model_config, p.ranks)
+    sequences = p.config.batch_tokens // p.ranks // T
     sizes = [n * T for n in range(1, sequences + 1) if sequences % n == 0]
-    fitting = {gb: bisect.bisect_right(sizes, HEADROOM * gb * 1e9, key=memory) for gb in SIZES}
+    fitting = {gb: bisect.bisect_right(sizes, HEADROOM * gb * 1e9, key=lambda n: record(n).memory.total) for gb in SIZES}
     return "   ".join(f"{gb} GB {sizes[n - 1] if n else 'none'}" for gb, n in fitting.items()) + "   (--micro-batch-tokens)"
 
 
@@ -215,20 +206,19 @@ def report(p: Prediction) -> Answer:
     goal = f"; target {config.target_loss:g}, if these steps reach it" if config.target_loss else ""
     hours = p.seconds * taken / 3600 * p.ranks
     sent = listed(communication(step, p.ranks), 1e6, ",.0f") + "   by each rank" if p.ranks > 1 else "nothing"
-    times = {NAMES.get(part, part): value for part, value in p.times.items()}
     lines = {
         "parameters, M": listed(step.parameters, 1e6, ".3g"),
         "arithmetic": f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e12:,.4g} TFLOP a step of {tokens:,} tokens{mean}",
         "memory a rank, GB": f"{listed(asdict(step.memory), 1e9, '.3g')}   together {step.memory.total / 1e9:.1f}{room}",
         **({"fits at most on": fits(p)} if config.minutes else {}),
         "sent a step, MB": sent,
-        "time, ms": listed(times, 1e-3, ",.1f"),
+        "time, ms": listed({NAMES.get(part, part): value for part, value in p.times.items()}, 1e-3, ",.1f"),
         "a step": f"{p.seconds * 1e3:,.1f} ms, {tokens / p.seconds:,.0f} tokens/s" + (f"   MFU {mfu:.1%}" if mfu else ""),
         f"{taken:,} steps": f"{p.seconds * taken / 60:,.1f} min without compilation and validation{goal}",
     }
     if p.price:
-        price = f"at ${p.price:g} (engine/hardware.py, or --gpu-price)"
-        lines["cost"] = f"${hours * p.price:,.2f}: {hours:,.2f} card hours {price}"
+        at = f"{hours:,.2f} card hours at ${p.price:g} (engine/hardware.py, or --gpu-price)"
+        lines["cost"] = f"${hours * p.price:,.2f}: {at}"
     elif card:
         lines["cost"] = "no price known: --gpu-price DOLLARS, of a card and hour"
     total = sum(step.parameters.values()) / 1e6

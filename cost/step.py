@@ -84,10 +84,8 @@ def pretended(ranks: int, fused_loss: bool):
 def build(config: Config, gpt: GPT, dtype: torch.dtype) -> torch.optim.Optimizer:
     """The run's optimizer over a fresh model, which computes in `dtype` from now on."""
     gpt.compute_dtype = dtype
-    lower = {}
-    if config.weights == "bf16":
-        role = roles(gpt)
-        lower = to_bf16([p for name, p in gpt.named_parameters() if role[name] == "matrix"])
+    matrices = [p for p, role in zip(gpt.parameters(), roles(gpt).values(), strict=True) if role == "matrix"]
+    lower = to_bf16(matrices) if config.weights == "bf16" else {}
     optimizer = optimizers.build(config.optimizer, gpt, config.steps, config.average, config.rates, config.outer)
     return keep_mantissas(optimizer, lower) if lower else optimizer
 
@@ -126,9 +124,9 @@ def record_step(
         updates = record_updates(optimizer)
     keep = {gradient.untyped_storage()._cdata for gradient in gradients}
     activations = max(peak(recorder.events, config.compile, keep), *(held for _, _, held in updates))
-    role, on_the_wire, parameters = roles(gpt), 2 if config.reduce == "bf16" else 4, Counter()
-    for name, p in gpt.named_parameters():
-        parameters[role[name]] += p.numel()
+    on_the_wire, parameters = 2 if config.reduce == "bf16" else 4, Counter()
+    for p, role in zip(gpt.parameters(), roles(gpt).values(), strict=True):
+        parameters[role] += p.numel()
     return Step(
         passes=operations(recorder.events, config.compile, keep),
         micro_batches=sequences // micro,
@@ -146,12 +144,12 @@ def make_state(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
 
     Iterations are in `dtype`; AdamW is fused, which torch refuses to begin on meta tensors but then runs.
     """
+    for part in optimizers.parts(optimizer):
+        part._need_device_dtype_check_for_fused = False
     fused = [group for group in optimizer.param_groups if group.get("fused")]
     for group in optimizer.param_groups:
         if group.get("dtype") == "auto":
             group["dtype"] = "bf16" if dtype == torch.bfloat16 else "fp32"
-    for part in optimizers.parts(optimizer):
-        part._need_device_dtype_check_for_fused = False
     for group in fused:
         group["fused"] = False
     optimizer.step()
@@ -212,17 +210,15 @@ def pieces_of(starts: np.ndarray, tokens: int, sequence: int, length: int, align
 def documents_of(config: Config, model_config: ModelConfig) -> tuple[np.ndarray, int] | None:
     """Where documents begin in the first training shard, and its tokens; else by FineWeb's distribution. None: not known."""
     try:
-        dataset = Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train")
+        shard = Dataset(dataset_folder(config.data_root, config.corpus, config.tokenizer), "train").shards[0]
     except UsageError:
-        if not (config.corpus.startswith("fineweb") and config.tokenizer == "gpt2"):
+        if (config.corpus, config.tokenizer) != ("fineweb10B", "gpt2"):
             return None
         lengths = fineweb_lengths(2**14).round().astype(int)
         ends = np.cumsum(np.random.default_rng(0).permutation(lengths))
         return ends - np.diff(ends, prepend=0), int(ends[-1])
-    shard = dataset.shards[0]
     starts = np.flatnonzero(shard == model_config.end_of_text)
-    enough = len(starts) and len(shard) > 2 * model_config.sequence_length
-    return (starts, len(shard)) if enough else None
+    return (starts, len(shard)) if len(starts) and len(shard) > 2 * model_config.sequence_length else None
 
 
 def attended(model_config: ModelConfig, part: float, pieces: np.ndarray) -> float:

@@ -9,14 +9,14 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import torch
 
 import optimizers
-from config import Config
+from config import Config, stages
 from cost.operations import Operation
 from cost.step import Step, build
 from engine import hardware
@@ -101,11 +101,8 @@ def clocked(work: Callable[[], object], times: int) -> list[float]:
     return seconds[1:]
 
 
-def real_step(
-    config: Config, model_config: ModelConfig, dtype: torch.dtype, forms: Iterable[tuple[float, int]]
-) -> tuple[dict[tuple[float, int], float], float]:
-    """Seconds of a micro-batch in each form (part of the windows, sequence length), the median of three; and of an update. The
-    model and the optimizer are real, the tokens random."""
+def real_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
+    """Seconds of a step on this CPU by part, the mean over the run's stages. Only the tokens are not real, but random."""
     torch.manual_seed(config.seed)
     gpt = GPT(model_config)
     optimizer = build(config, gpt, dtype)
@@ -114,15 +111,17 @@ def real_step(
     if compiled:
         optimizers.compile_update(optimizer)
 
-    def backward(tokens: torch.Tensor) -> None:
-        # targets in memory of their own, as in training: torch.compile makes another graph for one tensor given twice
-        model(tokens, tokens.clone()).backward()
-
-    micro_batches = {}
-    for part, length in forms:
+    @cache
+    def micro_batch(part: float, length: int) -> float:
+        """Seconds with that part of the windows and sequences of that length, the median of three."""
         gpt.see((part,))
         tokens = torch.randint(model_config.vocab_size, (config.micro_batch_tokens // length, length))
-        micro_batches[part, length] = statistics.median(clocked(partial(backward, tokens), 3))
+        # targets in memory of their own, as in training: torch.compile makes another graph for one tensor given twice
+        return statistics.median(clocked(lambda: model(tokens, tokens.clone()).backward(), 3))
+
+    counts = stages(config, model_config)
+    passes = sum(steps * size * micro_batch(part, length) for (part, length, size), steps in counts.items())
     period = optimizers.period(config.optimizer)
     updates = clocked(optimizer.step, 3 if period == 1 else 2 * period)  # whole rounds of what is renewed every few steps
-    return micro_batches, statistics.median(updates) if period == 1 else statistics.mean(updates)
+    update = statistics.median(updates) if period == 1 else statistics.mean(updates)
+    return {"forward and backward": micro_batches * passes / config.steps, "optimizer": update}

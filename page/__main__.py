@@ -13,7 +13,8 @@ import html
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ except ImportError:
     alt = None
 
 from engine.command import Parser, command
-from engine.run_folder import ROOT, atomic_write
+from engine.run_folder import ROOT, atomic_write, read_json
 from engine.spec import UsageError
 from lab import runner
-from lab.records import record as records
 from lab.runs import see
 from lab.tuning import score, tuned
 from studies import __main__ as studies
@@ -41,122 +41,13 @@ FROM = 0.1  # part of a curve that is left out at its start, where the loss fall
 Rows = list[dict[str, Any]]
 
 
-# ---------------------------------------------------------------- what is shown
-
-
-def chain() -> Rows:
-    """Every kept record: its time, and how its settings differ from the previous record's."""
-    rows, before = [], {}
-    for track in sorted(p.name for p in RECORDS.iterdir() if any(p.glob("*/record.json"))):
-        for record in records.of_track(track):
-            about = record.about
-            s, key = about["statistics"], (track, about["category"])
-            old = before.get(key, {})
-            changed = [f"{k}={v}" for k, v in about["settings"].items() if old and old.get(k) != v]
-            before[key] = about["settings"]
-            ratio = about["against"] and f"{about['against']['ratio']:.3g} times as fast as {about['against']['record']}"
-            row = dict(record=record.folder.name, track=track, category=about["category"], seconds=s["train_time"], n=s["n"])
-            row |= dict(loss=s["mean"], steps=about["steps"], date=about["date"], recipe=about["recipe"], why=about["why"])
-            rows.append(row | dict(against=ratio or "-", changed=", ".join(changed) or "-", machine=about["machine"]["cpu"]))
-    return rows
-
-
-def losses() -> Rows:
-    """Training losses of the confirming runs of every comparison, the mean over seeds at each step."""
-    rows = []
-    for path in sorted(RECORDS.glob("comparisons/*/curves.csv")):
-        lines = [line for line in runner.read_curves(path) if (line["phase"], line["kind"]) == ("confirm", "train")]
-        length = {line["arm"]: line["steps"] for line in lines}  # of the last plan
-        of: dict[tuple[str, int], Rows] = {}
-        for line in lines:
-            if line["steps"] == length[line["arm"]] and line["step"] >= FROM * line["steps"]:
-                of.setdefault((line["arm"], line["step"]), []).append(line)
-        for (arm, step), runs in of.items():
-            tokens, seconds, loss = (float(np.mean([run[key] for run in runs])) for key in ("tokens", "train_time", "loss"))
-            about = dict(comparison=path.parent.name, arm=arm, step=step, tokens=int(tokens))
-            rows.append(about | dict(seconds=round(seconds, 2), loss=round(loss, 4)))
-    return rows
-
-
-def own(folders: Iterable[Path]) -> Rows:
-    """Losses of run folders, finished or not. Raises UsageError: one holds no log."""
-    rows = []
-    for folder in folders:
-        if not (folder / "log.jsonl").exists():
-            raise UsageError(f"{folder} holds no log: name run folders, such as runs/tiny/*")
-        kept = see(folder).losses
-        points = list(enumerate(kept, start=1))[:: max(1, len(kept) // POINTS)]
-        rows += [dict(run=str(folder), step=step, loss=loss) for step, loss in points if math.isfinite(loss)]
-    return rows
-
-
-@functools.cache
-def contest() -> tuple[Rows, Rows]:
-    """Scores, the best first, and profiles."""
-    times = score.medians(score.read_studies(RECORDS / "tuning" / "studies.csv"))
-    tau, (_, r) = np.linspace(1, score.TAU_MAX, 60), score.ratios(times, {})
-    values = score.scores(times, {})
-    ranked, profiles = [], []
-    for name, rank, value, own, shares in zip(times.submissions, score.ranks(values), values, r, score.profile(r, tau)):
-        ranked.append(dict(rank=rank, submission=name, score=f"{value:.3f}", met=int(np.isfinite(own).sum())))
-        profiles += [dict(submission=name, tau=round(float(at), 3), share=float(share)) for at, share in zip(tau, shares)]
-    return sorted(ranked, key=lambda row: row["rank"]), profiles
-
-
-def trials() -> Rows:
-    """Of the contest's searches: learning rate and final loss."""
-    tables = tuned.read_tables(RECORDS / "tuning")
-    rows = [(track, name, row) for track, of in tables.items() for name, table in of.items() for row in table.of("search")]
-    return [
-        dict(workload=track, submission=name, lr=row.settings["lr"], loss=row.val_loss)
-        for track, name, row in rows
-        if "lr" in row.settings and math.isfinite(row.val_loss)
-    ]
-
-
-def scaling() -> Rows:
-    """Speed-ups at each size, with intervals."""
-    rows = []
-    for path in sorted(RECORDS.glob("scaling/*/scaling.json")):
-        for trick in json.loads(path.read_text())["tricks"]:
-            for size in trick["sizes"]:
-                values = [size["ratios"]["tokens"], *size["intervals"]["tokens"]] if "ratios" in size else [None]
-                if all(value and math.isfinite(value) for value in values):
-                    about = dict(experiment=path.parent.name, trick=trick["trick"], parameters=size["parameters"])
-                    rows.append(about | dict(zip(("ratio", "low", "high"), values, strict=True)))
-    return rows
-
-
-def levers() -> Rows:
-    """The lever board: difference to Muon with its interval."""
-    path, rows = RECORDS / "levers" / "levers.json", []
-    for workload, lines in (json.loads(path.read_text()) if path.exists() else {}).items():
-        for line in lines:
-            low, high = line["interval"]
-            about = {key: line[key] for key in ("name", "verdict", "difference", "steps", "cost")}
-            rows.append(about | dict(workload=workload, low=low, high=high))
-    return rows
-
-
-def published() -> Rows:
-    with (RECORDS / "published" / "modded_records.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["record"].startswith("T1-") and r["train_time_s"]]
-    return [
-        dict(record=r["record"], date=r["date"], minutes=float(r["train_time_s"]) / 60, what=r["description"]) for r in rows
-    ]
-
-
 # ---------------------------------------------------------------- charts
 
 
 def charts(folders: Sequence[Path]) -> dict[str, Any]:
     """Vega-Lite charts by the name of their place in the page."""
-    drawn = {"chain": chain_chart(), "losses": losses_chart(losses()), "scaling": scaling_chart(scaling())}
-    drawn |= {"profiles": profile_chart(), "sensitivity": sensitivity_chart(trials()), "published": published_chart()}
-    if rows := levers():
-        drawn["levers"] = levers_chart(rows)
-    if folders:
-        drawn["runs"] = runs_chart(own(folders))
+    drawn = {"chain": chain(), "losses": losses(), "profiles": profiles(), "sensitivity": sensitivity()}
+    drawn |= {"levers": levers(), "scaling": scaling(), "published": published()} | ({"runs": own(folders)} if folders else {})
     return {name: chart.configure_legend(orient="bottom", columns=2, labelLimit=140) for name, chart in drawn.items()}
 
 
@@ -165,10 +56,10 @@ def wide(rows: Rows, what: str) -> Any:
     return alt.Chart(alt.Data(values=rows), description=what, width="container", height=320)
 
 
-def choice(name: str, options: Iterable[str], first: str = "") -> Any:
-    """The reader's choice from a list."""
-    options = sorted(set(options))
-    return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{name} "))
+def choice(rows: Rows, key: str, first: str = "") -> Any:
+    """The reader's choice from the values of a column."""
+    options = sorted({row[key] for row in rows})
+    return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{key} "))
 
 
 def by_legend(field: str, faint: float = 0.1, **how: Any) -> tuple[Any, Any]:
@@ -177,87 +68,159 @@ def by_legend(field: str, faint: float = 0.1, **how: Any) -> tuple[Any, Any]:
     return picked, alt.condition(picked, alt.value(1.0), alt.value(faint))
 
 
-def chain_chart() -> Any:
-    points = wide(chain(), "Training time of every kept record, seconds").mark_point(filled=True, size=140)
-    x = alt.X("record:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30))
-    y = alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="training time, s (log)")
+def curves(rows: Rows, name: str, what: str, tips: Sequence[str]) -> Any:
+    """Training loss in lines by `name`, against nothing yet; a click in the legend picks lines."""
+    picked, opacity = by_legend(name)
+    y = alt.Y("loss:Q").scale(zero=False).title("training loss, nats")
+    colour = alt.Color(f"{name}:N").legend(columns=1, labelLimit=300)
+    lines = wide(rows, what).mark_line().add_params(picked)
+    return lines.encode(y, colour, opacity=opacity, tooltip=[f"{name}:N", *tips, "loss:Q"])
+
+
+def chain() -> Any:
+    """Every kept record: its time, and how its settings differ from the previous record's."""
+    rows, before = [], {}
+    for path in sorted(RECORDS.glob("*/*/record.json")):
+        about = read_json(path)
+        s, against, key = about["statistics"], about["against"], (path.parts[-3], about["category"])
+        old = before.get(key, {})
+        changed = [f"{k}={v}" for k, v in about["settings"].items() if old and old.get(k) != v]
+        before[key] = about["settings"]
+        row = {word: about[word] for word in ("category", "steps", "date", "recipe", "why")}
+        row |= dict(record=path.parent.name, seconds=s["train_time"], loss=s["mean"], n=s["n"], machine=about["machine"]["cpu"])
+        ratio = f"{against['ratio']:.3g} times as fast as {against['record']}" if against else "-"
+        rows.append(row | dict(against=ratio, changed=", ".join(changed) or "-"))
+    points = wide(rows, "Training time of every kept record, seconds").mark_point(filled=True, size=140)
+    x = alt.X("record:N", sort=None).title(None).axis(labelAngle=-30)
+    y = alt.Y("seconds:Q").scale(type="log").title("training time, s (log)")
     tips = [f"{key}:N" for key in ("record", "category", "recipe", "against", "changed", "why", "machine", "date")]
     return points.encode(x, y, alt.Color("category:N"), tooltip=[*tips, "seconds:Q", "steps:Q", "loss:Q", "n:Q"])
 
 
-def profile_chart() -> Any:
-    ranked, profiles = contest()
+def losses() -> Any:
+    """Losses of the confirming runs of a comparison, the mean over seeds, against the axis that the reader chooses."""
+    rows = []
+    for path in sorted(RECORDS.glob("comparisons/*/curves.csv")):
+        lines = [line for line in runner.read_curves(path) if (line["phase"], line["kind"]) == ("confirm", "train")]
+        length = {line["arm"]: line["steps"] for line in lines}  # of the last plan
+        points = defaultdict(list)
+        for line in lines:
+            if line["steps"] == length[line["arm"]] and line["step"] >= FROM * line["steps"]:
+                points[line["arm"], line["step"]].append([line["tokens"], line["train_time"], line["loss"]])
+        for (arm, step), runs in points.items():
+            tokens, seconds, loss = np.mean(runs, axis=0).tolist()
+            about = dict(comparison=path.parent.name, arm=arm, step=step)
+            rows.append(about | dict(tokens=int(tokens), seconds=round(seconds, 2), loss=round(loss, 4)))
+    which = choice(rows, "comparison")
+    against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
+    lines = curves(rows, "arm", "Training loss of the arms of a comparison", ["step:Q", "seconds:Q", "tokens:Q"])
+    lines = lines.transform_filter(alt.datum.comparison == which).transform_calculate(x=f"datum[{against.name}]")
+    return lines.add_params(which, against).encode(alt.X("x:Q").title("seconds, steps or tokens"))
+
+
+def own(folders: Sequence[Path]) -> Any:
+    """Losses of run folders, finished or not. Raises UsageError: one holds no log."""
+    rows = []
+    for folder in folders:
+        if not (folder / "log.jsonl").exists():
+            raise UsageError(f"{folder} holds no log: name run folders, such as runs/tiny/*")
+        kept = see(folder).losses
+        points = list(enumerate(kept, start=1))[:: max(1, len(kept) // POINTS)]
+        rows += [dict(run=str(folder), step=step, loss=loss) for step, loss in points if math.isfinite(loss)]
+    return curves(rows, "run", "Training loss of your runs", ["step:Q"]).encode(alt.X("step:Q"))
+
+
+@functools.cache
+def contest() -> tuple[Rows, Rows]:
+    """Scores, the best first, and profiles."""
+    times = score.medians(score.read_studies(RECORDS / "tuning" / "studies.csv"))
+    tau, (_, ratios) = np.linspace(1, score.TAU_MAX, 60), score.ratios(times, {})
+    values, shares = score.scores(times, {}), score.profile(ratios, tau).tolist()
+    met = np.isfinite(ratios).sum(1).tolist()
+    ranked, lines = [], []
+    for i, (name, rank) in enumerate(zip(times.submissions, score.ranks(values))):
+        ranked.append(dict(rank=rank, submission=name, score=f"{values[i]:.3f}", met=met[i]))
+        lines += [dict(submission=name, tau=at, share=share) for at, share in zip(tau.round(3).tolist(), shares[i])]
+    return sorted(ranked, key=lambda row: row["rank"]), lines
+
+
+def profiles() -> Any:
+    ranked, rows = contest()
     best = [row["submission"] for row in ranked]
-    arm, opacity = by_legend("submission", 0.08, value=[{"submission": name} for name in best[:6]])
-    lines = wide(profiles, "Share of workloads within tau times the best time")
-    lines = lines.mark_line(interpolate="step-after", strokeWidth=2).add_params(arm)
-    x = alt.X("tau:Q", title="time / best time of the field", scale=alt.Scale(domain=[1, score.TAU_MAX]))
-    y = alt.Y("share:Q", title="share of workloads")
-    colour = alt.Color("submission:N", sort=best, legend=alt.Legend(symbolLimit=40))
-    return lines.encode(x, y, colour, opacity=opacity, tooltip=["submission:N", "tau:Q", "share:Q"])
+    picked, opacity = by_legend("submission", 0.08, value=[{"submission": name} for name in best[:6]])
+    lines = wide(rows, "Share of workloads within tau times the best time").add_params(picked)
+    x = alt.X("tau:Q").scale(domain=[1, score.TAU_MAX]).title("time / best time of the field")
+    y = alt.Y("share:Q").title("share of workloads")
+    colour = alt.Color("submission:N", sort=best).legend(symbolLimit=40)
+    tips = ["submission:N", "tau:Q", "share:Q"]
+    return lines.mark_line(interpolate="step-after", strokeWidth=2).encode(x, y, colour, opacity=opacity, tooltip=tips)
 
 
-def sensitivity_chart(rows: Rows) -> Any:
-    best = contest()[0][0]["submission"]
-    where, who = choice("workload", (r["workload"] for r in rows)), choice("optimizer", (r["submission"] for r in rows), best)
+def sensitivity() -> Any:
+    """Of the contest's searches: learning rate and final loss."""
+    rows = [
+        dict(workload=track, submission=name, lr=row.settings["lr"], loss=row.val_loss)
+        for track, tables in tuned.read_tables(RECORDS / "tuning").items()
+        for name, table in tables.items()
+        for row in table.of("search")
+        if "lr" in row.settings and math.isfinite(row.val_loss)
+    ]
+    where, who = choice(rows, "workload"), choice(rows, "submission", contest()[0][0]["submission"])
     points = wide(rows, "Final loss against learning rate of one optimizer's trials").mark_point(filled=True, size=70)
     points = points.transform_filter((alt.datum.workload == where) & (alt.datum.submission == who)).add_params(where, who)
-    x = alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate (log)")
-    y = alt.Y("loss:Q", scale=alt.Scale(zero=False), title="final loss, nats")
+    x = alt.X("lr:Q").scale(type="log").title("learning rate (log)")
+    y = alt.Y("loss:Q").scale(zero=False).title("final loss, nats")
     return points.encode(x, y, tooltip=["submission:N", "lr:Q", "loss:Q"])
 
 
-def scaling_chart(rows: Rows) -> Any:
-    which = choice("experiment", (row["experiment"] for row in rows))
-    base = wide(rows, "Speed-up of each trick at each model size").transform_filter(alt.datum.experiment == which)
-    x = alt.X("parameters:Q", scale=alt.Scale(type="log"), title="non-embedding parameters (log)")
-    y = alt.Y("low:Q", title="speed-up in tokens (log)", scale=alt.Scale(type="log"))
-    tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
-    spans = base.mark_rule().encode(x, y, alt.Y2("high:Q"), alt.Color("trick:N"))
-    return (spans + base.mark_line(point=True).encode(x, y="ratio:Q", color="trick:N", tooltip=tips)).add_params(which)
-
-
-def levers_chart(rows: Rows) -> Any:
-    which = choice("workload", (row["workload"] for row in rows))
-    base = wide(rows, "Final loss minus Muon's, of each lever").transform_filter(alt.datum.workload == which)
-    x = alt.X("low:Q", title="final loss minus Muon's, nats: left is better")
-    y = alt.Y("name:N", sort=alt.EncodingSortField("difference"), title=None)
-    scale = alt.Scale(domain=["helps", "no difference", "hurts"], range=["#0072B2", "#999999", "#D55E00"])
-    colour = alt.Color("verdict:N", scale=scale)
+def levers() -> Any:
+    """The lever board: difference to Muon with its interval."""
+    rows = [
+        line | dict(workload=workload, low=line["interval"][0], high=line["interval"][1])
+        for workload, lines in read_json(RECORDS / "levers" / "levers.json").items()
+        for line in lines
+    ]
+    which = choice(rows, "workload")
+    x = alt.X("low:Q").title("final loss minus Muon's, nats: left is better")
+    y = alt.Y("name:N", sort=alt.EncodingSortField("difference")).title(None)
+    colours = {"helps": "#0072B2", "no difference": "#999999", "hurts": "#D55E00"}
+    colour = alt.Color("verdict:N").scale(domain=list(colours), range=list(colours.values()))
+    base = wide(rows, "Final loss minus Muon's, of each lever").encode(y, colour)
+    base = base.transform_filter(alt.datum.workload == which)
     tips = ["name:N", "verdict:N", "difference:Q", "low:Q", "high:Q", "steps:Q", "cost:Q"]
-    spans = base.mark_rule().encode(x, alt.X2("high:Q"), y, colour)
-    points = base.mark_point(filled=True, size=70).encode(x="difference:Q", y=y, color=colour, tooltip=tips)
-    return (spans + points).add_params(which)
+    points = base.mark_point(filled=True, size=70).encode(x="difference:Q", tooltip=tips)
+    return (base.mark_rule().encode(x, alt.X2("high:Q")) + points).add_params(which)
 
 
-def published_chart() -> Any:
-    points = wide(published(), "Published records of modded-nanogpt, minutes to 3.28 on 8 H100").mark_point(
-        filled=True, size=70
-    )
-    y = alt.Y("minutes:Q", scale=alt.Scale(type="log"), title="minutes to 3.28 on 8 H100 (log)")
-    return points.encode(alt.X("date:T", title=None), y, tooltip=["record:N", "date:T", "minutes:Q", "what:N"])
+def scaling() -> Any:
+    """Speed-ups at each size, with intervals."""
+    rows = []
+    for path in sorted(RECORDS.glob("scaling/*/scaling.json")):
+        for trick in read_json(path)["tricks"]:
+            for size in (size for size in trick["sizes"] if "ratios" in size):
+                values = [size["ratios"]["tokens"], *size["intervals"]["tokens"]]
+                if all(value and math.isfinite(value) for value in values):
+                    about = dict(experiment=path.parent.name, trick=trick["trick"], parameters=size["parameters"])
+                    rows.append(about | dict(zip(("ratio", "low", "high"), values, strict=True)))
+    which = choice(rows, "experiment")
+    x = alt.X("parameters:Q").scale(type="log").title("non-embedding parameters (log)")
+    y = alt.Y("low:Q").scale(type="log").title("speed-up in tokens (log)")
+    base = wide(rows, "Speed-up of each trick at each model size").encode(x, alt.Color("trick:N"))
+    base = base.transform_filter(alt.datum.experiment == which)
+    tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
+    lines = base.mark_line(point=True).encode(y="ratio:Q", tooltip=tips)
+    return (base.mark_rule().encode(y, alt.Y2("high:Q")) + lines).add_params(which)
 
 
-def runs_chart(rows: Rows) -> Any:
-    run, opacity = by_legend("run")
-    lines = wide(rows, "Training loss of your runs").mark_line().add_params(run)
-    y = alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats")
-    colour = alt.Color("run:N", legend=alt.Legend(columns=1, labelLimit=300))
-    return lines.encode(alt.X("step:Q"), y, colour, opacity=opacity, tooltip=["run:N", "step:Q", "loss:Q"])
-
-
-def losses_chart(rows: Rows) -> Any:
-    """Loss against the axis, for the comparison, that the reader chooses; a click in the legend picks arms."""
-    which = choice("comparison", (row["comparison"] for row in rows))
-    against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
-    arm, opacity = by_legend("arm", toggle="true")
-    lines = wide(rows, "Training loss of the arms of a comparison").mark_line().add_params(which, against, arm)
-    lines = lines.transform_filter(alt.datum.comparison == which).transform_calculate(x=f"datum[{against.name}]")
-    x = alt.X("x:Q", title="seconds, steps or tokens")
-    y = alt.Y("loss:Q", scale=alt.Scale(zero=False), title="training loss, nats")
-    colour = alt.Color("arm:N", legend=alt.Legend(columns=1, labelLimit=300))
-    tips = ["arm:N", "step:Q", "seconds:Q", "tokens:Q", "loss:Q"]
-    return lines.encode(x, y, colour, opacity=opacity, tooltip=tips)
+def published() -> Any:
+    """The history of modded-nanogpt."""
+    with (RECORDS / "published" / "modded_records.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["record"].startswith("T1-") and r["train_time_s"]]
+    rows = [row | {"minutes": float(row["train_time_s"]) / 60} for row in rows]
+    what = "minutes to 3.28 on 8 H100"
+    points = wide(rows, f"Published records of modded-nanogpt, {what}").mark_point(filled=True, size=70)
+    y = alt.Y("minutes:Q").scale(type="log").title(f"{what} (log)")
+    return points.encode(alt.X("date:T").title(None), y, tooltip=["record:N", "date:T", "minutes:Q", "description:N"])
 
 
 # ---------------------------------------------------------------- the page
@@ -266,9 +229,9 @@ def losses_chart(rows: Rows) -> Any:
 def score_table() -> str:
     """The contest as a table whose columns sort."""
     head = ("rank", "optimizer", "AlgoPerf score", "targets met")
-    rows = [row.values() for row in contest()[0]]
-    heads = "".join(f'<th scope="col"><button type="button">{html.escape(h)}</button></th>' for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    heads = "".join(f'<th scope="col"><button type="button">{h}</button></th>' for h in head)
+    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row.values()) for row in contest()[0])
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -277,15 +240,15 @@ def studies_shown() -> str:
     parts = []
     for name, about in studies.studies().items():
         result, picture = studies.RESULTS / f"{name}.json", studies.RESULTS / f"{name}.png"
-        if result.exists() and picture.exists():
-            found = json.loads(result.read_text())
+        if result.exists():
+            found = read_json(result)
             claim, verdict = html.escape(about["claim"]), html.escape(found["verdict"])
             image = base64.b64encode(picture.read_bytes()).decode()
             mark = "holds here" if found["holds"] else "does not hold here"
             caption = f"<figcaption><code>./run.sh study {name}</code> <strong>{mark}</strong>: {verdict}</figcaption>"
             shown = f'<img loading="lazy" alt="{claim}" src="data:image/png;base64,{image}">'
             parts.append(f"<article><h3>{claim}</h3><figure>{shown}{caption}</figure></article>")
-    return "".join(parts) or "<p>None yet: <code>./run.sh study all</code></p>"
+    return "".join(parts)
 
 
 def page(folders: Sequence[Path]) -> str:
@@ -293,12 +256,10 @@ def page(folders: Sequence[Path]) -> str:
     if alt is None:
         raise UsageError("the page needs Altair: .venv/bin/pip install -e .[page]")
     drawn = {name: chart.to_dict() for name, chart in charts(folders).items()}
-    board = '<section id="levers-board"><h2>Levers on Muon</h2><div class="chart" id="levers"></div></section>'
     parts = {
         "SCORES": score_table(),
         "STUDIES": studies_shown(),
         "SPECS": json.dumps(drawn).replace("<", "\\u003c"),  # so that no name of a run can end the script
-        "LEVERS": board if "levers" in drawn else "",
         "RUNS": '<section><h2>Your runs</h2><div class="chart" id="runs"></div></section>' if folders else "",
         "VEGA": vl_convert.javascript_bundle(),
     }
