@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from engine.run_folder import atomic_write, lock, now_utc, read_json, refuse_links, source_hash
 from engine.spec import UsageError
 from lab import trials
@@ -48,11 +50,14 @@ def run_through(what: str, jobs: Sequence[J], ended: Callable[[J], Any], work: C
     if len(left) < len(jobs):
         print(f"{what}: {len(jobs) - len(left)} of {len(jobs)} trials are there already", flush=True)
     begun, steps, total = time.monotonic(), 0, sum(job.steps for job in left)
-    for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
-        steps += job.steps
-        rest = (time.monotonic() - begun) * (total / steps - 1) / 60
-        if line:
-            print(f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min", flush=True)
+    with tqdm(total=len(left), unit="trial", desc=what, disable=None) as bar:
+        for count, (job, line) in enumerate(in_turn(left, work, at_once), start=1):
+            bar.update()
+            steps += job.steps
+            rest = (time.monotonic() - begun) * (total / steps - 1) / 60
+            if line:
+                with bar.external_write_mode():
+                    print(f"{what}  {line}; {len(left) - count} left, about {rest:.0f} min", flush=True)
 
 
 class Runner:
