@@ -113,8 +113,8 @@ def runs(report: Report) -> str:
     for row in rows:
         who = named(row)
         if words := report.flags.get(row.arm):
-            recipe = "+".join(words[words.index("--tricks") + 1].split(","))[:100]
-            begun = re.fullmatch(rf"{re.escape(recipe)}-s{row.seed}-[0-9a-f]{{8}}", row.run)
+            recipe = "+".join(words[words.index("--tricks") + 1].split(","))[:100]  # then the flags, if there is room
+            begun = re.fullmatch(rf"{re.escape(recipe)}(-.+)?-s{row.seed}-[0-9a-f]{{8}}", row.run)
             need(bool(begun), f"{who}: its run cannot have the name {row.run}")
         if row.status == "crashed":
             continue
