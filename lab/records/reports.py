@@ -96,8 +96,8 @@ def runs(report: Report) -> str:
     for row in rows:
         who = named(row)
         if words := report.flags.get(row.arm):
-            recipe = words[words.index("--tricks") + 1].replace(",", "+")[:100]
-            fits = re.fullmatch(rf"{re.escape(recipe)}-s{row.seed}-[0-9a-f]{{8}}", row.run)
+            recipe = words[words.index("--tricks") + 1].replace(",", "+")[:100]  # then the flags, if there is room
+            fits = re.fullmatch(rf"{re.escape(recipe)}(-.+)?-s{row.seed}-[0-9a-f]{{8}}", row.run)
             need(fits, f"{who}: its run cannot have the name {row.run}")
         if row.status == "crashed":
             continue
