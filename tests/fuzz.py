@@ -42,6 +42,7 @@ from engine import checkpoint, run_folder, schedules
 from engine.command import command
 from engine.spec import UsageError
 from lab import plots, trials
+from lab.scaling import experiment
 from lab.tuning import tune
 from model import GPT
 from tricks import TRICKS
@@ -226,12 +227,18 @@ class Cases:
 
     def verb(self, dice: random.Random) -> int:
         """Words of the other verbs; they train nothing."""
-        with_parser = {"compare": compare, "scaling": scaling, "tune": tune, "data": data, "sample": sample}
-        others = {"plan": lambda words: predict.report(predict.predict(words)), "plot": plots.draw}
-        name = dice.choice([*with_parser, *others])
-        flags = ["--out", "--track", "--tricks", "--hardware"]
-        if name in with_parser:
-            flags = list(with_parser[name].parser()._option_string_actions)
+        verbs = {
+            "compare": (compare.parser(), compare.main),
+            "scaling": (experiment.parser(""), scaling.main),
+            "tune": (tune.parser(), lambda words: compare.main(["tune", *words])),
+            "data": (data.parser(), data.main),
+            "sample": (sample.parser(), sample.main),
+            "plan": (None, lambda words: command("plan", lambda: predict.report(predict.predict(words)))),
+            "plot": (None, lambda words: command("plot", lambda: plots.draw(words))),
+        }
+        name = dice.choice([*verbs])
+        parser, main = verbs[name]
+        flags = list(parser._option_string_actions) if parser else ["--out", "--track", "--tricks", "--hardware"]
         known = ["tiny", "muon", "adamw", "modern", "baseline", "verify", "list", "3", "0.5", "sotu", "baseline=3", "no_bias"]
         argv = [word(dice, flags) if dice.random() < 0.5 else word(dice, known) for _ in range(dice.randrange(1, 6))]
         if name == "data" and "prepare" in argv:
@@ -239,7 +246,7 @@ class Cases:
         out = [] if name in ("data", "sample", "plan") else ["--out", str(self.fresh / "out")]
         cut = argv.index("--") if "--" in argv else len(argv)
         argv[cut:cut] = out
-        return with_parser[name].main(argv) if name in with_parser else command(name, lambda: others[name](argv))
+        return main(argv)
 
     def corpus(self, dice: random.Random) -> None:
         """A corpus with a damaged file: all of it read."""
