@@ -10,8 +10,6 @@ import math
 import statistics
 from collections.abc import Generator, Sequence
 
-import numpy as np
-
 from lab.tuning.space import Dimension
 from lab.tuning.tuned import Row, Table, Tables, step_seconds
 
@@ -134,5 +132,6 @@ def reached(curve: Sequence[tuple[int, float]], target: float) -> float:
     """Steps at which a curve first comes to the target, between validations in a straight line."""
     for (start, above), (step, loss) in itertools.pairwise([curve[0], *curve]):
         if loss <= target:
-            return float(np.interp(target, [loss, above], [step, start]))
+            down = above - loss  # 0: the first validation
+            return start + (step - start) * (above - target) / down if down > 0 else step
     return math.inf
