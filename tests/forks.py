@@ -80,7 +80,7 @@ def Popen(command: list[str], env: dict[str, str] | None = None, cwd: Path | Non
 
 def run(command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None, check: bool = False, **_):
     """subprocess.run of a Python command, in a fork."""
-    process = Popen(command, env, cwd)
+    process = Popen(command, env=env, cwd=cwd)
     out, err = process.communicate()
     assert not check or process.returncode == 0, err[-2000:]
     return subprocess.CompletedProcess(command, process.returncode, out, err)
