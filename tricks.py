@@ -163,6 +163,8 @@ TRICKS: dict[str, Trick] = {
     "short_sequences": schedule(dict(length_stages=(0.5, 1.0)),
         "#72, which cuts documents at 896 tokens, later at 2,048; here sequences are cut in two",
         "1.516 to 1.496 min, with a higher final learning rate"),
+    "three_lengths": schedule(dict(length_stages=(0.25, 0.5, 1.0)),
+        "`short_sequences` in three stages: quarters, halves, whole sequences", "chosen here, not measured elsewhere"),
     "small_batch": schedule(dict(batch_tokens=512),
         "#21 (524,288 to 393,216 tokens), #39 (to 262,144); with `batch_stages` this is the first stage (#46)",
         "2.992 to 2.933 min (#21); part of 2.476 to 2.447 (#39)",
@@ -235,6 +237,7 @@ TRACKS: dict[str, Track] = {
             # a byte alone says little; narrow vectors keep the tables within twice the baseline's parameters
             "ngram_embedding": dict(ngram_buckets=25600, ngram_orders="2,3,4,5,6,7,8,9", ngram_width=16, rates="ngrams=4"),
             "wsd": dict(schedule="wsd:cooldown=0.8"),
+            "three_lengths": dict(optimizer="muon:lr=0.02"),  # tried together: records/README.md
             "batch_stages": dict(batch_tokens=2048), "small_batch": dict(batch_tokens=2048),
         },
     ),

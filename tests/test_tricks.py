@@ -861,7 +861,7 @@ def test_fp8_head_trains_and_says_where_it_cannot(train, capsys, monkeypatch):
 
 
 def test_short_sequences_are_the_same_tokens_cut(sotu, tmp_path, monkeypatch):
-    flags = ("--length-stages", "0.25/0.5/1", "--steps", "6", "--micro-batch-tokens", "256")
+    flags = ("--tricks", "three_lengths", "--steps", "6", "--micro-batch-tokens", "256")
     made, seen = training(tmp_path, *flags), []
     made.gpt.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     for step in range(6):
