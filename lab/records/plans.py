@@ -5,6 +5,7 @@ import argparse
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
     options = options_of(summary["command"])
     specs, steps, target = dict(map(comparison.named, options.optimizers)), options.steps, options.target
     base = options.base or ("modern" if specs else "baseline")
-    stacks = {name: [base] for name in specs} or dict(comparison.words_of_arms(options, base))
+    stacks = {name: [base] for name in specs} or stacks_of(options, base, summary)
     about = {"track": options.track, "mode": next((mode for mode in comparison.MODES if getattr(options, mode)), "")}
     about |= {"target": target or tricks.track(options.track).target_loss, "base": next(iter(stacks))}
     about |= {"margin": options.margin, "steps": steps or None} | ({"seeds": options.seeds} if options.seeds else {})
@@ -77,6 +78,18 @@ def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
         need(ran == planned, f"{name}: {ran} steps, by the command {planned}")
         searched(name, [row for row in rows if (row.arm, row.phase) == (name, "search")], options)
     return {arm["name"]: tuple(arm["flags"]) for arm in summary["arms"]}
+
+
+def stacks_of(options: argparse.Namespace, base: str, summary: Summary) -> dict[str, list[str]]:
+    """Arm -> its tricks. A named recipe may be another by now: of one with a trick left out the arms tell what it was, each of
+    them all but its own trick."""
+    if not options.leave_out or base not in tricks.track(options.track).recipes:
+        return dict(comparison.words_of_arms(options, base))
+    told = {arm["name"]: arm["flags"][1].split(",") for arm in summary["arms"]}
+    left = {name: word for word in options.leave_out if (name := f"-{word}") in told}
+    wholes = {tuple(sorted([*told[name], word])) for name, word in left.items()}  # a trick that is still there is there twice
+    need(len(wholes) == 1 == max(Counter(*wholes).values()), f"its arms are not one {base} with a trick left out of each")
+    return {base: [base]} | {name: told[name] for name in left}
 
 
 def without(flags: list[str], flag: str) -> list[str]:

@@ -864,6 +864,7 @@ def copied_seed(rows: list[dict]) -> list[dict]:
 
 
 COMPARISON, LADDER, TABLES = f"comparisons/{REPORT}", "scaling/wiki-modern", "tuning"
+LEFT_OUT = "comparisons/cpu-record-leave-out"
 FORGED_REPORTS = [
     (COMPARISON, every(tokens=lambda cell: str(2 * int(cell))), "settings", "tokens, by its settings"),
     (COMPARISON, every(flops=lambda cell: str(2 * float(cell))), "settings", "FLOPs, by its settings"),
@@ -882,6 +883,7 @@ FORGED_REPORTS = [
     (COMPARISON, summary(lambda s: s["arms"].pop()), "command", "arms ['adamw'], by the command"),
     (COMPARISON, summary(lambda s: s["arms"][0]["flags"].extend(["--clip", "5"])), "command", "--clip 5, by the command"),
     (COMPARISON, summary(lambda s: s["arms"][0].update(steps=2000)), "command", "2000 steps, by the command 2150"),
+    (LEFT_OUT, summary(lambda s: s["arms"][1].update(flags=s["arms"][2]["flags"])), "command", "a trick left out of each"),
     (COMPARISON, curves_of("train", loss="0.1"), "curves", "the training loss before it 0.1"),
     (COMPARISON, edit_csv("curves.csv", lambda rows: rows[::2]), "curves", "lacks points"),
     (COMPARISON, curves_of("val", tokens=lambda cell: str(7 * int(cell))), "curves", "the number of tokens is"),
@@ -942,7 +944,7 @@ def few_tables(tmp_path_factory):
 
 
 def test_forgeries_of_reports_and_tables_are_found(tmp_path, few_tables):
-    good = {place: records.RECORDS / place for place in (COMPARISON, LADDER)} | {TABLES: few_tables}
+    good = {place: records.RECORDS / place for place in (COMPARISON, LEFT_OUT, LADDER)} | {TABLES: few_tables}
     sound: set[tuple[str, str]] = set()
     for place, tamper, rule, words in FORGED_REPORTS:
         folder = tmp_path / place
