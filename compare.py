@@ -5,7 +5,7 @@
     python compare.py --base record --leave-out modern compile            each removed alone from a stack
     python compare.py --optimizers adamw muon --tuned-on bytes-large      the optimizer alone, with its settings from `tune`
     python compare.py --optimizers adamw --arm fast=muon:lr=0.04 --steps 300 --seeds 4     no search: whose loss is lower?
-    python compare.py --recipes baseline record --horizon baseline=2400 record=220
+    python compare.py --recipes baseline record --horizon baseline=2400 record=215
     python compare.py --again record                                      a recipe against itself: no difference expected
     python compare.py tune --optimizers adamw muon --trials 5             the same tuning budget for each: --help
     python compare.py score --times times.csv                             the AlgoPerf score of a table of times: --help
