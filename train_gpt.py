@@ -1,6 +1,6 @@
 """Train a GPT to a target validation loss: one file, read from top to bottom.
 
-    python train_gpt.py --track cpu --tricks record                 a laptop: four minutes on 2 cores with bf16
+    python train_gpt.py --track cpu --tricks record                 a laptop: a minute or two on 2 cores with bf16
     python train_gpt.py --track cpu --tricks modern,muon --steps 600 --seed 1
     python train_gpt.py --track gpt2-small --tricks record          one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track gpt2-small --tricks record
