@@ -186,7 +186,7 @@ case "$verb" in
   compare) run lab compare.py "$@" ;;
   scaling) run lab scaling.py "$@" ;;
   judge) run lab judge.py "$@" ;;
-  plan) run lab -m cost "$@" ;;
+  plan) run lab -m cost.predict "$@" ;;
   data)
     case " $* " in
       *gpt2* | *fineweb* | *.parquet*) run data -m data "$@" ;;

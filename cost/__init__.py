@@ -1,4 +1,4 @@
-"""What a run will cost: `./run.sh plan`, or `python -m cost` with the trainer's flags.
+"""What a run will cost: `./run.sh plan` with the trainer's flags.
 
 predict      flags -> memory, traffic, time and dollars of a run
 step         one training step of one rank, traced on tensors without memory

@@ -1,9 +1,10 @@
-"""Flags of a run -> its memory, traffic, time and dollars."""
+"""Flags of a run -> its memory, traffic, time and dollars: `./run.sh plan`."""
 
 import argparse
 import bisect
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from config import Config, mean_flops, resolve, shares, stages
 from cost.step import Step, attended, attending, communication, documents_of, fp8_head, pieces_of, record_step
 from cost.time import real_times, step_time
 from engine import hardware
-from engine.command import Answer, Parser
+from engine.command import Answer, Parser, command
 from engine.hardware import CARDS, Card
 from engine.spec import UsageError, nearest
 from layers.shape import ModelConfig
@@ -228,3 +229,7 @@ def report(p: Prediction) -> Answer:
     data = {"step_seconds": p.seconds, "steps": config.steps, "tokens_a_step": tokens, "ranks": p.ranks, "times": p.times}
     data |= {"memory": asdict(step.memory), "parameters": step.parameters, "flops_a_token": flops, "dollars": hours * p.price}
     return Answer("\n".join(words), data)
+
+
+if __name__ == "__main__":
+    sys.exit(command("plan", lambda: report(predict(sys.argv[1:])), sys.argv[1:]))

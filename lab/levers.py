@@ -6,7 +6,8 @@
 
 Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever branches off half-way
 with its own settings; these and its rates are tuned in as many trials as Muon has left. Then all train with new seeds,
-interleaved, at one length; Muon at two other lengths too, whose slope turns losses into steps.
+interleaved, at one length; Muon at two other lengths too, whose slope turns losses into steps. A step is timed in short runs of
+all, interleaved.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from lab.runner import at_least
 from lab.tuning import descent, tune
 from lab.tuning.report import Contents
 from lab.tuning.space import Dimension, Submission, submission
-from lab.tuning.tuned import Row, Tables, read_tables, table_of
+from lab.tuning.tuned import TIMED, Row, Tables, read_tables, table_of
 
 TRIALS = 12  # of a lever, after as many that it shares with Muon, which goes on for as many more
 SEEDS = 6
@@ -68,10 +70,7 @@ def share(key: str, start: float, part: str = "optimizer", most: float = 1.0) ->
     return Dimension(part, key, 0.1, most, "linear"), start
 
 
-def decay(start: float) -> tuple[Dimension, float]:
-    return Dimension("optimizer", "weight_decay", 1e-3, 1.0, "log"), start
-
-
+DECAY = Dimension("optimizer", "weight_decay", 1e-3, 1.0, "log")
 SOAP, SHAMPOO = "soap:every=1,beta2=0.9,shampoo_beta=0.9", "shampoo:every=1,exponent=0.333,grafting=rms,beta1=0.95"
 # fmt: off
 LEVERS: dict[str, Lever] = {
@@ -91,8 +90,8 @@ LEVERS: dict[str, Lever] = {
     "equal_rows": Lever("very slight (nanochat)", optimizer="muon:equal_rows=true"),
     "fixed_norm": Lever("very slight, with equal rows (nanochat)", optimizer="muon:fixed_norm=true"),
     "normuon": Lever("3,325 to 3,250, n = 20 (#10, #12)", optimizer="muon:normuon=true", own=(beta("normuon_beta2", 0.95),)),
-    "cautious": Lever("19 fewer, on a stack (#46)", optimizer="muon:cautious=true", own=(decay(0.05),)),
-    "decay_schedule": Lever("not measured alone", "", decay_schedule="power:outer=2.25", own=(decay(0.1),)),
+    "cautious": Lever("19 fewer, on a stack (#46)", optimizer="muon:cautious=true", own=((DECAY, 0.05),)),
+    "decay_schedule": Lever("not measured alone", "", decay_schedule="power:outer=2.25", own=((DECAY, 0.1),)),
     "power_cooldown": Lever("part of a stack (#46)", "", schedule="wsd:cooldown=0.7,power=1.2"),
     "fast_slow": Lever("MuonH: 3,250 to 3,125, n = 20 (#351)", schedule="fast_slow"),
     "floor": Lever("part of stacks", "", schedule="wsd:cooldown=0.7,final=0.1"),
@@ -136,8 +135,8 @@ class Board(tune.Contest):
         row = descent.found(self.table(track, name), first)
         return row.settings if row else {}
 
-    def job(self, kind: str, track: str, name: str, number: int = 0, steps: int = 0) -> tune.Job:
-        about = (0, number, descent.SEED + (kind != "descent") * (1 + number), steps or tune.length(track))
+    def job(self, kind: str, track: str, name: str, number: int = 0, steps: int = 0, turn: int = 0) -> tune.Job:
+        about = (turn, number, descent.SEED + (kind != "descent") * (1 + number), steps or tune.length(track))
         of = entry(name, self.end(track, "muon", TRIALS))
         return tune.Job(kind, track, of, self.table(track, name), *about, self.end(track, name))
 
@@ -167,12 +166,19 @@ class Board(tune.Contest):
                 jobs += [self.job("final", track, name, n) for name in ended]
                 jobs += [self.job("length", track, "muon", n, steps) for steps in lengths]
         self.train("final", jobs)
+        self.train("timing", [job for track in tracks for job in self.timings(track)])
+
+    def timings(self, track: str) -> list[tune.Job]:
+        """Of all with final runs, interleaved; anew when there are more of them, whose number is the turn's."""
+        names = [name for name in ("muon", *LEVERS) if len(finals(self.table(track, name))) == SEEDS]
+        steps, rounds = round(TIMED * tune.length(track)), range(tune.TIMINGS if len(names) > 1 else 0)
+        return [self.job("timing", track, name, n, steps, len(names)) for n in rounds for name in names]
 
     def plan(self) -> None:
-        options = self.options
-        for track in options.tracks:
-            count = (1 + len(options.levers)) * (TRIALS + SEEDS) + TRIALS + len(LENGTHS) * SEEDS
-            hours = count * self.seconds_of_a_trial(track) / options.side_by_side / 3600
+        for track in self.options.tracks:
+            each = TRIALS + SEEDS + 1  # the timings, which are short
+            count = (1 + len(self.options.levers)) * each + TRIALS + len(LENGTHS) * SEEDS
+            hours = count * self.seconds_of_a_trial(track) / self.options.side_by_side / 3600
             print(f"{track}: at most {count} trials of about {tune.length(track)} steps, {hours:.1f} hours")
 
 
@@ -186,11 +192,13 @@ def finals(table: tune.Table, kind: str = "final") -> list[Row]:
 
 
 def lines_of(tables: Tables) -> list[dict[str, Any]]:
-    """A line for each lever that has all its seeds, the best first. Differences are paired by seed."""
+    """A line for each lever that has all its seeds and was timed, the best first. Differences are paired by seed."""
     lines, runs = [], {name: finals(table) for name, table in tables.items()}
     muon = runs.get("muon", [])
     lengths = [*muon, *finals(tables["muon"], "length")] if muon else []
-    for name in (name for name in LEVERS if len(runs.get(name, ())) == len(muon) == SEEDS):
+    turn = max((row.study for row in finals(tables["muon"], "timing")), default=0) if muon else 0
+    seconds = {n: [row.seconds for row in finals(table, "timing") if row.study == turn] for n, table in tables.items()}
+    for name in (name for name in LEVERS if len(runs.get(name, ())) == len(muon) == SEEDS and seconds[name]):
         pairs = list(zip(runs[name], muon, strict=True))
         gaps = [lever.val_loss - base.val_loss for lever, base in pairs]
         d, loss = stats.Sample.of(gaps), statistics.mean(lever.val_loss for lever, _ in pairs)
@@ -198,7 +206,7 @@ def lines_of(tables: Tables) -> list[dict[str, Any]]:
         steps = [2.0 ** (gap / worth.slope) if worth else math.nan for gap in (d.mean, *d.interval())]
         line = dict(name=name, loss=loss, difference=d.mean, interval=list(d.interval()), p=float(ttest_1samp(gaps, 0).pvalue))
         line |= dict(smallest=stats.smallest_difference(SEEDS, d.sd, LEVEL), steps=steps[0], steps_interval=sorted(steps[1:]))
-        lines.append(line | dict(cost=statistics.median(lever.seconds / base.seconds for lever, base in pairs)))
+        lines.append(line | dict(cost=statistics.median(map(truediv, seconds[name], seconds["muon"]))))
     highest = 0.0
     for rank, line in enumerate(sorted(lines, key=lambda line: line["p"])):
         line["holm"] = highest = max(highest, min(1.0, line["p"] * (len(lines) - rank)))
@@ -211,12 +219,12 @@ ABOUT = f"""# Levers
 Generated by `./run.sh compare levers`. Each lever of modded-nanogpt's optimizer track is added to a tuned Muon, alone. Muon has
 at most {2 * TRIALS} trials of coordinate descent, on one seed; a lever branches off after {TRIALS} and has {TRIALS} more with
 its own settings. `placebo`, which changes nothing, shows what branching off costs: a lever that ends no further behind does not
-hurt. Then all of one call train with {SEEDS} new seeds, interleaved, at one length. *Difference*: the final loss minus Muon's
-on the same seed (95 % interval). *Steps*: how many times as many steps Muon needs for the lever's loss, from its runs at
-{LENGTHS[0]} to {LENGTHS[1]} of the length. *Cost*: CPU time of a step, over Muon's; for a lever of a later call it may be a
-tenth off. *Time*: steps over cost. A verdict is Holm's at {LEVEL:.0%}. *Would show*: the smallest difference that {SEEDS}
-seeds show with a chance of 90 %. The models are small and the runs short: read the order, not the size. What the authors say is
-on GPT-2 124M, in steps to 3.28; *agree* sets it beside our verdict.
+hurt. Then all train with {SEEDS} new seeds at one length. *Difference*: the final loss minus Muon's on the same seed (95 %
+interval). *Steps*: how many times as many steps Muon needs for the lever's loss, from its runs at {LENGTHS[0]} to {LENGTHS[1]}
+of the length. *Cost*: CPU time of a step over Muon's, median of {tune.TIMINGS} short runs of all, interleaved. *Time*: steps
+over cost. A verdict is Holm's at {LEVEL:.0%}. *Would show*: the smallest difference that {SEEDS} seeds show with a chance of
+90 %. Read the order, not the size: models are small and runs short. What the authors say is on GPT-2 124M, in steps to 3.28;
+*agree* sets it beside our verdict.
 """
 HEAD = ["lever", "verdict", "difference, nats", "p (Holm)", "would show", "steps", "cost", "time", "its authors", "agree"]
 

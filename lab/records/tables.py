@@ -170,7 +170,8 @@ def moves(board: Levers) -> str:
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
         entry, of, best = levers.entry(name, end), descent.rows_of(table), descent.found(table).settings
         in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end), of)
-        lengths = {"final": {length}, "descent": {length}, "length": {round(part * length) for part in levers.LENGTHS}}
+        lengths = {"final": {length}, "descent": {length}, "timing": {round(tuned.TIMED * length)}}
+        lengths["length"] = {round(part * length) for part in levers.LENGTHS}
         for row in rows:
             seed = descent.SEED + (row.kind != "descent") * (1 + row.number)
             fits = row.seed == seed and row.steps in lengths.get(row.kind, ()) and row.space == entry.version

@@ -58,6 +58,8 @@ def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa
     assert levers.TRIALS <= len(muon) <= 2 * levers.TRIALS
     line = lines["tail_ema"]
     assert line["steps"] == pytest.approx(math.exp(-line["difference"] / 0.1), rel=0.05)
+    timed = Table(out / "wiki" / "tail_ema.csv").of("timing")
+    assert {(row.study, row.steps) for row in timed} == {(1 + len(NAMES), 10)}, "one turn, of all"
     assert line["cost"] == pytest.approx(1) and line["holm"] >= line["p"]
     text = (out / "README.md").read_text()
     agree = {row.split("`")[1]: row.split(" | ")[-1] for row in text.splitlines() if "x |" in row}
