@@ -176,8 +176,7 @@ class Board(tune.Contest):
 
     def plan(self) -> None:
         for track in self.options.tracks:
-            each = TRIALS + SEEDS + 1  # the timings, which are short
-            count = (1 + len(self.options.levers)) * each + TRIALS + len(LENGTHS) * SEEDS
+            count = (1 + len(self.options.levers)) * (TRIALS + SEEDS + 1) + TRIALS + len(LENGTHS) * SEEDS  # 1: the timings
             hours = count * self.seconds_of_a_trial(track) / self.options.side_by_side / 3600
             print(f"{track}: at most {count} trials of about {tune.length(track)} steps, {hours:.1f} hours")
 

@@ -120,7 +120,7 @@ def curve(logs: list[Log]) -> plots.Curve:
 def summary(folder: Path) -> str:
     """What a person wants to know of a finished run, beside the first and the newest record of its track; draws loss.png."""
     run = FinishedRun.read(folder)
-    config, result, chain = run.config, run.result, records.of_track(run.config["track"])
+    config, result, chain = run.config, run.result, records.of_track(run.config["track"], "gpt")
     shown, beside = {"this run": result | {"mean": result["val_loss"]}}, chain[:1] + chain[1:][-1:]
     for record in beside:
         about = record.about

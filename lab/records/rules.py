@@ -216,8 +216,9 @@ def rival(record: Record) -> str:
     made_as_stated(record.timed_anew, about, run_folder.settings_hash(against["settings"]))
     steps, full = record.timed_anew[0].end["step"], before.about["steps"]
     need(steps <= full, f"the rival ran for {steps} steps, as a record for {full}: longer is slower")
-    alike = complete(against["settings"]) == complete(before.about["settings"])
-    need(alike, f"the runs that it was timed against have other settings than {name}")
+    pair = (complete(settings) for settings in (against["settings"], before.about["settings"]))
+    theirs, its = ({k: split_spec(v) if k in SPECS else v for k, v in settings.items()} for settings in pair)
+    need(theirs == its, f"the runs that it was timed against have other settings than {name}")
     return f"{name}, {steps:,} of its {full:,} steps"
 
 

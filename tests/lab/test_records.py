@@ -49,6 +49,7 @@ def runs(sotu, tmp_path_factory):
             words = ["--track", "tiny", "--tricks", tricks, "--steps", str(steps), "--val-every", str(steps // 2)]
             words += ["--seed", str(seed), "--dtype", "fp32", "--data-root", str(DATA_ROOT)]
             words += ["--out", str(root / f"{name}{seed}")]
+            words += ["--optimizer", "adamw:lr=3e-3,beta1=0.9"] * (name == "baseline")
             assert train_gpt.main(words) == 0
             timed(root / f"{name}{seed}", seconds)
     return {name: [root / f"{name}{seed}" for seed in SEEDS] for name in ("baseline", "quick")}
@@ -285,6 +286,12 @@ def test_a_rival_that_is_not_the_previous_record_is_refused(runs, kept, which, c
     edit(kept[0].folder / "record.json", lambda about: about.update(change))
     with pytest.raises(UsageError, match=message):
         command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"])
+
+
+def test_a_rival_whose_optimizer_has_its_keys_in_another_order_is_the_same(runs, kept):
+    shutil.rmtree(kept[1].folder)
+    edit(kept[0].folder / "record.json", lambda about: about["settings"].update(optimizer="adamw:beta1=0.9,lr=3e-3"))
+    assert command.add(runs["quick"], "quick", "Faster.", against=runs["baseline"]).label == "tiny/002-quick"
 
 
 def test_runs_of_two_machines_are_refused(runs, kept, monkeypatch):
@@ -727,6 +734,8 @@ def test_rerun_is_within_the_records_noise(kept, tmp_path, monkeypatch):
 
 
 def test_summary_sets_a_run_beside_the_records(kept, runs, capsys):
+    other = shutil.copytree(kept[1].folder, kept[1].folder.with_name("003-other"))  # a run is beside GPTs
+    edit(other / "record.json", lambda about: about.update(category="optimizer", number=3))
     assert command.main(["summary", str(runs["quick"][0])]) == 0
     shown = capsys.readouterr().out
     assert (runs["quick"][0] / "loss.png").stat().st_size > 10_000 and "loss.png" in shown
