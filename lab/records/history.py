@@ -118,7 +118,7 @@ def curve(logs: list[Log]) -> plots.Curve:
 
 
 def summary(folder: Path) -> str:
-    """What a person wants to know of a finished run, beside the first and the newest record of its track; draws loss.png."""
+    """What a person wants to know of a finished run, beside its track's first and newest GPT record; draws loss.png."""
     run = FinishedRun.read(folder)
     config, result, chain = run.config, run.result, records.of_track(run.config["track"], "gpt")
     shown, beside = {"this run": result | {"mean": result["val_loss"]}}, chain[:1] + chain[1:][-1:]
