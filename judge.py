@@ -183,7 +183,8 @@ class Judgement:
             summary, rows = runner.read_report(out / "compare", compare.REPORT)
             summary = comparison.again(summary | {"mode": "chain"}, rows)  # sets the last arm against Muon too
             plots.draw_comparison(out, summary, runner.read_curves(out / "compare" / "curves.csv", rows))
-            made = (comparison.verdict_line(r, summary["arms"][-1]) for r in summary["ratios"] if r["arm"] == self.name)
+            arm, ratios = summary["arms"][-1], [ratio for ratio in summary["ratios"] if ratio["arm"] == self.name]
+            made = [comparison.verdict_line(r, arm).replace("decided:", f"decided against {r['base']}:", 1) for r in ratios]
             lines = list(dict.fromkeys(made))  # whoever missed the target did so against both
         if sizes.exists():
             at = read_json(sizes)["tricks"][0]["sizes"]

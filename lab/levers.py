@@ -6,8 +6,7 @@
 
 Muon is tuned by coordinate descent (lab/tuning/descent.py) from its settings in records/tuning. A lever branches off half-way
 with its own settings; these and its rates are tuned in as many trials as Muon has left. Then all train with new seeds,
-interleaved, at one length; Muon at two other lengths too, whose slope turns losses into steps. A step is timed in short runs of
-all, interleaved.
+interleaved, at one length; Muon at two other lengths too, whose slope turns losses into steps. Short runs of all time a step.
 """
 
 import argparse

@@ -148,7 +148,7 @@ def test_bad_words_are_one_line(words, message, capsys):
 
 
 @pytest.mark.slow
-def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp_path, capsys):
+def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp_path, capsys, monkeypatch):
     code, page, first = judged("lion", most=10, lion=3)
     assert (code, page) == (130, "") and len(first.trained) < 15
     code, page, trainer = judged("lion", lion=3)
@@ -183,6 +183,9 @@ def test_a_verdict_on_each_rival_and_on_the_sizes_though_interrupted(judged, tmp
         judged("lion", lion=3)[2].trained == []
         and (tmp_path / "out/README.md").read_text().splitlines()[:5] == page.splitlines()[:5]
     )
+    monkeypatch.setattr(judge.comparison, "verdict_line", lambda ratio, arm: "lion: not decided: no horizon")
+    page = judged("lion", lion=3)[1]
+    assert all(f"- lion: not decided against {rival}: no horizon\n" in page for rival in rivals)
 
 
 def test_a_small_budget_is_said_and_the_rivals_are_cut_to_it(judged, tmp_path):
