@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import hub
@@ -36,7 +37,7 @@ from config import Config, allowed_skips, mean_flops, more_memory, resolve, shar
 from data.shards import Dataset, Loader, dataset_folder, validation_starts
 from engine.checkpoint import Checkpoints, branching_point, generators, listing, newest, seed, set_generators
 from engine.command import Answer, Interrupt, command
-from engine.ranks import Traffic, World, leave, reduce_in_bf16
+from engine.ranks import Traffic, World, leave
 from engine.run_folder import Run, all_settings, code_version, default_folder, lock, now_utc, settings_hash, source_hash
 from engine.schedules import Course, Moment
 from engine.spec import UsageError
@@ -137,8 +138,8 @@ def wrap(gpt: GPT, config: Config, course: Course, world: World) -> tuple[torch.
         ids = [world.device.index] if world.device.type == "cuda" else None
         # the only buffers are constant tables: nothing to broadcast before each forward pass
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
-        if config.reduce == "bf16":
-            model.register_comm_hook(None, reduce_in_bf16)
+        if config.reduce == "bf16":  # a lambda, since under its own name DDP takes torch's hook with NCCL alone
+            model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return model, compiled
 
 

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -146,10 +145,7 @@ class World:
         """Raises RankError: ranks, which it names, hold other bits of `tensors` than most, by checksums."""
         if self.size == 1:
             return
-        sums = torch.stack([checksum(t) for t in tensors])
-        everyone = [torch.empty_like(sums) for _ in range(self.size)]
-        dist.all_gather(everyone, sums)
-        bits = [tuple(s.tolist()) for s in everyone]
+        bits = self.gather(torch.stack([checksum(t) for t in tensors]).tolist())
         usual = max(bits, key=bits.count)
         if odd := [rank for rank, value in enumerate(bits) if value != usual]:
             raise RankError(f"{what} of rank {', '.join(map(str, odd))} differ from those of the other ranks")
@@ -204,11 +200,6 @@ class Traffic(TorchDispatchMode):
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True  # what is compiled stays so in here
-
-
-def reduce_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """torch's hook for DistributedDataParallel, which under its own name is taken with NCCL alone."""
-    return bf16_compress_hook(group, bucket)
 
 
 def own_corner(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
