@@ -275,13 +275,10 @@ def load_weights(gpt: nn.Module, path: Path) -> None:
         saved = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path / WEIGHTS} cannot be read: {error}") from None
-    own = dict(gpt.named_parameters())
-    here, there = ({name: w.shape for name, w in weights.items()} for weights in (own, saved))
+    here, there = ({name: w.shape for name, w in weights} for weights in (gpt.named_parameters(), saved.items()))
     if odd := sorted(name for name in here | there if here.get(name) != there.get(name)):
         raise UsageError(f"{path / WEIGHTS} holds another model: {odd[0]} differs")
-    with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(saved[name])
+    gpt.load_state_dict(saved, strict=False)  # strict would miss the second name of a tied weight
 
 
 class Checkpoints:
@@ -360,16 +357,13 @@ class Checkpoints:
             remove(final)
         temporary.rename(final)
         sync(self.folder)
-        self._prune(step)
-        written = sum(size for size, _ in listed.values())
-        self.facts.append(dict(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked))
-
-    def _prune(self, step: int) -> None:
         # what lies ahead was passed over as damaged: it takes no place of one that is intact
         finished = [p for p in listing(self.folder) if (p / DONE).exists() and step_of(p) <= step]
         for path in finished[self.keep :]:
             if not (self.milestone and step_of(path) % self.milestone == 0):
                 remove(path)
+        written = sum(size for size, _ in listed.values())
+        self.facts.append(dict(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked))
 
     def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
         """On rank 0: the checkpoint to start from, the newest here or else of another run. Clears away what is no use. Raises

@@ -99,22 +99,18 @@ def speaks(error: BaseException) -> bool:
     return not isinstance(error, RankError) or error.speaks or int(os.environ.get("RANK", 0)) == 0
 
 
-class Interrupt:
+class Interrupt(contextlib.ExitStack):
     """SIGINT, SIGTERM and SIGUSR1 ask the run to end after the step that it is in; a second SIGINT ends the process at once."""
 
-    def __init__(self):
-        self.name: str | None = None
+    name: str | None = None
 
     def __enter__(self) -> "Interrupt":
-        names = ("SIGINT", "SIGTERM", *["SIGUSR1"] * hasattr(signal, "SIGUSR1"))  # which Windows lacks
-        self.before = {number: signal.signal(number, self.ask) for number in (getattr(signal, name) for name in names)}
+        for name in ("SIGINT", "SIGTERM", *["SIGUSR1"] * hasattr(signal, "SIGUSR1")):  # which Windows lacks
+            number = getattr(signal, name)
+            self.callback(signal.signal, number, signal.signal(number, self.ask))
         return self
 
     def ask(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
