@@ -414,7 +414,13 @@ class Checkpoints:
         blocks are read. Raises UsageError: another model, other data, or other settings, unless this run branches off."""
         load_weights(gpt, path)
         state = read_json(path / STATE)
-        self.check_origin(path, state)
+        here = self.origin or state
+        if path.parent == self.folder and state["config"] != here["config"]:
+            raise UsageError(f"{path} is of a run with other settings: choose another --out")
+        if state["data"] != here["data"]:
+            raise UsageError(f"{path} was trained on other data ({state['data']}, here {here['data']})")
+        if self.rank == 0 and state["source"] != here["source"]:
+            print(f"{path} was written by other code: what follows is not the same run", file=sys.stderr, flush=True)
         own: dict[str, bytes] = {}
         wanted = only(state.pop("optimizer"), pack(optimizer, "optimizer", {}, own))
         tensors = {r["tensor"]: torch.empty(r["shape"] or [1], dtype=getattr(torch, r["dtype"])) for r in references(wanted)}
@@ -423,13 +429,3 @@ class Checkpoints:
         reader = self.dcp.HuggingFaceStorageReader(str(path / "state"))
         self.dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return unpack(wanted, tensors, own), state, [tensors[name] for name in rng]
-
-    def check_origin(self, path: Path, state: State) -> None:
-        """Is it a checkpoint of this run? Other code is said, other settings or data are refused."""
-        here = self.origin or state
-        if path.parent == self.folder and state["config"] != here["config"]:
-            raise UsageError(f"{path} is of a run with other settings: choose another --out")
-        if state["data"] != here["data"]:
-            raise UsageError(f"{path} was trained on other data ({state['data']}, here {here['data']})")
-        if self.rank == 0 and state["source"] != here["source"]:
-            print(f"{path} was written by other code: what follows is not the same run", file=sys.stderr, flush=True)
