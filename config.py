@@ -172,9 +172,6 @@ def only(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
     return {f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings}
 
 
-UNTIED = "needs a head that can be untied, and an embedding of its type: add --no-tied-head or --embedding-dtype same"
-
-
 def check(config: Config, model_config: ModelConfig) -> None:
     """Raises UsageError: settings that contradict each other, or a SPEC with a wrong word."""
     allowed_skips(config.nonfinite)
@@ -185,13 +182,14 @@ def check(config: Config, model_config: ModelConfig) -> None:
     still, uneven = not optimizer.has_momentum, any(n < 1 or T % n for n in lengths)
     ramp, shortest = config.momentum_schedule, min(lengths)
     known = needs_steps(config) if config.minutes else ""
+    untied = "needs a head that can be untied, and an embedding of its type: add --no-tied-head or --embedding-dtype same"
     wrong = {
         f"--name takes letters, digits and . , + - _; not {config.name!r}": not NAME.fullmatch(config.name),
         f"--loss-tokens must be 0 to {T}, the sequence length; got {config.loss_tokens}": config.loss_tokens > T,
         "--stop-at-target needs a target: add --target-loss": config.stop_at_target and not config.target_loss,
         f"--minutes leaves the number of steps to the machine; it must be known for {known}": known,
         f"--momentum-schedule {ramp}: {method} has no momentum that it could change": ramp != "keep" and still,
-        f"--tied-until {config.tied_until:g} {UNTIED}": config.tied_until and not tieable,
+        f"--tied-until {config.tied_until:g} {untied}": config.tied_until and not tieable,
         f"--length-stages: its parts of {T} tokens must divide them, such as 0.25/0.5/1": uneven,
         "--length-stages cuts sequences, of which --loss-tokens counts the end: give one of them": config.loss_tokens and cut,
         f"--future-tokens must be 0 to {shortest - 1}, got {config.future_tokens}": config.future_tokens >= shortest,

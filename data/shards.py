@@ -8,6 +8,7 @@ shards dataset.json: corpus, tokenizer, vocabulary size, source, and file, token
 import contextlib
 import hashlib
 import json
+import operator
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ TOKEN = np.dtype("<u2")
 IGNORED = -100  # a target that no loss counts: what torch's cross_entropy leaves out
 LOCAL = "local files: "  # how the source of one's own text begins
 UNFINISHED = "unfinished"  # in the folder of a corpus that is being prepared
+# Of a file's stat: what changes when somebody writes to it or puts another in its place
+STAMP = operator.attrgetter("st_size", "st_mtime_ns", "st_ino")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.bin")  # what dataset.json may name: files in its own folder
 
 
@@ -165,18 +168,12 @@ class Dataset:
             raise UsageError(f"no {split} shards in {self.folder}; {repair(self.folder)}")
         self.shards = [read(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.opened = [self.stamp(path) for path in self.paths]
+        self.opened = [STAMP(path.stat()) for path in self.paths]
         self.entries = listed if manifest else [{"tokens": len(shard)} for shard in self.shards]
         self.vocab_size, self.end_of_text = ((manifest or {}).get(key) for key in ("vocab_size", "eot"))  # None: not known
         # the same on every machine that holds the same data: no paths, no times
         self.fingerprint = hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()[:16]
         self.proof: Future | None = None
-
-    @staticmethod
-    def stamp(path: Path) -> tuple[int, int, int] | None:
-        """What changes when somebody writes to a file or puts another in its place."""
-        there = path.stat() if path.exists() else None
-        return there and (there.st_size, there.st_mtime_ns, there.st_ino)
 
     def prove(self, vocab_size: int) -> None:
         """Begin to `check` in the background."""
@@ -200,7 +197,7 @@ class Dataset:
     def problem(self, wait: float | None = None) -> str | None:
         """What is wrong with the shards, as far as is known after `wait` seconds (None: until all are read)."""
         for path, then in zip(self.paths, self.opened, strict=True):
-            if self.stamp(path) != then:
+            if not path.exists() or STAMP(path.stat()) != then:
                 return f"shard {path} has changed since this run opened it; {repair(self.folder)}"
         try:
             _ = self.proof and self.proof.result(wait)
