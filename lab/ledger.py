@@ -8,7 +8,6 @@ import io
 import math
 import threading
 import typing
-from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -62,17 +61,15 @@ class Ledger:
     """A file of such lines, written anew with every trial. Safe for threads. kind: a frozen dataclass with `key`, a trial's."""
 
     def __init__(self, path: Path, kind: type):
-        self.path, self.kind, self.lock = path, kind, threading.RLock()
+        self.path, self.lock = path, threading.RLock()
         self.rows: dict[Hashable, Any] = {row.key: row for row in read(path, kind)} if path.exists() else {}
 
     def add(self, row: Any) -> None:
         """The same trial again takes the place of the first."""
         with self.lock:
             self.rows[row.key] = row
-            text = io.StringIO()
-            writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(self.kind)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(map(cells, self.rows.values()))
+            text, lines = io.StringIO(), [cells(each) for each in self.rows.values()]
+            csv.writer(text, lineterminator="\n").writerows([lines[0].keys(), *(line.values() for line in lines)])
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.path, text.getvalue())
 
@@ -116,15 +113,14 @@ class Row:
         costs = ("train_time", "robust_train_time", "process_time", "peak_memory")
         if result is None:
             about |= dict.fromkeys((*costs, "tokens", "flops"), 0) | dict.fromkeys(("machine", "commit", "source", "data"), "")
-            error = " ".join(outcome.error.split())[:200]
-            return cls(**about, status="crashed", stalled=False, ended=now_utc(), error=error)
+            return cls(**about, status="crashed", stalled=False, ended=now_utc(), error=" ".join(outcome.error.split())[:200])
         env = trial.env()
         about |= {key: result[key] for key in (*costs, "status", "tokens", "stalled")}
         about |= dict(flops=result["flops_per_token"] * result["tokens"], machine=machine(env), data=env["data_fingerprint"])
-        about |= dict(source=env["source_sha256"][:12], dtype=DTYPES[env["dtype"]])
         commit = (env["commit"] or "unknown")[:12] + ("+" if env["dirty"] else "")
         ended = [event["utc"] for event in trial.log() if event["event"] == "end"]  # long ago, for a run that was there already
-        return cls(**about, commit=commit, ended=(ended or [now_utc()])[-1])
+        about |= dict(commit=commit, source=env["source_sha256"][:12], dtype=DTYPES[env["dtype"]])
+        return cls(**about, ended=(ended or [now_utc()])[-1])
 
 
 read_rows = partial(read, kind=Row)  # the lines of a trials.csv
@@ -161,9 +157,6 @@ def hours_apart(rows: Iterable[Row]) -> float:
 
 def turns_apart(rows: Iterable[Row], phase: str = "confirm") -> list[dict[str, Any]]:
     """The turns (runs of all arms on one seed) with a pause of over an hour: their times are not to be compared."""
-    turns = defaultdict(list)
-    for row in rows:
-        if row.phase == phase and math.isfinite(row.val_loss):
-            turns[row.pair].append(row)
-    hours = {pair: hours_apart(turns[pair]) for pair in sorted(turns)}
+    ended = [row for row in rows if row.phase == phase and math.isfinite(row.val_loss)]
+    hours = {pair: hours_apart(row for row in ended if row.pair == pair) for pair in sorted({row.pair for row in ended})}
     return [{"pair": pair, "hours": round(apart, 2)} for pair, apart in hours.items() if apart > MOST_APART]
