@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -65,7 +64,7 @@ class Runner:
 
     def __init__(self, out: Path, keep_checkpoints: bool, points: int = POINTS):
         self.out, self.keep_checkpoints, self.points = out, keep_checkpoints, points
-        self.ledger, self.lock = Ledger(out / "trials.csv", Row), threading.Lock()
+        self.ledger = Ledger(out / "trials.csv", Row)
 
     def done(self, trial: Trial) -> Row | None:
         """The row of a trial that has ended; None if it crashed or the trainer's code has changed since: it is tried again."""
@@ -138,7 +137,7 @@ class Runner:
         lines += [e | {"loss": round(e["loss"], 5)} for e in events if e["event"] == "val" and e["loss"] is not None]
         points = [(e["event"], e["step"], e["tokens"], round(e["train_time"], 3), e["loss"]) for e in lines]
         path, text = self.out / "curves.csv", io.StringIO()
-        with self.lock:
+        with self.ledger.lock:
             if not (there := whole_lines(path)):
                 text.write("arm,seed,phase,kind,step,tokens,train_time,loss\n")
             csv.writer(text, lineterminator="\n").writerows((row.arm, row.seed, row.phase, *point) for point in points)

@@ -141,8 +141,7 @@ def trainer(processes: int = 1) -> list[str]:
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Exit code of a process and the last line that it writes to stderr."""
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    done = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return done.returncode, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 

@@ -49,10 +49,8 @@ def tables() -> dict[str, str]:
     of = {"record": rules.RULES, "report": reports.RULES, "tuning": tuning_tables.RULES}
     of |= {"levers": {"moves": tuning_tables.moves}, "records/": RULES}
     asked = [(kind, f"`{name}`", " ".join(rule.__doc__.split())) for kind, kept in of.items() for name, rule in kept.items()]
-    shown = []
-    for track, category in itertools.product(chains(), (*CATEGORIES, "open")):
-        if records.of_track(track, category):
-            shown.append(f"`{track}`, category {category}:\n\n{history(track, category)}")
+    held = [(t, c) for t, c in itertools.product(chains(), (*CATEGORIES, "open")) if records.of_track(t, c)]
+    shown = [f"`{track}`, category {category}:\n\n{history(track, category)}" for track, category in held]
     shown += [f"![{PICTURE}](history-{track}.png)" for track in chains()]
     return {"history": "\n\n".join(shown), "rules": markdown.table(("of", "rule", "what it asks"), asked)}
 

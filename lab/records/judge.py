@@ -24,7 +24,6 @@ from engine import run_folder
 from engine.spec import UsageError
 from lab import ledger, plots, trials
 from lab.records import record as records
-from lab.records.record import STALLED
 from lab.stats import Sample
 from lab.trials import Trial
 
@@ -94,8 +93,7 @@ def only_files(folder: Path, expected: set[str], what: str, folders: Collection[
 
 def smooth(who: str, steps: int, train: Points, val: Points, future: bool = False) -> None:
     """Broken: a validation loss is far from the training losses just before it. future: training also predicts later tokens."""
-    numbers = all(isinstance(loss, (int, float)) and math.isfinite(loss) for _, loss in (*train, *val))
-    need(numbers, f"{who}: a loss is no number")
+    need(all(isinstance(x, (int, float)) and math.isfinite(x) for _, x in (*train, *val)), f"{who}: a loss is no number")
     last = max(1, len(train) // 20)
     for at, loss in val:
         before = mean([x for step, x in train if step <= at][-last:] or [math.inf])
@@ -117,7 +115,7 @@ def unlike(runs: Mapping[str, Sequence[float]]) -> None:
 def used(who: str, device: str, cores: int, train_time: float, end: Mapping[str, float]) -> None:
     """Broken: CPU time or memory that no process can have. end: process_time, peak_memory."""
     seconds, memory = end["process_time"], end["peak_memory"]
-    possible = 0 <= seconds <= STALLED * cores * train_time + 1
+    possible = 0 <= seconds <= records.STALLED * cores * train_time + 1
     need(possible, f"{who}: {seconds:.1f} s of CPU time in {train_time:.1f} s on {cores} cores")
     need(memory >= (LEAST_MEMORY if device == "cpu" else 1), f"{who}: {memory:,} bytes of memory, torch alone needs more")
 

@@ -141,14 +141,12 @@ def of_scaling(summary: Summary, rows: list[Row]) -> Arms:
     need(not missing, f"a cell is missing: {min(missing, default='')}")
     ran = {(row.phase, row.arm, row.steps, row.pair) for row in rows}
     planned = {(cell.phase, cell.arm.name, cell.steps, seed) for cell in cells for seed in made.seeds(cell.phase)}
-    missing, strange = planned - ran, ran - planned
-    need(not missing, f"a run is missing: {min(missing, default='')}")
-    need(not strange, f"a run that was not planned: {min(strange, default='')}")
+    for wrong, of_runs in (("is missing", planned - ran), ("that was not planned", ran - planned)):
+        need(not of_runs, f"a run {wrong}: {min(of_runs, default='')}")
     best = made.best_factors([cell for cell in cells if cell.phase == "retune"], rows)
     for cell in (cell for cell in cells if cell.phase != "retune"):
         factor = best[cell.rung, cell.name]
-        same = math.isclose(cell.factor, factor)
-        need(same, f"{cell.name} at {cell.rung.size.name}: factor {cell.factor}, best is {factor}")
+        need(math.isclose(cell.factor, factor), f"{cell.name} at {cell.rung.size.name}: factor {cell.factor}, best is {factor}")
     return {cell.arm.name: cell.arm.flags for cell in cells}
 
 

@@ -1,6 +1,7 @@
 """Reports kept in records/: comparisons and scaling experiments, with the trials from which their statistics follow, and the
 rules that they must keep."""
 
+import contextlib
 import json
 import math
 import random
@@ -16,8 +17,7 @@ from engine.run_folder import source_hash
 from engine.schedules import Course
 from engine.spec import UsageError
 from lab import comparison, ledger, plots
-from lab.records import judge as judging
-from lab.records import plans
+from lab.records import judge, plans
 from lab.records.judge import Broken, NotCheckable, need, only_files
 from lab.records.record import STALLED, Kept
 from lab.runner import POINTS, curves_by_run, read_curves
@@ -74,8 +74,7 @@ class Report(Kept):
 
 def files(report: Report) -> str:
     """Exactly the expected files are there; none names a path of a machine."""
-    pictures = {f"{name}.png" for name in report.summary["plots"]}
-    expected = {report.kind.name, "README.md", "trials.csv", "curves.csv"} | pictures
+    expected = {report.kind.name, "README.md", "trials.csv", "curves.csv", *(f"{name}.png" for name in report.summary["plots"])}
     only_files(report.folder, expected, "report")
     return f"{len(expected)} files, {sum(path.stat().st_size for path in report.folder.iterdir()) / 1000:,.0f} kB"
 
@@ -105,7 +104,7 @@ def runs(report: Report) -> str:
         seen.add((row.val_loss, row.train_time))
         machine = re.fullmatch(MACHINE, row.machine)
         need(machine, f"{who}: {row.machine!r} is no machine")
-        judging.used(who, "cpu" if machine[2] else "cuda", int(machine[1]), row.train_time, vars(row))
+        judge.used(who, "cpu" if machine[2] else "cuda", int(machine[1]), row.train_time, vars(row))
         need(row.stalled == (row.train_time > STALLED * row.robust_train_time), f"{who}: stalled is {row.stalled}")
         ran[row.phase].append((ledger.moment(row.ended), row.train_time, who))
     for phase in () if "--launcher ray" in report.summary["command"] else ONE_AT_A_TIME:
@@ -167,11 +166,11 @@ def curves(report: Report) -> str:
             values = [c[key] for c in part]
             need(values == sorted(values), f"{who}: {key} runs backwards in curves.csv")
         future = "future" in " ".join(report.flags.get(arm, ()))
-        judging.smooth(who, steps, *([(c["step"], c["loss"]) for c in part] for part in (train, val)), future)
+        judge.smooth(who, steps, *([(c["step"], c["loss"]) for c in part] for part in (train, val)), future)
         alike[arm, steps][who] = [c["loss"] for c in train]
         ends[run] += val[-1:]
     for losses in alike.values():
-        judging.unlike(losses)
+        judge.unlike(losses)
     for row in (row for row in report.rows if row.status == "ok"):
         of_run = ends[row.arm, row.seed, row.steps]  # several where it was trained again
         need(of_run, f"{named(row)}: curves.csv has no loss at its end")
@@ -222,15 +221,15 @@ def pictures(report: Report) -> str:
     shown = plots.without_plots(report.summary)
     if report.kind is COMPARISON:
         shown = [shown, read_curves(report.folder / "curves.csv", report.counted)]
-    return judging.pictured(report.folder, dict.fromkeys(report.summary["plots"], shown))
+    return judge.pictured(report.folder, dict.fromkeys(report.summary["plots"], shown))
 
 
 def data(report: Report) -> str:
     """The trials were trained on the corpus prepared here."""
     for fingerprint, arm in {row.data: row.arm for row in report.rows if row.data and row.arm in report.flags}.items():
         config, _, _ = resolve(plans.registered(report.flags[arm]))
-        _, here = judging.corpus(config.corpus, config.tokenizer)
-        same = fingerprint == judging.fingerprint(here["splits"])
+        _, here = judge.corpus(config.corpus, config.tokenizer)
+        same = fingerprint == judge.fingerprint(here["splits"])
         need(same, f"{arm}: trained on other data ({fingerprint}) than {config.corpus} here")
     return "as prepared here"
 
@@ -241,11 +240,8 @@ def code(report: Report) -> str:
     for row in (row for row in report.rows if row.source):
         kept[row.commit, row.source].append(row.ended)
     for (commit, source), ended in kept.items():
-        try:
-            judging.made_at(commit.rstrip("+"), source, ended)
-        except Broken:
-            if not commit.endswith("+"):  # its files were changed
-                raise
+        with contextlib.suppress(Broken) if commit.endswith("+") else contextlib.nullcontext():  # its files were changed
+            judge.made_at(commit.rstrip("+"), source, ended)
     return f"{len(kept)} commits"
 
 
@@ -265,7 +261,7 @@ def rerun(report: Report) -> str:
     rows = random.choice(several)
     row = random.choice(rows)
     arm = Arm(row.arm, plans.registered(report.flags[row.arm]), row.seed - row.pair)
-    return judging.trained_again(Trial(arm, row.steps, row.pair), Sample.of([r.val_loss for r in rows]))
+    return judge.trained_again(Trial(arm, row.steps, row.pair), Sample.of([r.val_loss for r in rows]))
 
 
 def difference(there: Any, again: Any, place: str = "") -> str:

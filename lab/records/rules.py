@@ -24,7 +24,7 @@ from engine import run_folder
 from engine.schedules import Course
 from engine.spec import split as split_spec
 from lab import ledger, trials
-from lab.records import judge as judging
+from lab.records import judge
 from lab.records import record as records
 from lab.records.judge import NotCheckable, agree, need, only_files
 from lab.records.overlap import SETTINGS, repeats
@@ -67,8 +67,7 @@ def files(record: Record) -> str:
     only_files(record.folder, expected, "record")
     size = sum(path.stat().st_size for path in record.folder.iterdir())
     need(size <= LARGEST, f"{size:,} bytes, more than {LARGEST:,}")
-    text = (record.folder / "README.md").read_text()
-    need(text == records.readme(about), "README.md is not what record.json gives")
+    need((record.folder / "README.md").read_text() == records.readme(about), "README.md is not what record.json gives")
     return f"{len(expected)} files, {size / 1000:,.0f} kB"
 
 
@@ -107,7 +106,7 @@ def distinct(record: Record) -> str:
             need(not same, f"{log.path.name} and {same} are the same run: they have the same {word}")
             here[what] = log.path.name
     for logs in (record.logs, record.timed_anew):
-        judging.unlike({log.path.name: log.losses for log in logs})
+        judge.unlike({log.path.name: log.losses for log in logs})
     return f"{len(record.logs)} runs"
 
 
@@ -123,7 +122,7 @@ def configuration(record: Record) -> str:
     if "record" not in words:  # whose meaning moves on
         spelled = ",".join(tricks.spelled_out(about["track"], settings["tricks"])) or "baseline"
         need(about["recipe"] == spelled, f"the recipe is {about['recipe']}, by the settings {spelled}")
-    of_shards = judging.fingerprint(about["data"])
+    of_shards = judge.fingerprint(about["data"])
     need(data == of_shards, f"the fingerprint of these shards is {of_shards}")
     if "optimizer_code" in settings:
         kept = run_folder.file_hash(record.folder / records.OWN)
@@ -169,7 +168,7 @@ def whole(log: records.Log, steps: int, settings: dict[str, Any]) -> None:
     validations = [(e["step"], e["loss"]) for e in log.of("val")]
     ran = [step for step, _ in validations]
     need(ran == planned, f"{name} was validated at steps {ran}, planned are {planned}")
-    judging.smooth(name, steps, points, validations, settings.get("future_tokens", 0))
+    judge.smooth(name, steps, points, validations, settings.get("future_tokens", 0))
     strange = {e["event"] for e in log.events} - EVENTS
     need(not strange, f"{name} has the event {min(strange, default='')}")
     met = [(step, loss) for step, loss in validations if loss <= settings["target_loss"]][:1]
@@ -262,7 +261,7 @@ def clock(record: Record) -> str:
             same = math.isclose(time, summed, rel_tol=1e-4)
             need(same, f"{name}: the steps to {step} add up to {summed:.3f} s, the log says {time:.3f}")
             before = time
-        judging.used(name, machine["device"], machine["cpu_count"], total, log.end)
+        judge.used(name, machine["device"], machine["cpu_count"], total, log.end)
         if log.ended or about["category"] != "open":
             need(log.ended and log.start["utc"], f"{name} has no time of day")
             span = (ledger.moment(log.ended) - ledger.moment(log.start["utc"])).total_seconds()
@@ -314,7 +313,7 @@ def transformer(record: Record) -> str:
 def data(record: Record) -> str:
     """The shards here have the record's sha256."""
     stated, settings = record.about["data"], record.about["settings"]
-    folder, manifest = judging.corpus(settings["corpus"], settings["tokenizer"])
+    folder, manifest = judge.corpus(settings["corpus"], settings["tokenizer"])
     problems = verify_shards(folder)
     need(not problems, "; ".join(problems))
     for split in ("train", "val"):
@@ -328,7 +327,7 @@ def overlap(record: Record) -> str:
     stated, settings = record.about["data"]["overlap"], record.about["settings"]
     said, sequences = stated["sequences"], settings["val_tokens"] // settings["sequence_length"]
     need(said == sequences, f"the record says {said:,} validation sequences, there are {sequences:,}")
-    corpus, _ = judging.corpus(settings["corpus"], settings["tokenizer"])
+    corpus, _ = judge.corpus(settings["corpus"], settings["tokenizer"])
     places = repeats(corpus, *(settings[key] for key in SETTINGS))
     where = f", such as validation token {places[-1][0]} at training token {places[-1][1]}" if places else ""
     words = f"{len(places)} of {sequences:,} validation sequences stand in the training data{where}"
@@ -366,7 +365,7 @@ def model(record: Record) -> str:
 def code(record: Record) -> str:
     """The commit that the record names has the record's source, and is older than its runs."""
     times = [time for log in record.all_logs for time in (log.start.get("utc"), log.ended)]
-    judging.made_at(record.about["commit"] or "unknown", record.about["source_sha256"], times)
+    judge.made_at(record.about["commit"] or "unknown", record.about["source_sha256"], times)
     return f"{record.about['source_sha256'][:8]} of commit {commit(record)}"
 
 
@@ -390,7 +389,7 @@ def rerun(record: Record) -> str:
         else:
             flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
     trial = trials.Trial(trials.Arm(about["name"], tuple(flags)), about["steps"], random.choice(about["seeds"]))
-    return judging.trained_again(trial, Sample(s["n"], s["mean"], s["sd"]), f"; check out commit {commit(record)}")
+    return judge.trained_again(trial, Sample(s["n"], s["mean"], s["sd"]), f"; check out commit {commit(record)}")
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from statistics import median
 import tricks
 from engine.run_folder import read_json
 from lab import ledger, levers
-from lab.records import judge as judging
+from lab.records import judge
 from lab.records.judge import NotCheckable, need
 from lab.records.record import Kept
 from lab.tuning import descent, report, tune, tuned
@@ -59,10 +59,10 @@ class Levers(Tuning):
 def files(tuning: Tuning) -> str:
     """Exactly the expected files are there: a table of each submission, which is registered or somebody's file."""
     pictures = {f"{name}.png" for name in tuning.contents.pictures}
-    judging.only_files(tuning.folder, {*tuning.tables, *tuning.contents.texts, *pictures}, "tuning report", tuning.tables)
+    judge.only_files(tuning.folder, {*tuning.tables, *tuning.contents.texts, *pictures}, "tuning report", tuning.tables)
     for track, of in tuning.tables.items():
         need(track in tricks.TRACKS, f"there is no workload {track}")
-        judging.only_files(tuning.folder / track, {f"{name}.csv" for name in of}, "workload")
+        judge.only_files(tuning.folder / track, {f"{name}.csv" for name in of}, "workload")
         for name in of:
             need(name in tuning.names or ":" in name, f"{track}: there is no submission {name}")
     return f"{sum(map(len, tuning.tables.values()))} tables of {len(tuning.tables)} workloads"
@@ -159,7 +159,7 @@ def results(tuning: Tuning) -> str:
 
 def pictures(tuning: Tuning) -> str:
     """The pictures were drawn from these tables: each names the hash of what it shows."""
-    return judging.pictured(tuning.folder, tuning.contents.pictures)
+    return judge.pictured(tuning.folder, tuning.contents.pictures)
 
 
 def moves(board: Levers) -> str:
