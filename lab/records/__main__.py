@@ -17,7 +17,7 @@ import tricks
 from engine.command import Answer, Parser, command
 from engine.run_folder import source_hash
 from engine.spec import UsageError, nearest
-from lab import trials
+from lab import runner, trials
 from lab.records import history, reports, rules, tables
 from lab.records import record as records
 from lab.records.history import Tree
@@ -25,7 +25,6 @@ from lab.records.judge import Verdict, judge
 from lab.records.record import CATEGORIES, FinishedRun, Kept, Record
 from lab.records.reports import Report
 from lab.records.tables import Levers, Tuning
-from lab.runner import read_report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +78,7 @@ def add(
 
 def runs_of(folder: Path, arm: str) -> list[Path]:
     """Run folders of the confirming runs of an arm of a comparison."""
-    summary, rows = read_report(folder, "comparison.json")
+    summary, rows = runner.read_report(folder, "comparison.json")
     steps = {a["name"]: a["steps"] for a in summary["arms"]}
     if arm not in steps:
         raise UsageError(f"{folder} has no arm {arm!r}: {nearest(arm, steps)}")

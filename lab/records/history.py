@@ -6,13 +6,12 @@ from pathlib import Path
 
 import tricks
 from engine.run_folder import atomic_write
-from lab import markdown, plots, stats
+from lab import markdown, plots, stats, trials
+from lab.comparison import ratio_words
 from lab.records import judge, reports, rules
 from lab.records import record as records
 from lab.records import tables as tuning_tables
-from lab.records.judge import need
-from lab.records.record import CATEGORIES, FinishedRun, Kept, Log, Record, interval
-from lab.trials import DTYPES
+from lab.records.record import CATEGORIES, FinishedRun, Kept, Log, Record
 
 PICTURE = "time to the target: baseline of the category, in grey, over each of its records"
 FOLDERS = ("comparisons", "scaling", "tuning", "levers", "published")  # beside those of the tracks
@@ -36,9 +35,9 @@ def history(track: str, category: str) -> str:
     for record, total in zip(chain, gains(chain), strict=True):
         about, s, against = record.about, record.about["statistics"], record.about["against"]
         link = f"[{about['number']:03d}]({track}/{record.folder.name}/README.md) {about['name']}"
-        gained = (f"{against['record'][:3]}: {interval(against)}", interval(vars(total))) if against else ("-", "1x")
+        gained = (f"{against['record'][:3]}: {ratio_words(against)}" if against else "-", ratio_words(vars(total)))
         loss = (f"{s['mean']:.4f} ({s['sd']:.4f})", f"{s['n']}, {s['p']:.1g}")
-        dtype = DTYPES[about["numerics"]["dtype"]]
+        dtype = trials.DTYPES[about["numerics"]["dtype"]]
         rows.append((link, f"{about['steps']:,}", f"{s['train_time']:,.1f}", dtype, *gained, *loss, about["date"]))
     head = ("record", "steps", "time, s", "dtype", "previous / this", "baseline / this", "loss, mean (sd)", "n, p", "date")
     return markdown.table(head, rows)
@@ -91,9 +90,9 @@ def tree(tree: Tree) -> str:
         for path in sorted(here.iterdir()):
             name = path.name
             if path.is_dir():
-                need(f"]({place}/{name}/README.md)" in page, f"README.md does not name {place}/{name}")
+                judge.need(f"]({place}/{name}/README.md)" in page, f"README.md does not name {place}/{name}")
             elif name != "README.md" and name not in beside:
-                need(f"/{name} " in commands, f"{place}/ has the stray file {name}")
+                judge.need(f"/{name} " in commands, f"{place}/ has the stray file {name}")
     return f"{len(folders)} folders"
 
 
@@ -101,7 +100,7 @@ def page(tree: Tree) -> str:
     """README.md's tables are those of the records and rules; its pictures are drawn from the records."""
     text = (tree.folder / "README.md").read_text()
     as_rendered = text == markdown.filled(text, tables(), "README.md")
-    need(as_rendered, "the tables of README.md are not those of the records: ./run.sh records render")
+    judge.need(as_rendered, "the tables of README.md are not those of the records: ./run.sh records render")
     shown = {f"history-{t}": plots.history_data([r.about for r in kept], gains(kept)) for t, kept in chains().items()}
     judge.pictured(tree.folder, shown)
     return "as rendered"

@@ -22,10 +22,8 @@ from scipy.special import stdtrit
 from data.shards import dataset_folder, read_manifest
 from engine import run_folder
 from engine.spec import UsageError
-from lab import ledger, plots, trials
+from lab import ledger, plots, stats, trials
 from lab.records import record as records
-from lab.stats import Sample
-from lab.trials import Trial
 
 Points = Sequence[tuple[int, float]]  # (step, loss)
 MOST_GAP = {500: 0.25, 0: 0.5}  # nats between the last validation and the training loss before it, by least steps of the run
@@ -170,7 +168,7 @@ def fingerprint(splits: Mapping[str, Any]) -> str:
     return "-".join(hashlib.sha256(text).hexdigest()[:16] for text in texts)
 
 
-def trained_again(trial: Trial, kept: Sample, instead: str = "") -> str:
+def trained_again(trial: trials.Trial, kept: stats.Sample, instead: str = "") -> str:
     """Train it here in a fresh folder, since a result in runs/ proves nothing. Broken: it ends outside the 99 % prediction
     interval of the kept runs. NotCheckable: today's trainer refuses it; instead: what to do then."""
     with tempfile.TemporaryDirectory() as fresh:

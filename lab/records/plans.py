@@ -81,8 +81,7 @@ def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
 
 
 def stacks_of(options: argparse.Namespace, base: str, summary: Summary) -> dict[str, list[str]]:
-    """Arm -> its tricks. A named recipe may be another by now: of one with a trick left out the arms tell what it was, each of
-    them all but its own trick."""
+    """Arm -> its tricks. With --leave-out a named recipe, which may be another by now, is what its arms have together."""
     if not options.leave_out or base not in tricks.track(options.track).recipes:
         return dict(comparison.words_of_arms(options, base))
     told = {arm["name"]: arm["flags"][1].split(",") for arm in summary["arms"]}

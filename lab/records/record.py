@@ -20,14 +20,13 @@ import torch
 
 import optimizers
 import tricks
-from config import Config, only
+from config import Config, flag_of, only
 from data.shards import dataset_folder, read_manifest
 from engine.run_folder import PRESENTATION, read_json, settings_hash
 from engine.schedules import NO_RATES, Course
 from engine.spec import UsageError
-from lab import stats
+from lab import comparison, stats, trials
 from lab.records.overlap import SETTINGS, repeats
-from lab.trials import DTYPES, whole_lines
 from layers.shape import ModelConfig
 from model import GPT, roles
 
@@ -192,7 +191,7 @@ class FinishedRun:
         path, facts = self.folder / "log.jsonl", self.facts
         about = {"seed": self.config["seed"], "config": settings_hash(facts["settings"])}
         about |= {"source": facts["source_sha256"], "data": facts["data"]["fingerprint"]}
-        events = compact(map(json.loads, whole_lines(path).splitlines()), about, span)
+        events = compact(map(json.loads, trials.whole_lines(path).splitlines()), about, span)
         if not events or events[-1]["event"] != "end":
             raise UsageError(f"{path} does not end with an end event: the run was cut off")
         events[-1] |= {key: round(self.result[key], 4) for key in ("robust_train_time", "process_time", "peak_memory")}
@@ -219,8 +218,7 @@ def compact(events: Iterable[dict[str, Any]], about: dict[str, Any], span: int) 
 
 
 def write(folder: Path, runs: list[FinishedRun], anew: list[FinishedRun], rival: Record | None, said: dict[str, Any]) -> Record:
-    """Write the files of a record into an empty folder. runs: by seed. anew: runs of the rival that were interleaved with
-    these; without them the rival's own logs count."""
+    """Write a record's files into an empty folder. runs: by seed. anew: the rival's, interleaved; else its own logs count."""
     facts, config = runs[0].facts, runs[0].config
     settings, goal, seeds = facts["settings"], config["target_loss"], [run.config["seed"] for run in runs]
     corpus = dataset_folder(config["data_root"], config["corpus"], config["tokenizer"])
@@ -285,10 +283,6 @@ def rounded(ratio: stats.Ratio) -> dict[str, Any]:
     return {"n": ratio.n} | {key: float(f"{getattr(ratio, key):.4g}") for key in ("ratio", "low", "high", "p")}
 
 
-def interval(ratio: dict[str, Any]) -> str:
-    return f"{ratio['ratio']:.3g}x ({ratio['low']:.3g}-{ratio['high']:.3g})"
-
-
 def shards(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in ("file", "tokens", "sha256")} for entry in manifest["splits"][split]]
 
@@ -300,7 +294,7 @@ def command_of(about: dict[str, Any]) -> str:
         for key in (*SPECS, "clip"):
             value = str(about["settings"].get(key, "none"))
             says = value not in ("none", "keep") and (key, value) != ("decay_schedule", "constant")
-            words += [f"--{key.replace('_', '-')}", value] * says
+            words += [flag_of(key), value] * says
     return shlex.join([*words, "--steps", str(about["steps"]), "--seed", "N"])
 
 
@@ -314,7 +308,7 @@ def readme(about: dict[str, Any]) -> str:
         f"- loss: mean {s['mean']:.4f}, sd {s['sd']:.4f}, n = {s['n']}, target {about['target_loss']:g}, p = {s['p']:.2g}",
         f"- time: {s['train_time']:.1f} s (sd {s['train_time_sd']:.1f}), robust {s['robust_train_time']:.1f} s, "
         f"{s['stalled']} stalled; {about['steps']:,} steps, {s['tokens'] / 1e6:.2f}M tokens, {s['peak_memory'] / 1e6:,.0f} MB",
-        f"- machine: {where}, {DTYPES[about['numerics']['dtype']]}, torch {about['versions']['torch']}, "
+        f"- machine: {where}, {trials.DTYPES[about['numerics']['dtype']]}, torch {about['versions']['torch']}, "
         f"commit {(about['commit'] or 'unknown')[:12]}",
     ]  # fmt: skip
     if counts := about.get("parameters"):
@@ -324,5 +318,5 @@ def readme(about: dict[str, Any]) -> str:
         lines.append("- loss elsewhere: " + ", ".join(f"`{word}` {loss:.4f}" for word, loss in also.items()))
     if against:
         where = f"interleaved on the same machine, n = {against['n']} pairs"
-        lines.append(f"- {interval(against)} as fast as {against['record']}, {where}")
+        lines.append(f"- {comparison.ratio_words(against)} as fast as {against['record']}, {where}")
     return "\n".join([*lines, "", "Checked by `./run.sh records verify`. Generated from record.json.", ""])

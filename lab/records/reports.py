@@ -16,17 +16,14 @@ from config import mean_flops, resolve
 from engine.run_folder import source_hash
 from engine.schedules import Course
 from engine.spec import UsageError
-from lab import comparison, ledger, plots
+from lab import comparison, ledger, plots, stats, trials
 from lab.records import judge, plans
 from lab.records.judge import Broken, NotCheckable, need, only_files
 from lab.records.record import STALLED, Kept
 from lab.runner import POINTS, curves_by_run, read_curves
 from lab.scaling import ladder, survival
 from lab.scaling import report as survival_report
-from lab.stats import Sample
-from lab.trials import Arm, Trial
 
-Summary = dict[str, Any]
 MACHINE = r".+, (\d+) cores, \d+ (rank\(s\) )?x .+, torch \S+"  # as ledger.machine has it
 ONE_AT_A_TIME = ("confirm", "time")  # phases whose clocks count
 
@@ -35,9 +32,9 @@ class Kind(NamedTuple):
     """What a report consists of, and how it is made from its trials."""
 
     name: str  # of the file with its statistics
-    again: Callable[[Summary, list[ledger.Row]], Summary]  # the same statistics, from the trials
-    markdown: Callable[[Summary], str]
-    planned: Callable[[Summary, list[ledger.Row]], plans.Arms]
+    again: Callable[[plans.Summary, list[ledger.Row]], plans.Summary]  # the same statistics, from the trials
+    markdown: Callable[[plans.Summary], str]
+    planned: Callable[[plans.Summary, list[ledger.Row]], plans.Arms]
     points: int  # that curves.csv keeps of a trial's training loss
 
 
@@ -58,7 +55,7 @@ class Report(Kept):
         return ledger.read_rows(self.folder / "trials.csv")
 
     @cached_property
-    def summary(self) -> Summary:
+    def summary(self) -> plans.Summary:
         return json.loads((self.folder / self.kind.name).read_text())
 
     @cached_property
@@ -133,7 +130,7 @@ def settings(report: Report) -> str:
         same = math.isclose(row.flops, flops * tokens, rel_tol=1e-6)
         need(same, f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}")
         if of_today and row in report.counted:
-            name = Trial(Arm(row.arm, flags, shift), row.steps, row.pair).folder.name
+            name = trials.Trial(trials.Arm(row.arm, flags, shift), row.steps, row.pair).folder.name
             need(row.run == name, f"{who}: a run of these settings is named {name}, not {row.run}")
     return f"{len(first)} arms"
 
@@ -260,8 +257,8 @@ def rerun(report: Report) -> str:
         raise NotCheckable("no arm has three runs of one length")
     rows = random.choice(several)
     row = random.choice(rows)
-    arm = Arm(row.arm, plans.registered(report.flags[row.arm]), row.seed - row.pair)
-    return judge.trained_again(Trial(arm, row.steps, row.pair), Sample.of([r.val_loss for r in rows]))
+    arm = trials.Arm(row.arm, plans.registered(report.flags[row.arm]), row.seed - row.pair)
+    return judge.trained_again(trials.Trial(arm, row.steps, row.pair), stats.Sample.of([r.val_loss for r in rows]))
 
 
 def difference(there: Any, again: Any, place: str = "") -> str:

@@ -23,13 +23,12 @@ from data.shards import verify as verify_shards
 from engine import run_folder
 from engine.schedules import Course
 from engine.spec import split as split_spec
-from lab import ledger, trials
+from lab import comparison, ledger, stats, trials
 from lab.records import judge
 from lab.records import record as records
 from lab.records.judge import NotCheckable, agree, need, only_files
 from lab.records.overlap import SETTINGS, repeats
 from lab.records.record import SPECS, Record
-from lab.stats import Sample
 from layers.shape import ModelConfig
 from model import GPT
 
@@ -234,7 +233,7 @@ def faster(record: Record) -> str:
         need(comparable, f"{against['record']} was timed with another {key.removesuffix('_sha256')}")
     ratio = records.rounded(record.speed_ratio)
     agree(against, ratio, f"against {BY_LOGS}")
-    words = records.interval(ratio)
+    words = comparison.ratio_words(ratio)
     need(ratio["low"] > 1, f"{words}: the interval holds 1, or slower")
     logs = [log for pair in record.pairs for log in pair]
     if not all(log.ended for log in logs):
@@ -389,7 +388,7 @@ def rerun(record: Record) -> str:
         else:
             flags.append(f"{flag}={'/'.join(map(str, value)) if isinstance(value, list) else value}")
     trial = trials.Trial(trials.Arm(about["name"], tuple(flags)), about["steps"], random.choice(about["seeds"]))
-    return judge.trained_again(trial, Sample(s["n"], s["mean"], s["sd"]), f"; check out commit {commit(record)}")
+    return judge.trained_again(trial, stats.Sample(s["n"], s["mean"], s["sd"]), f"; check out commit {commit(record)}")
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from lab.records.judge import NotCheckable, need
 from lab.records.record import Kept
 from lab.tuning import descent, report, tune, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
-from lab.tuning.tuned import Row
 from optimizers import OPTIMIZERS
 
 LONE = 1.0  # nats by which one validation may lie below all others of its run
@@ -37,11 +36,11 @@ class Tuning(Kept):
     def contents(self) -> report.Contents:
         return report.contents(self.tables, "records/tuning", read_json(self.folder / "tuned.json"))
 
-    def rows(self) -> Iterator[tuple[str, str, str, list[Row]]]:
+    def rows(self) -> Iterator[tuple[str, str, str, list[tuned.Row]]]:
         """(workload/submission, workload, submission, its trials as they stand in the file)."""
         for track, of in self.tables.items():
             for name, table in of.items():
-                yield f"{track}/{name}", track, name, ledger.read(table.path, Row)
+                yield f"{track}/{name}", track, name, ledger.read(table.path, tuned.Row)
 
 
 class Levers(Tuning):
@@ -112,7 +111,7 @@ def studies(tuning: Tuning) -> str:
     return "as drawn"
 
 
-def in_order(who: str, entry: Submission, start: descent.Settings, rows: list[Row]) -> list[descent.Settings]:
+def in_order(who: str, entry: Submission, start: descent.Settings, rows: list[tuned.Row]) -> list[descent.Settings]:
     """What a descent from `start` has tried. Broken: other moves than its losses lead to."""
     tried, _ = descent.order(entry.dimensions, start, [row.val_loss for row in rows])
     need([row.settings for row in rows] == tried, f"{who}: the losses of the descent lead elsewhere")
@@ -131,7 +130,7 @@ def descended(who: str, entry: Submission, table: tuned.Table) -> dict[str, list
     }
 
 
-def planned(row: Row, search: dict[int, dict[int, Row]], length: int) -> list[tuple[int, int, dict[str, float]]]:
+def planned(row: tuned.Row, search: dict[int, dict[int, tuned.Row]], length: int) -> list[tuple[int, int, dict[str, float]]]:
     """(seed, steps, settings) that such a trial may have, as tune.Contest makes them."""
     if row.kind == "search":
         return [(1000 * row.study + row.number, length, row.settings)]
