@@ -138,8 +138,7 @@ class Runner:
         points = [(e["event"], e["step"], e["tokens"], round(e["train_time"], 3), e["loss"]) for e in lines]
         path, text = self.out / "curves.csv", io.StringIO()
         with self.ledger.lock:
-            if not (there := whole_lines(path)):
-                text.write("arm,seed,phase,kind,step,tokens,train_time,loss\n")
+            there = whole_lines(path) or "arm,seed,phase,kind,step,tokens,train_time,loss\n"
             csv.writer(text, lineterminator="\n").writerows((row.arm, row.seed, row.phase, *point) for point in points)
             self.out.mkdir(parents=True, exist_ok=True)
             atomic_write(path, there + text.getvalue())
