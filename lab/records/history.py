@@ -119,9 +119,8 @@ def summary(folder: Path) -> str:
     run = FinishedRun.read(folder)
     config, result, chain = run.config, run.result, records.of_track(run.config["track"], "gpt")
     shown, beside = {"this run": result | {"mean": result["val_loss"]}}, chain[:1] + chain[1:][-1:]
-    for record in beside:
-        about = record.about
-        shown[f"{record.folder.name} (n = {about['statistics']['n']})"] = about["statistics"] | {"steps": about["steps"]}
+    for r in beside:
+        shown[f"{r.folder.name} (n = {r.about['statistics']['n']})"] = r.about["statistics"] | {"steps": r.about["steps"]}
     rows = []
     for name, s in shown.items():
         loss = "-" if s["mean"] is None else f"{s['mean']:.4f}"  # of a run that diverged
