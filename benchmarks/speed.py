@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -43,9 +43,7 @@ def interleave(steps: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> 
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timeit.timeit(step, "gc.enable()", number=1))  # which timeit itself would disable
     return {name: values[2:] for name, values in times.items()}
 
 
@@ -141,10 +139,7 @@ def where_time_goes() -> str:
     for _ in range(3):
         training.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        start = time.perf_counter()
-        for _ in range(ROUNDS):
-            training.step()
-        step = (time.perf_counter() - start) / ROUNDS
+        step = timeit.timeit(training.step, "gc.enable()", number=ROUNDS) / ROUNDS
     seconds: Counter[str] = Counter()
     for event in profile.events():
         seconds[kind_of(event)] += event.self_cpu_time_total / 1e6 / ROUNDS

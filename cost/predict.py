@@ -135,16 +135,12 @@ def card_times(config: Config, model_config: ModelConfig, where: Machine, ranks:
     link = card.link if ranks <= where.cards else min(card.link, card.network)  # of several machines the slowest wire
     documents = documents_of(config, model_config) if model_config.document_mask else None
     record = recording(config, model_config, ranks)
-    whole = record()
+    whole = record(length=T)
     check_memory(whole, where, config.micro_batch_tokens // T, T, record)
-    by_length = {}
-    for length in {length for _, length, _ in counts}:
-        pieces = pieces_of(*documents, T, length, config.align_documents) if documents else np.array([length])
-        by_length[length] = (whole if length == T else record(length=length), pieces)
     times: Counter[str] = Counter()
     for (part, length, size), steps in counts.items():
-        step, pieces = by_length[length]
-        step = attending(step, attended(model_config, part, pieces), length)
+        pieces = pieces_of(*documents, T, length, config.align_documents) if documents else np.array([length])
+        step = attending(record(length=length), attended(model_config, part, pieces), length)
         if model_config.head_dtype != "same" and card.fp8:
             step = fp8_head(step, model_config.padded_vocab)
         step = replace(step, micro_batches=step.micro_batches * size)

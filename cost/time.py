@@ -7,7 +7,7 @@ pass does not hide, and a fixed part.
 
 import math
 import statistics
-import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,12 +93,7 @@ def step_time(
 
 def clocked(work: Callable[[], object], times: int) -> list[float]:
     """Seconds of each of so many calls, after one that does not count."""
-    seconds = []
-    for _ in range(1 + times):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    return timeit.repeat(work, "gc.enable()", number=1, repeat=1 + times)[1:]  # which timeit itself would disable
 
 
 def real_times(config: Config, model_config: ModelConfig, dtype: torch.dtype, micro_batches: int) -> dict[str, float]:
