@@ -27,13 +27,12 @@ from cost.predict import TooLittleMemory, predict
 from data import shards
 from engine import hardware
 from engine.command import command
-from engine.run_folder import now_utc
+from engine.run_folder import ROOT, now_utc
 from engine.spec import UsageError
 from lab.trials import trainer
 from layers import attention, kernels
 from optimizers.matrix import orthogonalize
 
-ROOT = Path(__file__).parent.parent
 LAYERS, TOKENS, WIDTH, HIDDEN, VOCABULARY, COLUMNS = 12, 65536, 768, 3072, 50257, 50304
 ROWS = 4096  # of logits at once: the reference keeps several fp32 copies of them
 ATTENTION_SHAPE = (16, 6, 1024, 128)  # B, H, T, D: a fourth of the record recipe's micro-batch

@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,16 +52,13 @@ def runs(plan: Plan, chip: dict) -> bool:
     return (chip["fp8"] or not needs_fp8) and (chip["shared"] >= kernels.ROOM or not needs_room)
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def plans() -> dict[str, Plan]:
     """Every kernel as GPT-2 124M launches it, by name."""
     tokens, width, hidden, columns, vocabulary = 65536, 768, 3072, 50304, 50257
+    empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     wide, tall, square = empty(12, width, hidden), empty(12, hidden, width).mT, empty(12, width, width)
     logits, targets = empty(tokens, columns), empty(tokens, dtype=torch.int64)
-    row, upstream = empty(tokens, dtype=torch.float32), empty(dtype=torch.float32)
+    row, upstream = empty(tokens, dtype=torch.float32), empty((), dtype=torch.float32)
     x, weight, bias, y = empty(tokens, width), empty(hidden, width), empty(hidden), empty(tokens, hidden)
     found = {
         "gram": kernels.plan_symmetric(wide, None, 1.0, 0.0, square),
@@ -73,8 +71,7 @@ def plans() -> dict[str, Plan]:
         found[f"{name}, backward"] = kernels.plan_cross_entropy_backward(logits, targets, row, upstream, *how, logits)
 
     def quantise(values: Tensor, dtype: torch.dtype) -> Plan:
-        rows, columns = values.shape
-        return kernels.plan_quantise(values, 1.0, dtype, empty(rows, columns, dtype=dtype), empty(columns, rows, dtype=dtype))
+        return kernels.plan_quantise(values, 1.0, dtype, empty(values.shape, dtype=dtype), empty(values.T.shape, dtype=dtype))
 
     return found | {
         "linear_relu2, forward": kernels.plan_linear_relu2(x, weight, None, y),

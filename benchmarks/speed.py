@@ -195,8 +195,7 @@ def waiting_threads() -> str:
     return table(("threads wait", "quiet, s", usual, "beside a busy process, s", usual), rows)
 
 
-PARTS = (ours_against_nanogpt, record_mfu, where_time_goes, ranks, waiting_threads)
-PARTS = {part.__name__.replace("_", "-"): part for part in PARTS}
+PARTS = {p.__name__.replace("_", "-"): p for p in (ours_against_nanogpt, record_mfu, where_time_goes, ranks, waiting_threads)}
 
 
 def main(names: list[str]) -> None:
