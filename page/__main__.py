@@ -56,10 +56,11 @@ def wide(rows: Rows, what: str) -> Any:
     return alt.Chart(alt.Data(values=rows), description=what, width="container", height=320)
 
 
-def choice(rows: Rows, key: str, first: str = "") -> Any:
-    """The reader's choice from the values of a column."""
+def chosen(chart: Any, rows: Rows, key: str, first: str = "") -> Any:
+    """The chart with those of its rows whose value of a column the reader chooses; at the start `first`."""
     options = sorted({row[key] for row in rows})
-    return alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{key} "))
+    which = alt.param(value=first or options[0], bind=alt.binding_select(options=options, name=f"{key} "))
+    return chart.transform_filter(alt.datum[key] == which).add_params(which)
 
 
 def by_legend(field: str, faint: float = 0.1, **how: Any) -> tuple[Any, Any]:
@@ -111,11 +112,10 @@ def losses() -> Any:
             tokens, seconds, loss = np.mean(runs, axis=0).tolist()
             about = dict(comparison=path.parent.name, arm=arm, step=step)
             rows.append(about | dict(tokens=int(tokens), seconds=round(seconds, 2), loss=round(loss, 4)))
-    which = choice(rows, "comparison")
     against = alt.param(value="seconds", bind=alt.binding_radio(options=["seconds", "step", "tokens"], name="against "))
     lines = curves(rows, "arm", "Training loss of the arms of a comparison", ["step:Q", "seconds:Q", "tokens:Q"])
-    lines = lines.transform_filter(alt.datum.comparison == which).transform_calculate(x=f"datum[{against.name}]")
-    return lines.add_params(which, against).encode(alt.X("x:Q").title("seconds, steps or tokens"))
+    lines = chosen(lines, rows, "comparison").transform_calculate(x=f"datum[{against.name}]")
+    return lines.add_params(against).encode(alt.X("x:Q").title("seconds, steps or tokens"))
 
 
 def own(folders: Sequence[Path]) -> Any:
@@ -165,9 +165,8 @@ def sensitivity() -> Any:
         for row in table.of("search")
         if "lr" in row.settings and math.isfinite(row.val_loss)
     ]
-    where, who = choice(rows, "workload"), choice(rows, "submission", contest()[0][0]["submission"])
     points = wide(rows, "Final loss against learning rate of one optimizer's trials").mark_point(filled=True, size=70)
-    points = points.transform_filter((alt.datum.workload == where) & (alt.datum.submission == who)).add_params(where, who)
+    points = chosen(chosen(points, rows, "workload"), rows, "submission", contest()[0][0]["submission"])
     x = alt.X("lr:Q").scale(type="log").title("learning rate (log)")
     y = alt.Y("loss:Q").scale(zero=False).title("final loss, nats")
     return points.encode(x, y, tooltip=["submission:N", "lr:Q", "loss:Q"])
@@ -180,16 +179,14 @@ def levers() -> Any:
         for workload, lines in read_json(RECORDS / "levers" / "levers.json").items()
         for line in lines
     ]
-    which = choice(rows, "workload")
     x = alt.X("low:Q").title("final loss minus Muon's, nats: left is better")
     y = alt.Y("name:N", sort=alt.EncodingSortField("difference")).title(None)
     colours = {"helps": "#0072B2", "no difference": "#999999", "hurts": "#D55E00"}
     colour = alt.Color("verdict:N").scale(domain=list(colours), range=list(colours.values()))
     base = wide(rows, "Final loss minus Muon's, of each lever").encode(y, colour)
-    base = base.transform_filter(alt.datum.workload == which)
     tips = ["name:N", "verdict:N", "difference:Q", "low:Q", "high:Q", "steps:Q", "cost:Q"]
     points = base.mark_point(filled=True, size=70).encode(x="difference:Q", tooltip=tips)
-    return (base.mark_rule().encode(x, alt.X2("high:Q")) + points).add_params(which)
+    return chosen(base.mark_rule().encode(x, alt.X2("high:Q")) + points, rows, "workload")
 
 
 def scaling() -> Any:
@@ -202,14 +199,12 @@ def scaling() -> Any:
                 if all(value and math.isfinite(value) for value in values):
                     about = dict(experiment=path.parent.name, trick=trick["trick"], parameters=size["parameters"])
                     rows.append(about | dict(zip(("ratio", "low", "high"), values, strict=True)))
-    which = choice(rows, "experiment")
     x = alt.X("parameters:Q").scale(type="log").title("non-embedding parameters (log)")
     y = alt.Y("low:Q").scale(type="log").title("speed-up in tokens (log)")
     base = wide(rows, "Speed-up of each trick at each model size").encode(x, alt.Color("trick:N"))
-    base = base.transform_filter(alt.datum.experiment == which)
     tips = ["trick:N", "parameters:Q", "ratio:Q", "low:Q", "high:Q"]
     lines = base.mark_line(point=True).encode(y="ratio:Q", tooltip=tips)
-    return (base.mark_rule().encode(y, alt.Y2("high:Q")) + lines).add_params(which)
+    return chosen(base.mark_rule().encode(y, alt.Y2("high:Q")) + lines, rows, "experiment")
 
 
 def published() -> Any:
