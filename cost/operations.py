@@ -60,8 +60,7 @@ def touched(tensors: list[Tensor], most: float = math.inf) -> dict[int, int]:
     sizes: dict[int, int] = {}
     for t in tensors:
         storage = t.untyped_storage()
-        size = min(t.numel() * t.element_size(), most)
-        sizes[storage._cdata] = min(storage.nbytes(), sizes.get(storage._cdata, 0) + size)
+        sizes[storage._cdata] = min(storage.nbytes(), sizes.get(storage._cdata, 0) + min(t.nbytes, most))
     return sizes
 
 
@@ -137,7 +136,7 @@ class Recorder(TorchDispatchMode):
         written = zip(func._schema.arguments, args, strict=False)
         written = [value for argument, value in written if argument.alias_info is not None and argument.alias_info.is_write]
         mutated = [t for t in tree_leaves(written) if isinstance(t, Tensor)]
-        reads = touched(inputs, sum(t.numel() * t.element_size() for t in outputs) if name in LOOKUPS else math.inf)
+        reads = touched(inputs, sum(t.nbytes for t in outputs) if name in LOOKUPS else math.inf)
         writes = touched([t for t in outputs if t.untyped_storage()._cdata not in reads] + mutated)
         if writes and not name.startswith(("empty", "new_empty")):  # which only allocate
             dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)

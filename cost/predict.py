@@ -65,17 +65,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, tuple[Config, ModelConfi
     return own, resolve(rest, others=flags._option_string_actions)
 
 
-def ranks_on(where: Machine, asked: int) -> int:
-    """How many ranks run there. Raises UsageError: so many do not fill whole machines, or would share this CPU."""
-    ranks = asked or where.cards
-    if where.card is None and ranks != 1:
-        raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
-    if ranks < 1 or (ranks > where.cards and ranks % where.cards):
-        machines = f"machines of {where.cards} {where.name}"
-        raise UsageError(f"--world-size {ranks} on {machines}: at most {where.cards}, or a multiple of it")
-    return ranks
-
-
 @dataclass(frozen=True)
 class Prediction:
     """A run as it would be."""
@@ -108,7 +97,12 @@ def predict(argv: list[str]) -> Prediction:
     """What a run with these flags, `plan`'s and the trainer's, would take. Raises UsageError: bad flags, too little memory."""
     flags, (config, model_config, recipe) = parse(argv)
     where = machine(flags.hardware)
-    ranks, card = ranks_on(where, flags.world_size), where.card
+    ranks, card = flags.world_size or where.cards, where.card
+    if card is None and ranks != 1:
+        raise UsageError(f"--world-size {ranks}: on this CPU the steps of one rank are timed")
+    if ranks < 1 or (ranks > where.cards and ranks % where.cards):
+        machines = f"machines of {where.cards} {where.name}"
+        raise UsageError(f"--world-size {ranks} on {machines}: at most {where.cards}, or a multiple of it")
     if model_config.head_dtype == "fp8" and not (card and card.fp8):
         able = ", ".join(name for name, other in CARDS.items() if other.fp8)
         raise UsageError(f"--head-dtype fp8: {where.name} has no fp8; cards that have it: {able}")
@@ -214,8 +208,7 @@ def report(p: Prediction) -> Answer:
         f"{taken:,} steps": f"{p.seconds * taken / 60:,.1f} min without compilation and validation{goal}",
     }
     if p.price:
-        at = f"{hours:,.2f} card hours at ${p.price:g} (engine/hardware.py, or --gpu-price)"
-        lines["cost"] = f"${hours * p.price:,.2f}: {at}"
+        lines["cost"] = f"${hours * p.price:,.2f}: {hours:,.2f} card hours at ${p.price:g} (engine/hardware.py, or --gpu-price)"
     elif card:
         lines["cost"] = "no price known: --gpu-price DOLLARS, of a card and hour"
     total = sum(step.parameters.values()) / 1e6
