@@ -88,12 +88,6 @@ def start(folder: Path, ranks: int, flags: list[str]) -> subprocess.Popen:
     return subprocess.Popen([*trainer(ranks), *flags, "--out", str(folder)], start_new_session=True, **how)
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """The ranks, which torchrun put in sessions of their own, and the process itself."""
-    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])
-    process.kill()
-
-
 def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
     """Train to the end, killed up to eight times at random moments after set-up; how often."""
     kills = 0
@@ -104,7 +98,8 @@ def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
             time.sleep(0.01)  # it is still setting up
         time.sleep(dice.random() * 0.8)
         if process.poll() is None and kills < 8:
-            kill_all(process)
+            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])  # the ranks, in sessions of their own by torchrun
+            process.kill()
             kills += 1
         process.communicate()
     return kills
