@@ -15,7 +15,7 @@ import tricks
 from config import entries
 from engine import schedules
 from engine.hardware import CARDS
-from engine.run_folder import ROOT
+from engine.run_folder import ROOT, read_json
 from lab import markdown, plots
 from lab.markdown import table
 from lab.records import history
@@ -24,13 +24,10 @@ from lab.scaling import report as survival_report
 from lab.tuning import tuned
 
 KEPT, BENCHMARKS = ROOT / "records", ROOT / "benchmarks"
+CHAOS = BENCHMARKS / "chaos.json"  # a list
 LADDER = KEPT / "scaling" / "h100-modern" / "scaling.json"
 PICTURE = ROOT / "docs" / "first-run.png"
 SCHEDULES = {"schedule": schedules.SCHEDULES, "momentum schedule": schedules.MOMENTUM_SCHEDULES}
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def rule(cls: type) -> str:
@@ -68,7 +65,7 @@ def trick_tables() -> dict[str, str]:
 
 
 def optimizer_tables() -> dict[str, str]:
-    steps = read(BENCHMARKS / "optimizers.json")["step"]
+    steps = read_json(BENCHMARKS / "optimizers.json")["step"]
     rows = []
     for name, cls in optimizers.OPTIMIZERS.items():
         ratio = next((f"{row['ratio']:.2g}" for row in steps.get(name, []) if row["what"] == "ours"), "-")
@@ -87,7 +84,7 @@ def as_fast(clock: dict[str, Any]) -> str:
 
 def times(comparison: str, arm: str) -> str:
     """How many times as fast as AdamW an arm of a kept comparison is: at equal loss; as confirmed where it has no horizon."""
-    ratio = next(r for r in read(ROOT / comparison / "comparison.json")["ratios"] if r["arm"] == arm)
+    ratio = next(r for r in read_json(ROOT / comparison / "comparison.json")["ratios"] if r["arm"] == arm)
     clock = (ratio["equal_loss"] or ratio["confirmed"])["train_time"]
     return as_fast(clock) if ratio["verdict"] in ("faster", "slower") else f"not significant (p = {clock['p']:.2g})"
 
@@ -97,12 +94,12 @@ def findings() -> list[tuple[str, str, str]]:
     studies = tuned.studies(tuned.read_tables(KEPT / "tuning"))
     _, contest = tuned.scored({key: [statistics.median(each)] for key, each in studies.items()})  # no intervals: they take 10 s
     first, entries = contest["submissions"][0], len(contest["submissions"])
-    board = next(iter(read(KEPT / "levers" / "levers.json").values()))  # of its first workload, the best lever first
+    board = next(iter(read_json(KEPT / "levers" / "levers.json").values()))  # of its first workload, the best lever first
     levers = ", ".join(f"`{x['name']}` {x['steps']:.2f}x" for x in board[:3] if x["verdict"] == "helps")
-    tried = read(LADDER)["tricks"]
+    tried = read_json(LADDER)["tricks"]
     alive = [f"`{t['trick'][1:]}`" for t in tried if (t["trends"]["tokens"] or {}).get("verdict") == "survives"]
-    off = read(BENCHMARKS / "cost.json")["errors"]["not fitted"]
-    faults, lost = (sum(row[key] for row in read(BENCHMARKS / "chaos.json")) for key in ("faults", "lost"))
+    off = read_json(BENCHMARKS / "cost.json")["errors"]["not fitted"]
+    faults, lost = (sum(row[key] for row in json.loads(CHAOS.read_text())) for key in ("faults", "lost"))
     fair, gained = "records/comparisons/cpu-optimizers", history.gains(of_track("cpu", "gpt"))[-1]
     best, larger = f"{first['score']:.2f}: `{first['submission']}`", f"{len(alive)} of {len(tried)}: {', '.join(alive)}"
     rows = [
@@ -121,7 +118,7 @@ def findings() -> list[tuple[str, str, str]]:
 
 def optimizer_figures() -> dict[str, str]:
     """What benchmarks/optimizers.py left of the methods that there are."""
-    groups, rows = read(BENCHMARKS / "optimizers.json")["step"].values(), []
+    groups, rows = read_json(BENCHMARKS / "optimizers.json")["step"].values(), []
     for row in (row for group in groups for row in group if row["name"] in optimizers.OPTIMIZERS):
         if row["what"] != "torch.optim.AdamW fused":  # what the others are compared with
             name = f"`{row['name']}`" if row["what"] == "ours" else ""
@@ -134,7 +131,7 @@ def optimizer_figures() -> dict[str, str]:
 
 def cost_tables() -> dict[str, str]:
     """What tests/cost/published_steps.py left, and the cards that the cost model knows."""
-    figures = read(BENCHMARKS / "cost.json")
+    figures = read_json(BENCHMARKS / "cost.json")
     errors = [(what, str(e["n"]), f"{e['median']:.1%}") for what, e in figures["errors"].items()]
     elsewhere, cards = [], []
     for r in figures["optimizers"] + figures["elsewhere"]:
@@ -162,7 +159,7 @@ def published_tables() -> dict[str, str]:
 
 def benchmark_tables() -> dict[str, str]:
     keys = ("what", "faults", "recovered", "lost", "seconds_per_fault")
-    chaos = [tuple(str(c[key] if c[key] is not None else "-") for key in keys) for c in read(BENCHMARKS / "chaos.json")]
+    chaos = [tuple(str(c[key] if c[key] is not None else "-") for key in keys) for c in json.loads(CHAOS.read_text())]
     head = ("what", "faults", "recovered", "lost", "s lost a fault")
     return optimizer_figures() | cost_tables() | {"chaos": table(head, chaos)}
 
@@ -180,7 +177,7 @@ DOCUMENTS = {
     ROOT / "docs" / "tricks.md": trick_tables,
     ROOT / "docs" / "optimizers.md": optimizer_tables,
     ROOT / "docs" / "schedules.md": lambda: {f"{head}s": settable(head, registry) for head, registry in SCHEDULES.items()},
-    ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read(LADDER), "tokens")},
+    ROOT / "docs" / "scaling.md": lambda: {"scaling": survival_report.survival_table(read_json(LADDER), "tokens")},
     BENCHMARKS / "README.md": benchmark_tables,
     KEPT / "README.md": history.tables,
     KEPT / "published" / "README.md": published_tables,
