@@ -70,15 +70,13 @@ def communication(step: Step, ranks: int) -> dict[str, float]:
 @contextlib.contextmanager
 def pretended(ranks: int, fused_loss: bool):
     """This process as rank 0 of so many; collectives do nothing. fused_loss: the loss takes the passes of a GPU's kernels."""
-    if ranks > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    kernels.use("meta" if fused_loss else "auto")
-    try:
-        yield
-    finally:
-        kernels.use("auto")
+    with contextlib.ExitStack() as stack:
         if ranks > 1:
-            dist.destroy_process_group()
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+            stack.callback(dist.destroy_process_group)
+        stack.callback(kernels.use, "auto")
+        kernels.use("meta" if fused_loss else "auto")
+        yield
 
 
 def build(config: Config, gpt: GPT, dtype: torch.dtype) -> torch.optim.Optimizer:
