@@ -98,7 +98,7 @@ def killed(cut: Path, ranks: int, flags: list[str], dice: random.Random) -> int:
             time.sleep(0.01)  # it is still setting up
         time.sleep(dice.random() * 0.8)
         if process.poll() is None and kills < 8:
-            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])  # the ranks, in sessions of their own by torchrun
+            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])  # the ranks, which torchrun put in sessions of their own
             process.kill()
             kills += 1
         process.communicate()
