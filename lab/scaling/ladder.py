@@ -141,13 +141,7 @@ def with_lr_factor(spec: str, factor: float) -> str:
     rate = optimizers.find(spec).setting("lr")
     if not isinstance(rate, (int, float)):
         raise UsageError(f"optimizer {spec!r} has no 'lr' to transfer: use --lr-transfer none and --retune 1")
-    name, keys = split(spec)
-    return joined(name, keys | {"lr": f"{rate * factor:.4g}"})
-
-
-def joined(name: str, keys: dict[str, str]) -> str:
-    """The SPEC that `split` takes apart."""
-    return name + ":" * bool(keys) + ",".join(f"{key}={value}" for key, value in keys.items())
+    return tricks.merge_optimizer(spec, f"{split(spec)[0]}:lr={rate * factor:.4g}")
 
 
 def retune_factors(count: int) -> list[float]:
@@ -193,7 +187,8 @@ def fractional(spec: str, steps: int) -> str:
     """A schedule SPEC whose lengths in steps are fractions of a run of `steps` instead."""
     name, keys = split(spec)
     lengths = {key: float(keys[key]) for key in ("warmup", "cooldown") if key in keys}
-    return joined(name, keys | {key: f"{length / steps:.4g}" for key, length in lengths.items() if length >= 1})
+    keys |= {key: f"{length / steps:.4g}" for key, length in lengths.items() if length >= 1}
+    return name + ":" * bool(keys) + ",".join(f"{key}={value}" for key, value in keys.items())
 
 
 def at_size(name: str, flags: Sequence[str], rung: Rung, transfer: str, factor: float = 1.0) -> Arm:
