@@ -122,15 +122,12 @@ def measure(experiment: Experiment, out: Path) -> str:
 def missing_budgets(experiment: Experiment, curves: Sequence[Cell], rows: Sequence[Row]) -> list[Cell]:
     """Further runs of the base: twice its largest budget where a trick's loss is below its losses, half its smallest where one
     is above; none beyond --most-budget, the corpus, or LEAST_BUDGET."""
-    there, more, means = train_tokens(experiment), [], {}
-    for cell in curves:
-        ran = [row.val_loss for row in rows if (row.phase, row.arm, row.steps) == ("curve", cell.arm.name, cell.steps)]
-        if losses := [loss for loss in ran if math.isfinite(loss)]:
-            means[cell] = statistics.mean(losses)
+    there, more = train_tokens(experiment), []
     for rung in experiment.rungs:
         of_base = [cell for cell in curves if (cell.rung, cell.name) == (rung, experiment.base)]
-        base = [means[cell] for cell in of_base if cell in means]
-        others = [mean for cell, mean in means.items() if cell.rung == rung and cell.name != experiment.base]
+        of_tricks = [cell for cell in curves if cell.rung == rung and cell.name != experiment.base]
+        points = (survival.losses_by_budget([cell.described() for cell in cells], rows) for cells in (of_base, of_tricks))
+        base, others = ([statistics.mean(p["losses"]) for p in of if p["losses"]] for of in points)
         if not base or not others:
             continue
         up, down = 2 * max(cell.budget for cell in of_base), min(cell.budget for cell in of_base) / 2
