@@ -117,12 +117,9 @@ def fit(amounts: Values, losses: Values) -> PowerLaw | None:
     def at(exponent: float) -> list[float]:
         return [float(value[0]) for value in scan(x / unit, y, np.array([exponent]))]
 
-    def squares(exponent: float) -> float:
-        return at(exponent)[3]
-
     i = int(np.searchsorted(EXPONENTS, scan(x / unit, y)[1][0]))
     bounds = EXPONENTS[[max(0, i - 1), min(len(EXPONENTS) - 1, i + 1)]]
-    best = optimize.minimize_scalar(squares, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
+    best = optimize.minimize_scalar(lambda e: at(e)[3], bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
     alpha, exponent, floor, left = at(best)
     rms = math.sqrt(left / len(x))
     law = PowerLaw(float(alpha * unit**exponent), exponent, floor, float(x.min()), float(x.max()), rms)
