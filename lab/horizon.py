@@ -5,7 +5,7 @@ The target must hold at the end of a schedule of that length, so a validation ha
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lab.stats import Horizon, horizon
 
@@ -16,8 +16,7 @@ FIRST_SEED = 1000  # of the search, whose runs have a seed each; confirming runs
 Runs = list[tuple[int, int, float]]  # steps, seed, loss
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """Every run of a search and what they say; `found` is None if the target was out of reach."""
 
     runs: Runs

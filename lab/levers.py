@@ -14,10 +14,9 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import truediv
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import ttest_1samp
 
@@ -44,8 +43,7 @@ LEVEL = 0.05  # of the verdicts, after Holm's correction
 NONE = "no difference"
 
 
-@dataclass(frozen=True)
-class Lever:
+class Lever(NamedTuple):
     """A change to Muon. claim: what its authors measured, in steps to 3.28 on GPT-2 124M unless it says otherwise; #N are
     entries and pull requests of modded-nanogpt's optimizer track. says: the claim as a verdict; empty: nobody measured it
     alone. own: its own settings to tune, and where they start. start: of rates that do not continue from Muon's."""

@@ -22,9 +22,8 @@ import csv
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -42,8 +41,7 @@ HIGHLIGHTED = 6  # of the profiles in a picture, the best ones
 Studies = dict[tuple[str, str], list[float]]  # (submission, workload) -> seconds of each study
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """seconds [submissions, workloads]; inf where missed or not run."""
 
     submissions: list[str]

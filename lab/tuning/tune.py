@@ -18,7 +18,6 @@ A workload keeps the compute type (--dtype) of its first trial.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import shutil
@@ -26,10 +25,10 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import tricks
 from config import resolve
@@ -51,8 +50,7 @@ TIMINGS = 3  # runs that time a step beside AdamW's
 CALIBRATED = 0.1  # of a workload's length: the run by which a plan knows what a trial takes
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One trial to be trained: what it is for, its settings and its length."""
 
     kind: str
@@ -180,7 +178,7 @@ class Contest:
         """A submission's descent on a workload, from where it stands to its end."""
         while not (trials.INTERRUPTED.is_set() or self.late) and (settings := self.next_settings(first)):
             number = len(descent.rows_of(first.table))
-            line = self.one(dataclasses.replace(first, number=number, settings=settings))
+            line = self.one(first._replace(number=number, settings=settings))
             if len(descent.rows_of(first.table)) == number:  # it crashed, or no time was left
                 return line
             print(f"descent  {line}", flush=True)
