@@ -272,25 +272,23 @@ def survival_panel(axis, trick: dict[str, Any], at: float) -> list[float]:
 
 def size_curves(summary: dict[str, Any]) -> Any:
     """Final loss against tokens, a panel a trick: the base's runs and the curve through them by size, the trick's crosses."""
-    names = [trick["trick"] for trick in summary["tricks"]]
-    figure, axes = panels(len(names), 4, 3.6, 3.3)
+    figure, axes = panels(len(summary["tricks"]), 4, 3.6, 3.3)
     colours = pyplot().get_cmap("viridis")(np.linspace(0, 0.9, len(summary["sizes"])))
-    for i, (size, colour) in enumerate(zip(summary["sizes"], colours, strict=True)):
-        base = summary["curves"][summary["base"]][size["size"]]["points"]
-        for axis, trick in zip(axes, summary["tricks"], strict=True):
-            for points, marker in ((base, "o"), (summary["curves"][trick["trick"]][size["size"]]["points"], "x")):
+    for axis, trick in zip(axes, summary["tricks"], strict=True):
+        for size, colour in zip(trick["sizes"], colours, strict=True):
+            for arm, marker in ((summary["base"], "o"), (trick["trick"], "x")):
+                points = summary["curves"][arm][size["size"]]["points"]
                 x = [p["tokens"] for p in points for _ in p["losses"]]
                 axis.plot(x, [loss for p in points for loss in p["losses"]], marker, color=colour, markersize=4)
-            if curve := trick["sizes"][i].get("curve"):
+            if curve := size.get("curve"):
                 if "amounts" in curve:  # straight lines
                     x, y = curve["amounts"], curve["losses"]
                 else:
                     x = np.geomspace(curve["least"], curve["most"], 50)
                     y = curve["alpha"] * x ** -curve["exponent"] + curve["floor"]
                 axis.plot(x, y, color=colour, linewidth=1, label=size["size"])
-    for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log")
-        axis.set_title(short(name), fontsize=10)
+        axis.set_title(short(trick["trick"]), fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7, title="size", title_fontsize=7)
     figure.supxlabel("tokens of the run (dots, line: base; crosses: trick)", fontsize=9)
