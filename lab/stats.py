@@ -68,11 +68,9 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95) ->
 
 
 def product(parts: Sequence[tuple[float, float, int]], level: float = 0.95) -> Ratio:
-    """A ratio made of independent factors, each as (log of the factor, its standard error, degrees of freedom).
-
-    Errors add in squares; the degrees of freedom are Welch and Satterthwaite's (Biometrics Bulletin 2, 1946). `n` of the result
-    is the largest number of runs with no more degrees of freedom; `sd` is the standard error.
-    """
+    """A ratio made of independent factors: (log of the factor, its standard error, degrees of freedom). Errors add in squares,
+    with Welch and Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946). `n` of the result is the largest number of
+    runs with no more degrees of freedom; `sd` is the standard error."""
     log = sum(value for value, _, _ in parts)
     variances = [(se**2, df) for _, se, df in parts if se > 0]
     if not variances:
@@ -126,13 +124,10 @@ class Horizon:
 
 
 def horizon(steps: Sequence[float], losses: Sequence[float], target: float, level: float = 0.95) -> Horizon | None:
-    """Inverse prediction: a line through final loss against log2(steps), solved for the target, with Fieller's interval.
-
-    Each loss is of a whole run, its schedule ending at its last step; the variance is about the line. None: the loss does not
-    fall with steps. Raises ValueError: fewer than three runs, or all of one length.
-
-    Source: Draper and Smith, Applied Regression Analysis, section 3.2 (inverse regression).
-    """
+    """Inverse prediction (Draper and Smith, Applied Regression Analysis, section 3.2): a line through final loss against
+    log2(steps), solved for the target, with Fieller's interval. Each loss is of a whole run, its schedule ending at its last
+    step; the variance is about the line. None: the loss does not fall with steps. Raises ValueError: fewer than three runs, or
+    all of one length."""
     x, y = np.log2(np.asarray(steps, float)), np.asarray(losses, float)
     n = len(x)
     if n < 3 or np.ptp(x) == 0:
