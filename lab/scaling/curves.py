@@ -9,7 +9,7 @@ straight lines in log tokens join the mean losses instead.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -21,8 +21,7 @@ MISFIT = 0.05  # level of the test that rejects a power law
 Values = Sequence[float]
 
 
-@dataclass(frozen=True)
-class PowerLaw:
+class PowerLaw(NamedTuple):
     """L(D) = alpha D^-exponent + floor, and between which amounts it was measured."""
 
     alpha: float
@@ -50,8 +49,7 @@ class PowerLaw:
         return np.where(np.isnan(alpha), np.nan, logs + middle)
 
 
-@dataclass(frozen=True)
-class Lines:
+class Lines(NamedTuple):
     """Straight lines in log tokens between the mean losses at each budget; a mean above an earlier one counts as level."""
 
     amounts: tuple[float, ...]
@@ -143,8 +141,7 @@ def curve_through(amounts: Values, losses: Values) -> Curve | None:
     return Lines.through(amounts, losses) if stats.f.sf(ratio, left, runs) < MISFIT else law
 
 
-@dataclass(frozen=True)
-class Speedup:
+class Speedup(NamedTuple):
     """Tokens that the base needs for the same loss / tokens that the trick used. Outside the base's budgets `ratio` is an
     extrapolation, and only `low` or `high` is known."""
 

@@ -5,7 +5,6 @@ seconds and in FLOPs it is multiplied by the ratio of what a token costs: FLOPs 
 runs of all arms, interleaved, one at a time.
 """
 
-import dataclasses
 import json
 import math
 import statistics
@@ -71,7 +70,7 @@ def at_one_size(base: Found, trick: Found, seed: int) -> Found:
         return {"why": "the base's loss does not fall with tokens there"}
     mean, amount = statistics.mean(own["losses"]), own["tokens"]
     gain = speedup(curve, tokens, losses, mean, amount)
-    result = dataclasses.asdict(gain) | {"words": gain.words(), "loss": mean, "why": "", "curve": dataclasses.asdict(curve)}
+    result = gain._asdict() | {"words": gain.words(), "loss": mean, "why": "", "curve": curve._asdict()}
     if not gain.inside:  # a bound, if the base's runs at that end of its curve agree with it
         above = gain.low > 0
         limit, end = (curve.most, max) if above else (curve.least, min)
@@ -137,7 +136,7 @@ def judged(name: str, arms: dict[str, dict[str, Found]], settings: Found) -> Fou
     trends = {cost: judge(sizes, cost, settings["at"], seeds) for cost in COSTS}
     checks = held_out(sizes, settings["hold_out"], seeds)
     why = "" if trends["tokens"] else "; ".join(f"{s['size']}: {s['why']}" for s in sizes if s["why"])
-    said = {cost: t and dataclasses.asdict(t) | {"words": t.words()} for cost, t in trends.items()}
+    said = {cost: t and t._asdict() | {"words": t.words()} for cost, t in trends.items()}
     sizes = [{key: value for key, value in s.items() if key != "draws"} for s in sizes]
     return {"trick": name, "sizes": sizes, "trends": said, "held_out": checks, "why": why}
 

@@ -10,7 +10,7 @@ log speed-up, about what matrix methods have here.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -28,8 +28,7 @@ def with_interval(ratio: float, low: float, high: float | None) -> str:
     return "{}x ({}-{})".format(*(f"{v:.2f}" if v < 1000 or math.isinf(v) else f"{v:.0e}" for v in values))
 
 
-@dataclass(frozen=True)
-class Trend:
+class Trend(NamedTuple):
     """The line, and what it says at `at` parameters. Ratios, not logarithms."""
 
     at: float

@@ -4,11 +4,10 @@ The ranges are the registry's (`./run.sh optimizers NAME` shows them), plus the 
 as AlgoPerf requires: a submission brings a method, not a way of tuning it.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from scipy.stats import qmc
 
@@ -20,8 +19,7 @@ from optimizers.average import AVERAGES
 WARMUP = (0.01, 0.2, "log")  # fraction of the run
 
 
-@dataclass(frozen=True)
-class Dimension:
+class Dimension(NamedTuple):
     """One setting to search: `part` of the command it belongs to (`Submission.parts`), its range and scale."""
 
     part: str
@@ -43,8 +41,7 @@ class Dimension:
         return float(f"{1 - searched:.4g}" if self.scale == "complement" else f"{searched:.3g}")
 
 
-@dataclass(frozen=True)
-class Submission:
+class Submission(NamedTuple):
     """A registered optimizer (or one's own, path.py:Class), perhaps with fixed keys, its schedule, perhaps an average."""
 
     name: str
@@ -80,7 +77,7 @@ class Submission:
     def version(self) -> str:
         """A hash of all that a study's trials have in common; trials of another version are of another study."""
         about = {part: spec for part, spec in self.parts.items() if spec or part == "average"} | own_code(self.optimizer)
-        text = json.dumps(about | {"space": [dataclasses.astuple(d) for d in self.dimensions]})
+        text = json.dumps(about | {"space": self.dimensions})
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def flags(self, values: dict[str, float]) -> tuple[str, ...]:
