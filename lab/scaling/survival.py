@@ -122,8 +122,7 @@ def held_out(sizes: Sequence[Found], count: int, seeds: int) -> list[Found]:
         below, above = (math.log(v / ratio) if v > 0 else -math.inf for v in size["intervals"]["tokens"])
         low, high = centre - math.hypot(centre - low, above), centre + math.hypot(high - centre, below)
         check = {"size": size["size"], "ratio": predicted.ratio, "low": math.exp(low), "high": math.exp(high)}
-        hit = low <= math.log(ratio) <= high
-        checks.append(check | {"measured": ratio, "hit": hit, "verdict": predicted.verdict})
+        checks.append(check | {"measured": ratio, "hit": low <= math.log(ratio) <= high, "verdict": predicted.verdict})
     return checks
 
 

@@ -239,8 +239,7 @@ class Contest:
         print(f"  together about {sum(hours().values()):.1f} hours of this machine, beside what is there", flush=True)
 
     def run(self) -> None:
-        """Plan, then train all that is not there; the search round by round, so that whoever stops early has given everyone the
-        same number of trials."""
+        """Plan, then train all that is not there, the search round by round: an early stop leaves everyone as many trials."""
         self.plan()
         for kind in ("search", "target", "neighbour", *(("descent", "around", "final") if self.options.descend else ())):
             pairs = product(self.options.tracks, self.options.submissions)
