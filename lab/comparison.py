@@ -19,6 +19,7 @@ from typing import Any
 import tricks
 from engine.spec import UsageError, nearest
 from lab import stats
+from lab.horizon import concluded
 from lab.ledger import Row, compute_type, turns_apart
 from lab.markdown import table
 
@@ -66,10 +67,7 @@ def horizon(rows: Rows, target: float) -> stats.Horizon | None:
     ended = [row for row in rows if math.isfinite(row.val_loss)]
     confirmed = (row.steps for row in ended if row.phase == "confirm")
     middle = next(confirmed, None) or statistics.median([row.steps for row in ended] or [1])
-    near = [(row.steps, row.val_loss) for row in ended if 0.5 <= row.steps / middle <= 2]
-    if len(near) < 3 or len({steps for steps, _ in near}) < 2:
-        return None
-    fitted = stats.horizon(*zip(*near), target, LEVEL)
+    fitted = concluded([(row.steps, row.seed, row.val_loss) for row in ended], target, middle).found
     return fitted if fitted and math.isfinite(fitted.high) else None
 
 

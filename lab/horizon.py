@@ -62,10 +62,10 @@ def search(run: Callable[[int, int], float], first: int, target: float, most: in
 
 def concluded(runs: Runs, target: float, middle: float = 0) -> Search:
     """The horizon that the runs say; middle: those within a doubling of this length alone."""
-    lengths, losses = zip(*((steps, loss) for steps, _, loss in runs if not middle or 0.5 <= steps / middle <= 2))
-    if not all(map(math.isfinite, losses)):
+    near = [(steps, loss) for steps, _, loss in runs if not middle or 0.5 <= steps / middle <= 2]
+    if not all(math.isfinite(loss) for _, loss in near):
         return Search(runs, None, "some runs near the target diverged")
-    if len(losses) < 3 or len(set(lengths)) < 2:
+    if len(near) < 3 or len({steps for steps, _ in near}) < 2:
         return Search(runs, None, "fewer than three runs, or all of one length")
-    found = horizon(lengths, losses, target)
+    found = horizon(*zip(*near), target)
     return Search(runs, found, "" if found else "more steps did not lower the loss")
