@@ -353,7 +353,7 @@ class Elementwise(Optimizer):
 
     def update_group(self, group: dict, params: list[Tensor]) -> None:
         for t, members in self.alike(group, params):
-            self.sweep(self.rule, group, members, self.scalars(self.rule, group, t), *self.measure(group, t, members))
+            self.sweep(self.rule, group, t, members, *self.measure(group, t, members))
 
     def alike(self, group: dict, params: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
         """Begin a step: (its number, the weights of one type and device for which it has that number)."""
@@ -384,18 +384,16 @@ class Elementwise(Optimizer):
     def sums(self, rule: Callable[..., None], group: dict, t: int, params: list[Tensor], count: int = 1) -> list[list[Tensor]]:
         """What a rule with so many extras adds to them: 0-dim tensors, one a parameter, that start at zero."""
         extras = [[torch.zeros((), device=p.device) for p in params] for _ in range(count)]
-        self.sweep(rule, group, params, self.scalars(rule, group, t), *extras)
+        self.sweep(rule, group, t, params, *extras)
         return extras
 
-    def scalars(self, rule: Callable[..., None], group: dict, t: int) -> dict[str, float | bool]:
-        """What the rule asks for by name: worked out here in double precision, so that 1 - beta is exact."""
-        numbers = self.numbers(group, t)
-        usual = {name: SCALARS[name](group, t) for name in keywords(rule) if name in SCALARS and name not in numbers}
+    def sweep(self, rule: Callable[..., None], group: dict, t: int, params: list[Tensor], *extras: list[Tensor]) -> None:
+        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, of one type and device; in fp32 always. The
+        scalars, which it asks for by name, are worked out in double precision, so that 1 - beta is exact."""
+        wanted, numbers = keywords(rule), self.numbers(group, t)
+        usual = {name: SCALARS[name](group, t) for name in wanted if name in SCALARS and name not in numbers}
         values = group | usual | numbers
-        return {name: values[name] for name in keywords(rule)}
-
-    def sweep(self, rule: Callable[..., None], group: dict, params: list[Tensor], scalars: dict, *extras: list[Tensor]) -> None:
-        """rule(weight, gradient, buffers, extras, **scalars) over all of `params`, of one type and device; in fp32 always."""
+        scalars = {name: values[name] for name in wanted}
         rows = [
             (p.detach(), p.grad, *(self.buffer(p, name) for name in self.names(group)), *extra)
             for p, *extra in zip(params, *extras, strict=True)

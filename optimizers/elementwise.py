@@ -159,7 +159,7 @@ class CautiousAdamW(Elementwise):
                 gathered = [self.state[p]["gathered"] for p in members]
                 torch._foreach_add_(gathered, [p.grad for p in members])
             else:
-                self.sweep(self.rule, group, members, self.scalars(self.rule, group, t // group["every"]))
+                self.sweep(self.rule, group, t // group["every"], members)
 
 
 class NAdamW(Elementwise):

@@ -120,7 +120,7 @@ class Estimating(Elementwise):
         first["d"], first["numerator"], first["d_max"] = self.new_d, r, d_max
         self.begin()
         for group, t, members in work:
-            self.sweep(self.rule, group, members, self.scalars(self.rule, group, t))
+            self.sweep(self.rule, group, t, members)
 
     def begin(self) -> None:
         """Called once a step, between the estimate and the update."""
