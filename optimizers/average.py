@@ -150,16 +150,15 @@ class Averaged(Chain):
         super().train()
 
     def state_dict(self) -> dict:
-        params = [p for g in self.param_groups for p in g["params"]]
-        kept = [self.kept[p] for p in params]
-        return super().state_dict() | {"average": {"t": self.t, "kept": kept, "aside": [self.aside.get(p) for p in params]}}
+        kept, aside = list(self.kept.values()), [self.aside.get(p) for p in self.kept]
+        return super().state_dict() | {"average": {"t": self.t, "kept": kept, "aside": aside}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        saved, params = state_dict["average"], [p for g in self.param_groups for p in g["params"]]
+        saved = state_dict["average"]
         self.t = saved["t"]
-        self.kept = {p: moved(kept, p.device) for p, kept in zip(params, saved["kept"], strict=True)}
-        self.aside = {p: moved(w, p.device) for p, w in zip(params, saved["aside"], strict=True) if w is not None}
+        self.kept = {p: moved(kept, p.device) for p, kept in zip(self.kept, saved["kept"], strict=True)}
+        self.aside = {p: moved(w, p.device) for p, w in zip(self.kept, saved["aside"], strict=True) if w is not None}
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Let `target` continue with what is kept of `source`."""
