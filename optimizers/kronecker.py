@@ -230,9 +230,8 @@ class SOAP(Kronecker):
             factor, old = state[side], state[side + "_basis"]
             product = torch.bmm(factor, old)
             order = (old * product).sum(1).argsort(-1, descending=True)  # diagonal of Q^T L Q, [k, size]
-            columns = order.unsqueeze(1).expand_as(old)
-            new = torch.linalg.qr(product.gather(2, columns))[0]
-            v.copy_(v.gather(dim, (order.unsqueeze(2) if dim == 1 else order.unsqueeze(1)).expand_as(v)))
+            new = torch.linalg.qr(product.take_along_dim(order.unsqueeze(1), 2))[0]
+            v.copy_(v.take_along_dim(order.unsqueeze(3 - dim), dim))
             back = torch.bmm(new.mT, old)  # from the old basis into the new one
             m.copy_(torch.bmm(back, m) if dim == 1 else torch.bmm(m, back.mT))
             old.copy_(new * (state["steps"] > 0)[:, None, None])  # zero still where it was not started
@@ -295,8 +294,7 @@ def norm_lower_bound(A: Tensor) -> Tensor:
     """A lower bound of the spectral norms of symmetric [k, n, n], as [k, 1, 1]: |A x|, x the largest row through A once."""
     most = A.abs().amax((-2, -1), keepdim=True).clamp(min=1e-30)
     A = A / most
-    largest = A.square().sum(-1).argmax(-1)
-    row = A.gather(1, largest.view(-1, 1, 1).expand(-1, 1, A.size(-1)))  # [k, 1, n]
+    row = A.take_along_dim(A.square().sum(-1, keepdim=True).argmax(1, keepdim=True), 1)  # [k, 1, n]
     x = torch.bmm(row, A)
     x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
     return most * torch.linalg.vector_norm(torch.bmm(x, A), dim=-1, keepdim=True)

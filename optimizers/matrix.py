@@ -139,9 +139,8 @@ class MatrixMethod(Optimizer):
         block, weights = method.defaults.get("block", 0), [p for g in method.param_groups for p in g["params"]]
         if block and (count := sum(-(-p.numel() // block**2) for p in weights)) > MOST_BLOCKS:
             why = f"about {count:,} blocks, and each has tensors of its own"
-            raise ValueError(
-                f"block={block} makes {why}: take block={math.ceil(block * math.sqrt(count / MOST_BLOCKS))} or more"
-            )
+            least = math.ceil(block * math.sqrt(count / MOST_BLOCKS))
+            raise ValueError(f"block={block} makes {why}: take block={least} or more")
         lr, decay, cautious, every = (rest.pop(key) for key in ("lr", "weight_decay", "cautious", "every"))
         how, others = dict(cautious=cautious, every=every) if cautious or every != 1 else {}, []
         for role in ("embedding", "head"):
