@@ -296,19 +296,16 @@ TRACKS: dict[str, Track] = {
         },
     ),
 }
-# fmt: on
-
-NEED_STEPS = ("retied_head", "batch_stages")  # these tricks need a known number of steps
-TRACKS["gpt2-small-10min"] = replace(
-    TRACKS["gpt2-small"],
+TRACKS["gpt2-small-10min"] = replace(TRACKS["gpt2-small"],
     summary="124M on FineWeb for ten minutes of one card's training time: which loss?",
     # one H100 takes 295 ms for a step of `record`: about so many in ten minutes
     settings=TRACKS["gpt2-small"].settings | dict(minutes=10.0, steps=2000, batch_tokens=131072, schedule="cosine:warmup=0.05"),
-    target_loss=0.0,
-    target_source="none: the loss itself is the result",
-    recipes=TRACKS["gpt2-small"].recipes | {"record": tuple(t for t in GPT2_RECORD if t not in NEED_STEPS)},
-    recipe_steps={},
+    target_loss=0.0, target_source="none: the loss itself is the result", recipe_steps={},
+    # without the tricks that need a known number of steps
+    recipes=TRACKS["gpt2-small"].recipes | {
+        "record": tuple(t for t in GPT2_RECORD if t not in ("retied_head", "batch_stages"))},
 )
+# fmt: on
 
 
 def track(name: str) -> Track:
@@ -365,6 +362,5 @@ def apply(track_name: str, words: str) -> tuple[Settings, str]:
             if "optimizer" in changes:
                 changes["optimizer"] = merge_optimizer(settings["optimizer"], changes["optimizer"])
             settings |= changes
-        if name in chosen.recipe_steps:
-            settings["steps"] = chosen.recipe_steps[name]
+        settings["steps"] = chosen.recipe_steps.get(name, settings["steps"])
     return settings, "+".join(name for name, _ in named)
