@@ -86,10 +86,8 @@ def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int = 0, documents: Tensor | None = None
 ) -> Tensor:
     """PyTorch's fused attention."""
-    if not window and documents is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-    mask = visible(q.size(-2), window, documents, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    mask = visible(q.size(-2), window, documents, q.device) if window or documents is not None else None
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scale)
 
 
 def block_mask(T: int, window: int | Tensor, documents: Tensor | None, device: torch.device) -> BlockMask:
