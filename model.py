@@ -60,11 +60,11 @@ class Head(Linear):
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension."""
 
-    def __init__(self, config: ModelConfig, width: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.rms = config.norm == "rmsnorm"
-        self.weight = nn.Parameter(torch.ones(width)) if config.norm_gains else None
-        self.bias = nn.Parameter(torch.zeros(width)) if config.bias and config.norm_gains and not self.rms else None
+        self.weight = nn.Parameter(torch.ones(config.width)) if config.norm_gains else None
+        self.bias = nn.Parameter(torch.zeros(config.width)) if config.bias and config.norm_gains and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
@@ -114,7 +114,8 @@ class Attention(nn.Module):
         self.projection = Linear(config.width, config.width, bias=config.bias)
         self.scale = config.attention_scale or config.head_width**-0.5
         self.window = config.windows()[layer]
-        self.extras = AttentionExtras(config, layer) if AttentionExtras.wanted(config, layer) else None
+        extras = AttentionExtras(config, layer)
+        self.extras = extras if extras.key_offset or [*extras.children()] else None
         self.past: KeyValues | None = None  # GPT.remember()
 
     def forward(self, x: Tensor, rotary: Rotary, values: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
@@ -159,9 +160,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.norm1 = Norm(config, config.width)
+        self.norm1 = Norm(config)
         self.attention = Attention(config, layer)
-        self.norm2 = Norm(config, config.width)
+        self.norm2 = Norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -194,22 +195,21 @@ class GPT(nn.Module):
         self.kept: list[KeyValues] = []  # remember()
         dtype = {"same": None, "bf16": torch.bfloat16}[config.embedding_dtype]
         self.embedding = nn.Embedding(config.padded_vocab, config.width, dtype=dtype)
-        learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.sequence_length, config.width) if learned else None
+        self.positions = nn.Embedding(config.sequence_length, config.width) if config.positions == "learned" else None
         self.ngrams = NgramEmbedding(config) if config.ngram_buckets else None
         self.smear = Smear(config) if config.smear else None
-        self.embed_norm = Norm(config, config.width) if config.embed_norm else None
+        self.embed_norm = Norm(config) if config.embed_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.paths = ResidualPaths(config) if ResidualPaths.wanted(config) else None
-        self.norm = Norm(config, config.width)
+        paths = ResidualPaths(config)
+        self.paths = paths if [*paths.children()] else None
+        self.norm = Norm(config)
         self.head = Head(config.width, config.padded_vocab, bias=config.head_bias)
         if config.tied_head:
             self.head.weight = self.embedding.weight
-        if not learned:
-            cos, sin = rotary_tables(config)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+        if self.positions is None:
+            for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+                self.register_buffer(name, table, persistent=False)
         self.initialise()
 
     @torch.no_grad()

@@ -51,10 +51,6 @@ class ResidualPaths(nn.Module):
         self.shortcut = InputShortcut(config) if config.input_shortcut else None
         self.backout = Backout(config) if config.backout else None
 
-    @staticmethod
-    def wanted(config: ModelConfig) -> bool:
-        return bool(config.value_embeddings or config.skips != "none" or config.input_shortcut or config.backout)
-
     def forward(
         self, blocks: Iterable[Callable[..., Tensor]], x: Tensor, rotary: tuple[Tensor, Tensor] | None, tokens: Tensor,
         documents: Tensor | None = None,
@@ -159,11 +155,6 @@ class AttentionExtras(nn.Module):
         self.values = ValueMix(config) if value_table(config, layer) is not None else None
         self.exclusion = Exclusion(config) if config.exclusive_attention else None
         self.gate = Gate(config.width, config.heads) if config.attention_gate else None
-
-    @staticmethod
-    def wanted(config: ModelConfig, layer: int) -> bool:
-        own = config.key_offset or config.exclusive_attention or config.attention_gate
-        return own or value_table(config, layer) is not None
 
     def before(self, v: Tensor, x: Tensor, values: Tensor | None) -> Tensor:
         """Values [B, T, H, D] to attend with; x [B, T, C]: what attention reads, values [B, T, C]: value embeddings."""
