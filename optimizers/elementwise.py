@@ -21,6 +21,13 @@ class SGD(Method, torch.optim.SGD):
     weight_decay = DECAY(0.0, 1e-5, 1e-2)
     state_per_parameter, transfer = 4.0, 0.0
 
+    def __init__(self, params, lr=None, **given):
+        super().__init__(params, lr, **given)
+        for (
+            group
+        ) in self.param_groups:  # torch 2.13's fused version on a CPU leaves 16-bit weights as they are (pytorch#191763)
+            group["fused"] = not any(p.device.type == "cpu" and p.element_size() == 2 for p in group["params"])
+
     def arguments(self, nesterov, **values):
         self.ahead = nesterov
         return values | dict(nesterov=nesterov and values["momentum"] > 0, fused=True)  # torch refuses it without momentum

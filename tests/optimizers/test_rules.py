@@ -918,6 +918,21 @@ def test_averages_are_kept_in_fp32():
     assert w.tolist() == pytest.approx([1.25] * 3, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"), [("sgd", {}), ("sgd", {"momentum": 0}), ("sgd", {"nesterov": False}), ("adagrad", {}), ("adamw", {})]
+)
+def test_torchs_methods_move_bf16_weights(name, own):
+    """As fp32 weights, but for rounding: torch 2.13's fused SGD leaves 16 and more of them as they are (pytorch#191763)."""
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 96, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    start, optimizers = p.detach().clone(), [OPTIMIZERS[name]([w], lr=0.1, **own) for w in (p, q)]
+    for optimizer, w in zip(optimizers, (p, q), strict=True):
+        for _ in range(3):
+            w.grad = torch.full_like(w, 0.5)
+            optimizer.step()
+    assert (p - start).abs().min() > 0.1
+    torch.testing.assert_close(q.detach().float(), p.detach(), atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("name", [name for name, cls in OPTIMIZERS.items() if issubclass(cls, Optimizer)])
 def test_bf16_weights_keep_fp32_state(name):
     """Our own methods; torch's keep the type of the weight, and AdamW for the rest is torch's."""
