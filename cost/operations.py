@@ -124,7 +124,14 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        out = None if name.startswith("_fused_") else func(*args, **kwargs)  # fused optimizers: in place, without meta kernels
+        if name.startswith("_fused_"):  # optimizers: in place, without meta kernels
+            out = None
+        elif (
+            name.startswith("_foreach_") and func._overloadname == "Tensor"
+        ):  # by a number on the device: the kernel would read it
+            out = None if name.endswith("_") else [torch.empty_like(t) for t in args[0]]
+        else:
+            out = func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.alive += [t.untyped_storage() for t in (*inputs, *outputs)]

@@ -110,7 +110,8 @@ def record_step(
     with pretended(ranks, device == "cuda" and not config.compile):  # compiled code fuses the passes of the loss itself
         with torch.device("meta"):
             gpt = model(model_config)
-            optimizer = build(config, gpt, dtype)
+        optimizer = build(config, gpt, dtype)  # with numbers of its own that are real
+        with torch.device("meta"):
             tokens = torch.zeros(micro, model_config.sequence_length, dtype=torch.int64)
             with Recorder(autocast) as recorder:
                 loss = gpt(tokens, tokens)
@@ -118,8 +119,11 @@ def record_step(
                 how = dict(allow_unreachable=True, accumulate_grad=True)
                 _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **how)
         gradients = [p.grad for p in gpt.parameters() if p.grad is not None]
-        make_state(optimizer, dtype)
-        updates = record_updates(optimizer)
+        try:
+            make_state(optimizer, dtype)
+            updates = record_updates(optimizer)
+        except RuntimeError as error:  # of torch: a number is read that nobody has computed
+            raise UsageError(f"--optimizer {config.optimizer}: plan cannot follow its update: {error}") from None
     keep = {gradient.untyped_storage()._cdata for gradient in gradients}
     activations = max(peak(recorder.events, config.compile, keep), *(held for _, _, held in updates))
     on_the_wire, parameters = 2 if config.reduce == "bf16" else 4, Counter()
@@ -150,7 +154,8 @@ def make_state(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
             group["dtype"] = "bf16" if dtype == torch.bfloat16 else "fp32"
     for group in fused:
         group["fused"] = False
-    optimizer.step()
+    with Recorder():
+        optimizer.step()
     for group in fused:
         group["fused"] = True
 

@@ -30,7 +30,7 @@ HIDDEN = 2 / 3  # of the last micro-batch is backward pass, behind which DDP's b
 
 @dataclass(frozen=True)
 class Constants:
-    """Shares of the data sheet that programs reach, and seconds. The first four are fitted (fit.py), the others chosen."""
+    """Shares of the data sheet that programs reach, and seconds. The first four are fitted by tests/cost/published_steps.py."""
 
     products: float  # of the FLOP/s that the card's fastest products reach
     attention: float  # of the same, in fused attention

@@ -274,7 +274,10 @@ class Many:
         self.tensors = tensors
 
     def apply(self, name: str, *operands):
-        result = getattr(torch, f"_foreach_{name}")(self.tensors, *(x.tensors if isinstance(x, Many) else x for x in operands))
+        # asked for alpha, torch adds a 0-dim tensor as it is, where else it would wait for the device to read its number
+        alpha = {"alpha": 1} if name in ("add", "add_") and isinstance(operands[0], Tensor) else {}
+        operands = (x.tensors if isinstance(x, Many) else x for x in operands)
+        result = getattr(torch, f"_foreach_{name}")(self.tensors, *operands, **alpha)
         return self if name.endswith("_") else Many(result)
 
     def __getattr__(self, name: str) -> Callable:

@@ -23,6 +23,7 @@ from cost.time import FITTED, Constants, roofline, step_time
 from data.shards import aligned
 from engine.command import command
 from engine.hardware import CARDS, card_named
+from engine.spec import UsageError
 from layers.shape import ModelConfig, flops_per_token
 from model import GPT
 
@@ -192,6 +193,16 @@ def test_double_precision_costs_what_the_card_has():
 
 RUN = ["--track", "tiny", "--tricks", "record"]
 CARD = [*RUN, "--hardware", "H100", "--width", "512", "--heads", "4", "--layers", "2", "--sequence-length", "512"]
+
+
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
+def test_every_optimizer_is_planned(optimizer):
+    assert step_of(optimizer=optimizer).update[0][1]
+
+
+def test_an_update_that_cannot_be_followed_is_refused_in_words():
+    with pytest.raises(UsageError, match=r"--optimizer torch\.optim\.ASGD: plan cannot follow its update"):
+        step_of(optimizer="torch.optim.ASGD")
 
 
 def test_plan_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
