@@ -126,8 +126,10 @@ def references(packed: Any) -> Iterator[dict[str, Any]]:
     (kind, content), *_ = packed.items()
     if kind == "tensor":
         yield packed
-    elif (kind if kind != "torch.dtype" else content) not in ("value", "bytes", "numpy", "dict", *SEQUENCES, *DTYPES.values()):
+    elif kind not in ("value", "bytes", "numpy", "dict", "torch.dtype", *SEQUENCES):
         raise ValueError(kind)
+    elif kind == "torch.dtype" and content not in DTYPES.values():
+        raise ValueError(content)
     elif kind in ("numpy", "dict", *SEQUENCES):
         for value in [content] if kind == "numpy" else [v for _, v in content] if kind == "dict" else content:
             yield from references(value)

@@ -51,6 +51,8 @@ def add(
 ) -> Record:
     """Keep finished runs as the track's next record, if they meet every rule. Raises UsageError: the rule that is not met;
     nothing is kept then. against: run folders of the previous record, interleaved with these; else its own logs count."""
+    if kind == "baseline" and against:
+        raise UsageError("a baseline is what others are timed against: leave out --against-arm")
     runs, anew = (sorted(map(FinishedRun.read, group), key=lambda run: run.config["seed"]) for group in (folders, against))
     if len(runs) < 2:
         raise UsageError("1 run is no evidence: at least two seeds, better five")

@@ -173,9 +173,9 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
-        """UsageError: a file is missing; a run without result.json has not ended."""
+        """UsageError: a file is damaged or missing; a run without result.json has not ended."""
         try:
-            return cls(folder, *(json.loads((folder / f"{name}.json").read_text()) for name in ("config", "env", "result")))
+            return cls(folder, *(read_json(folder / f"{name}.json") for name in ("config", "env", "result")))
         except FileNotFoundError as error:
             raise UsageError(f"{folder} has no {Path(error.filename).name}: not a finished run") from None
 

@@ -13,7 +13,7 @@ from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from config import mean_flops, resolve
-from engine.run_folder import source_hash
+from engine.run_folder import read_json, source_hash
 from engine.schedules import Course
 from engine.spec import UsageError
 from lab import comparison, ledger, plots, stats, trials
@@ -56,7 +56,7 @@ class Report(Kept):
 
     @cached_property
     def summary(self) -> plans.Summary:
-        return json.loads((self.folder / self.kind.name).read_text())
+        return read_json(self.folder / self.kind.name)
 
     @cached_property
     def counted(self) -> list[ledger.Row]:

@@ -824,6 +824,7 @@ def rewritten(path: Path, change) -> None:
         lambda s: s.update(optimizer={}),
         lambda s: s.update(optimizer={"set": 5}),
         lambda s: s.update(optimizer={"dict": [["x", {"torch.dtype": "load"}]]}),
+        lambda s: s.update(optimizer={"dict": [["x", {"torch.dtype": "value"}]]}),
         lambda s: next(checkpoint.references(s["optimizer"])).update(shape=[10**13]),
         lambda s: next(checkpoint.references(s["optimizer"])).update(dtype="int8"),
         lambda s: next(checkpoint.references(s["optimizer"])).update(tensor="model/x"),

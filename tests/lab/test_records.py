@@ -265,6 +265,7 @@ def test_what_all_steps_gain_has_the_interval_of_all_their_pairs():
         (lambda r: r["baseline"], {}, "not a record: faster"),
         (lambda r: r["baseline"], {"kind": "baseline"}, "not a record: faster: a baseline is a category's first record"),
         (lambda r: [r["quick"][0].parent / "nowhere"], {}, "not a finished run"),
+        (lambda r: r["baseline"], {"kind": "baseline", "against": [Path("002-quick")]}, "leave out --against-arm"),
     ],
 )
 def test_what_is_no_record_is_refused_and_leaves_nothing(kept, runs, pick, keywords, message):
@@ -272,6 +273,14 @@ def test_what_is_no_record_is_refused_and_leaves_nothing(kept, runs, pick, keywo
     with pytest.raises(UsageError, match=message):
         command.add(pick(runs), "third", "why", **keywords)
     assert sorted(records.RECORDS.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["config", "env", "result"])
+def test_a_damaged_run_is_refused_in_words(runs, tmp_path, name):
+    run = shutil.copytree(runs["quick"][0], tmp_path / "run")
+    (run / f"{name}.json").write_text('{"cut": ')
+    with pytest.raises(UsageError, match=rf"{name}\.json is damaged: it holds no JSON object"):
+        records.FinishedRun.read(run)
 
 
 @pytest.mark.parametrize(
