@@ -8,7 +8,7 @@ from those before it: a table of trials proves its own order (`records verify`).
 import itertools
 import math
 import statistics
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 from lab.tuning.space import Dimension
 from lab.tuning.tuned import Row, Table, Tables, step_seconds
@@ -106,6 +106,11 @@ def finals(table: Table, kind: str = "final") -> list[Row]:
 # ---------------------------------------------------------------- what came of it
 
 
+def ended(tables: Tables) -> Tables:
+    """Registered submissions whose final runs are all there."""
+    return {name: table for name, table in tables.items() if ":" not in name and len(finals(table)) >= SEEDS}
+
+
 def rises(space: Sequence[Dimension], table: Table) -> list[float]:
     """How much the loss rises by each single change from where the descent has arrived, of those that were tried."""
     end, tried = found(table), [*table.of("descent"), *table.of("around")]
@@ -126,6 +131,14 @@ def speed_ups(tables: Tables) -> dict[str, tuple[float, float]]:
         ratio = reached(adamw, target) / reached(curve, target)
         pairs[name] = ratio, ratio * cost.get("adamw", math.nan) / cost.get(name, math.nan)
     return pairs
+
+
+def means(tables: Mapping[str, Tables]) -> dict[str, float]:
+    """Submission -> geometric mean of its speed-ups in time over all workloads whose descents have ended, the best first."""
+    finished = list(filter(None, map(ended, tables.values())))
+    on_each, names = list(map(speed_ups, finished)), {name for of in finished for name in of}
+    mean = {name: statistics.geometric_mean(of.get(name, (math.nan, math.nan))[1] for of in on_each) for name in sorted(names)}
+    return dict(sorted(mean.items(), key=lambda item: -item[1]))
 
 
 def reached(curve: Sequence[tuple[int, float]], target: float) -> float:

@@ -93,25 +93,22 @@ time: what AdamW needs for the worse of the two final losses over what the submi
 def contest(tables: dict[str, Tables]) -> list[str]:
     """What the descents came to, as Markdown; nothing where none has ended."""
     cells: dict[tuple[str, str], str] = {}  # of a submission on a workload
-    faster: dict[tuple[str, str], float] = {}
     better = []  # changes of each descent's end
     for track, of in tables.items():
-        ended = {name: table for name, table in of.items() if ":" not in name and len(descent.finals(table)) >= descent.SEEDS}
+        ended = descent.ended(of)
         speed_ups = descent.speed_ups(ended)
         for name, table in ended.items():
             losses = [row.val_loss for row in descent.finals(table)]
-            steps, faster[name, track] = speed_ups.get(name, (math.nan, math.nan))
-            loss = f"{statistics.mean(losses):.4f} ({statistics.stdev(losses):.4f})"
-            cells[name, track] = f"{loss}; {steps:.2f}, {faster[name, track]:.2f}"
+            steps, time = speed_ups.get(name, (math.nan, math.nan))
+            cells[name, track] = f"{statistics.mean(losses):.4f} ({statistics.stdev(losses):.4f}); {steps:.2f}, {time:.2f}"
             least = descent.TOLERANCE_ON.get(track, descent.TOLERANCE)
             better.append([rise < -least for rise in descent.rises(submission(name).dimensions, table)])
     if not cells:
         return []
     tracks = list(dict.fromkeys(track for _, track in cells))
-    mean = {name: statistics.geometric_mean(faster.get((name, track), math.nan) for track in tracks) for name, _ in cells}
     rows = [
-        [f"`{name}`", f"{mean[name]:.2f}", *(cells.get((name, track), "-") for track in tracks)]
-        for name in sorted(mean, key=lambda name: -mean[name])
+        [f"`{name}`", f"{mean:.2f}", *(cells.get((name, track), "-") for track in tracks)]
+        for name, mean in descent.means(tables).items()
     ]
     none, of_all, lower = sum(not any(each) for each in better), sum(map(len, better)), sum(map(sum, better))
     count = f"In {none} of {len(better)} cases no change is better; of {of_all} changes {lower} are."
