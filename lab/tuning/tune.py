@@ -171,7 +171,7 @@ class Contest:
         about = dict(kind=job.kind, study=job.study, number=job.number, settings=job.settings, space=job.submission.version)
         row = Row.of(outcome, time.monotonic() - begun, **about)
         job.table.add(row)
-        loss = f"{row.val_loss:.4f}" if row.status == "ok" else row.status
+        loss = f"{row.val_loss:.4f}" if row.status == "ok" else f"{row.status} {outcome.error}".strip()
         return f"{job.track}  {job.submission.name}  study {job.study}, trial {job.number}: {loss}, {row.wall:.0f} s"
 
     def descend(self, first: Job) -> str:

@@ -316,7 +316,7 @@ def test_a_crashed_trial_is_tried_again_with_its_own_settings(fake, tmp_path, ca
     words = ("--optimizers", "adamw", "lion", "--trials", "2", "--no-neighbours", "--target-seeds", "1")
     assert call(tmp_path, *words) == 0
     said = capsys.readouterr().out
-    assert "lion  study 0, trial 0: crashed" in said and "hours are over" not in said
+    assert "lion  study 0, trial 0: crashed RuntimeError: out of luck" in said and "hours are over" not in said
     fake.crashing = set()
     assert call(tmp_path, *words) == 0
     lion = submission("lion").dimensions
