@@ -827,7 +827,7 @@ def edit_lines(change):
         (lambda folder: (folder / "notes.txt").write_text("x"), "files", "not part of a report: notes.txt"),
         (lambda folder: (folder / "curves.csv").unlink(), "files", "missing: curves.csv"),
         (edit_text("README.md", "# Comparison", "# /home/me/Comparison"), "files", "a path of a machine: /home/me/Comparison"),
-        (lambda folder: (folder / "comparison.json").write_text("[]"), "files", "cannot be read"),
+        (lambda folder: (folder / "comparison.json").write_text("[]"), "files", "is damaged: it holds no JSON object"),
     ],
 )  # fmt: skip
 def test_tampering_with_a_report_is_found(tmp_path, tamper, rule, words):
