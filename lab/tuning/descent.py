@@ -138,7 +138,7 @@ def means(tables: Mapping[str, Tables]) -> dict[str, float]:
     finished = list(filter(None, map(ended, tables.values())))
     on_each, names = list(map(speed_ups, finished)), {name for of in finished for name in of}
     mean = {name: statistics.geometric_mean(of.get(name, (math.nan, math.nan))[1] for of in on_each) for name in sorted(names)}
-    return dict(sorted(mean.items(), key=lambda item: -item[1]))
+    return dict(sorted(mean.items(), key=lambda item: (math.isnan(item[1]), -item[1])))
 
 
 def reached(curve: Sequence[tuple[int, float]], target: float) -> float:
