@@ -126,9 +126,7 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name.startswith("_fused_"):  # optimizers: in place, without meta kernels
             out = None
-        elif (
-            name.startswith("_foreach_") and func._overloadname == "Tensor"
-        ):  # by a number on the device: the kernel would read it
+        elif name.startswith("_foreach_") and func._overloadname == "Tensor":  # the meta kernel would read a number's value
             out = None if name.endswith("_") else [torch.empty_like(t) for t in args[0]]
         else:
             out = func(*args, **kwargs)

@@ -106,11 +106,7 @@ def findings() -> list[tuple[str, str, str]]:
         ("Muon instead of AdamW, both tuned", times(fair, "muon"), fair),
         ("Schedule-Free AdamW instead of AdamW, both tuned", times(fair, "schedule_free_adamw"), fair),
         ("Best levers on a tuned Muon: its steps for their loss", levers, "records/levers"),
-        (
-            f"Fastest of {len(contest)} optimizers tuned alike on {tasks} small tasks, against AdamW",
-            best,
-            "records/tuning",
-        ),
+        (f"The fastest of {len(contest)} optimizers tuned alike on {tasks} small tasks, over AdamW", best, "records/tuning"),
         ("Tricks expected to help at ten times the largest size tried", larger, "docs/scaling.md"),
         ("Error of `./run.sh plan` on published GPU runs", f"{off['median']:.1%} (median of {off['n']})", "benchmarks"),
         (f"Runs lost to {faults} kills and full disks", f"{lost}", "benchmarks"),

@@ -23,9 +23,8 @@ class SGD(Method, torch.optim.SGD):
 
     def __init__(self, params, lr=None, **given):
         super().__init__(params, lr, **given)
-        for (
-            group
-        ) in self.param_groups:  # torch 2.13's fused version on a CPU leaves 16-bit weights as they are (pytorch#191763)
+        # torch 2.13's fused version on a CPU leaves 16-bit weights as they are (pytorch#191763)
+        for group in self.param_groups:
             group["fused"] = not any(p.device.type == "cpu" and p.element_size() == 2 for p in group["params"])
 
     def arguments(self, nesterov, **values):

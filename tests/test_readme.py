@@ -90,7 +90,9 @@ def test_findings_are_few_and_say_when_nothing_was_shown():
     assert answers["Muon instead of AdamW, both tuned"].startswith("2.3 times as fast (")
     assert docs.times("records/comparisons/cpu-optimizers", "soap").startswith("not significant (p = 0.0")
     assert re.fullmatch(r"(`\w+` 1\.\d\dx(, )?)+", answers["Best levers on a tuned Muon: its steps for their loss"])
-    (fastest,) = (answer for question, answer in answers.items() if question.startswith("Fastest of 10 optimizers tuned alike"))
+    (fastest,) = (
+        answer for question, answer in answers.items() if question.startswith("The fastest of 10 optimizers tuned alike")
+    )
     assert fastest.startswith("`muon` ") and re.fullmatch(r"(`\w+` \d\.\dx(, )?){3}", fastest)
 
 

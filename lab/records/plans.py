@@ -81,7 +81,7 @@ def of_comparison(summary: Summary, rows: list[Row]) -> Arms:
 
 
 def stacks_of(options: argparse.Namespace, base: str, summary: Summary) -> dict[str, list[str]]:
-    """Arm -> its tricks. With --leave-out a named recipe, which may be another by now, is what its arms have together."""
+    """Arm -> its tricks. With --leave-out, all tricks of its arms are the named recipe, which may be another by now."""
     if not options.leave_out or base not in tricks.track(options.track).recipes:
         return dict(comparison.words_of_arms(options, base))
     told = {arm["name"]: arm["flags"][1].split(",") for arm in summary["arms"]}
@@ -140,8 +140,8 @@ def of_scaling(summary: Summary, rows: list[Row]) -> Arms:
     need(not missing, f"a cell is missing: {min(missing, default='')}")
     ran = {(row.phase, row.arm, row.steps, row.pair) for row in rows}
     planned = {(cell.phase, cell.arm.name, cell.steps, seed) for cell in cells for seed in made.seeds(cell.phase)}
-    for wrong, of_runs in (("is missing", planned - ran), ("that was not planned", ran - planned)):
-        need(not of_runs, f"a run {wrong}: {min(of_runs, default='')}")
+    need(not planned - ran, f"a run is missing: {min(planned - ran, default='')}")
+    need(not ran - planned, f"a run that was not planned: {min(ran - planned, default='')}")
     best = made.best_factors([cell for cell in cells if cell.phase == "retune"], rows)
     for cell in (cell for cell in cells if cell.phase != "retune"):
         factor = best[cell.rung, cell.name]
