@@ -13,7 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 from lab.tuning.space import Dimension
 from lab.tuning.tuned import Row, Table, Tables, step_seconds
 
-BUDGET = 24  # trials of a submission on a workload, its first study included
+BUDGET = 24  # trials of a submission on a workload, beside its first study
 GAIN = 0.005  # nats by which a move must lower the loss: less is noise
 SEED = 200_000  # of all trials of a descent; the final runs have the seeds after it
 SEEDS = 3  # final runs

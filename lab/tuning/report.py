@@ -83,11 +83,11 @@ def workload_table(track: str, tables: Tables) -> str:
 
 CONTEST = f"""## Contest
 
-Coordinate descent from the best point of each first study, {descent.BUDGET} trials at most with those of the study; then
-{descent.SEEDS} new seeds. A cell is the mean final loss (standard deviation), then the speed-up over AdamW in steps and in
-time: what AdamW needs for the worse of the two final losses over what the submission needs. The mean is of those in time. A
-*change* moves one setting by a factor, or takes weight decay away, on the same seed: it is better if it ends lower by more than
-{descent.TOLERANCE} nats ({descent.TOLERANCE_ON["wiki"]} on wiki)."""
+Coordinate descent from the best point of each first study, at most {descent.BUDGET} trials; then {descent.SEEDS} new seeds.
+A cell is the mean final loss (standard deviation), then the speed-up over AdamW in steps and in time: what AdamW needs for the
+worse of the two final losses over what the submission needs. The mean is of those in time. A *change* moves one setting by a
+factor, or takes weight decay away, on the same seed: it is better if it ends lower by more than {descent.TOLERANCE}
+nats ({descent.TOLERANCE_ON["wiki"]} on wiki)."""
 
 
 def contest(tables: dict[str, Tables]) -> list[str]:

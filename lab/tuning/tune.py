@@ -186,8 +186,8 @@ class Contest:
 
     def next_settings(self, job: Job) -> dict[str, float] | None:
         """Of a descent that `job` begins: its next trial."""
-        start, most = job.table.best(tuned.FIRST_STUDY), descent.BUDGET - len(job.table.of("search", tuned.FIRST_STUDY))
-        return descent.following(job.submission.dimensions, job.table, start and start.settings, most)
+        start = job.table.best(tuned.FIRST_STUDY)
+        return descent.following(job.submission.dimensions, job.table, start and start.settings, descent.BUDGET)
 
     # ---------------------------------------------------------------- the plan
 
@@ -210,14 +210,14 @@ class Contest:
 
     def left(self, track: str, entry: Submission) -> float:
         """What a submission still takes on a workload, in search trials; all that follows an unfinished search."""
-        options, kinds = self.options, ("search", "neighbour", "target")
-        search, near, target = (sum(not self.ended(job) for job in self.wanted(kind, track, entry)) for kind in kinds)
+        options, kinds = self.options, ("search", "neighbour", "target", "around", "final")
+        search, near, target, *later = (sum(not self.ended(job) for job in self.wanted(kind, track, entry)) for kind in kinds)
         if search:
             near, target = 4 * options.neighbours, options.target_seeds * (entry.name in SETTERS)
-        left = search + near + SHORT * target
-        if options.descend:  # at most
-            left += descent.BUDGET - options.trials - len(descent.rows_of(self.table(track, entry.name))) + descent.SEEDS
-        return left
+        if search or not self.ended(*self.wanted("descent", track, entry)):  # at most
+            moves, there = sum(len(descent.ways(d)) for d in entry.dimensions), descent.rows_of(self.table(track, entry.name))
+            later = descent.BUDGET - len(there), moves, descent.SEEDS
+        return search + near + SHORT * target + options.descend * sum(later)
 
     def plan(self) -> None:
         """Print it, with the trials cut to --machine-hours. Raises UsageError: not even one for everyone fits."""
@@ -270,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=5, help="per study (default: 5)")
     add("--studies", type=int, default=1, help="per submission and workload (default: 1; AlgoPerf: 3)")
     add("--neighbours", action=argparse.BooleanOptionalAction, default=True, help="also change each setting of the best alone")
-    further = f"then coordinate descent, {descent.BUDGET} trials in all, and {descent.SEEDS} new seeds"
+    further = f"then coordinate descent, {descent.BUDGET} trials, and {descent.SEEDS} new seeds"
     add("--descend", action="store_true", help=further)
     add("--target-seeds", type=int, default=3, help="reruns of those that set the target (default: 3; AlgoPerf: 20)")
     add_running(made)

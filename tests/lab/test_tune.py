@@ -256,9 +256,7 @@ def test_a_descent_ends_where_no_single_change_is_better(fake, tmp_path, capsys)
         rows, entry = descent.rows_of(table(tmp_path, name)), submission(name)
         end = descent.found(table(tmp_path, name))
         assert rows[0].settings == table(tmp_path, name).best().settings and {row.seed for row in rows} == {descent.SEED}
-        assert abs(math.log2(end.settings["lr"] / 3e-3)) < 0.6 and len(rows) <= descent.BUDGET - 3, (
-            end
-        )  # a factor of 2 is a move
+        assert abs(math.log2(end.settings["lr"] / 3e-3)) < 0.6 and len(rows) <= descent.BUDGET, end  # a factor of 2 is a move
         finals = table(tmp_path, name).of("final")
         assert [(r.seed - descent.SEED, r.settings) for r in finals] == [(n, end.settings) for n in (1, 2, 3)]
         rises = descent.rises(entry.dimensions, table(tmp_path, name))
@@ -383,6 +381,11 @@ def test_the_plan_counts_only_what_is_not_there(fake, tmp_path, capsys):
     assert hours("--trials", "3") == [2 * 4 * 1.5] * 2
     assert hours("--trials", "5", "--no-neighbours") == near(1.5 * (2 * 2 + 0.75))  # targets may be others then
     assert hours("--trials", "3", "--studies", "2", "--no-neighbours", "--machine-hours", "30") == near(1.5 * (2 * 3 + 0.75))
+    words = ("--trials", "3", "--no-neighbours", "--descend")
+    moves = sum(len(descent.ways(d)) for name in ("adamw", "muon") for d in submission(name).dimensions)
+    assert hours(*words) == near(1.5 * (2 * (descent.BUDGET + descent.SEEDS) + moves))
+    assert call(tmp_path, *words, "--optimizers", "adamw", "muon", "--target-seeds", "1") == 0
+    assert hours(*words) == [0, 0]
 
 
 def test_bad_words_are_one_line(fake, tmp_path, capsys):
