@@ -132,20 +132,20 @@ class Contest:
         left = [each for each in descent.changes(entry.dimensions, end.settings) if each not in done] if end else []
         return [job(0, n, descent.SEED, steps, each) for n, each in enumerate(left)]
 
-    def timings(self) -> list[Job]:
-        """Interleaved: AdamW and the best settings of those that met a target and were not trained beside it."""
-        jobs, adamw = [], submission("adamw")
-        for track in self.options.tracks:
-            runs, steps = {adamw: self.table(track, adamw.name)}, max(1, round(TIMED * length(track)))
-            target, cost = tuned.target_of(self.tables[track]), tuned.step_seconds(self.tables[track])
-            for entry in self.options.submissions if target else ():
-                table = self.table(track, entry.name)
-                if min(table.steps_of_studies(target["loss"]), default=math.inf) < math.inf and entry.name not in cost:
-                    runs[entry] = table
-            turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
-            for number, (entry, table) in product(range(TIMINGS), runs.items() if len(runs) > 1 else ()):
-                settings = best.settings if (best := table.best()) else entry.defaults()
-                jobs.append(Job("timing", track, entry, table, turn, number, 1000 * turn + number, steps, settings))
+    def timings(self, track: str) -> list[Job]:
+        """Interleaved: AdamW and the best settings of those that met the target and were not trained beside it."""
+        adamw, steps = submission("adamw"), max(1, round(TIMED * length(track)))
+        runs, cost = {adamw: self.table(track, adamw.name)}, tuned.step_seconds(self.tables[track])
+        target = tuned.target_of(self.tables[track])
+        for entry in self.options.submissions if target else ():
+            table = self.table(track, entry.name)
+            if min(table.steps_of_studies(target["loss"]), default=math.inf) < math.inf and entry.name not in cost:
+                runs[entry] = table
+        turn = 1 + max((row.study for table in runs.values() for row in table.of("timing")), default=-1)
+        jobs = []
+        for number, (entry, table) in product(range(TIMINGS), runs.items() if len(runs) > 1 else ()):
+            settings = best.settings if (best := table.best()) else entry.defaults()
+            jobs.append(Job("timing", track, entry, table, turn, number, 1000 * turn + number, steps, settings))
         return jobs
 
     # ---------------------------------------------------------------- training
@@ -245,7 +245,7 @@ class Contest:
             pairs = product(self.options.tracks, self.options.submissions)
             jobs = [job for track, entry in pairs for job in self.wanted(kind, track, entry)]
             self.train(kind, sorted(jobs, key=lambda job: (job.study, job.number)) if kind == "search" else jobs)
-        self.train("timing", self.timings())
+        self.train("timing", [job for track in self.options.tracks for job in self.timings(track)])
         if self.late:
             print(f"the hours are over: {self.late} trials were not begun; the same command continues", flush=True)
 
