@@ -41,7 +41,7 @@ def plain(name: str) -> str:
 class Row:
     """One trial that has ended, a line of a workload's table of a submission."""
 
-    kind: str  # search, neighbour, target or timing
+    kind: str  # as in `tune.Contest.wanted`, or timing
     study: int
     number: int
     seed: int
