@@ -256,7 +256,7 @@ class Training:
         stems = [Path(folder) for folder in config.branch.split(",") if folder]
         branch = partial(branching_point, stems, run.config, partial(shared_steps, config))
         try:
-            return self.checkpoints.first(config.resume, branch)
+            return self.checkpoints.first(config.resume, config.steps, branch)
         except UsageError:
             run.release()
             raise
@@ -441,7 +441,7 @@ class Training:
             self.run_folder.event("epoch", note, step=step, epoch=epoch)
 
     def log_step(self, loss: float, norm: float, step_time: float) -> None:
-        about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=self.optimizer.param_groups[0]["lr"])
+        about = dict(step=self.progress.step, tokens=self.tokens, loss=loss, lr=float(self.optimizer.param_groups[0]["lr"]))
         self.run_folder.event("train", **about, grad_norm=norm, step_time=step_time, train_time=self.clock.train_time)
         self.log_checkpoints()
 

@@ -116,10 +116,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UsageError(f"the preparation of {folder} has not ended; {repair(folder)}")
     try:
         manifest = read_json(folder / "dataset.json")
-        listed = [entry for split in ("train", "val") for entry in manifest["splits"][split]]
+        splits, most = [manifest["splits"][split] for split in ("train", "val")], manifest.get("vocab_size", 2**16)
+        listed = [entry for split in splits for entry in split]
         numbers = [manifest[key] for key in ("vocab_size", "eot") if key in manifest] + [entry["tokens"] for entry in listed]
         fine = all(SHARD_NAME.fullmatch(entry["file"]) and len(entry["sha256"]) == 64 for entry in listed)
-        fine &= all(type(number) is int and 0 <= number < 2**31 for number in numbers)
+        fine &= all(type(number) is int and 0 <= number < 2**31 for number in numbers) and all(splits)
+        fine &= manifest.get("eot", 0) < most
         if not fine or len({entry["file"] for entry in listed}) < len(listed):
             raise ValueError
         return manifest

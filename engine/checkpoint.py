@@ -176,7 +176,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is damaged"
         return misfit(folder)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError, RecursionError) as error:
-        return f"{DONE} or {STATE} is damaged ({type(error).__name__})"
+        return f"{DONE}, {STATE} or a file of tensors is damaged ({type(error).__name__})"
 
 
 def misfit(folder: Path) -> str | None:
@@ -186,11 +186,21 @@ def misfit(folder: Path) -> str | None:
         return f"{STATE} has no {wrong[0]}"
     if not state["step"] == state["progress"]["step"] == step_of(folder) or state["log_bytes"] < 0:
         return f"{STATE} is of another step"
+    progress = state["progress"]  # as train_gpt.Progress has it
+    numbers = [
+        progress["skipped"],
+        progress["process_time"],
+        progress["last_val"] or 0,
+        *itertools.chain(*progress["stages"].values()),
+    ]
+    reached = progress["reached"] or {"steps": 0, "time": 0}
+    if not all(type(x) in (int, float) and x >= 0 for x in (*numbers, reached["steps"], reached["time"])):
+        return f"{STATE} has a progress that no run makes"
     wanted = {r["tensor"]: (r["shape"] or [1], r["dtype"]) for r in references(state["optimizer"])}
     for rank, (i, size) in itertools.product(range(state["ranks"]), enumerate(state["rng"])):
         wanted[f"rng/{rank}/{i}"] = [size], "uint8"
     stored = {}
-    for shard in (folder / "state").glob("*.safetensors"):
+    for shard in (folder / WEIGHTS, *(folder / "state").glob("*.safetensors")):
         with safe_open(shard, "pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  # it is no dict
             stored |= {key: (part.get_shape(), DTYPES.get(part.get_dtype())) for key, part in slices.items()}
@@ -208,11 +218,12 @@ def listing(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
-def newest(folder: Path, log_bytes: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, if there is one that a log of so many bytes reaches to; a line for each passed over."""
+def newest(folder: Path, log_bytes: float = math.inf, steps: float = math.inf) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a run of at most so many steps, if there is one that a log of so many bytes reaches to; a
+    line for each passed over."""
     passed, whole = [], None
     for path in listing(folder):
-        if not (problem := damage(path)):
+        if not (problem := damage(path) or ("" if step_of(path) <= steps else f"the run has {steps} steps")):
             if read_json(path / STATE)["log_bytes"] <= log_bytes:
                 return path, passed
             whole, problem = whole or path, "log.jsonl ends before it"
@@ -367,12 +378,12 @@ class Checkpoints:
         written = sum(size for size, _ in listed.values())
         self.facts.append(dict(step=step, bytes=written, seconds=time.perf_counter() - begin, blocked=blocked))
 
-    def first(self, resume: str, branch: Callable[[], Path | None]) -> Path | None:
-        """On rank 0: the checkpoint to start from, the newest here or else of another run. Clears away what is no use. Raises
-        UsageError: `resume` is "must" and there is none."""
+    def first(self, resume: str, steps: int, branch: Callable[[], Path | None]) -> Path | None:
+        """On rank 0: the checkpoint to start from, the newest here of a run of so many steps, or else of another run. Clears
+        away what is no use. Raises UsageError: `resume` is "must" and there is none."""
         log = self.folder.parent / "log.jsonl"
         length = log.stat().st_size if log.exists() else 0
-        path, passed = newest(self.folder, length) if resume != "never" else (None, [])
+        path, passed = newest(self.folder, length, steps) if resume != "never" else (None, [])
         sys.stderr.writelines(f"{line}\n" for line in passed)
         path = path or branch()
         if path is None and resume == "must":

@@ -45,6 +45,8 @@ def command(name: str, work: Callable[[], int | str | None], argv: Sequence[str]
     Answer, or what `work` returns. 1 ranks died, hang or differ; 2 bad words, no memory or a full disk; 130 interrupted. Of
     several ranks one speaks. argv: what the user typed, which alone may name code."""
     trust(argv)
+    with contextlib.suppress(AttributeError):  # a terminal that has not every letter
+        sys.stdout.reconfigure(errors="replace")
     try:
         with aside(argv):
             done = work()

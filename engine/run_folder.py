@@ -53,7 +53,7 @@ def default_folder(settings: dict[str, Any]) -> str:
 
 def found(root: Path) -> list[Path]:
     """The run folders below a folder, the one whose log was written last first."""
-    logs = [path for path in root.rglob("log.jsonl") if (path.parent / "config.json").is_file()]
+    logs = [path for path in root.rglob("log.jsonl") if path.is_file() and (path.parent / "config.json").is_file()]
     return [path.parent for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
@@ -77,9 +77,9 @@ def atomic_write(path: Path, text: str | bytes) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UsageError: something in the folder, which may be somebody else's, is a link."""
-    if links := [path for path in folder.glob("*") if path.is_symlink()]:
-        raise UsageError(f"{links[0]} is a link, and would be written through: remove it, or choose another folder")
+    """Raises UsageError: something in the folder, which may be somebody else's, is a link, or neither file nor folder."""
+    if odd := [path for path in folder.glob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]:
+        raise UsageError(f"{odd[0]} is a {'link' if odd[0].is_symlink() else 'pipe'}: remove it, or choose another folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,6 +172,15 @@ def in_use(folder: Path) -> bool:
         return True
 
 
+def result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a run that has ended. None: there is none, or not the one whose hash ends the log."""
+    path, log = folder / "result.json", folder / "log.jsonl"
+    with contextlib.suppress(OSError, UsageError), intact(path):
+        there, end = read_json(path), json.loads(log.read_bytes().splitlines()[-1]) if log.is_file() else {}
+        same = end.get("result", "") in file_hash(path)  # logs did not always have it
+        return there if describe(there, folder) and there["status"] and same else None
+
+
 class Run:
     """The run folder and all that is written to it except checkpoints, by rank 0 (`main`) alone. Raises UsageError: the folder
     holds a run with other settings, or something else."""
@@ -195,11 +204,7 @@ class Run:
         else:
             if different := sorted(k for k, v in config.items() if k not in PRESENTATION and there.get(k, v) != v):
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
-        self.finished: dict[str, Any] | None = None  # the result of a run that has ended; one that is damaged is made again
-        with contextlib.suppress(OSError, UsageError):
-            there = read_json(folder / "result.json") if resume != "never" else {}
-            with intact(folder):
-                self.finished = there if describe(there, folder) and there["status"] else None
+        self.finished = result(folder) if resume != "never" else None  # of a run that has ended; a damaged one is made again
 
     def open(self, env: dict[str, Any], saved: dict[str, Any], display: Display, stem: Path | None = None) -> None:
         """On rank 0: write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of
@@ -247,9 +252,11 @@ class Run:
     def close(self, result: dict[str, Any]) -> None:
         """The run has ended: result.json says so."""
         if self.main:
-            self.event("end", status=result["status"], step=result["steps"], utc=now_utc())
+            text = json.dumps(result, indent=1)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            self.event("end", status=result["status"], step=result["steps"], utc=now_utc(), result=digest)
             self.log.close()
-            atomic_write(self.folder / "result.json", json.dumps(result, indent=1))
+            atomic_write(self.folder / "result.json", text)
             if asked := os.environ.get("RUN_FOLDER_GOES_TO"):  # a file of run.sh's, which shows this run then
                 Path(asked).write_text(str(self.folder.resolve()))
 

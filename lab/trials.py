@@ -27,7 +27,7 @@ RUNS = ROOT  # what the default run folders, runs/<track>/..., are relative to
 
 def whole_lines(path: Path) -> str:
     """The text of a file without a last line that is being written or was cut by a full disk; empty without a file."""
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_text(errors="replace") if path.is_file() else ""
     return text[: text.rfind("\n") + 1]
 
 
@@ -68,8 +68,8 @@ class Trial:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json of a run that has ended; None also for a damaged one, or for a run of other source code."""
-        return self.read("result.json") or None if self.env().get("source_sha256") == run_folder.source_hash() else None
+        """Of a run that has ended; None also for a damaged one, or for a run of other source code."""
+        return run_folder.result(self.folder) if self.env().get("source_sha256") == run_folder.source_hash() else None
 
     def env(self) -> dict[str, Any]:
         """What the run was trained by and on; empty without a run."""

@@ -337,7 +337,7 @@ class Muon(MatrixMethod):
     nesterov = hyper(True, "look one step ahead")
     weight_decay = DECAY(0.01, 1e-3, 0.3, WD)
     cautious = hyper(False, "decay only weights that the update shrinks (nanochat)")
-    steps = hyper(5, "orthogonalisation iterations", least=1)
+    steps = hyper(5, "orthogonalisation iterations", least=1, most=100)
     coefficients = hyper("quintic", f"of the iteration: {', '.join(COEFFICIENTS)} (cubic wants 12 steps)", choices=COEFFICIENTS)
     scale = hyper("keller", f"factor by shape: {', '.join(SCALES)}; learning rates do not carry over", choices=SCALES)
     normuon = hyper(False, "even out the rows of the update by their second moment")
@@ -400,7 +400,7 @@ class Muown(MatrixMethod):
     share = hyper(0.2, "of sqrt(max(rows, columns)), the scale of the direction's step", (0.05, 0.8, "log"))
     beta1, beta2, eps = BETA1(0.9), BETA2(0.95), EPS()
     weight_decay = DECAY(0.0, 1e-3, 0.3, WD)
-    steps = hyper(6, "orthogonalisation iterations", least=1)
+    steps = hyper(6, "orthogonalisation iterations", least=1, most=100)
     coefficients = hyper("polar_express", "of the iteration", choices=COEFFICIENTS)
     dtype = hyper("auto", "of the iteration: auto (bf16 where native), fp32, bf16", choices=("auto", *DTYPES))
     state_per_parameter = 4.0

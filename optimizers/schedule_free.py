@@ -145,7 +145,7 @@ class Prodigy(Estimating):
 
     lr = LR(1.0, 0.3, 3.0, "factor on the estimated rate; a schedule multiplies it")
     beta1, beta2, eps = BETA1(0.9), BETA2(0.95), EPS()
-    d0 = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"))
+    d0 = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"), least=1e-30)
     d_coef = hyper(1.0, "factor on the estimate", (0.5, 2.0, "log"))
     bias_correction = hyper(True, "Adam's, on lr")
     safeguard = hyper(True, "leave lr out of the denominator of the estimate")
@@ -184,7 +184,7 @@ class ScheduleFreeProdigy(Estimating, ScheduleFree):
 
     lr, beta1 = LR(1.0, 0.3, 3.0, "factor on the estimated rate"), BETA1(0.9, help=BETWEEN, least=1e-3)
     beta2, eps = BETA2(0.95), EPS()
-    d0 = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"))
+    d0 = hyper(1e-6, "first estimate of the rate; growing from it takes steps", (1e-7, 1e-5, "log"), least=1e-30)
     d_coef = hyper(1.0, "factor on the estimate", (0.5, 2.0, "log"))
     r = hyper(0.75, "step t has weight t^r in x", (0.0, 2.0, "linear"))
     warmup, weight_decay = WARMUP(0.075), DECAY(0.1)

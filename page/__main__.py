@@ -122,7 +122,7 @@ def own(folders: Sequence[Path]) -> Any:
     """Losses of run folders, finished or not. Raises UsageError: one holds no log."""
     rows = []
     for folder in folders:
-        if not (folder / "log.jsonl").exists():
+        if not (folder / "log.jsonl").is_file():
             raise UsageError(f"{folder} holds no log: name run folders, such as runs/tiny/*")
         kept = see(folder).losses
         points = list(enumerate(kept, start=1))[:: max(1, len(kept) // POINTS)]

@@ -561,8 +561,9 @@ def test_repeating_data_is_said(train, capsys, tmp_path):
     assert "all data seen 1 times" in capsys.readouterr().out
 
 
-def test_own_optimizer(train, tmp_path):
-    (tmp_path / "mine.py").write_text(OWN_OPTIMIZER)
+@pytest.mark.parametrize("rate", ["lr", "torch.tensor(lr)"])
+def test_own_optimizer(train, tmp_path, rate):
+    (tmp_path / "mine.py").write_text(OWN_OPTIMIZER.replace("dict(lr=lr)", f"dict(lr={rate})"))
     folder = train("--steps", "20", "--optimizer", f"{tmp_path / 'mine.py'}:SignDescent:lr=0.002")
     assert losses(folder)[-1] < losses(folder)[0] - 0.5
 

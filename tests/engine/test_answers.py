@@ -1,5 +1,6 @@
 """What every verb prints: its answer alone with --quiet, as JSON with --json, and never a colour."""
 
+import io
 import json
 import re
 import sys
@@ -42,6 +43,13 @@ def test_an_answer_is_words_or_json(capsys, monkeypatch, answer, code, printed):
     assert command("verb", lambda: work(answer), ["--json"]) == code
     out, err = capsys.readouterr()
     assert "on the way" in err and (json.loads(out) == printed if out else printed is None)
+
+
+def test_a_terminal_that_has_not_every_letter(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert command("verb", lambda: "caf\u00e9") == 0
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"caf?\n"
 
 
 def test_errors_are_said_with_quiet(capsys):

@@ -27,6 +27,7 @@ from engine import checkpoint, ranks, run_folder
 from engine.command import Interrupt
 from engine.schedules import SCHEDULES
 from engine.spec import UsageError
+from lab import trials
 
 SMALL = ("--layers", "1", "--batch-tokens", "256", "--val-tokens", "512")
 
@@ -271,8 +272,8 @@ def test_every_flipped_byte_is_found(two):
     ("harm", "message"),
     [
         (lambda p: (p / "DONE").unlink(), "not finished"),
-        (lambda p: (p / "DONE").write_text("{"), "DONE or state.json is damaged"),
-        (lambda p: (p / "DONE").write_text("[]"), "DONE or state.json is damaged"),
+        (lambda p: (p / "DONE").write_text("{"), "DONE, state.json or a file of tensors is damaged"),
+        (lambda p: (p / "DONE").write_text("[]"), "DONE, state.json or a file of tensors is damaged"),
         (lambda p: os.truncate(p / "model.safetensors", 1000), "model.safetensors is damaged"),
         (lambda p: (p / "state.json").unlink(), "does not hold the files"),
         (lambda p: (p / "state" / "more.safetensors").write_bytes(b""), "does not hold the files"),
@@ -803,11 +804,11 @@ def test_packed_state_comes_back():
             checkpoint.pack(wrong, "s", {}, {})
 
 
-def rewritten(path: Path, change) -> None:
-    """Somebody changes state.json, and DONE with it."""
-    state, done = (json.loads((path / name).read_text()) for name in ("state.json", "DONE"))
-    (path / "state.json").write_text(change if isinstance(change, str) else json.dumps(change(state) or state))
-    done["files"]["state.json"] = [(path / "state.json").stat().st_size, run_folder.file_hash(path / "state.json")]
+def rewritten(path: Path, change, name: str = "state.json") -> None:
+    """Somebody changes a file of a checkpoint, and DONE with it."""
+    there, done = path / name, json.loads((path / "DONE").read_text())
+    there.write_text(change if isinstance(change, str) else json.dumps(change(state := json.loads(there.read_text())) or state))
+    done["files"][name] = [there.stat().st_size, run_folder.file_hash(there)]
     (path / "DONE").write_text(json.dumps(done))
 
 
@@ -819,6 +820,12 @@ def rewritten(path: Path, change) -> None:
         lambda s: s.pop("progress") and None,
         lambda s: s.update(step="4"),
         lambda s: s["progress"].update(step=10**9),
+        lambda s: s["progress"].update(last_val="x"),
+        lambda s: s["progress"].update(reached={"step": 99}),
+        lambda s: s["progress"].update(stages=[]),
+        lambda s: s["progress"].update(stages={"256": "x"}),
+        lambda s: s["progress"].update(skipped=-5),
+        lambda s: s["progress"].update(process_time=-1e9),
         lambda s: s.update(rng=[10**13]),
         lambda s: s.update(log_bytes=-1),
         lambda s: s.update(optimizer={}),
@@ -836,6 +843,19 @@ def test_a_state_that_no_run_has_written_is_passed_over(two, change):
     assert path.name == "step-00000002" and "state.json" in line
 
 
+def test_weights_that_are_none_are_passed_over(two, train):
+    rewritten(two / "step-00000004", "words", "model.safetensors")
+    assert checkpoint.newest(two)[0].name == "step-00000002"
+
+
+def test_a_step_beyond_the_end_is_passed_over(two, train, capsys):
+    (two.parent / "result.json").unlink()
+    far = (two / "step-00000004").rename(two / "step-1000000000")
+    rewritten(far, lambda s: s.update(step=10**9, progress=s["progress"] | {"step": 10**9}))
+    assert result(train(*FOUR))["steps"] == 4
+    assert "step-1000000000 passed over: the run has 4 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("harm", ["pipe", "folder", "device"])
 def test_only_regular_files_are_read(two, harm):
     done = two / "step-00000004" / "DONE"
@@ -847,7 +867,10 @@ def test_only_regular_files_are_read(two, harm):
 def test_a_damaged_folder_goes_on_from_its_checkpoints(two, train, capsys):
     """Nothing is deleted that was not proven bad."""
     folder, whole = two.parent, losses(two.parent)
-    for text in ("", '{"status": "ok"}', "[" * 100_000):  # the result is made again
+    there = (folder / "result.json").read_text()
+    flipped = there.replace('"val_loss": 4', '"val_loss": 5'), there.replace('"train_time": ', '"train_time": 1')
+    for text in ("", '{"status": "ok"}', "[" * 100_000, *flipped):  # the result is made again
+        assert text != there
         (folder / "result.json").write_text(text)
         assert losses(train(*FOUR)) == whole and result(folder)["status"] == "ok"
     for text in ("{", "[1]", None):  # the checkpoint knows the hash of its settings
@@ -894,6 +917,10 @@ def test_links_in_a_run_folder_are_refused(train, tmp_path, capsys):
         train("--steps", "2", code=2)
         assert f"{name} is a link" in capsys.readouterr().err
         assert outside.is_dir() or outside.read_text() == "mine"
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        train("--steps", "2", code=2)
+        assert f"{name} is a pipe" in capsys.readouterr().err and not trials.whole_lines(folder / name)
         (folder / name).unlink()
         kept.rename(folder / name)
 
