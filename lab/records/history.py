@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import tricks
@@ -83,6 +84,8 @@ def tree(tree: Tree) -> str:
     expected = {"README.md", *folders, *(name for name in may if (tree.folder / name).exists())}
     judge.only_files(tree.folder, expected, "folder of records", folders)
     page = (tree.folder / "README.md").read_text()
+    for link in re.findall(r"\]\((\w[\w./-]*)", page):
+        judge.need((tree.folder / link).exists(), f"README.md leads to {link}, which is not there")
     for place in sorted(folders - {"tuning", "levers"}):
         here = tree.folder / place
         beside = (here / "README.md").read_text() if place == "published" else ""

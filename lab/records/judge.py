@@ -28,6 +28,7 @@ from lab.records import record as records
 Points = Sequence[tuple[int, float]]  # (step, loss)
 MOST_GAP = {500: 0.25, 0: 0.5}  # nats between the last validation and the training loss before it, by least steps of the run
 MOST_GAP_BEFORE = 1.0  # at earlier validations: the schedule has hardly begun to fall
+MOST_BELOW = 0.5  # nats by which a training loss may be below all validations: kept runs stay within 0.2
 ALIKE = 0.1  # of the scatter from step to step: seeds differ by about as much as steps do
 LEAST_MEMORY = 200_000_000  # bytes of a process that has imported torch
 OLDER_SOURCES = ("data", "optimizers")  # folders that once ran, beside the files at the top; later without these:
@@ -79,7 +80,8 @@ def judge(kept: Any, rules: Mapping[str, Callable[[Any], str]]) -> list[Verdict]
 
 def only_files(folder: Path, expected: set[str], what: str, folders: Collection[str] = ()) -> None:
     """Broken: a file is missing, not expected or a link, or a text names a path of the machine that it is from."""
-    there = {path.name for path in folder.iterdir()} - {"lock"}  # of who writes there, which git leaves out too
+    lock = folder / "lock"  # of who writes there, which git leaves out too
+    there = {path.name for path in folder.iterdir() if path != lock or not path.is_file()}
     links = {name for name in there if (folder / name).is_symlink()}
     for wrong, names in (("missing", expected - there), (f"not part of a {what}", there - expected), ("a link", links)):
         need(not names, f"{wrong}: {', '.join(sorted(names))}")
@@ -90,7 +92,8 @@ def only_files(folder: Path, expected: set[str], what: str, folders: Collection[
 
 
 def smooth(who: str, steps: int, train: Points, val: Points, future: bool = False) -> None:
-    """Broken: a validation loss is far from the training losses just before it. future: training also predicts later tokens."""
+    """Broken: a validation loss is far from the training losses just before it, or a training loss far below all of them.
+    future: training also predicts later tokens."""
     need(all(isinstance(x, (int, float)) and math.isfinite(x) for _, x in (*train, *val)), f"{who}: a loss is no number")
     last = max(1, len(train) // 20)
     for at, loss in val:
@@ -98,6 +101,10 @@ def smooth(who: str, steps: int, train: Points, val: Points, future: bool = Fals
         most = next(gap for least, gap in MOST_GAP.items() if steps >= least) if at == steps else MOST_GAP_BEFORE * (1 + future)
         words = f"{who}: the validation loss at step {at} is {loss:.4f}, the training loss before it {before:.4f}"
         need(abs(loss - before) <= most, f"{words}: further apart than {most:g}")
+    low, least = min((x for _, x in train), default=0), min((x for _, x in val), default=0)
+    need(
+        low >= least - MOST_BELOW, f"{who}: a training loss of {low:.4f} lies far below all validations, {least:.4f} the least"
+    )
 
 
 def unlike(runs: Mapping[str, Sequence[float]]) -> None:
@@ -136,12 +143,16 @@ def at_commit(commit: str) -> tuple[set[str], datetime]:
 
 
 def made_at(commit: str, source: str, ended: Iterable[str]) -> None:
-    """Broken: the commit has another source than the runs, or is younger than one of them; a run is from the future."""
+    """Broken: the commit has another source than the runs, or is younger than one of them; a run is from the future. A `+` at
+    its end: its files were changed."""
     times, now = list(map(ledger.moment, filter(None, ended))), ledger.moment(run_folder.now_utc())
     for time in times:
         need(time <= now, f"a run ended in the future: {time}")
-    hashes, made = at_commit(commit)
-    need(any(known.startswith(source) for known in hashes), f"commit {commit[:12]} has not the source {source[:12]}")
+    hashes, made = at_commit(commit.rstrip("+"))
+    need(
+        commit.endswith("+") or any(known.startswith(source) for known in hashes),
+        f"commit {commit[:12]} has not the source {source[:12]}",
+    )
     for time in times:
         need(made <= time, f"a run of {time} is older than its commit {commit[:12]}, of {made}")
 

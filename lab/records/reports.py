@@ -121,24 +121,28 @@ def settings(report: Report) -> str:
             need(not again or len(moving) == 1, f"{who}: other tokens or FLOPs a step than other runs of the recipe")
             continue
         try:
-            tokens, flops = work(tuple(plans.without(plans.registered(flags), "--optimizer")), row.steps)
+            tokens, _, flops = work(flags, row.steps)
         except UsageError as error:
             need(not of_today, str(error))
             raise NotCheckable(f"today's trainer cannot train {row.arm}: {error}") from None
-        need(row.tokens == tokens, f"{who}: {row.tokens:,} tokens, by its settings {tokens:,}")
-        same = math.isclose(row.flops, flops * tokens, rel_tol=1e-6)
-        need(same, f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * tokens:.6g}")
+        need(row.tokens == tokens[-1], f"{who}: {row.tokens:,} tokens, by its settings {tokens[-1]:,}")
+        same = math.isclose(row.flops, flops * row.tokens, rel_tol=1e-6)
+        need(same, f"{who}: {row.flops:.6g} FLOPs, by its settings {flops * row.tokens:.6g}")
         if of_today and row in report.counted:
             name = trials.Trial(trials.Arm(row.arm, flags, shift), row.steps, row.pair).folder.name
             need(row.run == name, f"{who}: a run of these settings is named {name}, not {row.run}")
+    if moving:
+        raise NotCheckable("what `record` was then, trains no more")
     return f"{len(first)} arms"
 
 
 @cache
-def work(flags: tuple[str, ...], steps: int) -> tuple[int, int]:
-    """Tokens of a run and FLOPs a token."""
-    config, model, _ = resolve([*flags, "--steps", str(steps)])
-    return Course(config).units_before(steps) * config.batch_tokens, mean_flops(config, model)
+def work(flags: tuple[str, ...], steps: int) -> tuple[list[int], list[int], int]:
+    """Of a run: tokens after so many steps, the steps of its validations, FLOPs a token."""
+    config, model, _ = resolve([*plans.without(plans.registered(flags), "--optimizer"), "--steps", str(steps)])
+    before, every = Course(config).units_before, config.val_every or math.ceil(steps / 5)
+    tokens = [before(step) * config.batch_tokens for step in range(steps + 1)]
+    return tokens, [*range(every, steps, every), steps], mean_flops(config, model)
 
 
 def named(row: ledger.Row) -> str:
@@ -159,9 +163,12 @@ def curves(report: Report) -> str:
         span = math.ceil(steps / report.kind.points)
         need([c["step"] for c in train] == [*range(span, steps, span), steps], f"{who}: curves.csv lacks points")
         for part, key in product((train, val), ("step", "tokens", "train_time")):
-            values = [c[key] for c in part]
+            values = [0, *(c[key] for c in part)]
             need(values == sorted(values), f"{who}: {key} runs backwards in curves.csv")
-        future = "future" in " ".join(report.flags.get(arm, ()))
+        flags = report.flags.get(arm, ())
+        if flags and "record" not in flags:  # what `record` was then, trains no more
+            as_planned(who, lines, flags, steps)
+        future = "future" in " ".join(flags)
         judge.smooth(who, steps, *([(c["step"], c["loss"]) for c in part] for part in (train, val)), future)
         alike[arm, steps][who] = [c["loss"] for c in train]
         ends[run] += val[-1:]
@@ -180,6 +187,18 @@ def curves(report: Report) -> str:
     return f"{len(drawn)} curves"
 
 
+def as_planned(who: str, lines: list[dict[str, Any]], flags: tuple[str, ...], steps: int) -> None:
+    """Broken: a curve has other validations or tokens than its flags lead to."""
+    try:
+        tokens, planned, _ = work(flags, steps)
+    except (UsageError, NotCheckable):  # as `settings` says
+        return
+    validated = [c["step"] for c in lines if c["kind"] == "val"]
+    need(validated == planned, f"{who}: validated at steps {validated}, planned are {planned}")
+    for step, seen in ((c["step"], c["tokens"]) for c in lines):
+        need(seen == tokens[step], f"{who}: {seen:,} tokens at step {step}, by its settings {tokens[step]:,}")
+
+
 def confirmed(report: Report) -> str:
     """Every planned confirming run of a comparison has a line, failed ones too. All arms on one seed ran within the hour."""
     summary = report.summary
@@ -191,7 +210,7 @@ def confirmed(report: Report) -> str:
     for name, steps in planned.items():
         rows = [row for row in report.counted if (row.arm, row.steps, row.phase) == (name, steps, "confirm")]
         ran, most = sorted(row.pair for row in rows), max(len(rows), summary["seeds"])
-        need(ran == list(range(most)), f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
+        need(len(ran) == most and ran == [*range(len(ran))], f"{name}: confirmed by the seeds {ran}, not by 0 to {most - 1}")
     for far in ledger.turns_apart(row for row in report.counted if row.steps == planned.get(row.arm)):
         raise Broken(f"pair {far['pair']} lies {far['hours']:.1f} hours apart: interleaved is within the hour")
     return f"{summary['seeds']} seeds of {len(planned)} arms"
@@ -233,14 +252,11 @@ def data(report: Report) -> str:
 def code(report: Report) -> str:
     """The commits that the trials name have their source, and are older than the trials."""
     kept = defaultdict(list)
-    for row in (row for row in report.rows if row.source):
+    for row in (row for row in report.rows if row.status == "ok" or row.source):
+        need(row.source and row.data, f"{named(row)}: it does not say its source and data")
         kept[row.commit, row.source].append(row.ended)
     for (commit, source), ended in kept.items():
-        try:
-            judge.made_at(commit.rstrip("+"), source, ended)
-        except Broken:
-            if not commit.endswith("+"):  # its files were changed
-                raise
+        judge.made_at(commit, source, ended)
     return f"{len(kept)} commits"
 
 

@@ -168,13 +168,19 @@ def whole(log: records.Log, steps: int, settings: dict[str, Any]) -> None:
     ran = [step for step, _ in validations]
     need(ran == planned, f"{name} was validated at steps {ran}, planned are {planned}")
     judge.smooth(name, steps, points, validations, settings.get("future_tokens", 0))
-    strange = {e["event"] for e in log.events} - EVENTS
+    kinds = [e["event"] for e in log.events]
+    framed = kinds[0] == "start" and kinds[-1] == "end" and kinds.count("start") == kinds.count("end") == 1
+    need(framed, f"{name} has not one start and one end")
+    strange = {*kinds} - EVENTS
     need(not strange, f"{name} has the event {min(strange, default='')}")
-    met = [(step, loss) for step, loss in validations if loss <= settings["target_loss"]][:1]
-    said = [(e["step"], e["loss"]) for e in log.of("target")]
+    met = [(step, loss, settings["target_loss"]) for step, loss in validations if loss <= settings["target_loss"]][:1]
+    said = [(e["step"], e["loss"], e["target_loss"]) for e in log.of("target")]
     need(said == met, f"{name}: the target was met at {met}, the log says {said}")
     for e in log.of("checkpoint"):
         need(0 < e["step"] <= steps and e["bytes"] > 0, f"{name}: a checkpoint of step {e['step']}, {e['bytes']} bytes")
+    order = ("train", "val", "target")  # of those of one step
+    passed = [(e.get("last", e.get("step")), order.index(e["event"])) for e in log.events if e["event"] in order]
+    need(passed == sorted(passed), f"{name}: its events are not in the order of their steps")
 
 
 def statistics(record: Record) -> str:
@@ -267,8 +273,9 @@ def clock(record: Record) -> str:
             need(span + 1 >= total, f"{name}: steps of {total:.0f} s between a start and an end {span:.0f} s apart")
     need(about["date"] == (record.logs[-1].ended or "unknown")[:10], "the date is not that of the last run's end")
     today(record)
-    for log in record.logs:
-        robust = log.robust_train_time(about["settings"])
+    rivals = about["against"]["settings"] if record.timed_anew else {}
+    for log in record.all_logs:
+        robust = log.robust_train_time(about["settings"] if log in record.logs else rivals)
         same = robust is None or math.isclose(robust, log.end["robust_train_time"], rel_tol=1e-3)
         need(same, f"{log.path.name}: robust time is not steps x median step")
     return f"sums agree; {about['statistics']['stalled']} of {len(record.logs)} runs stalled"

@@ -1,7 +1,7 @@
 """The tuning tables kept in records/, and the rules that they must keep."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import zip_longest
@@ -68,13 +68,22 @@ def files(tuning: Tuning) -> str:
 
 
 def trials(tuning: Tuning) -> str:
-    """No trial is there twice. A loss is the end of its curve, which has no lone low point; CPU time is that of computing."""
+    """No trial is there twice. A loss is the end of its curve, which has all its points and no lone low one; CPU time is that
+    of computing."""
     count = 0
     for who, _, _, rows in tuning.rows():
         need(len({row.key for row in rows}) == len(rows), f"{who}: a trial stands there twice")
-        ended = [row for row in rows if row.status == "ok"]
-        for row in ended:
+        ended, curves = [row for row in rows if row.status == "ok"], {}
+        for row in rows:
             name = f"{who}, {row.kind} {row.study}, {row.number}"
+            need((row.status == "ok") == math.isfinite(row.val_loss), f"{name}: {row.status} with the loss {row.val_loss}")
+            need(0 <= row.seconds < math.inf, f"{name}: {row.seconds} s of CPU time")
+            if row.status != "ok":
+                continue
+            steps, planned = [step for step, _ in row.losses], tune.validations(row.steps)
+            need(steps == planned, f"{name}: validated at steps {steps}, planned are {planned}")
+            same = curves.setdefault(tuple(row.losses), row)
+            need((same.seed, same.settings) == (row.seed, row.settings), f"{name} has the curve of {same.kind} {same.number}")
             step, last = row.losses[-1]
             same = step == row.steps and math.isclose(last, row.val_loss, rel_tol=1e-4)
             need(same, f"{name}: {row.val_loss}, by its curve {last}")
@@ -88,8 +97,8 @@ def trials(tuning: Tuning) -> str:
 
 def studies(tuning: Tuning) -> str:
     """Settings and seed of each trial are those of its study: points of the space, one setting off them, or repeats; a
-    descent's trials follow from the losses before them."""
-    own = []
+    descent's trials follow from the losses before them. None of a study, of a point's neighbours or of an end is missing."""
+    own, sizes = [], set()
     for who, track, name, rows in tuning.rows():
         if ":" in name:
             own.append(who)
@@ -100,8 +109,14 @@ def studies(tuning: Tuning) -> str:
             search[row.study][row.number] = row
         for study, of in search.items():
             need(sorted(of) == list(range(len(of))), f"{who}: study {study} has the trials {sorted(of)}")
+            sizes.add(len(of))
+            need(len(sizes) == 1, f"{who}: study {study} has {len(of)} trials, another has {max(sizes)}")
             for number, settings in enumerate(points(entry.dimensions, len(of), study)):
                 need(of[number].settings == settings, f"{who}: trial {number} of study {study} is no point of it")
+        near = Counter((row.study, row.number // 10) for row in rows if row.kind == "neighbour")
+        for (study, number), count in near.items():
+            whole = len(tuned.neighbours(search[study][number].settings)) if number in search[study] else 0
+            need(count == whole, f"{who}: {count} neighbours of trial {number} of study {study}, not {whole}")
         length, of_descent = tune.length(track), descended(who, entry, tuning.tables[track][name])
         for row in rows:
             allowed = planned(row, search, length) + [(seed, length, each) for seed, each in of_descent.get(row.kind, ())]
@@ -122,10 +137,16 @@ def descended(who: str, entry: Submission, table: tuned.Table) -> dict[str, list
     """(seed, settings) that the trials of a descent may have, by their kind. Broken: its own did not come in this order."""
     if not (rows := descent.rows_of(table)):
         return {}
-    tried, end = in_order(who, entry, table.best(tuned.FIRST_STUDY).settings, rows), descent.found(table).settings
+    start, end = table.best(tuned.FIRST_STUDY).settings, descent.found(table).settings
+    tried, off = in_order(who, entry, start, rows), descent.changes(entry.dimensions, end)
+    if finals := table.of("final"):
+        need(descent.following(entry.dimensions, table, start, descent.BUDGET) is None, f"{who}: its descent has not ended")
+        need(len(finals) == descent.SEEDS, f"{who}: {len(finals)} final runs, not {descent.SEEDS}")
+        done = len(descent.rises(entry.dimensions, table))
+        need(done == len(off), f"{who}: {done} of {len(off)} changes of its end were tried")
     return {
         "descent": [(descent.SEED, each) for each in tried],
-        "around": [(descent.SEED, each) for each in descent.changes(entry.dimensions, end)],
+        "around": [(descent.SEED, each) for each in off],
         "final": [(descent.SEED + 1 + n, end) for n in range(descent.SEEDS)],
     }
 
@@ -169,6 +190,11 @@ def moves(board: Levers) -> str:
         end = descent.found(board.tables[track]["muon"], levers.TRIALS).settings
         entry, of, best = levers.entry(name, end), descent.rows_of(table), descent.found(table).settings
         in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end), of)
+        again, most = (len(levers.LENGTHS), 2 * levers.TRIALS) if name == "muon" else (0, levers.TRIALS)
+        counts = {"final": levers.SEEDS, "length": levers.SEEDS * again}
+        lacks = [kind for kind, count in counts.items() if len(table.of(kind)) != count]
+        lacks += ["descent"] * (descent.following(entry.dimensions, table, of[0].settings, most) is not None)
+        need(not lacks, f"{who}: not all of its planned {', '.join(lacks)} runs are there")
         lengths = {"final": {length}, "descent": {length}, "timing": {round(tuned.TIMED * length)}}
         lengths["length"] = {round(part * length) for part in levers.LENGTHS}
         for row in rows:
