@@ -261,7 +261,7 @@ def steps_of_arms(flag: str, words: list[str], example: str) -> dict[str, list[i
     for word in words:
         name, equals, given = word.rpartition("=")
         lengths = given.split(",")
-        if not equals or (len(lengths) > 1 and "," not in example) or not all(n.isdigit() and int(n) for n in lengths):
+        if not equals or (len(lengths) > 1 and "," not in example) or not all(n.isdecimal() and int(n) for n in lengths):
             raise UsageError(f"{flag} takes ARM=STEPS, such as baseline={example}; not {word!r}")
         steps[name] = [int(n) for n in lengths]
     return steps

@@ -30,7 +30,7 @@ def load_model(run: Path) -> tuple[GPT, dict]:
         gpt, course = GPT(ModelConfig(**only(ModelConfig, config))), Course(SimpleNamespace(**config))
     except FileNotFoundError:
         raise UsageError(f"{run} holds no run; ./run.sh runs lists them") from None
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{run / 'config.json'}: {error}") from None
     path = checkpoint.trained(run)
     checkpoint.load_weights(gpt, path)
@@ -55,7 +55,8 @@ def opened(options: argparse.Namespace) -> tuple[Path, GPT, tokenizers.Tokenizer
     if not options.run:
         print(f"the newest run: {run}", file=sys.stderr)
     gpt, config = load_model(run)
-    return run, gpt, tokenizers.get(config["tokenizer"], options.data_root)
+    with intact(run / "config.json"):
+        return run, gpt, tokenizers.get(config["tokenizer"], options.data_root)
 
 
 @torch.no_grad()

@@ -237,6 +237,7 @@ class Training:
         folder = self.run_folder.checkpoints
         origin = dict(config=settings_hash(settings), data=self.fingerprint, source=source_hash())
         self.checkpoints = Checkpoints(folder, origin, config.keep, config.milestone_every)
+        self.alone = not (config.checkpoint_minutes or config.checkpoint_every)  # weights are kept, at the end, if need be
         self.saved: int | None = None  # step of the last checkpoint
         self.wire_bytes = 0 if world.size == 1 else None  # that this rank sends in a step; None: not measured yet
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; once a step has summed them up, of all ranks
@@ -325,6 +326,8 @@ class Training:
             if config.minutes:
                 self.seconds = self.world.of_main(f"seconds/{progress.step}", self.clock.train_time)
             step, over = progress.step, self.position >= config.steps
+            if step == 1:  # what no checkpoint can hold is said now, not after ten minutes
+                self.checkpoints.packed(self.optimizer.state_dict(), self.alone)
             if config.check_ranks and step % config.check_ranks == 0:
                 self.clock.pause()
                 self.world.check_equal(list(self.gpt.parameters()), f"step {step}: weights")
@@ -497,11 +500,10 @@ class Training:
         self.world.beat(f"step {self.progress.step}: checkpoint")
         progress = asdict(self.progress) | {"process_time": sum(self.world.gather(self.progress.process_time))}
         extra, rng = dict(progress=progress) | self.run_folder.logged(), generators(self.world.device)
-        alone = not (self.config.checkpoint_minutes or self.config.checkpoint_every)
         with self.evaluated():
             if not torch.stack([p.isfinite().all() for p in self.gpt.parameters()]).all():
                 raise Diverged
-            self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra, alone)
+            self.checkpoints.save(self.progress.step, self.gpt, self.optimizer.state_dict(), rng, extra, self.alone)
         self.saved_at, self.saved = time.monotonic(), self.progress.step
 
     def restore(self) -> dict[str, Any]:
@@ -574,7 +576,9 @@ def train(argv: list[str]) -> Answer | int:
         else:
             said, code = f"stopped after step {training.progress.step}; the same command continues: {folder}", STOPPED
         return Answer(said, result, code) if world.main else code
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU has it
+            raise
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         advice = more_memory(config, model_config, world.size, world.device.type, hardware.card_memory(world.device))
         raise UsageError(f"rank {world.rank}, {world.doing}: {said}; {advice}", world.first("out of memory")) from error

@@ -131,8 +131,8 @@ def prepare(name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (
         raise UsageError(f"unknown corpus {name!r}: {nearest(name, CORPORA)} (for your own text give --files)")
     if files and corpus:
         raise UsageError(f"{name!r} is a corpus already: give your files another name")
-    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
-        raise UsageError(f"{name!r:.50} is no name of a corpus: at most 100 letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII):
+        raise UsageError(f"{name!r:.50} is no name of a corpus: at most 100 letters a to z, digits, '_', '-' and '.'")
     folder = shards.dataset_folder(data_root, name, tokenizer)
     if corpus and corpus.texts is None:
         if tokenizer != "gpt2":

@@ -251,7 +251,8 @@ def branching_point(folders: Iterable[Path], settings: dict[str, Any], shared: C
             raise UsageError(f"--branch {folder}: there is no run") from None
         if settings_hash(other, ("steps",)) != settings_hash(settings, ("steps",)):
             raise UsageError(f"--branch {folder}: it differs from this run in more than its steps")
-        most = shared(other["steps"])
+        with intact(folder / "config.json"):
+            most = shared(other["steps"])
         usable += [p for p in listing(folder / "checkpoints") if step_of(p) <= most and damage(p) is None][:1]
     return max(usable, key=step_of, default=None)
 
@@ -318,13 +319,7 @@ class Checkpoints:
         OSError: the checkpoint before could not be written, such as to a full disk."""
         begin = time.perf_counter()
         self.wait()
-        tensors: dict[str, Tensor] = {}
-        try:
-            packed = pack(optimizer, "optimizer", tensors, {})
-        except TypeError as error:
-            if not alone:
-                raise UsageError(f"{error}; --checkpoint-minutes 0 trains without, and keeps the weights alone") from None
-            packed, tensors = {"dict": []}, {}
+        packed, tensors = self.packed(optimizer, alone)
         shared = [packed] * self.ranks
         if self.group:
             dist.all_gather_object(shared, packed, group=self.group)
@@ -342,6 +337,16 @@ class Checkpoints:
         about = dict(step=step, ranks=self.ranks, rng=[len(state) for state in rng], optimizer=merged(shared))
         state = json.dumps(extra | self.origin | about)  # now: training goes on
         self.pending = self.worker.submit(self._write, step, state, time.perf_counter() - begin)
+
+    def packed(self, optimizer: State, alone: bool) -> tuple[Any, dict[str, Tensor]]:
+        """An optimizer's state by `pack`, and its tensors. alone, UsageError: as `save` has them."""
+        tensors: dict[str, Tensor] = {}
+        try:
+            return pack(optimizer, "optimizer", tensors, {}), tensors
+        except TypeError as error:
+            if not alone:
+                raise UsageError(f"{error}; --checkpoint-minutes 0 trains without, and keeps the weights alone") from None
+            return {"dict": []}, {}
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
         old = self.copies.get(name)

@@ -39,7 +39,7 @@ def setting(default, help: str, choices=None, least: float = 0, most: float = ma
 
 
 # Names of numbers whose range everybody means the same by, in classes of others too: least, below
-RANGES = {r"(.*_)?(lr|eps|weight_decay)\d*": (0, math.inf), r"(.*_)?(betas?|momentum)\d*": (0, 1)}
+RANGES = {r"(.*_)?(lr|eps|weight_decay|lambd|alpha|dampening|rho|t0)\d*": (0, math.inf), r"(.*_)?(betas?|momentum)\d*": (0, 1)}
 
 
 def refusal(name: str, value: Any, about: Mapping[str, Any]) -> str:
@@ -117,12 +117,12 @@ def typed_keys(cls: type) -> dict[str, Any]:
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    try:
-        hints = typing.get_type_hints(cls.__init__)
-    except Exception:  # annotations of a class of others, with names that do not exist
-        hints = {}
-    keys = {}
+    keys, hints = {}, {}
     for place, p in enumerate(inspect.signature(cls).parameters.values()):
+        if p.annotation is not p.empty:
+            with contextlib.suppress(Exception):  # an annotation of others, with a name that does not exist
+                alone = types.SimpleNamespace(__annotations__={p.name: p.annotation})
+                hints |= typing.get_type_hints(alone, cls.__init__.__globals__)
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and (place or p.default is not p.empty):
             default = None if p.default is p.empty else p.default
             of_default = int | float if type(default) is int else type(default)

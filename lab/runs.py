@@ -58,7 +58,7 @@ def see(folder: Path) -> Seen:
     try:
         config = read_json(folder / "config.json")
         steps, whole = int(config.get("steps") or 0), 60 * float(config.get("minutes") or 0)
-    except (OSError, UsageError, ValueError, TypeError):
+    except (OSError, UsageError, ArithmeticError, ValueError, TypeError):
         steps = whole = 0
     left = whole - seconds if whole else seconds / step * (steps - step) if step and steps else math.nan
     state = "training" if time.time() - written < LIVE else "stopped"

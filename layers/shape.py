@@ -11,12 +11,12 @@ from layers.attention import ATTENTION
 class ModelConfig:
     """Shape and form of the model. Raises UsageError: fields that contradict each other."""
 
-    vocab_size: int = setting(50257, "tokens in the vocabulary", least=1)
-    sequence_length: int = setting(1024, "context, tokens", least=1)
-    layers: int = setting(12, "transformer blocks", least=1)
+    vocab_size: int = setting(50257, "tokens in the vocabulary", least=1, most=2**24)
+    sequence_length: int = setting(1024, "context, tokens", least=1, most=2**30)
+    layers: int = setting(12, "transformer blocks", least=1, most=1000)
     heads: int = setting(12, "attention heads per block", least=1)
-    width: int = setting(768, "residual width, channels", least=1)
-    mlp_ratio: int = setting(4, "hidden width of the MLP / residual width", least=1)
+    width: int = setting(768, "residual width, channels", least=1, most=2**20)
+    mlp_ratio: int = setting(4, "hidden width of the MLP / residual width", least=1, most=1000)
     dropout: float = setting(0.0, "dropout probability on embeddings, attention weights and both residual branches", below=1)
     bias: bool = setting(True, "biases in linear layers and LayerNorms (speedruns drop them: modded-nanogpt #2)")
     norm: str = setting("layernorm", "normalisation (RMSNorm: arXiv 1910.07467)", ("layernorm", "rmsnorm"))
@@ -26,7 +26,7 @@ class ModelConfig:
         "position encoding; rotary: arXiv 2104.09864; half_rotary: only half of each head turns, modded-nanogpt #17",
         ("learned", "rotary", "half_rotary"),
     )
-    rotary_base: float = setting(10000.0, "slowest rotary wavelength / 2 pi, tokens (modded-nanogpt: 1024)")
+    rotary_base: float = setting(10000.0, "slowest rotary wavelength / 2 pi, tokens (modded-nanogpt: 1024)", least=1)
     yarn: bool = setting(False, "rotary positions and q.k follow a growing window (arXiv 2309.00071, modded-nanogpt #31)")
     qk_norm: bool = setting(False, "RMS-normalise queries and keys per head (arXiv 2010.04245, modded-nanogpt #5)")
     attention_scale: float = setting(0.0, "factor on q.k; 0 means 1/sqrt(head width) (modded-nanogpt #20: 0.12)")
@@ -37,13 +37,13 @@ class ModelConfig:
     head_bias: bool = setting(False, "a bias on the logits")
     tied_head: bool = setting(True, "head shares its weight with the token embedding (untied: modded-nanogpt #8)")
     embed_norm: bool = setting(False, "normalise right after the embedding (modded-nanogpt #8)")
-    logit_softcap: float = setting(0.0, "bound on the logits, nats; 0 is off (Gemma 2: 30, modded-nanogpt #18: 15)")
+    logit_softcap: float = setting(0.0, "bound on the logits, nats; 0 is off (Gemma 2: 30, modded-nanogpt #18: 15)", most=1e6)
     softcap_form: str = setting(
         "rational",
         "c x / sqrt(x^2 + c^2), c tanh(x / c), or c sigmoid((x + 5) / 7.5) (modded-nanogpt #54, with c = 23)",
         ("rational", "tanh", "sigmoid"),
     )
-    vocab_multiple: int = setting(1, "pad embedding and head to a multiple of this; no logits of padding", least=1)
+    vocab_multiple: int = setting(1, "pad embedding and head to a multiple of this; no logits of padding", least=1, most=2**24)
     head_dtype: str = setting(
         "same",
         "head's products in training; same: as activations; auto: 8-bit floats where the card has them (modded-nanogpt #19)",
@@ -91,8 +91,8 @@ class ModelConfig:
         if self.head_dtype != "same" and (self.padded_vocab % 16 or self.width % 16):
             sides = f"{self.width} and {self.padded_vocab}: such as vocab_multiple 128"
             raise UsageError(f"head_dtype {self.head_dtype} needs a width and a vocabulary divisible by 16, got {sides}")
-        if self.ngram_buckets and not all(n.isdigit() and int(n) > 1 for n in self.ngram_orders.split(",")):
-            raise UsageError(f"ngram_orders must be whole numbers above 1, such as 2,3; got {self.ngram_orders!r}")
+        if self.ngram_buckets and not all(n.isdecimal() and 1 < int(n) < 100 for n in self.ngram_orders.split(",")):
+            raise UsageError(f"ngram_orders must be whole numbers from 2 to 99, such as 2,3; got {self.ngram_orders!r}")
 
     @property
     def head_width(self) -> int:

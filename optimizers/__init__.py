@@ -242,8 +242,8 @@ def multiply_rates(optimizer: torch.optim.Optimizer, gpt: nn.Module, role: dict[
     for pair in filter(None, rates.split(",")):
         word, _, text = (part.strip() for part in pair.partition("="))
         factor = convert(text, float, f"--rates {word}=")
-        if not factor >= 0:
-            raise UsageError(f"--rates {word}= takes 0 or more, not {text}")
+        if not 0 <= factor < 1e9:
+            raise UsageError(f"--rates {word}= takes 0 or more, below 1e9, not {text}")
         fitting = [p for p in words if word in words[p]]
         if not fitting:
             known = {w for p in words for w in words[p] if not w.isdigit() and (w == role[p] or "." not in w)}

@@ -568,6 +568,25 @@ def test_own_optimizer(train, tmp_path, rate):
     assert losses(folder)[-1] < losses(folder)[0] - 0.5
 
 
+HOLDS = """
+import torch
+class Holds(torch.optim.SGD):
+    def step(self):
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["own"] = object()
+"""
+
+
+def test_a_state_that_no_checkpoint_holds_is_said_after_the_first_step(train, tmp_path, capsys):
+    (tmp_path / "holds.py").write_text(HOLDS)
+    flags = ("--steps", "3", "--optimizer", f"{tmp_path / 'holds.py'}:Holds:lr=0.01")
+    folder = train(*flags, code=2)
+    said = capsys.readouterr().err
+    assert "is a object: a checkpoint holds" in said and "--checkpoint-minutes 0 trains without" in said
+    assert len(losses(folder)) <= 1
+    train(*flags, "--checkpoint-minutes", "0", out="alone")
+
+
 def test_an_own_optimizer_that_was_changed_is_another_run(train, tmp_path, capsys):
     mine = tmp_path / "mine.py"
     flags = ["--steps", "2", "--optimizer", f"{mine}:SignDescent:lr=0.002"]
@@ -651,7 +670,8 @@ def test_sampling(train, capsys):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("attention", "batch_stages")}))
     assert sample.main(["--run", str(folder), "--tokens", "2"]) == 0  # of an older trainer: defaults are the answer
     capsys.readouterr()
-    for text in ("[1]", "{", "[" * 100_000, *(json.dumps(config | odd) for odd in ({"heads": 0}, {"layers": "two"}))):
+    odds = [{"heads": 0}, {"layers": "two"}, {"layers": 10**9}, {"tokenizer": 5}, {"window_stages": {"a": 1}}]
+    for text in ("[1]", "{", "[" * 100_000, *(json.dumps(config | odd) for odd in odds)):
         (folder / "config.json").write_text(text)
         assert sample.main(["--run", str(folder)]) == 2
         assert "config.json" in (err := capsys.readouterr().err) and err.count("\n") == 1
@@ -701,16 +721,29 @@ def test_a_place_that_cannot_be_written_is_one_line(sotu, tmp_path, capsys):
         (["--clip", "-1"], "--clip must be at least 0, got -1"),
         (["--clip", "nan"], "--clip must be at least 0, got nan"),
         (["--micro-batch-tokens", "-64"], "--micro-batch-tokens must be at least 0"),
+        (["--nonfinite", "skip:\u00b2"], "--nonfinite takes stop or skip:K"),
+        (["--minutes", "1e308"], "--minutes must be 0 to 1e+06"),
+        (["--batch-stages", "1e18"], "--batch-stages must be 0 to 1e+06"),
+        (["--positions", "rotary", "--rotary-base", "0"], "--rotary-base must be at least 1"),
+        (["--vocab-multiple", "99999999999999999999"], "--vocab-multiple must be 1 to"),
+        (["--vocab-size", "1000000000000"], "--vocab-size must be 1 to"),
+        (["--layers", "100000000"], "--layers must be 1 to 1000, got 1e+08"),
+        (["--logit-softcap", "1e300"], "--logit-softcap must be 0 to 1e+06"),
+        (["--ngram-buckets", "64", "--ngram-orders", "2,9999999999"], "ngram_orders must be whole numbers from 2 to 99"),
+        (["--rates", "embedding=inf"], "--rates embedding= takes 0 or more, below 1e9, not inf"),
+        (["--optimizer", "torch.optim.ASGD:lambd=-5"], "lambd must be at least 0, got -5"),
+        (["--optimizer", "torch.optim.SGD:dampening=-5"], "dampening must be at least 0, got -5"),
+        (["--optimizer", "schedule_free_adamw:beta1=0"], "beta1 must be at least 0.001"),
         (["--seed", "-1"], "--seed must be 0 to 4.29497e+09, got -1"),
         (["--seed", "99999999999999999999"], "--seed must be 0 to"),
-        (["--batch-stages", "inf/1", "--batch-rates", "1/1"], "--batch-stages must be at least 0, got inf"),
+        (["--batch-stages", "inf/1", "--batch-rates", "1/1"], "--batch-stages must be 0 to 1e+06, got inf"),
         (["--momentum-schedule", "ramp:peak=1", "--optimizer", "sgd"], "peak must be at least 0 and below 1, got 1"),
         (["--tied-until", "1.5", "--no-tied-head"], "--tied-until must be 0 to 1, got 1.5"),
         (["--heads", "0"], "--heads must be at least 1"),
         (["--target-loss", "0", "--stop-at-target"], "--stop-at-target needs a target"),
         (["--tricks", "momentum_warmup"], "adamw has no momentum that it could change"),
         (["--tricks", "blockless"], "unknown trick 'blockless'"),
-        (["--layers", "0"], "--layers must be at least 1"),
+        (["--layers", "0"], "--layers must be 1 to 1000"),
         (["--schedule", "constant:final=0.1"], "schedule 'constant' has no key 'final'"),
         (["--schedule", "inverse_sqrt:final=0.1"], "schedule 'inverse_sqrt' has no key 'final'"),
         (["--dtype", "fp8"], "--dtype takes auto, bf16, fp32"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tricks
 from engine.command import Answer, Parser, command
-from engine.run_folder import source_hash
+from engine.run_folder import intact, source_hash
 from engine.spec import UsageError, nearest
 from lab import runner, trials
 from lab.records import history, reports, rules, tables
@@ -143,7 +143,10 @@ def run(argv: list[str]) -> int | str:
         return f"{record.folder}\nkept; now: ./run.sh records render"
     if options.verb == "verify":
         return verify(options.names, options.rerun)
-    return history.render() if options.verb == "render" else history.summary(options.run)
+    if options.verb == "render":
+        return history.render()
+    with intact(options.run):
+        return history.summary(options.run)
 
 
 def main(argv: list[str]) -> int:

@@ -130,7 +130,7 @@ def summary(folder: Path) -> str:
         costs = (f"{s['train_time']:,.1f}", f"{s['process_time']:,.1f}", f"{s['peak_memory'] / 1e9:,.1f}")
         rows.append((name, loss, f"{s['steps']:,}", f"{s['tokens']:,}", *costs))
     head = ("", "validation loss", "steps", "tokens", "time, s", "CPU time, s", "memory, GB")
-    reached = f"target {result['target_loss']:g} {'reached' if result['target_reached'] else 'NOT reached'}"
+    reached = f"target {result['target_loss'] or 0:g} {'reached' if result['target_reached'] else 'NOT reached'}"
     speed = f"{result['tokens_per_second']:,.0f} tokens per second" + (f", MFU {result['mfu']:.0%}" if result["mfu"] else "")
     what = f"{config['track']} track, recipe {config['recipe']}, seed {config['seed']} on {run.env['cpu']}"
     lines = [f"{what}: {reached if result['target_loss'] else 'no target'}, {speed}", markdown.table(head, rows, aligned=True)]

@@ -34,7 +34,7 @@ import tricks
 from config import resolve
 from engine import hardware
 from engine.command import Parser
-from engine.run_folder import intact
+from engine.run_folder import intact, refuse_links
 from engine.spec import UsageError, nearest
 from lab import trials
 from lab.runner import alone_in, at_least, run_through, threads
@@ -303,6 +303,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def carried_out(options: argparse.Namespace, contest: type[Contest], write: Callable[[Path], str]) -> str:
     """As the flags of `add_running` say: the plan, or the trials and what `write` says of the folder's report."""
+    for folder in (options.out, *(options.out / track for track in options.tracks)):
+        refuse_links(folder)
     if options.plan:
         contest(options).plan()
         return ""

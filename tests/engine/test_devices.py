@@ -169,6 +169,7 @@ def test_out_of_memory_is_a_line_with_a_way_out(flags, way, train, monkeypatch, 
     [
         *({"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "x"}, {"RANK": "-1"}),
         {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
     ],
 )
 def test_an_environment_of_ranks_that_makes_no_sense_is_refused(monkeypatch, given):

@@ -760,6 +760,11 @@ def test_summary_sets_a_run_beside_the_records(kept, runs, capsys):
     assert (runs["quick"][0] / "loss.png").stat().st_size > 10_000 and "loss.png" in shown
     assert "target 3 reached" in shown and "001-baseline (n = 3)" in shown and "002-quick (n = 3)" in shown
     assert command.main(["summary", "nowhere"]) == 2
+    free = shutil.copytree(runs["quick"][0], runs["quick"][0].with_name("free"))
+    edit(free / "result.json", lambda result: result.update(target_loss=None, target_reached=False))
+    assert command.main(["summary", str(free)]) == 0 and "no target" in capsys.readouterr().out
+    edit(free / "result.json", lambda result: result.pop("tokens_per_second"))
+    assert command.main(["summary", str(free)]) == 2 and "free is damaged" in capsys.readouterr().err
 
 
 def test_render_writes_the_history_of_any_track(kept, capsys):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import signal
+import zlib
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -56,7 +57,9 @@ class FakeTrainer:
         rate = float(split(config.optimizer)[1].get("lr", 1e-3))
         final = 2.0 + 0.1 * math.log(rate / self.best) ** 2 + 1e-3 * (trial.seed % 7)
         status = "diverged" if trial.arm.name in self.diverged else "ok"
-        log = [dict(event="val", step=s, loss=final + 1 - s / trial.steps) for s in range(1, trial.steps + 1)]
+        validated = [*range(config.val_every, trial.steps, config.val_every), trial.steps]
+        above = 1 + zlib.crc32(" ".join(trial.flags).encode()) % 9973 / 1e4  # no two settings have one curve
+        log = [dict(event="val", step=s, loss=final + above * (1 - s / trial.steps)) for s in validated]
         trial.folder.mkdir(parents=True)
         (trial.folder / "env.json").write_text(
             json.dumps({"cpu": self.cpu, "dtype": self.dtype, "source_sha256": trials.run_folder.source_hash()})
@@ -231,6 +234,13 @@ def test_everyone_gets_the_same_budget_and_nothing_is_trained_twice(fake, tmp_pa
     assert call(tmp_path, *words, "--studies", "2", "--no-neighbours") == 0
     assert len(table(tmp_path, "muon").of("search", 1)) == 3 and len(table(tmp_path, "muon").of("search", 0)) == 3
     assert "there already" in capsys.readouterr().out
+
+
+def test_links_are_refused(fake, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "wiki").symlink_to(tmp_path)
+    assert call(tmp_path, "--optimizers", "adamw") == 2
+    assert "wiki is a link" in capsys.readouterr().err and not fake.trained
 
 
 def test_an_interrupted_search_goes_on(fake, tmp_path):

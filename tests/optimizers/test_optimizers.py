@@ -506,7 +506,7 @@ def test_what_a_spec_can_be_asked(own):
         ("soap:shampoo_beta=1", "shampoo_beta must be at least 0 and below 1"),
         ("torch.optim:AdamW:betas=0.9/1.5", "betas must be at least 0 and below 1, got 1.5"),
         ("torch.optim:AdamW:weight_decay=inf", "weight_decay must be at least 0, got inf"),
-        ("torch.optim:SGD:dampening=nan", "dampening must be a finite number, got nan"),
+        ("torch.optim:Rprop:etas=nan/1.2", "etas must be a finite number, got nan"),
         ("nowhere.py:Mine", "no file"),
         ("no_such_package_at_all:Mine", "does not import"),
         ("torch.optim:AdamV", "did you mean"),
@@ -570,7 +570,7 @@ def test_keys_of_a_class_of_others_have_the_types_that_it_states(tmp_path):
     file.write_text(
         "from __future__ import annotations\nimport torch\n\n\nclass Mine(torch.optim.SGD):\n"
         "    def __init__(self, params, lr: float, flag: bool | None = None, mix: float | bool = 0.5, count: int = 3,\n"
-        "                 weight_decay=0, shape: torch.Size | None = None, word: str | float = ''):\n"
+        "                 weight_decay=0, shape: torch.Size | None = None, word: str | float = '', odd: Nowhere = None):\n"
         "        self.given = dict(flag=flag, mix=mix, count=count, word=word)\n"
         "        super().__init__(params, lr=lr, weight_decay=weight_decay)\n"
     )
