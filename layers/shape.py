@@ -12,7 +12,7 @@ class ModelConfig:
     """Shape and form of the model. Raises UsageError: fields that contradict each other."""
 
     vocab_size: int = setting(50257, "tokens in the vocabulary", least=1, most=2**24)
-    sequence_length: int = setting(1024, "context, tokens", least=1, most=2**30)
+    sequence_length: int = setting(1024, "context, tokens", least=1, most=2**24)
     layers: int = setting(12, "transformer blocks", least=1, most=1000)
     heads: int = setting(12, "attention heads per block", least=1)
     width: int = setting(768, "residual width, channels", least=1, most=2**20)

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import re
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -188,6 +189,7 @@ def blaming(spec: str, *ours: type[Exception], restored: bool = False) -> Iterat
         elif split(spec)[0] not in OPTIMIZERS:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             why = f"optimizer {spec!r}: {words} ({Path(frame.filename).name}:{frame.lineno})"
+            why += '; a subclass with roles = ("matrix",) has those alone' * bool(re.search(r"\b2-?D\b|two dim", line))
         elif isinstance(error, ours):
             why = f"optimizer {spec!r}: {line}"
         else:

@@ -442,7 +442,7 @@ def test_unreadable_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError):
         corpora.prepare("mine", "bytes", tmp_path / "data", files=[tmp_path / name])
-    assert not (tmp_path / "data" / "mine-bytes" / "dataset.json").exists()
+    assert not (tmp_path / "data" / "mine-bytes").exists()
 
 
 def test_no_network(tmp_path, monkeypatch):
