@@ -4,6 +4,7 @@ A record is a folder records/<track>/NNN-name/: record.json (see record.schema.j
 Here is what it says and how it is written; what it must keep is in rules.py.
 """
 
+import contextlib
 import json
 import math
 import shlex
@@ -131,8 +132,13 @@ class Record(Kept):
 
 
 def of_track(track: str, category: str | None = None) -> list[Record]:
-    """The records of a track, oldest first. The category `gpt` begins with the baseline with which `open` began."""
-    records = [Record(path.parent) for path in sorted((RECORDS / track).glob("*/record.json"))]
+    """The records of a track, oldest first, without damaged ones: each is judged on its own. The category `gpt` begins with the
+    baseline with which `open` began."""
+    records = []
+    for path in sorted((RECORDS / track).glob("*/record.json")):
+        with contextlib.suppress(UsageError):
+            read_json(path)
+            records.append(Record(path.parent))
     wanted = [(category, "record"), (category, "baseline"), ("open" if category == "gpt" else category, "baseline")]
     return [r for r in records if category is None or (r.about.get("category"), r.about.get("kind")) in wanted]
 

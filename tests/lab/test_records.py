@@ -432,6 +432,8 @@ def test_verify_prints_what_is_broken(kept, capsys):
     )
     edit(kept[1].folder / "record.json", lambda about: about.clear())  # no record at all: the other rules have nothing to read
     assert list(failures(kept[1])) == ["schema"] and len(command.verdicts_on(Record(kept[1].folder))) == 1
+    (kept[1].folder / "record.json").write_text("{")
+    assert not failures(kept[0]), "each is judged on its own"
     assert command.main(["verify", "tiny/003"]) == 2 and "no record 'tiny/003'" in capsys.readouterr().err
 
 
