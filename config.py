@@ -40,13 +40,9 @@ class Config:
     decay_schedule: str = setting("constant", "schedule SPEC of the weight decay; a step decays by this times the rate")
     momentum_schedule: str = setting("keep", "momentum schedule SPEC")
     steps: int = setting(1000, "optimizer updates; with --minutes only what a length such as warmup=100 is a part of", least=1)
-    minutes: float = setting(
-        0.0, "end after this much training time, which schedules and stages follow; 0: by --steps", most=1e6
-    )
+    minutes: float = setting(0.0, "end after so much training time, which schedules follow; 0: by --steps", most=1e6)
     batch_tokens: int = setting(4096, "global batch, tokens, whatever the number of ranks", least=1)
-    batch_stages: tuple[float, ...] = setting(
-        (1.0,), "batches in stages of equal length, multiples of --batch-tokens: 1/2/3", most=1e6
-    )
+    batch_stages: tuple[float, ...] = setting((1.0,), "batches in stages of equal length, in --batch-tokens: 1/2/3", most=1e6)
     batch_rates: tuple[float, ...] = setting((1.0,), "factors on the learning rates in the batch stages: 1/1.52/1.73")
     window_stages: tuple[float, ...] = setting((1.0,), "windows in stages of equal length, parts of --window: 0.25/0.5/1")
     length_stages: tuple[float, ...] = setting((1.0,), "sequences in stages of equal length, parts of --sequence-length: 0.5/1")

@@ -187,14 +187,10 @@ def misfit(folder: Path) -> str | None:
     if not state["step"] == state["progress"]["step"] == step_of(folder) or state["log_bytes"] < 0:
         return f"{STATE} is of another step"
     progress = state["progress"]  # as train_gpt.Progress has it
-    numbers = [
-        progress["skipped"],
-        progress["process_time"],
-        progress["last_val"] or 0,
-        *itertools.chain(*progress["stages"].values()),
-    ]
     reached = progress["reached"] or {"steps": 0, "time": 0}
-    if not all(type(x) in (int, float) and x >= 0 for x in (*numbers, reached["steps"], reached["time"])):
+    numbers = [progress["skipped"], progress["process_time"], progress["last_val"] or 0]
+    numbers += [*itertools.chain(*progress["stages"].values()), *map(reached.get, ("steps", "time"))]
+    if not all(type(x) in (int, float) and x >= 0 for x in numbers):
         return f"{STATE} has a progress that no run makes"
     wanted = {r["tensor"]: (r["shape"] or [1], r["dtype"]) for r in references(state["optimizer"])}
     for rank, (i, size) in itertools.product(range(state["ranks"]), enumerate(state["rng"])):

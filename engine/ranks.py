@@ -60,9 +60,7 @@ class World:
         where = "MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT", "0").isdecimal()
         if not 0 <= self.rank < self.size or local < 0 or (self.size > 1 and not where):
             given = ", ".join(f"{name}={word}" for name, word in words.items())
-            raise UsageError(
-                f"{given}, MASTER_ADDR and MASTER_PORT do not fit: torchrun sets them, and without it unset them", True
-            )
+            raise UsageError(f"{given}, MASTER_ADDR, MASTER_PORT do not fit: torchrun sets them, without it unset them", True)
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout)))
             self.store = own_corner(store, self.rank, self.size, timeout)

@@ -38,7 +38,7 @@ MAY_IMPORT = {  # a module at the top, or a folder -> what it may import, itself
 }
 
 
-MOST_LINES = 17_430  # of product; CONTRIBUTING.md says when it grows
+MOST_LINES = 17_550  # of product; CONTRIBUTING.md says when it grows
 
 
 def product() -> dict[str, str]:

@@ -102,9 +102,8 @@ def smooth(who: str, steps: int, train: Points, val: Points, future: bool = Fals
         words = f"{who}: the validation loss at step {at} is {loss:.4f}, the training loss before it {before:.4f}"
         need(abs(loss - before) <= most, f"{words}: further apart than {most:g}")
     low, least = min((x for _, x in train), default=0), min((x for _, x in val), default=0)
-    need(
-        low >= least - MOST_BELOW, f"{who}: a training loss of {low:.4f} lies far below all validations, {least:.4f} the least"
-    )
+    words = f"{who}: a training loss of {low:.4f} lies far below all validations, {least:.4f} the least"
+    need(low >= least - MOST_BELOW, words)
 
 
 def unlike(runs: Mapping[str, Sequence[float]]) -> None:
@@ -149,10 +148,8 @@ def made_at(commit: str, source: str, ended: Iterable[str]) -> None:
     for time in times:
         need(time <= now, f"a run ended in the future: {time}")
     hashes, made = at_commit(commit.rstrip("+"))
-    need(
-        commit.endswith("+") or any(known.startswith(source) for known in hashes),
-        f"commit {commit[:12]} has not the source {source[:12]}",
-    )
+    same = commit.endswith("+") or any(known.startswith(source) for known in hashes)
+    need(same, f"commit {commit[:12]} has not the source {source[:12]}")
     for time in times:
         need(made <= time, f"a run of {time} is older than its commit {commit[:12]}, of {made}")
 
