@@ -31,6 +31,7 @@ import torch
 
 import compare
 import config
+import evaluate
 import optimizers
 import sample
 import scaling
@@ -41,7 +42,8 @@ from data import shards
 from engine import checkpoint, run_folder, schedules
 from engine.command import command
 from engine.spec import UsageError
-from lab import plots, trials
+from lab import plots, runs, trials
+from lab.records import __main__ as records
 from lab.scaling import experiment
 from lab.tuning import tune
 from model import GPT
@@ -281,7 +283,7 @@ class Cases:
             train_gpt.display.describe(run.finished, folder)
         (folder / "result.json").unlink(missing_ok=True)
         saver = checkpoint.Checkpoints(folder / "checkpoints")
-        if newest := saver.first("auto", lambda: None):
+        if newest := saver.first("auto", 2, lambda: None):
             optimizer = optimizers.build(settings.optimizer, self.gpt, 2)
             state, saved, states = saver.load(newest, self.gpt, optimizer.state_dict())
             optimizers.restore(optimizer, state, settings.optimizer)
@@ -304,16 +306,9 @@ class Cases:
             )
 
     def reader(self, dice: random.Random) -> int:
-        """Verbs that read what others left: sample, plot, the reports of compare, scaling and tune, score, tuned settings."""
-        kind = dice.choice(["sample", "plot", "compare", "scaling", "tune", "score", "tuned"])
-        source = {
-            "sample": "run",
-            "plot": "run",
-            "compare": "comparisons",
-            "scaling": "scaling",
-            "tune": "tuning",
-            "score": "times.csv",
-        }
+        """Verbs that read what others left: a run, the reports of compare, scaling and tune, scores, tuned settings."""
+        source = {"compare": "comparisons", "scaling": "scaling", "tune": "tuning", "score": "times.csv"}
+        kind = dice.choice(["sample", "plot", "runs", "summary", "evaluate", "tuned", *source])
         folder = self.copy(source.get(kind, "run"))
         suffixes = (".json", ".jsonl", ".csv")
         change(
@@ -323,6 +318,13 @@ class Cases:
             return sample.main(["--run", str(folder), "--tokens", "2"])
         if kind == "plot":
             return command("plot", lambda: plots.draw([str(folder), "--out", str(self.fresh / "loss.png")]))
+        if kind == "runs":
+            return command("runs", lambda: runs.run(["--root", str(folder.parent)]))
+        if kind == "summary":
+            return records.main(["summary", str(folder)])
+        if kind == "evaluate":
+            words = ["bits-per-byte", "--file", str(self.repository / "CITATION.cff"), "--run", str(folder)]
+            return command("evaluate.py", lambda: evaluate.run(words))
         if kind == "score":
             return compare.main(["score", "--times", str(folder)])
         if kind == "tune":
