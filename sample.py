@@ -56,6 +56,9 @@ def opened(options: argparse.Namespace) -> tuple[Path, GPT, tokenizers.Tokenizer
         print(f"the newest run: {run}", file=sys.stderr)
     gpt, config = load_model(run)
     with intact(run / "config.json"):
+        known, most = tokenizers.TOKENIZERS.get(config["tokenizer"]), gpt.config.vocab_size
+        if known and known.vocab_size > most:  # before its files are fetched
+            raise UsageError(f"the tokenizer {known.name} has tokens that the model, with {most}, has not")
         return run, gpt, tokenizers.get(config["tokenizer"], options.data_root)
 
 
@@ -111,8 +114,6 @@ def sample(argv: list[str]) -> str:
         start = [tokenizer.eot, *(int(t) for t in tokenizer.encode(options.prompt))]
     except (ValueError, OverflowError) as error:
         raise UsageError(f"--prompt is no text of the tokenizer {tokenizer.name}: {error}") from None
-    if max(start) >= gpt.config.vocab_size:
-        raise UsageError(f"the tokenizer {tokenizer.name} has tokens that the model, with {gpt.config.vocab_size}, has not")
     how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     tokens, printed = start[1:], ""
     for token in generate(gpt, start, options.tokens, **how, vocabulary=tokenizer.vocab_size):

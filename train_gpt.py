@@ -554,9 +554,10 @@ class Training:
         return result
 
     def close(self) -> None:
-        """Let go of the run folder, whatever happened: what was logged is written, a checkpoint begun is finished."""
+        """Let go of the run folder: what was logged is written, a checkpoint begun is finished. Nothing is left where the first
+        step showed that the command was wrong."""
         self.checkpoints.close()
-        self.run_folder.release()
+        self.run_folder.release(isinstance(sys.exc_info()[1], UsageError) and self.progress.step < 2)
 
 
 # ---------------------------------------------------------------- the command

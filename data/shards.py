@@ -120,8 +120,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         listed = [entry for split in splits for entry in split]
         numbers = [manifest[key] for key in ("vocab_size", "eot") if key in manifest] + [entry["tokens"] for entry in listed]
         fine = all(SHARD_NAME.fullmatch(entry["file"]) and len(entry["sha256"]) == 64 for entry in listed)
-        fine &= all(type(number) is int and 0 <= number < 2**31 for number in numbers) and all(splits)
-        fine &= manifest.get("eot", 0) < most
+        fine &= all(type(n) is int and 0 <= n < 2**31 for n in numbers) and all(splits) and manifest.get("eot", 0) < most
         if not fine or len({entry["file"] for entry in listed}) < len(listed):
             raise ValueError
         return manifest

@@ -260,8 +260,8 @@ class Run:
             if asked := os.environ.get("RUN_FOLDER_GOES_TO"):  # a file of run.sh's, which shows this run then
                 Path(asked).write_text(str(self.folder.resolve()))
 
-    def release(self) -> None:
-        """Let go of log, display and lock, whatever happened before."""
+    def release(self, wrong: bool = False) -> None:
+        """Let go of log, display and lock, whatever happened before. wrong: the command was; no file is left of the run."""
         if self.display:
             self.display.close()
         if self.log:
@@ -269,3 +269,9 @@ class Run:
                 self.log.close()
         if self.lock:
             self.lock.release()
+        if wrong and self.log and not (any(self.checkpoints.glob("step-*")) or (self.folder / "result.json").exists()):
+            for name in ("config.json", "env.json", "log.jsonl", "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: there is something of the user's
+                self.checkpoints.rmdir()
+                self.folder.rmdir()

@@ -570,6 +570,11 @@ def test_own_optimizer(train, tmp_path, rate):
 
 HOLDS = """
 import torch
+class Fails(torch.optim.SGD):
+    def step(self):
+        raise RuntimeError("a closure is required")
+
+
 class Holds(torch.optim.SGD):
     def step(self):
         super().step()
@@ -577,14 +582,16 @@ class Holds(torch.optim.SGD):
 """
 
 
-def test_a_state_that_no_checkpoint_holds_is_said_after_the_first_step(train, tmp_path, capsys):
+def test_what_the_first_step_shows_to_be_wrong_leaves_nothing(train, tmp_path, capsys):
     (tmp_path / "holds.py").write_text(HOLDS)
     flags = ("--steps", "3", "--optimizer", f"{tmp_path / 'holds.py'}:Holds:lr=0.01")
     folder = train(*flags, code=2)
     said = capsys.readouterr().err
     assert "is a object: a checkpoint holds" in said and "--checkpoint-minutes 0 trains without" in said
-    assert len(losses(folder)) <= 1
-    train(*flags, "--checkpoint-minutes", "0", out="alone")
+    assert not folder.exists()
+    train(*flags[:-1], flags[-1].replace("Holds", "Fails"), code=2)
+    assert "a closure is required" in capsys.readouterr().err and not folder.exists()
+    train(*flags, "--checkpoint-minutes", "0")
 
 
 def test_an_own_optimizer_that_was_changed_is_another_run(train, tmp_path, capsys):
@@ -675,6 +682,9 @@ def test_sampling(train, capsys):
         (folder / "config.json").write_text(text)
         assert sample.main(["--run", str(folder)]) == 2
         assert "config.json" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    (folder / "config.json").write_text(json.dumps(config | {"tokenizer": "gpt2"}))
+    assert sample.main(["--run", str(folder), "--data-root", str(folder / "none")]) == 2 and not (folder / "none").exists()
+    assert "gpt2 has tokens that the model, with 256, has not" in capsys.readouterr().err
     (folder / "config.json").write_text(json.dumps(config | {"tokenizer": "mod97"}))
     assert (
         sample.main(["--run", str(folder), "--prompt", "hello"]) == 2 and "no text of the tokenizer" in capsys.readouterr().err

@@ -80,8 +80,7 @@ def judge(kept: Any, rules: Mapping[str, Callable[[Any], str]]) -> list[Verdict]
 
 def only_files(folder: Path, expected: set[str], what: str, folders: Collection[str] = ()) -> None:
     """Broken: a file is missing, not expected or a link, or a text names a path of the machine that it is from."""
-    lock = folder / "lock"  # of who writes there, which git leaves out too
-    there = {path.name for path in folder.iterdir() if path != lock or not path.is_file()}
+    there = {path.name for path in folder.iterdir() if path.name != "lock" or not path.is_file()}  # git leaves it out too
     links = {name for name in there if (folder / name).is_symlink()}
     for wrong, names in (("missing", expected - there), (f"not part of a {what}", there - expected), ("a link", links)):
         need(not names, f"{wrong}: {', '.join(sorted(names))}")
