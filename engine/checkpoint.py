@@ -186,7 +186,7 @@ def misfit(folder: Path) -> str | None:
         return f"{STATE} has no {wrong[0]}"
     if not state["step"] == state["progress"]["step"] == step_of(folder) or state["log_bytes"] < 0:
         return f"{STATE} is of another step"
-    progress = state["progress"]  # as train_gpt.Progress has it
+    progress = dict(skipped=0, process_time=0, last_val=None, stages={}, reached=None) | state["progress"]  # of train_gpt.py
     reached = progress["reached"] or {"steps": 0, "time": 0}
     numbers = [progress["skipped"], progress["process_time"], progress["last_val"] or 0]
     numbers += [*itertools.chain(*progress["stages"].values()), *map(reached.get, ("steps", "time"))]

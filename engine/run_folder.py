@@ -177,8 +177,7 @@ def result(folder: Path) -> dict[str, Any] | None:
     path, log = folder / "result.json", folder / "log.jsonl"
     with contextlib.suppress(OSError, UsageError), intact(path):
         there, end = read_json(path), json.loads(log.read_bytes().splitlines()[-1]) if log.is_file() else {}
-        same = file_hash(path).startswith(end.get("result", ""))  # logs did not always have it
-        return there if describe(there, folder) and there["status"] and same else None
+        return there if file_hash(path).startswith(end.get("result", "")) else None  # logs did not always have it
 
 
 class Run:
@@ -204,7 +203,10 @@ class Run:
         else:
             if different := sorted(k for k, v in config.items() if k not in PRESENTATION and there.get(k, v) != v):
                 raise UsageError(f"{folder} holds a run with other settings ({', '.join(different)}): choose another --out")
-        self.finished = result(folder) if resume != "never" else None  # of a run that has ended; a damaged one is made again
+        self.finished: dict[str, Any] | None = None  # the result of a run that has ended; one that is damaged is made again
+        if resume != "never" and (there := result(folder)):
+            with contextlib.suppress(UsageError), intact(folder):
+                self.finished = there if describe(there, folder) and there["status"] else None
 
     def open(self, env: dict[str, Any], saved: dict[str, Any], display: Display, stem: Path | None = None) -> None:
         """On rank 0: write what is known before the first step; of a log keep what the checkpoint's `saved` values speak of

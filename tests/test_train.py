@@ -762,7 +762,7 @@ def test_a_place_that_cannot_be_written_is_one_line(sotu, tmp_path, capsys):
         (["--micro-batch-tokens", "96"], "must be a multiple of the sequence length"),
         (["--corpus", "novels"], "run: ./run.sh data prepare novels --tokenizer bytes"),
         (["--val-tokens", "9000000"], "--val-tokens 9000000"),
-        (["--sequence-length", "10000000", "--batch-tokens", "10000000"], "too few train tokens"),
+        (["--sequence-length", "16000000", "--batch-tokens", "16000000"], "too few train tokens"),
         (["--resume", "must"], "no checkpoint"),
         (["--vocab-size", "100"], "add --vocab-size 256"),
         (["--device", "tpu"], "unknown device 'tpu'"),

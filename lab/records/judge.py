@@ -101,8 +101,7 @@ def smooth(who: str, steps: int, train: Points, val: Points, future: bool = Fals
         words = f"{who}: the validation loss at step {at} is {loss:.4f}, the training loss before it {before:.4f}"
         need(abs(loss - before) <= most, f"{words}: further apart than {most:g}")
     low, least = min((x for _, x in train), default=0), min((x for _, x in val), default=0)
-    words = f"{who}: a training loss of {low:.4f} lies far below all validations, {least:.4f} the least"
-    need(low >= least - MOST_BELOW, words)
+    need(low >= least - MOST_BELOW, f"{who}: a training loss of {low:.4f} lies far below all validations, {least:.4f}")
 
 
 def unlike(runs: Mapping[str, Sequence[float]]) -> None:

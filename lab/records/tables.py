@@ -191,10 +191,9 @@ def moves(board: Levers) -> str:
         entry, of, best = levers.entry(name, end), descent.rows_of(table), descent.found(table).settings
         in_order(who, entry, of[0].settings if name == "muon" else levers.begin(name, end), of)
         again, most = (len(levers.LENGTHS), 2 * levers.TRIALS) if name == "muon" else (0, levers.TRIALS)
-        counts = {"final": levers.SEEDS, "length": levers.SEEDS * again}
-        lacks = [kind for kind, count in counts.items() if len(table.of(kind)) != count]
-        lacks += ["descent"] * (descent.following(entry.dimensions, table, of[0].settings, most) is not None)
-        need(not lacks, f"{who}: not all of its planned {', '.join(lacks)} runs are there")
+        whole = [len(table.of(kind)) for kind in ("final", "length")] == [levers.SEEDS, levers.SEEDS * again]
+        ended = descent.following(entry.dimensions, table, of[0].settings, most) is None
+        need(whole and ended, f"{who}: not all of its planned runs are there")
         lengths = {"final": {length}, "descent": {length}, "timing": {round(tuned.TIMED * length)}}
         lengths["length"] = {round(part * length) for part in levers.LENGTHS}
         for row in rows:

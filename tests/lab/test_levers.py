@@ -82,6 +82,10 @@ def test_the_board_says_what_helps(fake, tmp_path, monkeypatch, capsys):  # noqa
         with pytest.raises(Broken, match=said):
             tables.moves(tables.Levers(out))
         forged.path.write_text(text)
+    forged.path.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("final,0,5,")))
+    with pytest.raises(Broken, match="wiki/tail_ema: not all of its planned runs are there"):
+        tables.moves(tables.Levers(out))
+    forged.path.write_text(text)
     count = len(made.trained)
     assert compare.main(words) == 0 and len(made.trained) == count
     capsys.readouterr()

@@ -29,17 +29,20 @@ def here(tmp_path, monkeypatch, sotu):
     return Arm("baseline", FLAGS)
 
 
-def test_a_trial_is_trained_once_and_found_again(here):
+def test_a_trial_is_trained_once_and_found_again(here, monkeypatch):
     trial, other = Trial(here, 3, 0), Trial(here, 3, 1)
     first = train(trial)
     assert first.result["steps"] == 3 and first.loss == first.result["val_loss"] < 7 and other.result is None
     assert trial.folder != other.folder and trial.log()[0]["event"] == "start" and trial.env()["dtype"] == "float32"
+    monkeypatch.setattr(trials, "run_to_end", lambda *_: pytest.fail("it is there already"))
+    assert train(trial).result == first.result
+    monkeypatch.undo()
+    (trial.folder / "result.json").write_text(json.dumps(first.result | {"val_loss": 99.0}))
+    for again in (trial, dataclasses.replace(trial, extra=trials.ANEW)):  # changed, or wanted anew
+        assert train(again).loss == pytest.approx(first.loss, rel=1e-3)
     with (trial.folder / "log.jsonl").open("a") as log:  # a line that is still being written
         log.write('{"event": "tr')
     assert trial.log()[-1]["event"] == "end"
-    (trial.folder / "result.json").write_text(json.dumps(first.result | {"val_loss": 99.0}))
-    assert train(trial).loss == 99
-    assert train(dataclasses.replace(trial, extra=trials.ANEW)).loss == pytest.approx(first.loss, rel=1e-3)
 
 
 def test_a_trial_that_another_experiment_is_at_is_waited_for(here, monkeypatch):

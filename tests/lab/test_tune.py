@@ -279,7 +279,12 @@ def test_a_descent_ends_where_no_single_change_is_better(fake, tmp_path, capsys)
     of_tables = tables.Tuning(tmp_path / "out")
     assert tables.studies(of_tables) == "as drawn"
     path = tmp_path / "out" / "wiki" / "sgd.csv"
-    forged = table(tmp_path, "sgd")
+    whole, forged = path.read_text(), table(tmp_path, "sgd")
+    last = len(descent.rows_of(forged)) - 1
+    for kind, words in (("final,0,2,", "2 final runs, not 3"), (f"descent,0,{last},", "its descent has not ended")):
+        path.write_text("".join(line for line in whole.splitlines(keepends=True) if not line.startswith(kind)))
+        with pytest.raises(Broken, match=words):
+            tables.studies(tables.Tuning(path.parent.parent))
     middle = descent.rows_of(forged)[3]
     forged.add(dataclasses.replace(middle, val_loss=1.0))
     with pytest.raises(Broken, match="wiki/sgd: the losses of the descent lead elsewhere"):
