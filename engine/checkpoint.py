@@ -215,8 +215,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, log_bytes: float = math.inf, steps: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint of a run of at most so many steps, if there is one that a log of so many bytes reaches to; a
-    line for each passed over."""
+    """The newest intact checkpoint within these steps, if possible within these bytes of a log; a line for each passed over."""
     passed, whole = [], None
     for path in listing(folder):
         if not (problem := damage(path) or ("" if step_of(path) <= steps else f"the run has {steps} steps")):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import shutil
 from datetime import datetime, timedelta
@@ -958,6 +959,7 @@ FORGED_REPORTS = [
         "pictures",
         "loss.png was not drawn from",
     ),
+    (COMPARISON, lambda folder: os.truncate(folder / "loss.png", 5000), "pictures", "loss.png was not drawn from"),
     (LADDER, summary(lambda s: s["sizes"][1].update(parameters=1)), "command", "sizes is"),
     (LADDER, summary(lambda s: s.update(at=1e9)), "command", "at is 1000000000.0, by the command 3890000.0"),
     (LADDER, summary(lambda s: s["cells"][3].update(steps=7)), "command", "steps is 7, by its size"),
