@@ -237,7 +237,7 @@ class Training:
         folder = self.run_folder.checkpoints
         origin = dict(config=settings_hash(settings), data=self.fingerprint, source=source_hash())
         self.checkpoints = Checkpoints(folder, origin, config.keep, config.milestone_every)
-        self.alone = not (config.checkpoint_minutes or config.checkpoint_every)  # weights are kept, at the end, if need be
+        self.alone = not (config.checkpoint_minutes or config.checkpoint_every)  # then weights alone may be kept
         self.saved: int | None = None  # step of the last checkpoint
         self.wire_bytes = 0 if world.size == 1 else None  # that this rank sends in a step; None: not measured yet
         self.wishes = [0.0, 0.0]  # of this rank: to stop, to save; once a step has summed them up, of all ranks

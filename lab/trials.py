@@ -4,6 +4,7 @@ settings in the name of its run folder, whatever stopped the experiment.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,6 +30,11 @@ def whole_lines(path: Path) -> str:
     """The text of a file without a last line that is being written or was cut by a full disk; empty without a file."""
     text = path.read_text(errors="replace") if path.is_file() else ""
     return text[: text.rfind("\n") + 1]
+
+
+def validations(steps: int, every: int) -> list[int]:
+    """The steps of a run after which the trainer validates. every: --val-every."""
+    return [*range(every or math.ceil(steps / 5), steps, every or math.ceil(steps / 5)), steps]
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,9 @@ def settings(report: Report) -> str:
 def work(flags: tuple[str, ...], steps: int) -> tuple[list[int], list[int], int]:
     """Of a run: tokens after so many steps, the steps of its validations, FLOPs a token."""
     config, model, _ = resolve([*plans.without(plans.registered(flags), "--optimizer"), "--steps", str(steps)])
-    before, every = Course(config).units_before, config.val_every or math.ceil(steps / 5)
+    before = Course(config).units_before
     tokens = [before(step) * config.batch_tokens for step in range(steps + 1)]
-    return tokens, [*range(every, steps, every), steps], mean_flops(config, model)
+    return tokens, trials.validations(steps, config.val_every), mean_flops(config, model)
 
 
 def named(row: ledger.Row) -> str:

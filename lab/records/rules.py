@@ -162,8 +162,7 @@ def whole(log: records.Log, steps: int, settings: dict[str, Any]) -> None:
         points += zip(ends, e["loss"])
         following = last + 1
     need(following == steps + 1, f"{name} does not hold steps 1 to {steps}")
-    every = settings["val_every"] or math.ceil(steps / 5)
-    planned = [*range(every, steps, every), steps]
+    planned = trials.validations(steps, settings["val_every"])
     validations = [(e["step"], e["loss"]) for e in log.of("val")]
     ran = [step for step, _ in validations]
     need(ran == planned, f"{name} was validated at steps {ran}, planned are {planned}")

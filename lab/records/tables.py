@@ -13,6 +13,7 @@ from lab import ledger, levers
 from lab.records import judge
 from lab.records.judge import NotCheckable, need
 from lab.records.record import Kept
+from lab.trials import validations
 from lab.tuning import descent, report, tune, tuned
 from lab.tuning.space import EXTRAS, Submission, points, submission
 from optimizers import OPTIMIZERS
@@ -80,7 +81,7 @@ def trials(tuning: Tuning) -> str:
             need(0 <= row.seconds < math.inf, f"{name}: {row.seconds} s of CPU time")
             if row.status != "ok":
                 continue
-            steps, planned = [step for step, _ in row.losses], tune.validations(row.steps)
+            steps, planned = [step for step, _ in row.losses], validations(row.steps, max(1, row.steps // tune.VALIDATIONS))
             need(steps == planned, f"{name}: validated at steps {steps}, planned are {planned}")
             same = curves.setdefault(tuple(row.losses), row)
             need((same.seed, same.settings) == (row.seed, row.settings), f"{name} has the curve of {same.kind} {same.number}")

@@ -64,15 +64,9 @@ class Job(NamedTuple):
     settings: dict[str, float]
 
     def trial(self, dtype: str) -> Trial:
-        every = ("--val-every", str(validations(self.steps)[0]))
+        every = ("--val-every", str(max(1, self.steps // VALIDATIONS)))
         flags = ("--track", self.track, *self.submission.flags(self.settings), *every, "--dtype", dtype)
         return Trial(Arm(self.submission.name, flags), self.steps, self.seed)
-
-
-def validations(steps: int) -> list[int]:
-    """The steps of a run after which it is validated."""
-    every = max(1, steps // VALIDATIONS)
-    return [*range(every, steps, every), steps]
 
 
 def length(track: str) -> int:
